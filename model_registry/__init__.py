@@ -1,0 +1,1 @@
+"""Versions, aliases and artefacts of models. Knows SQL and files; knows no torch and no HTTP."""

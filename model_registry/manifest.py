@@ -1,0 +1,101 @@
+"""The versioned contract between trainer and server: what a version is made of.
+
+A manifest lists every file with size and digest, and is written last: a version without one does
+not exist. Nothing here opens a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model_registry.errors import ManifestUnsupported
+from model_registry.refs import NAME_PATTERN
+
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1_000_000
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+VersionKind = Literal["baseline", "head", "lora", "full"]
+Task = Literal["text-classification"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Model):
+    """One file of an artefact; `path` is relative to the artefact's folder."""
+
+    path: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,200}$")
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class BackboneRef(_Model):
+    """The backbone that a version was trained on, by content: `digest` covers weights, tokenizer and pooling."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    digest: Sha256
+    source: str
+
+
+class ModelManifest(_Model):
+    """What a version is. `kind` says which files carry its weights:
+
+    baseline: `baseline.safetensors` + `vocabulary.json`; head: `head.safetensors`;
+    lora: `head.safetensors` + `adapter/`; full: `head.safetensors` + `full/`.
+    """
+
+    schema_version: Literal[1] = 1
+    tenant: str
+    name: str = Field(pattern=NAME_PATTERN)
+    version: int = Field(ge=1)
+    kind: VersionKind
+    task: Task = "text-classification"
+    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    method: str
+    labels: tuple[str, ...]
+    base: BackboneRef | None = None
+    parent: str | None = None
+    job_id: str | None = None
+    created_at: float
+    metrics: dict[str, float] = {}
+    dataset: dict[str, Any] = {}
+    files: tuple[FileEntry, ...]
+
+    @property
+    def prefix(self) -> str:
+        """The artefact's folder in the store."""
+        return version_prefix(self.tenant, self.name, self.version)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(indent=2).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ModelManifest:
+        """Raises `ManifestUnsupported` with the first field that does not fit."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "document"
+            raise ManifestUnsupported(f"manifest.json: {place}: {first['msg']}") from error
+
+
+def version_prefix(tenant: str, name: str, version: int) -> str:
+    return f"models/{tenant}/{name}/{version}"
+
+
+def backbone_prefix(digest: str) -> str:
+    return f"backbones/{digest}"
+
+
+def sha256_hex(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

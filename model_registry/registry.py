@@ -1,0 +1,362 @@
+"""Models, versions and aliases in the metadata database.
+
+Knows states and who points where; opens no model. Methods that take a `connection` join their
+caller's write transaction; the others open their own. Every change that a server must see bumps
+the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from model_registry.db import Database
+from model_registry.errors import AliasConflict, InvalidReference, ModelNotFound, VersionNotServable
+from model_registry.manifest import ModelManifest, sha256_hex
+from model_registry.refs import CHAMPION, ModelRef, check_name
+from model_registry.tables import alias_history, aliases, model_versions, models, registry_state
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """One row of `model_versions`."""
+
+    tenant: str
+    name: str
+    version: int
+    status: str
+    kind: str
+    method: str
+    backbone: str | None
+    backbone_digest: str | None
+    job_id: str | None
+    manifest_sha256: str | None
+    labels: list[str] | None
+    metrics: dict[str, float] | None
+    bytes: int | None
+    created_at: float
+    ready_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredModel:
+    tenant: str
+    name: str
+    task: str
+    created_at: float
+    aliases: dict[str, int]
+    versions: list[ModelVersion]
+
+
+@dataclass(frozen=True, slots=True)
+class AliasChange:
+    """One row of the append-only history."""
+
+    id: int
+    name: str
+    alias: str
+    from_version: int | None
+    to_version: int
+    action: str
+    actor: str
+    reason: str
+    epoch: int
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySnapshot:
+    """What a server needs to know, as of one epoch."""
+
+    epoch: int
+    aliases: dict[tuple[str, str, str], int]  # (tenant, name, alias) -> version
+    versions: dict[tuple[str, str, int], ModelVersion]  # ready versions only
+
+
+class Registry:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # Writing a version
+
+    def reserve(
+        self,
+        connection: sa.Connection,
+        *,
+        tenant: str,
+        name: str,
+        task: str,
+        kind: str,
+        method: str,
+        job_id: str | None,
+    ) -> int:
+        """Takes the next version number of `name`. Earlier reservations of the same job are abandoned."""
+        now = self._database.now(connection)
+        check_name(name)
+        row = connection.execute(_of_model(sa.select(models), models, tenant, name).with_for_update()).first()
+        version = 1 if row is None else row.last_version + 1
+        if row is None:
+            connection.execute(
+                models.insert().values(tenant=tenant, name=name, task=task, last_version=version, created_at=now)
+            )
+        else:
+            connection.execute(_of_model(models.update(), models, tenant, name).values(last_version=version))
+        if job_id is not None:
+            stale = model_versions.update().where(
+                model_versions.c.job_id == job_id, model_versions.c.status == "reserved"
+            )
+            connection.execute(stale.values(status="abandoned"))
+        connection.execute(
+            model_versions.insert().values(
+                tenant=tenant, name=name, version=version, status="reserved", kind=kind, method=method,
+                job_id=job_id, created_at=now,
+            )
+        )  # fmt: skip
+        return version
+
+    def publish(self, connection: sa.Connection, manifest: ModelManifest, *, actor: str, promote: bool = False) -> None:
+        """Turns a reserved version `ready`. The first version of a name becomes its champion, later ones if `promote`.
+
+        The caller has stored the manifest already. Raises `VersionNotServable` where the version is not reserved.
+        """
+        row = self._row(connection, manifest.tenant, manifest.name, manifest.version)
+        if row is None or row.status != "reserved":
+            raise VersionNotServable(f"{manifest.name}:{manifest.version} is not reserved")
+        now = self._database.now(connection)
+        connection.execute(
+            _of_version(model_versions.update(), manifest.tenant, manifest.name, manifest.version).values(
+                status="ready",
+                backbone=manifest.base.name if manifest.base else None,
+                backbone_digest=manifest.base.digest if manifest.base else None,
+                manifest_sha256=sha256_hex(manifest.to_bytes()),
+                labels=list(manifest.labels),
+                metrics=dict(manifest.metrics),
+                bytes=manifest.total_bytes,
+                ready_at=now,
+            )
+        )
+        epoch = self._bump(connection)
+        champion = self._alias(connection, manifest.tenant, manifest.name, CHAMPION)
+        if champion is None or promote:
+            reason = "first version" if champion is None else "promoted at registration"
+            self._point(
+                connection, manifest.tenant, manifest.name, CHAMPION, champion, manifest.version,
+                action="publish", actor=actor, reason=reason, epoch=epoch, now=now,
+            )  # fmt: skip
+
+    # Aliases
+
+    def set_alias(
+        self, *, tenant: str, name: str, alias: str, version: int, expected_version: int | None, actor: str, reason: str
+    ) -> AliasChange:
+        """Moves an alias if it still points at `expected_version` (None: it must not exist yet).
+
+        Raises `AliasConflict`, `ModelNotFound`, `VersionNotServable`, `InvalidReference`.
+        """
+        check_alias(alias)
+        with self._database.write() as connection:
+            return self._move(
+                connection, tenant, name, alias, version, expected_version, action="set", actor=actor, reason=reason
+            )
+
+    def rollback(self, *, tenant: str, name: str, alias: str, actor: str, reason: str) -> AliasChange:
+        """Points the alias back to where it was before its last move that still stands.
+
+        A rollback undoes one forward move; two in a row go two moves back, they do not swap to and fro.
+        Raises `ModelNotFound` where there is nothing to go back to.
+        """
+        with self._database.write() as connection:
+            trail = self._trail(connection, tenant, name, alias)
+            if len(trail) < 2:
+                raise ModelNotFound(f"{name}@{alias} has no earlier version to go back to")
+            current, target = trail[-1], trail[-2]
+            return self._move(
+                connection, tenant, name, alias, target, current, action="rollback", actor=actor, reason=reason
+            )
+
+    def history(self, *, tenant: str, name: str, alias: str | None = None, limit: int = 100) -> list[AliasChange]:
+        """Alias moves, newest first. Raises `ModelNotFound`."""
+        with self._database.read() as connection:
+            self._require_model(connection, tenant, name)
+            query = _of_model(sa.select(alias_history), alias_history, tenant, name)
+            if alias is not None:
+                query = query.where(alias_history.c.alias == alias)
+            rows = connection.execute(query.order_by(alias_history.c.id.desc()).limit(limit))
+            return [_change(row) for row in rows]
+
+    # Looking up
+
+    def epoch(self) -> int:
+        with self._database.read() as connection:
+            return int(connection.execute(sa.select(registry_state.c.epoch)).scalar_one())
+
+    def snapshot(self) -> RegistrySnapshot:
+        """Aliases and ready versions of every tenant, in one consistent read."""
+        with self._database.read() as connection:
+            epoch = int(connection.execute(sa.select(registry_state.c.epoch)).scalar_one())
+            pointers = connection.execute(sa.select(aliases)).all()
+            ready = connection.execute(sa.select(model_versions).where(model_versions.c.status == "ready")).all()
+        return RegistrySnapshot(
+            epoch=epoch,
+            aliases={(row.tenant, row.name, row.alias): row.version for row in pointers},
+            versions={(row.tenant, row.name, row.version): _version(row) for row in ready},
+        )
+
+    def resolve(self, tenant: str, ref: ModelRef) -> ModelVersion:
+        """The ready version that `ref` means now. Raises `ModelNotFound`, `VersionNotServable`."""
+        with self._database.read() as connection:
+            self._require_model(connection, tenant, ref.name)
+            version = ref.version
+            if version is None:
+                assert ref.alias is not None
+                version = self._alias(connection, tenant, ref.name, ref.alias)
+                if version is None:
+                    raise ModelNotFound(f"{ref.name} has no alias {ref.alias!r}")
+            return self._require_ready(connection, tenant, ref.name, version)
+
+    def model(self, tenant: str, name: str) -> RegisteredModel:
+        """Raises `ModelNotFound`."""
+        found = self.models(tenant, name=name)
+        if not found:
+            raise ModelNotFound(f"there is no model {name!r}")
+        return found[0]
+
+    def models(self, tenant: str, *, name: str | None = None) -> list[RegisteredModel]:
+        """All models of a tenant by name, each with its aliases and its versions, newest first."""
+        with self._database.read() as connection:
+            mine = [_of_tenant(sa.select(table), table, tenant, name) for table in (models, aliases, model_versions)]
+            model_rows, alias_rows, version_rows = (connection.execute(query).all() for query in mine)
+        pointers: dict[str, dict[str, int]] = {row.name: {} for row in model_rows}
+        versions: dict[str, list[ModelVersion]] = {row.name: [] for row in model_rows}
+        for row in alias_rows:
+            pointers[row.name][row.alias] = row.version
+        for row in sorted(version_rows, key=lambda row: -row.version):
+            versions[row.name].append(_version(row))
+        return [
+            RegisteredModel(tenant, row.name, row.task, row.created_at, pointers[row.name], versions[row.name])
+            for row in sorted(model_rows, key=lambda row: row.name)
+        ]
+
+    # Inside a transaction
+
+    def _move(
+        self, connection: sa.Connection, tenant: str, name: str, alias: str, version: int, expected: int | None,
+        *, action: str, actor: str, reason: str,
+    ) -> AliasChange:  # fmt: skip
+        # The model's row is the lock under which its aliases move.
+        self._require_model(connection, tenant, name, lock=True)
+        self._require_ready(connection, tenant, name, version)
+        current = self._alias(connection, tenant, name, alias)
+        if current != expected:
+            stands = "does not exist" if current is None else f"points at version {current}"
+            raise AliasConflict(
+                f"{name}@{alias} {stands}, not at {expected}; read it again and repeat with expected_version={current}",
+                current_version=current,
+            )
+        now = self._database.now(connection)
+        epoch = self._bump(connection)
+        return self._point(
+            connection, tenant, name, alias, current, version,
+            action=action, actor=actor, reason=reason, epoch=epoch, now=now,
+        )  # fmt: skip
+
+    def _point(
+        self, connection: sa.Connection, tenant: str, name: str, alias: str, current: int | None, version: int,
+        *, action: str, actor: str, reason: str, epoch: int, now: float,
+    ) -> AliasChange:  # fmt: skip
+        values = {"version": version, "updated_at": now}
+        if current is None:
+            connection.execute(aliases.insert().values(tenant=tenant, name=name, alias=alias, **values))
+        else:
+            connection.execute(
+                _of_model(aliases.update(), aliases, tenant, name).where(aliases.c.alias == alias).values(**values)
+            )
+        row = connection.execute(
+            alias_history.insert()
+            .values(
+                tenant=tenant, name=name, alias=alias, from_version=current, to_version=version, action=action,
+                actor=actor[:128], reason=reason[:1024], epoch=epoch, created_at=now,
+            )
+            .returning(alias_history)
+        ).one()  # fmt: skip
+        return _change(row)
+
+    def _trail(self, connection: sa.Connection, tenant: str, name: str, alias: str) -> list[int]:
+        """The versions an alias went through, oldest first, with rolled-back steps taken off again."""
+        self._require_model(connection, tenant, name, lock=True)
+        query = _of_model(sa.select(alias_history), alias_history, tenant, name)
+        rows = connection.execute(query.where(alias_history.c.alias == alias).order_by(alias_history.c.id)).all()
+        trail: list[int] = []
+        for row in rows:
+            if row.action == "rollback":
+                trail.pop()
+            else:
+                trail.append(row.to_version)
+        return trail
+
+    def _bump(self, connection: sa.Connection) -> int:
+        bumped = registry_state.update().values(epoch=registry_state.c.epoch + 1).returning(registry_state.c.epoch)
+        return int(connection.execute(bumped).scalar_one())
+
+    def _alias(self, connection: sa.Connection, tenant: str, name: str, alias: str) -> int | None:
+        query = _of_model(sa.select(aliases.c.version), aliases, tenant, name).where(aliases.c.alias == alias)
+        return connection.execute(query).scalar_one_or_none()
+
+    def _row(self, connection: sa.Connection, tenant: str, name: str, version: int) -> sa.Row[Any] | None:
+        return connection.execute(_of_version(sa.select(model_versions), tenant, name, version)).first()
+
+    def _require_model(self, connection: sa.Connection, tenant: str, name: str, *, lock: bool = False) -> None:
+        query = _of_model(sa.select(models.c.name), models, tenant, name)
+        if connection.execute(query.with_for_update() if lock else query).first() is None:
+            raise ModelNotFound(f"there is no model {name[:70]!r}")
+
+    def _require_ready(self, connection: sa.Connection, tenant: str, name: str, version: int) -> ModelVersion:
+        row = self._row(connection, tenant, name, version)
+        if row is None:
+            raise ModelNotFound(f"{name} has no version {version}")
+        if row.status != "ready":
+            raise VersionNotServable(f"{name}:{version} is {row.status}, only a ready version can be served")
+        return _version(row)
+
+
+def check_alias(alias: str) -> str:
+    """Raises `InvalidReference`: `latest` would change its meaning with every registration, so it is never stored."""
+    if alias == "latest":
+        raise InvalidReference("'latest' is not an alias that can be set; use champion or a name of your own")
+    return check_name(alias, what="alias")
+
+
+def _of_tenant(query: Any, table: sa.Table, tenant: str, name: str | None) -> Any:
+    query = query.where(table.c.tenant == tenant)
+    return query if name is None else query.where(table.c.name == name)
+
+
+def _of_model(query: Any, table: sa.Table, tenant: str, name: str) -> Any:
+    return _of_tenant(query, table, tenant, name)
+
+
+def _of_version(query: Any, tenant: str, name: str, version: int) -> Any:
+    return _of_tenant(query, model_versions, tenant, name).where(model_versions.c.version == version)
+
+
+def _version(row: Any) -> ModelVersion:
+    return ModelVersion(**row._mapping)
+
+
+def _change(row: Any) -> AliasChange:
+    values: dict[str, Any] = dict(row._mapping)
+    values.pop("tenant")
+    return AliasChange(**values)
+
+
+__all__: Sequence[str] = (
+    "AliasChange",
+    "ModelVersion",
+    "RegisteredModel",
+    "Registry",
+    "RegistrySnapshot",
+    "check_alias",
+)

@@ -1,0 +1,189 @@
+"""Immutable artefacts by key. Knows bytes, digests and durability; knows no model.
+
+Keys are slash-separated names of a narrow alphabet, so no user text ever becomes a path. A file is
+complete or absent: it is written beside its place, fsynced, renamed, and its folder fsynced
+(without the last step a crash can lose the name).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from model_registry.errors import ArtifactError, ArtifactExists, HashMismatch, InvalidReference, StoreFull
+from model_registry.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    ModelManifest,
+    sha256_hex,
+    version_prefix,
+)
+
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_CHUNK_BYTES = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class ArtifactStore(Protocol):
+    """Where artefacts live. Writes are atomic and durable when they return; keys are never overwritten in place."""
+
+    def put_bytes(self, key: str, data: bytes, *, create_only: bool = False) -> FileEntry:
+        """Stores `data`. Raises `ArtifactExists` (create-only), `StoreFull`, `InvalidReference`."""
+
+    def put_file(self, key: str, source: Path) -> FileEntry:
+        """Stores a copy of the file `source`. Raises `StoreFull`, `InvalidReference`."""
+
+    def get_bytes(self, key: str, *, max_bytes: int) -> bytes:
+        """The content. Raises `ArtifactError` where it is missing or larger than `max_bytes`."""
+
+    def local_path(self, key: str) -> Path:
+        """A local file or folder with the content, to be read only. Raises `ArtifactError` where it is missing."""
+
+    def exists(self, key: str) -> bool: ...
+
+    def delete_tree(self, prefix: str) -> None:
+        """Removes everything below `prefix`; nothing there is no error."""
+
+
+class FileStore:
+    """An `ArtifactStore` in one folder of a filesystem that all processes see."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def put_bytes(self, key: str, data: bytes, *, create_only: bool = False) -> FileEntry:
+        with self._writing(key, create_only=create_only) as file:
+            file.write(data)
+        return FileEntry(path=key.rpartition("/")[2], size=len(data), sha256=sha256_hex(data))
+
+    def put_file(self, key: str, source: Path) -> FileEntry:
+        digest, size = hashlib.sha256(), 0
+        with source.open("rb") as reader, self._writing(key) as file:
+            while chunk := reader.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+                file.write(chunk)
+        return FileEntry(path=key.rpartition("/")[2], size=size, sha256=digest.hexdigest())
+
+    def get_bytes(self, key: str, *, max_bytes: int) -> bytes:
+        try:
+            with self._path(key).open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise ArtifactError(f"{key} cannot be read from the store ({type(error).__name__})") from error
+        if len(data) > max_bytes:
+            raise ArtifactError(f"{key} is larger than {max_bytes} bytes")
+        return data
+
+    def local_path(self, key: str) -> Path:
+        path = self._path(key)
+        if not path.exists():
+            raise ArtifactError(f"{key} is missing from the store")
+        return path
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def delete_tree(self, prefix: str) -> None:
+        path = self._path(prefix)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        path = self.root
+        for part in check_key(key).split("/"):
+            path = path / part
+            if path.is_symlink():
+                raise InvalidReference(f"{key} leads through a symbolic link, which the store never follows")
+        return path
+
+    @contextlib.contextmanager
+    def _writing(self, key: str, *, create_only: bool = False) -> Iterator[BinaryIO]:
+        path = self._path(key)
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _put_in_place(temporary, path, create_only=create_only)
+            _sync_folders(path.parent, self.root)
+        except FileExistsError as error:
+            raise ArtifactExists(f"{key} exists already and is never overwritten") from error
+        except OSError as error:
+            if error.errno in _FULL:
+                raise StoreFull(f"no space left to store {key}; nothing of it was kept") from error
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _put_in_place(temporary: Path, path: Path, *, create_only: bool) -> None:
+    if create_only:
+        path.hardlink_to(temporary)  # fails where the name is taken; a rename would replace it silently
+    else:
+        temporary.replace(path)
+
+
+def _sync_folders(folder: Path, root: Path) -> None:
+    while True:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if folder == root:
+            return
+        folder = folder.parent
+
+
+def check_key(key: str) -> str:
+    """Returns `key` if every part of it is a plain name. Raises `InvalidReference`."""
+    if not all(_PART.fullmatch(part) for part in key.split("/")):
+        raise InvalidReference(f"{key[:100]!r} is not an artefact key")
+    return key
+
+
+def put_tree(store: ArtifactStore, prefix: str, folder: Path) -> tuple[FileEntry, ...]:
+    """Stores every file below `folder` under `prefix`; the entries' paths are relative to it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = []
+    for path in paths:
+        relative = path.relative_to(folder).as_posix()
+        entries.append(store.put_file(f"{prefix}/{relative}", path).model_copy(update={"path": relative}))
+    return tuple(entries)
+
+
+def load_manifest(
+    store: ArtifactStore, *, tenant: str, name: str, version: int, sha256: str | None = None
+) -> ModelManifest:
+    """Reads a version's manifest. Raises `ArtifactError` and its kinds where it is missing or altered."""
+    data = store.get_bytes(f"{version_prefix(tenant, name, version)}/{MANIFEST_NAME}", max_bytes=MAX_MANIFEST_BYTES)
+    if sha256 is not None and sha256_hex(data) != sha256:
+        raise HashMismatch(f"manifest.json of {name}:{version} differs from the digest recorded at registration")
+    return ModelManifest.from_bytes(data)
+
+
+def verify_files(store: ArtifactStore, prefix: str, files: tuple[FileEntry, ...]) -> None:
+    """Compares every listed file with its size and digest. Raises `ArtifactError` or `HashMismatch`."""
+    for entry in files:
+        path = store.local_path(f"{prefix}/{entry.path}")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise HashMismatch(f"{entry.path} has {size} bytes, its manifest says {entry.size}")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                raise HashMismatch(f"{entry.path} differs from the digest in its manifest")

@@ -1,0 +1,1 @@
+"""Backbones, heads, adapters and engines: what training and serving must do identically."""

@@ -1,0 +1,141 @@
+"""Manifest and files → the parts of a runnable version, every file checked; and the golden-row check.
+
+What `read_version` reads, `write_version_files` wrote on the training side: the two stand together
+so that they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_registry.manifest import ModelManifest
+from model_registry.store import ArtifactStore, verify_files
+from modeling.adapters import Adapter
+from modeling.backbone import Backbone
+from modeling.errors import GoldenRowsDiffer, WeightsInvalid
+from modeling.heads import TaskHead, softmax
+from modeling.linear_text import LinearText
+from modeling.preprocess import TextInput
+from modeling.weights import FloatArray
+
+GOLDEN_ROWS = 8
+_MAX_JSON_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenRow:
+    text: TextInput
+    logits: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionParts:
+    """A version read from the store. `backbone` is its own for a full fine-tune, else the shared one is named by
+    `manifest.base`; exactly one of `head` and `linear` is set."""
+
+    manifest: ModelManifest
+    head: TaskHead | None
+    linear: LinearText | None
+    adapter: Adapter | None
+    backbone: Backbone | None
+    max_length: int | None
+    temperature: float
+    golden: tuple[GoldenRow, ...]
+
+    @property
+    def own_bytes(self) -> int:
+        """What this version adds to the memory of its backbone."""
+        parts = (self.head, self.linear, self.adapter)
+        return sum(part.size_bytes for part in parts if part is not None)
+
+
+def write_version_files(
+    folder: Path, *, head: TaskHead | None = None, linear: LinearText | None = None, labels: Sequence[str],
+    max_length: int | None, temperature: float, calibration: dict[str, Any] | None = None, golden: Sequence[GoldenRow],
+) -> None:  # fmt: skip
+    """Writes what `read_version` reads, but for `adapter/` and `full/`, which their own modules write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if head is not None:
+        (folder / "head.safetensors").write_bytes(head.to_bytes())
+    for name, data in (linear.files() if linear is not None else {}).items():
+        (folder / name).write_bytes(data)
+    documents = {
+        "labels.json": list(labels),
+        "preprocess.json": {"schema": 1, "max_length": max_length},
+        "calibration.json": {"temperature": temperature, **(calibration or {})},
+        "golden.json": {"rows": [{"text": row.text, "logits": row.logits} for row in golden]},
+    }
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, indent=1))
+
+
+def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
+    """Checks every file against the manifest, then reads them.
+
+    Raises `ArtifactError`, `WeightsInvalid`, `AdapterMismatch`, `BackboneUnavailable`.
+    """
+    verify_files(store, manifest.prefix, manifest.files)
+    folder = store.local_path(manifest.prefix)
+    temperature = float(_json(store, manifest, "calibration.json")["temperature"])
+    labels = tuple(_json(store, manifest, "labels.json"))
+    if labels != manifest.labels or not temperature > 0:
+        raise WeightsInvalid("labels.json or calibration.json contradict the manifest")
+    kind = manifest.kind
+    parts = VersionParts(
+        manifest=manifest,
+        head=None if kind == "baseline" else TaskHead.read(folder / "head.safetensors", temperature=temperature),
+        linear=LinearText.read(folder) if kind == "baseline" else None,
+        adapter=Adapter.read(folder / "adapter") if kind == "lora" else None,
+        backbone=Backbone.open(folder / "full") if kind == "full" else None,
+        max_length=_json(store, manifest, "preprocess.json")["max_length"],
+        temperature=temperature,
+        golden=tuple(_golden(row) for row in _json(store, manifest, "golden.json")["rows"]),
+    )
+    outputs = parts.head.labels if parts.head else len(parts.linear.bias) if parts.linear else 0
+    if outputs != len(labels):
+        raise WeightsInvalid(f"the weights give {outputs} outputs for {len(labels)} labels")
+    return parts
+
+
+def check_golden(
+    parts: VersionParts, logits_of: Callable[[Sequence[TextInput]], FloatArray], *, precision: str = "fp32"
+) -> None:
+    """Runs the golden rows and compares. Raises `GoldenRowsDiffer`.
+
+    fp32: within 1e-4 of the stored logits, relative to their size; lower precision: the same answer
+    where the margin exceeds 0.05, and no probability further than 0.05.
+    """
+    if not parts.golden:
+        raise GoldenRowsDiffer("the version stores no golden rows")
+    wanted = np.asarray([row.logits for row in parts.golden], dtype=np.float32)
+    got = logits_of([row.text for row in parts.golden])
+    if got.shape != wanted.shape:
+        raise GoldenRowsDiffer(f"golden rows give logits of shape {got.shape}, stored are {wanted.shape}")
+    if precision == "fp32":
+        worst = float(np.abs(got - wanted).max())
+        if not worst <= 1e-4 * max(1.0, float(np.abs(wanted).max())):
+            raise GoldenRowsDiffer(f"golden rows differ from their stored logits by {worst:.2g}")
+        return
+    p, q = softmax(wanted / parts.temperature), softmax(got / parts.temperature)
+    ordered = np.sort(p, axis=1)
+    is_clear = ordered[:, -1] - ordered[:, -2] > 0.05
+    if (p.argmax(1) != q.argmax(1))[is_clear].any() or not np.abs(p - q).max() <= 0.05:
+        raise GoldenRowsDiffer(f"golden rows give other answers in {precision}")
+
+
+def _json(store: ArtifactStore, manifest: ModelManifest, name: str) -> Any:
+    try:
+        return json.loads(store.get_bytes(f"{manifest.prefix}/{name}", max_bytes=_MAX_JSON_BYTES))
+    except ValueError as error:
+        raise WeightsInvalid(f"{name} is not JSON") from error
+
+
+def _golden(row: dict[str, Any]) -> GoldenRow:
+    text = row["text"]
+    return GoldenRow(text if isinstance(text, str) else (text[0], text[1]), tuple(row["logits"]))

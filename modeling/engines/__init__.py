@@ -1,0 +1,1 @@
+"""Engines: the same backbone on different runtimes, behind one protocol."""

@@ -1,0 +1,59 @@
+"""An engine without a model: vectors are a fixed function of the tokens. For tests of what stands around engines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from modeling.adapters import Adapter
+from modeling.engines.protocol import EngineBatch
+from modeling.errors import EngineFailed
+from modeling.weights import FloatArray, IntArray
+
+
+class FakeEngine:
+    """`before_run(batch)` may block, raise or record; a row that holds `poison` fails its whole batch."""
+
+    name = "fake"
+    device = "cpu"
+    precision = "fp32"
+    supports_adapters = True
+
+    def __init__(
+        self,
+        hidden_size: int = 8,
+        *,
+        before_run: Callable[[EngineBatch], None] | None = None,
+        poison: int | None = None,
+    ) -> None:
+        self._hidden_size = hidden_size
+        self._before_run = before_run
+        self._poison = poison
+        self._adapters: dict[str, Adapter] = {}
+        self._lock = threading.Lock()
+
+    def run(self, batch: EngineBatch) -> FloatArray:
+        if self._before_run is not None:
+            self._before_run(batch)
+        if self._poison is not None and any(self._poison in item.input_ids for item in batch.inputs):
+            raise EngineFailed("a poisoned row")
+        adapters = batch.adapters or [None] * len(batch.inputs)
+        return np.stack([self._vector(item.input_ids, key) for item, key in zip(batch.inputs, adapters, strict=True)])
+
+    def load_adapter(self, key: str, adapter: Adapter) -> None:
+        with self._lock:
+            self._adapters[key] = adapter
+
+    def unload_adapter(self, key: str) -> None:
+        with self._lock:
+            self._adapters.pop(key, None)
+
+    def memory_bytes(self) -> int:
+        return 0
+
+    def _vector(self, ids: IntArray, adapter: str | None) -> FloatArray:
+        shift = 0 if adapter is None else self._adapters[adapter].rank
+        seed = int((ids * np.arange(1, len(ids) + 1)).sum()) % (1 << 31)
+        return np.random.default_rng(seed).normal(size=self._hidden_size).astype(np.float32) + np.float32(shift)
