@@ -291,8 +291,8 @@ def load_pretrained(auto: Any, folder: Path, *, dtype: torch.dtype | None = None
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.for_model(**read_config(folder))
     weight_files(folder)
     try:

@@ -1,0 +1,121 @@
+"""`python -m finetune`: the fine-tune worker. The one place that names its concrete parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+import signal
+import sys
+import time
+from typing import Any
+
+from finetune.datasets.store import DatasetStore
+from finetune.jobs.store import JobStore
+from finetune.metrics import WorkerMetrics
+from finetune.plan import WorkerProfile
+from finetune.settings import WorkerSettings
+from finetune.supervisor import Ledger, Timing
+from finetune.worker import Worker, WorkerFolders
+from model_registry.db import Database
+from model_registry.errors import DatabaseUnavailable
+from model_registry.migrations import migrate
+from model_registry.registry import Registry
+from model_registry.store import FileStore
+from modeling.backbone import Backbone, ingest, locate
+
+_log = logging.getLogger("finetune")
+
+
+def main() -> int:
+    settings = WorkerSettings()
+    _set_up_logging(settings.log_level)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.resolved_database_url)
+    _migrate_when_there(database)
+    store = FileStore(settings.data_dir / "store")
+    metrics = WorkerMetrics()
+    worker = Worker(
+        settings.resolved_worker_id,
+        Ledger(JobStore(database, max_attempts=settings.max_attempts), Registry(database), store, metrics),
+        DatasetStore(database),
+        backbones=_backbones(settings, store),
+        profile=_profile(settings),
+        folders=WorkerFolders(
+            datasets=settings.data_dir / "datasets", work=settings.data_dir / "work",
+            logs=settings.data_dir / "logs" / "jobs", store=settings.data_dir / "store",
+        ),
+        timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
+        poll_s=settings.poll_s,
+    )  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    port = settings.worker_metrics_port
+    stop_metrics = metrics.serve(settings.worker_metrics_host, port) if port else None
+    _log.info("worker ready", extra={"action": "worker_ready", "worker": settings.resolved_worker_id})
+    try:
+        worker.run_forever()
+    finally:
+        if stop_metrics is not None:
+            stop_metrics()
+        database.dispose()
+    return 0
+
+
+def _migrate_when_there(database: Database) -> None:
+    """A database that starts together with us may need a moment."""
+    for attempt in range(60):
+        try:
+            return migrate(database)
+        except DatabaseUnavailable:
+            if attempt == 59:
+                raise
+            time.sleep(1)
+
+
+def _backbones(settings: WorkerSettings, store: FileStore) -> dict[str, Backbone]:
+    found = {}
+    for name, source in settings.backbones.items():
+        folder = locate(source, offline=settings.is_offline, cache_dir=None)
+        found[name] = ingest(store, folder, name=name, source=source)
+    return found
+
+
+def _profile(settings: WorkerSettings) -> WorkerProfile:
+    import torch
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bf16(torch)
+    return WorkerProfile(device=device, cpu_threads=settings.resolved_cpu_threads, has_bf16=has_bf16)
+
+
+def _cpu_has_bf16(torch: Any) -> bool:
+    """Whether matrix products in bf16 run on instructions of their own; emulated ones are slower than fp32."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return capability.startswith("AVX512") and bool(probe and probe())
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {key: record.__dict__[key] for key in _EXTRA if key in record.__dict__}
+        line = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            extra["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line | extra)
+
+
+_EXTRA = ("action", "job", "attempt", "outcome", "worker", "error")
+
+
+def _set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Temperature scaling and how well probabilities match outcomes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+
+from modeling.heads import softmax
+from modeling.weights import FloatArray, IntArray
+
+
+def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
+    """The temperature with the least negative log-likelihood of `labels` (Guo et al., 2017); 1.0 where none helps."""
+    if len(labels) == 0:
+        return 1.0
+
+    def loss(log_temperature: float) -> float:
+        return negative_log_likelihood(logits / np.float32(np.exp(log_temperature)), labels)
+
+    found = minimize_scalar(loss, bounds=(np.log(0.01), np.log(100.0)), method="bounded")
+    return float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
+
+
+def negative_log_likelihood(logits: FloatArray, labels: IntArray) -> float:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    picked = shifted[np.arange(len(labels)), labels]
+    return float(np.mean(np.log(np.exp(shifted).sum(1)) - picked))
+
+
+def expected_calibration_error(
+    logits: FloatArray, labels: IntArray, *, temperature: float = 1.0, bins: int = 15
+) -> float:
+    """Mean gap between confidence and accuracy over equal-width confidence bins, weighted by rows."""
+    probabilities = softmax(logits / np.float32(temperature))
+    confidence = probabilities.max(1)
+    is_right: npt.NDArray[np.bool_] = probabilities.argmax(1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [
+        abs(float(confidence[index == bin_].mean()) - float(is_right[index == bin_].mean()))
+        * float((index == bin_).mean())
+        for bin_ in range(bins)
+        if (index == bin_).any()
+    ]
+    return float(sum(gaps))

@@ -1,0 +1,89 @@
+"""The training process: `python -m finetune.child`, spoken to in JSON over its standard pipes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import random
+import signal
+import sys
+from typing import IO
+
+import numpy as np
+import torch
+
+from finetune.errors import Cancelled, RunError, Stopped
+from finetune.events import ChildJob, PipeLink
+from finetune.jobs.records import JobFailure
+from finetune.recipe import run_job
+from model_registry.errors import StoreFull
+from modeling.errors import BackboneUnavailable
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Reads the job from the first line, runs it, reports how it ended; the exit status is 0 if it could report."""
+    _die_with_parent()
+    sink = _private_stdout()
+    job = ChildJob.model_validate_json(sys.stdin.readline())
+    link = PipeLink(sys.stdin, sink)
+    _prepare(job)
+    try:
+        run_job(job, link)
+    except Stopped:
+        link.stopped()
+    except Cancelled:
+        link.cancelled()
+    except Exception as error:
+        link.fail(explain(error).model_dump(mode="json"))
+        if not isinstance(error, RunError):
+            raise  # the traceback goes to the job's log
+    return 0
+
+
+def explain(error: Exception) -> JobFailure:
+    """A failure a person can act on, by the kind of error."""
+    if isinstance(error, RunError):
+        return error.failure
+    if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}):
+        hint = "free some space, then submit the job again; nothing incomplete was registered"
+        return JobFailure(code="storage_full", message="no space left for the artefact", hint=hint, retryable=True)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        hint = "use a smaller batch_size or max_length"
+        return JobFailure(code="out_of_memory", message="the run needs more memory than there is", hint=hint)
+    if isinstance(error, BackboneUnavailable):
+        return JobFailure(code="backbone_unavailable", message=str(error), hint="check the backbone's source")
+    return JobFailure(
+        code="internal_error",
+        message=f"the run failed ({type(error).__name__})",
+        hint="the worker's log has the details",
+    )
+
+
+def _private_stdout() -> IO[str]:
+    """A stream to the supervisor that no library's print can disturb: stdout itself now leads to stderr."""
+    sink = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return sink
+
+
+def _die_with_parent() -> None:
+    """A child whose supervisor is gone has nobody to report to; without this it would train on for hours."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prepare(job: ChildJob) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    torch.set_num_threads(job.worker.cpu_threads)
+    seed = int(job.spec.hyperparameters.get("seed", 42))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    job.work_dir.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Opens an uploaded file of any accepted format as batches of string rows, in bounded memory.
+
+Problems of the data become findings with row numbers, never exceptions; an `OSError` is the machine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+from finetune.datasets.batches import NOTHING, FindingLog, Limits, RowSource
+from finetune.datasets.csv_rows import open_csv
+from finetune.datasets.jsonl_rows import open_jsonl
+from finetune.datasets.parquet_rows import open_parquet
+from finetune.datasets.records import FileFormat, Finding
+from finetune.datasets.text_lines import note_wide_encoding, wide_encoding
+
+_PARQUET_MAGIC = b"PAR1"
+_ARCHIVE_MAGICS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_SUFFIXES: dict[str, FileFormat] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_OPENERS = {"csv": open_csv, "jsonl": open_jsonl, "parquet": open_parquet}
+
+
+def detect_format(filename: str, first_bytes: bytes) -> FileFormat | None:
+    """The format by the content's mark, else by the name's suffix, else by the first character."""
+    if first_bytes.startswith(_PARQUET_MAGIC):
+        return "parquet"
+    if _compression(first_bytes) is not None:
+        return None
+    return _SUFFIXES.get(PurePath(filename).suffix.lower()) or _by_content(first_bytes)
+
+
+def unrecognised(filename: str, first_bytes: bytes) -> Finding:
+    """The finding for a file of which `detect_format` makes nothing."""
+    compression = _compression(first_bytes)
+    if compression is not None:
+        message, fix = f"{filename!r} is compressed with {compression}", "uncompress it first"
+    else:
+        message, fix = f"the format of {filename!r} is not known", "upload a .csv, .jsonl or .parquet file"
+    return Finding(code="parse_error", severity="error", message=message, fix=fix)
+
+
+@contextlib.contextmanager
+def open_rows(
+    path: Path, file_format: FileFormat, log: FindingLog, limits: Limits | None = None
+) -> Iterator[RowSource]:
+    """The rows of a local file. What is wrong with them is in `log` once the batches have been read."""
+    with path.open("rb") as stream:
+        first_bytes = stream.read(8)
+    if _is_refused(first_bytes, log):
+        yield NOTHING
+        return
+    with _OPENERS[file_format](path, log, limits or Limits()) as source:
+        yield source
+
+
+def _is_refused(first_bytes: bytes, log: FindingLog) -> bool:
+    compression, encoding = _compression(first_bytes), wide_encoding(first_bytes)
+    if not first_bytes:
+        log.note("empty", "the file is empty", fix="upload a file with a header and rows")
+    elif compression is not None:
+        log.note("compressed", f"the file is compressed with {compression}", fix="uncompress it first")
+    elif encoding is not None:
+        note_wide_encoding(log, encoding)
+    else:
+        return False
+    return True
+
+
+def _compression(first_bytes: bytes) -> str | None:
+    return next((name for magic, name in _ARCHIVE_MAGICS.items() if first_bytes.startswith(magic)), None)
+
+
+def _by_content(first_bytes: bytes) -> FileFormat | None:
+    text = first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"{"):
+        return "jsonl"
+    first_line = text.split(b"\n", 1)[0]
+    is_table = any(delimiter in first_line for delimiter in (b",", b";", b"\t"))
+    is_csv = is_table and b"\0" not in first_bytes and not text.startswith((b"[", b"<"))
+    return "csv" if is_csv else None

@@ -1,0 +1,53 @@
+"""Errors of a run, as the child process reports them.
+
+RunError(code, message, hint, retryable)
+├── DatasetInvalid       findings that forbid training
+└── NonFiniteLoss        the loss became NaN or infinite
+
+Cancelled, Stopped       the run was asked to end, or to make way for a while (no failures)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.jobs.records import JobFailure
+
+
+class RunError(Exception):
+    """A failure that a person can act on."""
+
+    def __init__(
+        self, code: str, message: str, *, hint: str = "", retryable: bool = False,
+        findings: list[dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.failure = JobFailure(code=code, message=message, hint=hint, retryable=retryable, findings=findings or [])
+
+
+class DatasetInvalid(RunError):
+    def __init__(self, message: str, findings: list[dict[str, Any]]) -> None:
+        super().__init__(
+            "dataset_invalid", message, hint="mend the rows that the findings name and upload again", findings=findings
+        )
+
+
+class NonFiniteLoss(RunError):
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            "non_finite_loss",
+            f"the loss became infinite or NaN at step {step}",
+            hint="use a smaller learning_rate, or precision fp32",
+        )
+
+
+class Cancelled(Exception):
+    """The run was asked to stop; `keep_best` says whether to register the best so far."""
+
+    def __init__(self, *, keep_best: bool) -> None:
+        super().__init__("cancelled")
+        self.keep_best = keep_best
+
+
+class Stopped(Exception):
+    """The worker shuts down: save what is needed to go on elsewhere, then leave."""

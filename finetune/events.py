@@ -1,0 +1,138 @@
+"""The child's line to its supervisor: JSON, one object a line, in both directions.
+
+Downwards go the job, cancel requests and answers; upwards events, questions and the result. The
+child has no database: what it reports, the supervisor writes under its lease.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from finetune.errors import Cancelled, Stopped
+from finetune.jobs.records import EventType, JobPhase, JobSpec
+from finetune.plan import WorkerProfile
+
+
+class DatasetInput(BaseModel):
+    """One dataset of a job: its parsed rows on disk and what identifies them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: str
+    sha256: str
+    rows_file: Path
+
+
+class ChildJob(BaseModel):
+    """All that the child is told. Paths are on this host."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    job_id: str
+    tenant: str
+    attempt: int
+    spec: JobSpec
+    train: DatasetInput
+    validation: DatasetInput | None = None
+    test: DatasetInput | None = None
+    backbone_folder: Path
+    store_root: Path
+    work_dir: Path
+    worker: WorkerProfile
+    elapsed_s: float = 0.0
+
+
+class Link(Protocol):
+    """What a run needs of the world around it."""
+
+    def event(
+        self, type_: EventType, message: str, data: Mapping[str, Any] | None = None, *, level: str = "info"
+    ) -> None: ...
+    def phase(self, phase: JobPhase) -> None: ...
+    def progress(self, **values: Any) -> None: ...
+    def set(self, **columns: Any) -> None: ...
+    def check_cancelled(self) -> None:
+        """Raises `Cancelled` or `Stopped` if the run was asked to end."""
+
+    def reserve(self, *, kind: str, method: str) -> int:
+        """The version number to write under; raises if the lease is gone."""
+
+    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None: ...
+
+
+class PipeLink:
+    """The `Link` over two pipes. A thread reads, so that a cancel is seen in the middle of a step."""
+
+    def __init__(self, source: IO[str], sink: IO[str], *, progress_every_s: float = 0.5) -> None:
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._end: Cancelled | Stopped | None = None
+        self._progress_every_s = progress_every_s
+        self._last_progress = 0.0
+        threading.Thread(target=self._read, args=(source,), daemon=True, name="supervisor-link").start()
+
+    def event(
+        self, type_: EventType, message: str, data: Mapping[str, Any] | None = None, *, level: str = "info"
+    ) -> None:
+        self._send({"kind": "event", "type": type_, "message": message, "data": dict(data or {}), "level": level})
+
+    def phase(self, phase: JobPhase) -> None:
+        self._send({"kind": "phase", "phase": phase})
+
+    def progress(self, **values: Any) -> None:
+        now = time.monotonic()
+        if now - self._last_progress >= self._progress_every_s:
+            self._last_progress = now
+            self._send({"kind": "progress", "values": values})
+
+    def set(self, **columns: Any) -> None:
+        self._send({"kind": "set", "columns": columns})
+
+    def check_cancelled(self) -> None:
+        if self._end is not None:
+            raise self._end
+
+    def reserve(self, *, kind: str, method: str) -> int:
+        self._send({"kind": "reserve", "version_kind": kind, "method": method})
+        return int(self._answers.get(timeout=120)["version"])
+
+    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
+        self._send(
+            {
+                "kind": "succeeded",
+                "manifest": dict(manifest),
+                "evaluation": dict(evaluation),
+                "was_cancelled": was_cancelled,
+            }
+        )
+
+    def fail(self, failure: Mapping[str, Any]) -> None:
+        self._send({"kind": "failed", "failure": dict(failure)})
+
+    def cancelled(self) -> None:
+        self._send({"kind": "cancelled"})
+
+    def stopped(self) -> None:
+        self._send({"kind": "stopped"})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._sink.write(json.dumps(message) + "\n")
+            self._sink.flush()
+
+    def _read(self, source: IO[str]) -> None:
+        for line in source:
+            message = json.loads(line)
+            if message["kind"] == "cancel":
+                self._end = Cancelled(keep_best=message["keep_best"])
+            elif message["kind"] == "stop":
+                self._end = Stopped()
+            else:
+                self._answers.put(message)

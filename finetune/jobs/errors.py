@@ -1,0 +1,39 @@
+"""Errors of the job store.
+
+JobError
+├── JobNotFound            no such job for this tenant
+├── JobNotCancellable      the job has ended already
+├── LeaseLost              another worker holds the job now; nothing was written
+├── IdempotencyMismatch    the key was used for another request
+└── IdempotencyInProgress  the first request with this key is still running
+"""
+
+from __future__ import annotations
+
+
+class JobError(Exception):
+    """Base of all errors of this package."""
+
+
+class JobNotFound(JobError):
+    """No such job for this tenant."""
+
+
+class JobNotCancellable(JobError):
+    """The job has ended already."""
+
+
+class LeaseLost(JobError):
+    """The lease was taken by another worker, or the job has ended; the write did not happen."""
+
+
+class IdempotencyMismatch(JobError):
+    """The key was used before for a request with another body."""
+
+
+class IdempotencyInProgress(JobError):
+    """The first request with this key has not finished yet."""
+
+    def __init__(self, message: str, *, job_id: str | None) -> None:
+        super().__init__(message)
+        self.job_id = job_id

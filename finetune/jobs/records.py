@@ -1,0 +1,149 @@
+"""What a fine-tune job is: its request, its states, its events. No SQL, no HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model_registry.refs import NAME_PATTERN
+
+EVENT_TYPES = (
+    "state_changed", "phase_changed", "progress", "metrics", "baseline_ready", "checkpoint_saved", "best_updated",
+    "early_stopped", "data_warning", "resumed", "evaluation_ready", "model_registered", "gate_passed", "gate_failed",
+    "cancelled", "error",
+)  # fmt: skip
+EventType = Literal[
+    "state_changed", "phase_changed", "progress", "metrics", "baseline_ready", "checkpoint_saved", "best_updated",
+    "early_stopped", "data_warning", "resumed", "evaluation_ready", "model_registered", "gate_passed", "gate_failed",
+    "cancelled", "error",
+]  # fmt: skip
+
+
+class JobStatus(StrEnum):
+    VALIDATING_FILES = "validating_files"  # waits for its datasets to be checked
+    QUEUED = "queued"  # waits for a worker
+    RUNNING = "running"  # a worker holds the lease
+    CANCELLING = "cancelling"  # the worker was told and is winding down
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+
+
+class JobPhase(StrEnum):
+    PREPARING_DATA = "preparing_data"
+    LOADING_BACKBONE = "loading_backbone"
+    EMBEDDING = "embedding"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    CALIBRATING = "calibrating"
+    EXPORTING = "exporting"
+    REGISTERING = "registering"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Columns(_Model):
+    """Which columns of the dataset hold what."""
+
+    text: str = Field("text", min_length=1, max_length=200)
+    label: str = Field("label", min_length=1, max_length=200)
+
+
+class JobSpec(_Model):
+    """A fine-tune request as accepted: hyperparameters as asked for, not yet resolved."""
+
+    dataset: str
+    validation_dataset: str | None = None
+    test_dataset: str | None = None
+    backbone: str
+    task: Literal["text-classification"] = "text-classification"
+    columns: Columns = Columns()
+    register_as: str = Field(pattern=NAME_PATTERN)
+    promote: Literal["manual", "if_better"] = "manual"
+    hyperparameters: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    actor: str = "anonymous"
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return tuple(id_ for id_ in (self.dataset, self.validation_dataset, self.test_dataset) if id_ is not None)
+
+
+class JobFailure(_Model):
+    """Why a job failed, in a form a person can act on."""
+
+    code: str
+    message: str
+    hint: str = ""
+    retryable: bool = False
+    findings: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    seq: int
+    job_id: str
+    attempt: int
+    created_at: float
+    level: str
+    type: str
+    message: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneJob:
+    """One row of `jobs`."""
+
+    id: str
+    tenant: str
+    status: JobStatus
+    phase: str | None
+    spec: JobSpec
+    plan: dict[str, Any] | None
+    attempt: int
+    max_attempts: int
+    worker_id: str | None
+    lease_token: int
+    lease_expires_at: float | None
+    heartbeat_at: float | None
+    progress_at: float | None
+    cancel_requested_at: float | None
+    cancel_keep_best: bool
+    progress: dict[str, Any] | None
+    best: dict[str, Any] | None
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    last_seq: int
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's right to write to a job. Each claim raises the token, so an older holder's writes fail."""
+
+    job_id: str
+    worker_id: str
+    token: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What the supervisor learns when it renews its lease."""
+
+    cancel_requested: bool
+    keep_best: bool

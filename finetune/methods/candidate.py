@@ -1,0 +1,43 @@
+"""What a method hands back: its answers on the held-out rows, and how to write itself down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model_registry.manifest import VersionKind
+from modeling.heads import TaskHead
+from modeling.linear_text import LinearText
+from modeling.weights import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Servable:
+    """The weights as they will be served: `head` or `linear`, plus whatever `write_extra` puts beside them.
+
+    `logits` runs exactly what the server will run, from raw texts.
+    """
+
+    logits: Callable[[Sequence[str]], FloatArray]
+    head: TaskHead | None = None
+    linear: LinearText | None = None
+    write_extra: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One trained method. `validation_logits` come from a model that never saw the validation rows.
+
+    `finish` gives the weights to serve: the baseline and the probe refit on training and validation
+    rows together once they are chosen; the others return what they trained.
+    """
+
+    method: str
+    kind: VersionKind
+    validation_logits: FloatArray
+    finish: Callable[[], Servable]
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+    head: TaskHead | None = None

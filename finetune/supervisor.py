@@ -1,0 +1,255 @@
+"""One run: starts the child, writes what it reports under the lease, renews the lease, ends it.
+
+The child computes; everything that the world may see is written here, in transactions that check
+the lease first. When the lease is lost the child is killed and nothing more is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.events import ChildJob
+from finetune.jobs.errors import LeaseLost
+from finetune.jobs.records import JobFailure, JobStatus, Lease
+from finetune.jobs.store import JobStore
+from finetune.metrics import WorkerMetrics
+from finetune.settings import child_environment
+from model_registry.errors import ArtifactExists, DatabaseUnavailable
+from model_registry.manifest import MANIFEST_NAME, ModelManifest
+from model_registry.registry import Registry
+from model_registry.store import ArtifactStore
+
+_log = logging.getLogger("finetune.supervisor")
+_DATABASE_RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds: how long a lease lasts, how often it is renewed, and when a silent or unwilling child is killed."""
+
+    lease_s: float
+    heartbeat_s: float
+    stall_s: float
+    cancel_grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where a run's outcome is written."""
+
+    jobs: JobStore
+    registry: Registry
+    store: ArtifactStore
+    metrics: WorkerMetrics
+
+
+class Supervisor:
+    """Runs one job under one lease. `command` starts the child (replaced in tests)."""
+
+    def __init__(
+        self, ledger: Ledger, lease: Lease, job: ChildJob, timing: Timing, *, should_stop: Callable[[], bool],
+        log_file: Path, command: list[str] | None = None,
+    ) -> None:  # fmt: skip
+        self._ledger, self._lease, self._job, self._timing = ledger, lease, job, timing
+        self._should_stop = should_stop
+        self._log_file = log_file
+        self._command = command or [sys.executable, "-m", "finetune.child"]
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._end_requested_at: float | None = None
+        self._outcome: str | None = None
+
+    def run(self) -> str:
+        """Blocks until the run has ended and its end is written. Returns succeeded, failed, cancelled, requeued or lost."""
+        with self._child() as child:
+            try:
+                self._watch(child)
+                if self._outcome is None:
+                    self._lost_child(child)
+            except LeaseLost:
+                _log.warning("lease lost, run abandoned", extra={"action": "lease_lost", "job": self._lease.job_id})
+                self._outcome = "lost"
+            finally:
+                _kill(child)
+        assert self._outcome is not None
+        return self._outcome
+
+    # The loop
+
+    def _watch(self, child: subprocess.Popen[str]) -> None:
+        timing = self._timing
+        renewed = progressed = time.monotonic()
+        seen_progress = False
+        while self._outcome is None:
+            now = time.monotonic()
+            try:
+                message = self._lines.get(timeout=min(0.2, timing.heartbeat_s))
+            except queue.Empty:
+                message = {}
+            if message is None:
+                return  # the child closed its pipe
+            if message:
+                progressed, seen_progress = now, True
+                self._persistently(lambda message=message: self._write(child, message))
+            if now - renewed >= timing.heartbeat_s:
+                self._persistently(lambda seen=seen_progress: self._renew(child, seen))
+                renewed, seen_progress = now, False
+            self._end_if_due(child, now, progressed)
+
+    def _renew(self, child: subprocess.Popen[str], has_progressed: bool) -> None:
+        beat = self._ledger.jobs.heartbeat(self._lease, lease_s=self._timing.lease_s, has_progressed=has_progressed)
+        self._ledger.metrics.beat()
+        if beat.cancel_requested and self._end_requested_at is None:
+            self._end_requested_at = time.monotonic()
+            _send(child, {"kind": "cancel", "keep_best": beat.keep_best})
+
+    def _end_if_due(self, child: subprocess.Popen[str], now: float, progressed: float) -> None:
+        if self._should_stop() and self._end_requested_at is None:
+            self._end_requested_at = now
+            _send(child, {"kind": "stop"})
+        if self._end_requested_at is not None and now - self._end_requested_at > self._timing.cancel_grace_s:
+            _kill(child)
+        if now - progressed > self._timing.stall_s:
+            _kill(child)
+            reason = f"no sign of progress for {self._timing.stall_s:.0f} s"
+            self._persistently(lambda: self._ledger.jobs.requeue(self._lease, reason, charge_attempt=True))
+            self._outcome = "requeued"
+
+    def _persistently(self, write: Callable[[], None]) -> None:
+        """Repeats a write while the database is away; the lease decides whether it still counts in the end."""
+        while True:
+            try:
+                return write()
+            except DatabaseUnavailable as error:
+                _log.warning("database unavailable, retrying", extra={"action": "db_retry", "error": str(error)})
+                time.sleep(_DATABASE_RETRY_S)
+
+    # What the child says
+
+    def _write(self, child: subprocess.Popen[str], message: dict[str, Any]) -> None:
+        jobs, lease = self._ledger.jobs, self._lease
+        kind = message["kind"]
+        if kind == "event":
+            columns = {"best": message["data"]} if message["type"] == "best_updated" else {}
+            jobs.record(lease, message["type"], message["message"], message["data"], level=message["level"], **columns)
+        elif kind == "phase":
+            self._ledger.metrics.set_phase(message["phase"])
+            jobs.record(lease, "phase_changed", message["phase"], {"phase": message["phase"]}, phase=message["phase"])
+        elif kind == "progress":
+            jobs.set_columns(lease, progress=message["values"])
+        elif kind == "set":
+            jobs.set_columns(lease, **message["columns"])
+        elif kind == "reserve":
+            _send(child, {"kind": "reserved", "version": self._reserve(message)})
+        elif kind == "succeeded":
+            self._publish(message)
+        elif kind == "failed":
+            jobs.finish(lease, JobStatus.FAILED, failure=JobFailure.model_validate(message["failure"]))
+            self._outcome = "failed"
+        elif kind == "cancelled":
+            jobs.finish(lease, JobStatus.CANCELLED)
+            self._outcome = "cancelled"
+        elif kind == "stopped":
+            jobs.requeue(lease, "the worker is shutting down; the run goes on elsewhere", charge_attempt=False)
+            self._outcome = "requeued"
+
+    def _reserve(self, message: dict[str, Any]) -> int:
+        with self._ledger.jobs.fenced(self._lease) as connection:
+            return self._ledger.registry.reserve(
+                connection, tenant=self._job.tenant, name=self._job.spec.register_as, task=self._job.spec.task,
+                kind=message["version_kind"], method=message["method"], job_id=self._job.job_id,
+            )  # fmt: skip
+
+    def _publish(self, message: dict[str, Any]) -> None:
+        """One transaction: the lease is checked, the manifest stored, the version made ready and the job ended."""
+        manifest = ModelManifest.model_validate(message["manifest"])
+        status = JobStatus.CANCELLED if message["was_cancelled"] else JobStatus.SUCCEEDED
+        with self._ledger.jobs.fenced(self._lease) as connection:
+            # Already there after a lost commit: the same child's same bytes, for a number reserved once.
+            with contextlib.suppress(ArtifactExists):
+                key = f"{manifest.prefix}/{MANIFEST_NAME}"
+                self._ledger.store.put_bytes(key, manifest.to_bytes(), create_only=True)
+            actor = self._job.spec.actor
+            self._ledger.registry.publish(connection, manifest, actor=actor)
+            result = {"name": manifest.name, "version": manifest.version}
+            jobs = self._ledger.jobs
+            jobs.record_in(connection, self._lease, "model_registered", f"{manifest.name}:{manifest.version}", result)
+            jobs.finish_in(connection, self._lease, status, result=result, evaluation=message["evaluation"])
+        self._outcome = status.value
+
+    def _lost_child(self, child: subprocess.Popen[str]) -> None:
+        child.wait()
+        if self._end_requested_at is not None and not self._should_stop():
+            self._persistently(lambda: self._ledger.jobs.finish(self._lease, JobStatus.CANCELLED))
+            self._outcome = "cancelled"
+            return
+        reason = f"the training process ended without a result ({_describe(child.returncode)})"
+        is_planned = self._should_stop()
+        self._persistently(lambda: self._ledger.jobs.requeue(self._lease, reason, charge_attempt=not is_planned))
+        self._outcome = "requeued"
+
+    # The process
+
+    @contextlib.contextmanager
+    def _child(self) -> Any:
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_file.open("a") as log:
+            child = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                start_new_session=True, env=child_environment(self._job.worker.cpu_threads),
+            )  # fmt: skip
+            reader = threading.Thread(target=self._read, args=(child,), daemon=True, name="child-reader")
+            reader.start()
+            _send(child, json.loads(self._job.model_dump_json()))
+            try:
+                yield child
+            finally:
+                _kill(child)
+                reader.join(timeout=5)
+                for pipe in (child.stdin, child.stdout):
+                    with contextlib.suppress(OSError):
+                        assert pipe is not None
+                        pipe.close()
+
+    def _read(self, child: subprocess.Popen[str]) -> None:
+        assert child.stdout is not None
+        with contextlib.suppress(ValueError):  # the pipe is closed under us at the end
+            for line in child.stdout:
+                try:
+                    self._lines.put(json.loads(line))
+                except json.JSONDecodeError:
+                    _log.warning("unreadable line from the child", extra={"action": "child_line"})
+        self._lines.put(None)
+
+
+def _send(child: subprocess.Popen[str], message: dict[str, Any]) -> None:
+    assert child.stdin is not None
+    with contextlib.suppress(OSError, ValueError):  # it may have just died; its exit is noticed elsewhere
+        child.stdin.write(json.dumps(message) + "\n")
+        child.stdin.flush()
+
+
+def _kill(child: subprocess.Popen[str]) -> None:
+    """Ends the child's whole process group and waits until it is really gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _describe(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
+    return f"exit status {code}"

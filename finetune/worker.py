@@ -1,0 +1,158 @@
+"""The claim loop: waits for data, takes jobs one at a time, drains on SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.datasets.check import ROWS_FILE
+from finetune.datasets.errors import ColumnMissing, DatasetNotFound
+from finetune.datasets.records import DatasetRecord, DatasetStatus
+from finetune.datasets.store import DatasetStore
+from finetune.events import ChildJob, DatasetInput
+from finetune.jobs.errors import LeaseLost
+from finetune.jobs.records import FineTuneJob, JobFailure, JobStatus, Lease
+from finetune.plan import WorkerProfile
+from finetune.supervisor import Ledger, Supervisor, Timing
+from model_registry.errors import DatabaseUnavailable
+from modeling.backbone import Backbone
+from modeling.errors import ModelingError
+
+_log = logging.getLogger("finetune.worker")
+_BEAT_EVERY_S = 10.0
+_MAX_BACKOFF_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFolders:
+    """`datasets` holds parsed uploads, `work` the resume state of runs, `logs` their output, `store` the artefacts."""
+
+    datasets: Path
+    work: Path
+    logs: Path
+    store: Path
+
+
+class Worker:
+    """One worker process. `stop()` may be called from a signal handler."""
+
+    def __init__(
+        self, worker_id: str, ledger: Ledger, datasets: DatasetStore, *, backbones: Mapping[str, Backbone],
+        profile: WorkerProfile, folders: WorkerFolders, timing: Timing, poll_s: float,
+    ) -> None:  # fmt: skip
+        self._id, self._ledger, self._datasets = worker_id, ledger, datasets
+        self._backbones, self._profile, self._folders, self._timing = backbones, profile, folders, timing
+        self._poll_s = poll_s
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def run_forever(self) -> None:
+        """Works until `stop`. A database that is away only delays it."""
+        backoff_s, beaten = self._poll_s, 0.0
+        is_registered = False
+        while not self._stopping.is_set():
+            try:
+                if not is_registered:
+                    self._ledger.jobs.register_worker(self._id, self._profile.model_dump(mode="json"))
+                    is_registered = True
+                if time.monotonic() - beaten > _BEAT_EVERY_S:
+                    self._ledger.jobs.worker_alive(self._id)
+                    beaten = time.monotonic()
+                self._ledger.metrics.beat()
+                self.promote_waiting()
+                worked = self.work_once()
+                backoff_s = self._poll_s
+            except DatabaseUnavailable as error:
+                _log.warning("database unavailable", extra={"action": "db_unavailable", "error": str(error)})
+                worked, backoff_s = False, min(_MAX_BACKOFF_S, backoff_s * 2)
+            if not worked:
+                self._stopping.wait(backoff_s)
+
+    def work_once(self) -> bool:
+        """Claims and runs one job. False if there was none."""
+        claimed = self._ledger.jobs.claim(self._id, lease_s=self._timing.lease_s)
+        if claimed is None:
+            return False
+        lease, job = claimed
+        started = time.monotonic()
+        _log.info("run begins", extra={"action": "run_begins", "job": job.id, "attempt": lease.attempt})
+        with self._ledger.metrics.finetune_jobs_running.track_inprogress():
+            outcome = self._run(lease, job)
+        method = str(job.spec.hyperparameters.get("method", "auto"))
+        self._ledger.metrics.set_phase(None)
+        if outcome != "lost":
+            duration = self._ledger.metrics.finetune_duration_seconds.labels(method, outcome)
+            duration.observe(time.monotonic() - started)
+        _log.info("run ended", extra={"action": "run_ended", "job": job.id, "outcome": outcome})
+        return True
+
+    def promote_waiting(self) -> None:
+        """Moves jobs whose datasets are checked into the queue, or ends them with the findings."""
+        for job in self._ledger.jobs.waiting_for_data():
+            try:
+                records = [self._datasets.get(job.tenant, id_) for id_ in job.spec.datasets]
+            except DatasetNotFound as error:
+                failure = JobFailure(code="dataset_invalid", message=str(error), hint="upload it again")
+                self._ledger.jobs.data_invalid(job.id, failure)
+                continue
+            invalid = [record for record in records if record.status is DatasetStatus.INVALID]
+            if invalid:
+                self._ledger.jobs.data_invalid(job.id, _invalid(invalid[0]))
+            elif all(record.status is DatasetStatus.READY for record in records):
+                self._ledger.jobs.data_ready(job.id)
+
+    def _run(self, lease: Lease, job: FineTuneJob) -> str:
+        try:
+            child_job = self._child_job(lease, job)
+        except (DatasetNotFound, ColumnMissing, ModelingError) as error:
+            code = "backbone_unavailable" if isinstance(error, ModelingError) else "dataset_invalid"
+            try:
+                self._ledger.jobs.finish(lease, JobStatus.FAILED, failure=JobFailure(code=code, message=str(error)))
+            except LeaseLost:
+                return "lost"
+            return "failed"
+        supervisor = Supervisor(
+            self._ledger, lease, child_job, self._timing, should_stop=self._stopping.is_set,
+            log_file=self._folders.logs / f"{job.id}.log",
+        )  # fmt: skip
+        outcome = supervisor.run()
+        if outcome in {"succeeded", "failed", "cancelled"}:
+            shutil.rmtree(child_job.work_dir, ignore_errors=True)
+        return outcome
+
+    def _child_job(self, lease: Lease, job: FineTuneJob) -> ChildJob:
+        spec = job.spec
+        if spec.backbone not in self._backbones:
+            raise ModelingError(f"this worker has no backbone {spec.backbone!r}; it has {', '.join(self._backbones)}")
+        inputs = {id_: self._dataset(job.tenant, id_) for id_ in spec.datasets}
+        ran_s = 0.0 if job.started_at is None else max(0.0, (job.heartbeat_at or 0) - job.started_at)
+        return ChildJob(
+            job_id=job.id, tenant=job.tenant, attempt=lease.attempt, spec=spec,
+            train=inputs[spec.dataset],
+            validation=inputs[spec.validation_dataset] if spec.validation_dataset else None,
+            test=inputs[spec.test_dataset] if spec.test_dataset else None,
+            backbone_folder=self._backbones[spec.backbone].folder.absolute(),
+            store_root=self._folders.store.absolute(),
+            work_dir=(self._folders.work / job.id).absolute(), worker=self._profile, elapsed_s=ran_s,
+        )  # fmt: skip
+
+    def _dataset(self, tenant: str, dataset_id: str) -> DatasetInput:
+        record = self._datasets.get(tenant, dataset_id)
+        rows = self._folders.datasets / tenant / dataset_id / ROWS_FILE
+        return DatasetInput(id=dataset_id, sha256=record.sha256, rows_file=rows.absolute())
+
+
+def _invalid(record: DatasetRecord) -> JobFailure:
+    findings = [] if record.report is None else record.report.findings
+    errors = [finding.model_dump(mode="json") for finding in findings if finding.severity == "error"]
+    message = f"{record.id} cannot be used: " + "; ".join(error["message"] for error in errors)[:1000]
+    return JobFailure(
+        code="dataset_invalid", message=message, hint="mend the file and upload it again", findings=errors
+    )

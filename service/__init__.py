@@ -1,0 +1,1 @@
+"""The HTTP service: routes, inference runtime and settings of the serving process."""

@@ -1,0 +1,1 @@
+"""The HTTP interface: one file per resource, errors mapped to status codes at this edge only."""

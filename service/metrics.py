@@ -1,0 +1,245 @@
+"""Every metric of the serving process: names, labels and buckets in one file.
+
+Knows prometheus_client and nothing of requests, batches or models: the predictor, the batcher, the model pool and the
+registry watcher each observe into the attributes here, which carry the metric's name without the prefix.
+
+Series of a model exist from `start_model` to `stop_model`, those of an engine from `start_engine` to `stop_engine`, so
+that a rate is 0 before the first request instead of missing, and the first failure counts as an increase.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from prometheus_client import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+NAMESPACE: Final = "polyhead"
+
+REQUEST_LABELS: Final = ("model", "version", "task")
+ENGINE_LABELS: Final = ("backbone", "engine")
+
+MODEL_STATES: Final = ("loading", "warming", "ready", "draining", "unloading", "failed")
+JOB_STATES: Final = (
+    "validating_files",
+    "queued",
+    "running",
+    "succeeded",
+    "failed",
+    "cancelled",
+    "cancelling",
+    "paused",
+)
+
+# Label values whose series are created at load; any other value creates its own on first use.
+REQUEST_CODES: Final = ("200", "422", "429", "500", "503", "504")
+REJECT_REASONS: Final = ("queue_full", "token_budget", "quota", "deadline", "model_not_ready", "draining")
+CANCEL_STAGES: Final = ("queued", "running")
+
+DURATION_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
+LOAD_BUCKETS_S: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+BATCH_SIZE_BUCKETS: Final = tuple(2**power for power in range(0, 11))
+BATCH_TOKENS_BUCKETS: Final = tuple(2**power for power in range(4, 18))
+PADDING_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
+CONFIDENCE_BUCKETS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+
+
+class ServingMetrics:
+    """The metrics of one serving process. Thread-safe: observe from the event loop and from engine threads.
+
+    `registry` must not hold process collectors yet; by default a new one is made, so two instances never collide.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        # Otherwise each counter and histogram child exports one more series that nothing here asks about.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry if registry is not None else CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+        # Requests: model, version, task
+        self.requests_total = self._counter(
+            "requests_total", "Requests answered, by HTTP status code", *REQUEST_LABELS, "code"
+        )
+        self.request_duration_seconds = self._histogram(
+            "request_duration_seconds",
+            "Time from a request's arrival to its answer",
+            *REQUEST_LABELS,
+            buckets=DURATION_BUCKETS_S,
+        )
+        self.tokenize_duration_seconds = self._histogram(
+            "tokenize_duration_seconds",
+            "Time spent turning a request's inputs into tensors",
+            *REQUEST_LABELS,
+            buckets=DURATION_BUCKETS_S,
+        )
+        self.requests_in_progress = self._gauge(
+            "requests_in_progress", "Requests accepted and not answered yet", *REQUEST_LABELS
+        )
+        self.rejected_total = self._counter(
+            "rejected_total", "Requests refused before any compute", *REQUEST_LABELS, "reason"
+        )
+        self.cancelled_total = self._counter(
+            "cancelled_total",
+            "Requests whose client left or whose deadline passed, by the stage reached",
+            *REQUEST_LABELS,
+            "stage",
+        )
+        self.prediction_confidence = self._histogram(
+            "prediction_confidence",
+            "Calibrated probability of the predicted label",
+            *REQUEST_LABELS,
+            buckets=CONFIDENCE_BUCKETS,
+        )
+
+        # Queue, batches and engines: backbone, engine
+        self.queue_requests = self._gauge("queue_requests", "Entries waiting for a batch", *ENGINE_LABELS)
+        self.queue_tokens = self._gauge("queue_tokens", "Tokens waiting for a batch", *ENGINE_LABELS)
+        self.queue_duration_seconds = self._histogram(
+            "queue_duration_seconds",
+            "Time an entry waited for its batch",
+            *ENGINE_LABELS,
+            buckets=DURATION_BUCKETS_S,
+        )
+        self.inference_duration_seconds = self._histogram(
+            "inference_duration_seconds",
+            "Time an engine took for a batch, heads included",
+            *ENGINE_LABELS,
+            buckets=DURATION_BUCKETS_S,
+        )
+        self.batch_size = self._histogram(
+            "batch_size", "Entries in a batch", *ENGINE_LABELS, buckets=BATCH_SIZE_BUCKETS
+        )
+        self.batch_tokens = self._histogram(
+            "batch_tokens", "Tokens in a batch, padding included", *ENGINE_LABELS, buckets=BATCH_TOKENS_BUCKETS
+        )
+        self.batch_padding_ratio = self._histogram(
+            "batch_padding_ratio", "Padding's share of a batch's tokens", *ENGINE_LABELS, buckets=PADDING_BUCKETS
+        )
+        self.worker_restarts_total = self._counter(
+            "worker_restarts_total", "Restarts of an engine's thread after a crash", *ENGINE_LABELS
+        )
+        self.engine_parity_max_abs_diff = self._gauge(
+            "engine_parity_max_abs_diff", "Largest difference from the reference engine's outputs", *ENGINE_LABELS
+        )
+        self.engine_fallback_total = self._counter(
+            "engine_fallback_total", "Times an engine was given up for another", "backbone", "from", "to", "reason"
+        )
+
+        # The model pool
+        self.model_info = self._gauge("model_info", "1 for each model in the pool", *REQUEST_LABELS, *ENGINE_LABELS)
+        self.model_state = self._gauge("model_state", "1 for the state a model is in, else 0", *REQUEST_LABELS, "state")
+        self.model_memory_bytes = self._gauge(
+            "model_memory_bytes", "Memory a model holds beyond its shared backbone", *REQUEST_LABELS
+        )
+        self.adapter_loads_total = self._counter("adapter_loads_total", "Versions loaded: heads, adapters, full models")
+        self.adapter_load_duration_seconds = self._histogram(
+            "adapter_load_duration_seconds", "Time from reading a version to its being ready", buckets=LOAD_BUCKETS_S
+        )
+        self.adapter_evictions_total = self._counter(
+            "adapter_evictions_total", "Versions unloaded to stay within the memory budget"
+        )
+
+        # The job table, as this process last read it
+        self.finetune_jobs = self._gauge("finetune_jobs", "Fine-tune jobs in the database, by state", "state")
+
+        self._request_histograms = (
+            self.request_duration_seconds,
+            self.tokenize_duration_seconds,
+            self.prediction_confidence,
+        )
+        self._engine_metrics = (
+            self.queue_requests,
+            self.queue_tokens,
+            self.queue_duration_seconds,
+            self.inference_duration_seconds,
+            self.batch_size,
+            self.batch_tokens,
+            self.batch_padding_ratio,
+            self.worker_restarts_total,
+        )
+        # Requests that name no known model are counted as model="", so that clients cannot create series.
+        self._start_requests("", "", "")
+        self.set_finetune_jobs({})
+
+    def start_model(self, model: str, version: str, task: str, *, backbone: str = "", engine: str = "") -> None:
+        """Create a model's series, when its load begins. Call again to record another engine: counts are kept."""
+        self._start_requests(model, version, task)
+        self.model_memory_bytes.labels(model, version, task)
+        for state in MODEL_STATES:
+            self.model_state.labels(model, version, task, state)
+        self.model_info.remove_by_labels({"model": model, "version": version, "task": task})
+        self.model_info.labels(model, version, task, backbone, engine).set(1)
+
+    def set_model_state(self, model: str, version: str, task: str, *, state: str) -> None:
+        if state not in MODEL_STATES:
+            raise ValueError(f"unknown model state {state!r}, expected one of {', '.join(MODEL_STATES)}")
+        for known in MODEL_STATES:
+            self.model_state.labels(model, version, task, known).set(known == state)
+
+    def stop_model(self, model: str, version: str, task: str) -> None:
+        """Remove a model's series, once it is drained: a later observation would create them anew."""
+        labels = {"model": model, "version": version, "task": task}
+        for metric in (
+            *self._request_histograms,
+            self.requests_total,
+            self.requests_in_progress,
+            self.rejected_total,
+            self.cancelled_total,
+            self.model_info,
+            self.model_state,
+            self.model_memory_bytes,
+        ):
+            metric.remove_by_labels(labels)
+
+    def start_engine(self, backbone: str, engine: str) -> None:
+        """Create an engine's series, all but its parity, which has no value until it is measured."""
+        for metric in self._engine_metrics:
+            metric.labels(backbone, engine)
+
+    def stop_engine(self, backbone: str, engine: str) -> None:
+        """Remove an engine's series. Its fallbacks stay: they are what tells that it stopped."""
+        for metric in (*self._engine_metrics, self.engine_parity_max_abs_diff):
+            metric.remove_by_labels({"backbone": backbone, "engine": engine})
+
+    def count_engine_fallback(self, backbone: str, from_engine: str, *, to_engine: str, reason: str) -> None:
+        self.engine_fallback_total.labels(backbone, from_engine, to_engine, reason).inc()
+
+    def set_finetune_jobs(self, counts: Mapping[str, int]) -> None:
+        """Set the number of jobs in each state; a state left out has none."""
+        for state in dict.fromkeys((*JOB_STATES, *counts)):
+            self.finetune_jobs.labels(state).set(counts.get(state, 0))
+
+    def render(self) -> tuple[bytes, str]:
+        """The body and content type of `GET /metrics`. Some 0.5 ms a model: with a hundred of them, use a thread."""
+        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def _start_requests(self, model: str, version: str, task: str) -> None:
+        for histogram in self._request_histograms:
+            histogram.labels(model, version, task)
+        self.requests_in_progress.labels(model, version, task)
+        for code in REQUEST_CODES:
+            self.requests_total.labels(model, version, task, code)
+        for reason in REJECT_REASONS:
+            self.rejected_total.labels(model, version, task, reason)
+        for stage in CANCEL_STAGES:
+            self.cancelled_total.labels(model, version, task, stage)
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(name, documentation, labels, namespace=NAMESPACE, registry=self.registry)
+
+    def _gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
+        return Gauge(name, documentation, labels, namespace=NAMESPACE, registry=self.registry)
+
+    def _histogram(self, name: str, documentation: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, documentation, labels, namespace=NAMESPACE, registry=self.registry, buckets=buckets)

@@ -1,0 +1,621 @@
+"""The edge over real sockets: a uvicorn server in a thread for limits, in a process for signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request, UploadFile
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+from model_registry.errors import ModelNotFound
+from service.api import problems
+from service.api.guard import DrainState, GuardLimits, RequestGuard
+from service.server import DrainingServer, DrainTimes, HeaderLimits, limited_protocol
+
+REPOSITORY = Path(__file__).parents[2]
+TWO_MB = 2 << 20
+TEN_MB = 10 << 20
+WAIT_S = 10.0
+
+
+class Inputs(BaseModel):
+    kind: Literal["text", "image"]
+    count: int = 0
+
+
+def make_app() -> FastAPI:
+    """A small application with one route for each thing the edge must handle."""
+    app = FastAPI()
+    problems.install(app)
+
+    @app.post("/predict")
+    async def predict(inputs: Inputs) -> dict[str, str]:
+        return {"kind": inputs.kind}
+
+    @app.post("/anything")
+    async def anything(request: Request) -> dict[str, int]:
+        return {"bytes": len(await request.body())}
+
+    @app.post("/datasets")
+    async def upload(file: UploadFile) -> dict[str, int]:
+        return {"bytes": len(await file.read())}
+
+    @app.get("/slow")
+    async def slow(seconds: float) -> dict[str, bool]:
+        await asyncio.sleep(seconds)
+        return {"done": True}
+
+    @app.get("/until_disconnect")
+    async def until_disconnect(request: Request) -> None:
+        while not await request.is_disconnected():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        app.state.has_seen_disconnect = True
+
+    @app.get("/missing")
+    async def missing() -> None:
+        raise ModelNotFound("There is no model x.")
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("the inner secret")
+
+    @app.get("/headers")
+    async def headers(request: Request) -> list[str]:
+        return list(request.headers)
+
+    @app.get("/broken_stream")
+    async def broken_stream() -> StreamingResponse:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"first"
+            raise RuntimeError("the inner secret")
+
+        return StreamingResponse(parts())
+
+    return app
+
+
+def body_limit(path: str, method: str) -> int:
+    return 1 << 30 if path == "/datasets" else TWO_MB
+
+
+@dataclass
+class Edge:
+    """A running server and ways to talk to it."""
+
+    port: int
+    app: FastAPI
+    server: DrainingServer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+
+    def exchange(self, *parts: bytes) -> bytes:
+        """Sends the parts on one connection and returns all that comes back until it closes."""
+        with closing(self.connect()) as connection:
+            for part in parts:
+                connection.sendall(part)
+            return read_all(connection)
+
+
+@contextmanager
+def running(limits: GuardLimits | None = None, header_limits: HeaderLimits | None = None) -> Iterator[Edge]:
+    app, state = make_app(), DrainState()
+    guard = RequestGuard(app, limits or GuardLimits(), state, body_limit)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        guard,
+        http=limited_protocol(header_limits or HeaderLimits()),
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+    )
+    server = DrainingServer(config, state, DrainTimes(drain_delay_s=0, grace_s=1, exit_within_s=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield Edge(listener.getsockname()[1], app, server)
+    finally:
+        server.should_exit = True
+        thread.join(WAIT_S)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def edge() -> Iterator[Edge]:
+    """A server under the default limits."""
+    with running() as edge:
+        yield edge
+
+
+@pytest.fixture(scope="module")
+def hasty_edge() -> Iterator[Edge]:
+    """A server that waits for nobody."""
+    limits = GuardLimits(body_grace_s=0.3, max_body_chunks=64)
+    with running(limits, HeaderLimits(header_timeout_s=0.4, max_body_chunks=64, max_connections=20)) as edge:
+        yield edge
+
+
+def wait_until(is_true: Any, within_s: float = WAIT_S) -> None:
+    end = time.monotonic() + within_s
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    while part := connection.recv(65536):
+        received += part
+    return received
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """One response with a Content-Length; the connection may stay open."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(65536)
+        assert part, received
+        received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+def problem_in(raw: bytes) -> dict[str, Any]:
+    """The problem document of the one response in `raw`, after checks that hold for each of them."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert raw.count(b"HTTP/1.1 ") == 1, raw
+    assert b"content-type: application/problem+json" in head
+    document: dict[str, Any] = json.loads(body)
+    assert head.startswith(f"HTTP/1.1 {document['status']} ".encode())
+    assert f"x-request-id: {document['request_id']}".encode() in head
+    assert b"Traceback" not in raw
+    return document
+
+
+def refusal(raw: bytes) -> tuple[int, str]:
+    document = problem_in(raw)
+    assert b"connection: close" in raw.lower()
+    return document["status"], document["code"]
+
+
+def post(path: str, *headers: str, media_type: str = "application/json") -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {media_type}", *headers, "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def chunked(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+
+
+# Ordinary requests
+
+
+def test_requests_on_one_connection(edge: Edge) -> None:
+    with httpx.Client(base_url=edge.url) as client:
+        for _ in range(3):
+            answer = client.post("/predict", json={"kind": "text"}, headers={"X-Request-ID": "my.id-1"})
+            assert (answer.status_code, answer.json()) == (200, {"kind": "text"})
+            assert answer.headers["x-request-id"] == "my.id-1"
+            assert "connection" not in answer.headers
+        assert len(client.get("/slow?seconds=0").headers["x-request-id"]) == 32
+
+
+def test_bodies_in_every_framing(edge: Edge) -> None:
+    def parts() -> Iterator[bytes]:
+        yield from [b"1" * 100_000] * 20
+
+    with httpx.Client(base_url=edge.url) as client:
+        assert client.post("/anything", content=parts()).json() == {"bytes": 2_000_000}
+        assert client.post("/anything", content=b"1" * 2_000_000).json() == {"bytes": 2_000_000}
+        assert client.post("/datasets", files={"file": b"x" * TEN_MB}).json() == {"bytes": TEN_MB}
+
+
+def test_pipelined_requests_are_answered_in_order(edge: Edge) -> None:
+    slow, quick = b"GET /slow?seconds=0.2 HTTP/1.1\r\nHost: x\r\n", b"GET /headers HTTP/1.1\r\nHost: x\r\n"
+    raw = edge.exchange(slow + b"\r\n" + quick + b"\r\n" + quick + b"Connection: close\r\n\r\n")
+    assert raw.count(b"HTTP/1.1 200") == 3
+    assert raw.index(b'{"done":true}') < raw.index(b'["host"]') < raw.index(b'["host","connection"]')
+
+
+def test_is_disconnected_works(edge: Edge) -> None:
+    connection = edge.connect()
+    connection.sendall(b"GET /until_disconnect HTTP/1.1\r\nHost: x\r\n\r\n")
+    time.sleep(0.1)
+    assert not hasattr(edge.app.state, "has_seen_disconnect")
+    connection.close()
+    wait_until(lambda: getattr(edge.app.state, "has_seen_disconnect", False))
+
+
+def test_expect_continue(edge: Edge) -> None:
+    with closing(edge.connect()) as connection:
+        connection.sendall(post("/anything", "Content-Length: 4", "Expect: 100-continue"))
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"1234")
+        assert b'{"bytes":4}' in read_answer(connection)
+    refused = edge.exchange(post("/anything", f"Content-Length: {TEN_MB}", "Expect: 100-continue"))
+    assert refusal(refused) == (413, "payload_too_large")
+
+
+def test_an_upgrade_is_ignored_and_the_connection_ends(edge: Edge) -> None:
+    raw = edge.exchange(b"GET /headers HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nGET /x")
+    assert raw.startswith(b"HTTP/1.1 200") and b"connection: close" in raw
+    smuggled = edge.exchange(post("/anything", "Upgrade: h2c", "Connection: Upgrade", "Content-Length: 4"), b"1234")
+    assert refusal(smuggled) == (400, "malformed_request")
+
+
+# Errors of the application
+
+
+def test_unknown_route_and_method(edge: Edge) -> None:
+    with httpx.Client(base_url=edge.url) as client:
+        missing = client.get("/nowhere")
+        assert (missing.status_code, missing.json()["code"], missing.json()["instance"]) == (
+            404,
+            "not_found",
+            "/nowhere",
+        )
+        wrong = client.get("/predict")
+        assert (wrong.status_code, wrong.json()["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+        for answer in (missing, wrong):
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_invalid_and_malformed_json(edge: Edge) -> None:
+    with httpx.Client(base_url=edge.url) as client:
+        invalid = client.post("/predict", json={"kind": "SECRET", "count": "SECRET"})
+        assert (invalid.status_code, invalid.json()["code"]) == (422, "invalid_request")
+        assert [item["loc"] for item in invalid.json()["errors"]] == [["body", "kind"], ["body", "count"]]
+        assert "SECRET" not in invalid.text
+        malformed = client.post("/predict", content=b'{"kind": SECRET', headers={"Content-Type": "application/json"})
+        assert (malformed.status_code, malformed.json()["code"]) == (400, "malformed_request")
+        assert "SECRET" not in malformed.text
+
+
+def test_mapped_and_unexpected_errors_keep_the_connection(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(edge.connect()) as connection:
+        connection.sendall(b"GET /missing HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert problem_in(read_answer(connection))["code"] == "model_not_found"
+        connection.sendall(b"GET /broken HTTP/1.1\r\nHost: x\r\nX-Request-ID: r-7\r\n\r\n")
+        broken = read_answer(connection)
+        assert problem_in(broken)["code"] == "internal_error"
+        assert b"secret" not in broken
+        connection.sendall(b"GET /headers HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(connection).startswith(b"HTTP/1.1 200")
+    logged = [record for record in caplog.records if record.exc_info]
+    assert len(logged) == 1 and "r-7" in logged[0].getMessage()
+
+
+def test_a_stream_that_breaks_is_cut_off(edge: Edge) -> None:
+    raw = edge.exchange(b"GET /broken_stream HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert raw.endswith(b"5\r\nfirst\r\n")
+
+
+# Bodies
+
+
+def test_too_large_with_a_length(edge: Edge) -> None:
+    raw = edge.exchange(post("/anything", f"Content-Length: {TEN_MB}"), b"1" * TEN_MB)
+    assert refusal(raw) == (413, "payload_too_large")
+
+
+def test_too_large_in_chunks(edge: Edge) -> None:
+    part = chunked(b"1" * 65536)
+    raw = edge.exchange(post("/anything", "Transfer-Encoding: chunked"), *[part] * 160, b"0\r\n\r\n")
+    assert refusal(raw) == (413, "payload_too_large")
+
+
+def test_a_client_library_sees_the_refusal_of_a_large_body(edge: Edge) -> None:
+    with httpx.Client(base_url=edge.url) as client:
+        assert client.post("/anything", content=b"1" * TEN_MB).status_code == 413
+
+
+def test_many_small_chunks(edge: Edge) -> None:
+    part = chunked(*[b"1"] * 1000)
+    raw = edge.exchange(post("/anything", "Transfer-Encoding: chunked"), *[part] * 1000, b"0\r\n\r\n")
+    assert refusal(raw) == (400, "malformed_request")
+
+
+def test_a_moderate_number_of_chunks(edge: Edge) -> None:
+    part = chunked(*[b"1"] * 1000)
+    body = part * 16 + b"0\r\n\r\n"
+    raw = edge.exchange(post("/anything", "Transfer-Encoding: chunked", "Connection: close"), body)
+    assert b'{"bytes":16000}' in raw
+
+
+@pytest.mark.parametrize("path", ["/anything", "/datasets"])
+@pytest.mark.parametrize(
+    ("framing", "start"),
+    [("Content-Length: 1000", b"--b\r\n"), ("Transfer-Encoding: chunked", b"5\r\n--b\r\n\r\n")],
+)
+def test_a_slow_body(hasty_edge: Edge, path: str, framing: str, start: bytes) -> None:
+    raw = hasty_edge.exchange(post(path, framing, media_type="multipart/form-data; boundary=b"), start)
+    assert refusal(raw) == (408, "request_timeout")
+
+
+def test_depth_bomb(edge: Edge) -> None:
+    body = b"[" * 1_000_000
+    raw = edge.exchange(post("/predict", f"Content-Length: {len(body)}", "Connection: close"), body)
+    assert refusal(raw) == (400, "malformed_request")
+
+
+def test_compressed_body(edge: Edge) -> None:
+    raw = edge.exchange(post("/predict", "Content-Encoding: gzip", "Content-Length: 4"), b"\x1f\x8b12")
+    assert refusal(raw) == (415, "unsupported_media_type")
+
+
+def test_bad_utf8(edge: Edge) -> None:
+    raw = edge.exchange(post("/predict", "Content-Length: 4", "Connection: close"), b'"\xff\xfe"')
+    assert refusal(raw) == (400, "malformed_request")
+
+
+# Framing and headers
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"HELLO\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
+        post("/anything", "Content-Length: 4", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+        post("/anything", "Transfer-Encoding: chunked", "Content-Length: 4") + b"0\r\n\r\n",
+        post("/anything", "Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n",
+        post("/anything", "Content-Length: 4", "Content-Length: 5") + b"12345",
+        post("/anything", "Content-Length: -4") + b"1234",
+        post("/anything", "Transfer-Encoding: chunked") + b"zz\r\n",
+        post("/datasets", "Transfer-Encoding: chunked", media_type="multipart/form-data; boundary=b") + b"1\r\n-b\r\n",
+    ],
+)
+def test_malformed_http(edge: Edge, request_bytes: bytes) -> None:
+    assert refusal(edge.exchange(request_bytes)) == (400, "malformed_request")
+
+
+def test_headers_without_end(edge: Edge) -> None:
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    part = b"x" * 65536
+    raw = edge.exchange(b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ", *[part] * 160)
+    assert refusal(raw) == (431, "headers_too_large")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 8 * 1024
+
+
+def test_ten_megabytes_of_ordinary_headers(edge: Edge) -> None:
+    part = b"".join(b"X-%d: %s\r\n" % (index, b"v" * 1000) for index in range(100))
+    assert refusal(edge.exchange(b"GET / HTTP/1.1\r\n", *[part] * 100)) == (431, "headers_too_large")
+
+
+def test_many_small_headers(edge: Edge) -> None:
+    lines = [b"X-%d: 1\r\n" % index for index in range(65)]
+    assert refusal(edge.exchange(b"GET /headers HTTP/1.1\r\n", *lines, b"\r\n")) == (431, "headers_too_large")
+    raw = edge.exchange(b"GET /headers HTTP/1.1\r\nConnection: close\r\n", *lines[:63], b"\r\n")
+    assert raw.startswith(b"HTTP/1.1 200")
+
+
+def test_long_targets(edge: Edge) -> None:
+    assert refusal(edge.exchange(b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n")) == (414, "uri_too_long")
+    assert refusal(edge.exchange(b"GET /", *[b"a" * 65536] * 160)) == (414, "uri_too_long")
+    raw = edge.exchange(b"GET /headers?" + b"a" * 8000 + b" HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert raw.startswith(b"HTTP/1.1 200")
+
+
+def test_empty_lines_without_end(edge: Edge) -> None:
+    assert refusal(edge.exchange(b"\r\n" * 100_000)) == (431, "headers_too_large")
+
+
+def test_trailers_are_bounded_and_never_become_headers(edge: Edge) -> None:
+    start = post("/anything", "Transfer-Encoding: chunked", "Connection: close") + chunked(b"1")
+    assert b'{"bytes":1}' in edge.exchange(start + b"0\r\nContent-Encoding: gzip\r\n\r\n")
+    raw = edge.exchange(start + b"0\r\nX-Long: ", *[b"x" * 65536] * 160)
+    assert refusal(raw) == (431, "headers_too_large")
+
+
+def test_slow_headers(hasty_edge: Edge) -> None:
+    with closing(hasty_edge.connect()) as connection:
+        for byte in b"GET /he":
+            connection.sendall(bytes([byte]))
+            time.sleep(0.03)
+        assert refusal(read_all(connection)) == (408, "request_timeout")
+
+
+def test_slow_headers_of_a_second_request(hasty_edge: Edge) -> None:
+    with closing(hasty_edge.connect()) as connection:
+        connection.sendall(b"GET /headers HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(connection).startswith(b"HTTP/1.1 200")
+        time.sleep(0.6)  # idle between requests is not a slow header
+        connection.sendall(b"GET /headers")
+        assert refusal(read_all(connection)) == (408, "request_timeout")
+
+
+def test_a_silent_connection_is_closed_without_a_word(hasty_edge: Edge) -> None:
+    assert hasty_edge.exchange() == b""
+
+
+def test_a_bad_second_request_never_answers_for_the_first(edge: Edge) -> None:
+    raw = edge.exchange(b"GET /slow?seconds=0.2 HTTP/1.1\r\nHost: x\r\n\r\nNONSENSE\r\n\r\n")
+    assert raw.startswith(b"HTTP/1.1 200") and raw.count(b"HTTP/1.1 ") == 1
+    assert b"connection: close" in raw and raw.endswith(b'{"done":true}')
+
+
+def test_too_many_connections(hasty_edge: Edge) -> None:
+    wait_until(lambda: not hasty_edge.server.server_state.connections)
+    open_ones = [hasty_edge.connect() for _ in range(20)]
+    try:
+        wait_until(lambda: len(hasty_edge.server.server_state.connections) == 20)
+        assert refusal(hasty_edge.exchange()) == (503, "too_many_connections")
+    finally:
+        for connection in open_ones:
+            connection.close()
+
+
+# The end of the process
+
+SERVER_PROGRAM = textwrap.dedent(
+    """
+    import sys
+    from contextlib import asynccontextmanager
+    from fastapi import FastAPI, Response
+    from service.api import problems
+    from service.api.guard import DrainState, GuardLimits, RequestGuard
+    from service.server import DrainTimes, serve
+    import asyncio
+
+    port, delay, grace, within, stop_s = int(sys.argv[1]), *map(float, sys.argv[2:])
+    state = DrainState()
+
+    @asynccontextmanager
+    async def lifespan(app):
+        yield
+        await asyncio.sleep(stop_s)
+        print("stopped", flush=True)
+
+    app = FastAPI(lifespan=lifespan)
+    problems.install(app)
+
+    @app.get("/readyz")
+    async def ready():
+        return Response(status_code=503 if state.draining else 200)
+
+    @app.get("/slow")
+    async def slow(seconds: float):
+        await asyncio.sleep(seconds)
+        return {"done": True}
+
+    guard = RequestGuard(app, GuardLimits(), state, lambda path, method: 1000)
+    serve(guard, host="127.0.0.1", port=port, state=state, times=DrainTimes(delay, grace, within))
+    """
+)
+
+
+@asynccontextmanager
+async def served(
+    *, delay_s: float, grace_s: float, within_s: float = 10.0, stop_s: float = 0.0
+) -> AsyncIterator[tuple[subprocess.Popen[bytes], httpx.AsyncClient]]:
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    process = start_program(port, delay_s, grace_s, within_s, stop_s)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
+            await answering(client)
+            yield process, client
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def start_program(*arguments: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", SERVER_PROGRAM, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+async def answering(client: httpx.AsyncClient) -> None:
+    for _ in range(1000):
+        try:
+            await client.get("/readyz")
+            return
+        except httpx.TransportError:
+            await asyncio.sleep(0.02)
+    raise AssertionError("the server did not start")
+
+
+async def ended(process: subprocess.Popen[bytes], within_s: float) -> int:
+    return await asyncio.to_thread(process.wait, within_s)
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(stop_signal: signal.Signals) -> None:
+    async def scenario() -> None:
+        async with served(delay_s=1.0, grace_s=5.0) as (process, client):
+            slow = asyncio.create_task(client.get("/slow?seconds=2.5"))
+            before = await client.get("/slow?seconds=0")
+            assert (before.status_code, "connection" in before.headers) == (200, False)
+            process.send_signal(stop_signal)
+            await asyncio.sleep(0.2)
+            assert (await client.get("/readyz")).status_code == 503
+            during = await client.get("/slow?seconds=0")
+            assert (during.status_code, during.headers["connection"]) == (200, "close")
+            await asyncio.sleep(1.3)
+            after = await client.get("/slow?seconds=0")
+            assert (after.status_code, after.json()["code"], after.headers["retry-after"]) == (503, "draining", "5")
+            assert (await client.get("/readyz")).status_code == 503
+            finished = await slow
+            assert (finished.status_code, finished.headers["connection"]) == (200, "close")
+            assert await ended(process, 3.0) == 0
+            assert process.stdout is not None and process.stdout.read() == b"stopped\n"
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_outlives_the_grace_is_told() -> None:
+    async def scenario() -> None:
+        async with served(delay_s=0.0, grace_s=0.5) as (process, client):
+            slow = asyncio.create_task(client.get("/slow?seconds=60"))
+            await asyncio.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            told = await slow
+            assert (told.status_code, told.json()["code"]) == (503, "draining")
+            assert await ended(process, 3.0) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_second_signal_ends_it_now() -> None:
+    async def scenario() -> None:
+        async with served(delay_s=5.0, grace_s=4.0) as (process, client):
+            slow = asyncio.create_task(client.get("/slow?seconds=60"))
+            await asyncio.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            assert await ended(process, 3.0) == 0
+            assert (await slow).json()["code"] == "draining"
+
+    asyncio.run(scenario())
+
+
+def test_an_application_that_does_not_stop_is_left_behind() -> None:
+    async def scenario() -> None:
+        async with served(delay_s=0.0, grace_s=0.5, within_s=2.0, stop_s=60.0) as (process, _):
+            process.send_signal(signal.SIGTERM)
+            assert await ended(process, 2.5) == 0
+
+    asyncio.run(scenario())
+
+
+def test_times_that_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="exit_within_s"):
+        DrainTimes(drain_delay_s=40, grace_s=30, exit_within_s=60)
