@@ -7,6 +7,7 @@ the lease first. When the lease is lost the child is killed and nothing more is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -72,7 +73,7 @@ class Supervisor:
         self._outcome: str | None = None
 
     def run(self) -> str:
-        """Blocks until the run has ended and its end is written. Returns succeeded, failed, cancelled, requeued or lost."""
+        """Blocks until the run's end is written. Returns succeeded, failed, cancelled, requeued or lost."""
         with self._child() as child:
             try:
                 self._watch(child)
@@ -102,9 +103,9 @@ class Supervisor:
                 return  # the child closed its pipe
             if message:
                 progressed, seen_progress = now, True
-                self._persistently(lambda message=message: self._write(child, message))
+                self._persistently(functools.partial(self._write, child, message))
             if now - renewed >= timing.heartbeat_s:
-                self._persistently(lambda seen=seen_progress: self._renew(child, seen))
+                self._persistently(functools.partial(self._renew, child, seen_progress))
                 renewed, seen_progress = now, False
             self._end_if_due(child, now, progressed)
 

@@ -30,7 +30,8 @@ def render_card(manifest: ModelManifest, evaluation: dict[str, Any], *, metadata
         f"## Quality on the {side} rows",
         "",
         f"Accuracy {numbers['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
-        f"macro F1 {numbers['macro_f1']:.4f}, calibration error {numbers['ece_after']:.4f} after temperature {evaluation['temperature']:.3f}.",
+        f"macro F1 {numbers['macro_f1']:.4f}, calibration error {numbers['ece_after']:.4f} "
+        f"after temperature {evaluation['temperature']:.3f}.",
         "",
         "| label | precision | recall | F1 | rows |",
         "|---|---|---|---|---|",

@@ -8,6 +8,7 @@ the epoch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,10 @@ class RegistrySnapshot:
 class Registry:
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def transaction(self) -> AbstractContextManager[sa.Connection]:
+        """A write transaction for `reserve` and `publish`, where the caller has none of its own."""
+        return self._database.write()
 
     # Writing a version
 

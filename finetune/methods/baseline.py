@@ -59,7 +59,8 @@ def both_sides(coefficients: Any, intercepts: Any) -> tuple[FloatArray, FloatArr
     """scikit-learn gives two classes one row of weights; here each class has its own, half on either side."""
     weight, bias = np.asarray(coefficients, np.float32), np.asarray(intercepts, np.float32)
     if len(weight) == 1:
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        half = np.float32(0.5)
+        return np.concatenate([-weight, weight]) * half, np.concatenate([-bias, bias]) * half
     return weight, bias
 
 
@@ -67,7 +68,7 @@ def class_weights(wanted: Any, labels: IntArray, names: Sequence[str]) -> FloatA
     """Weight per class float32[classes] with mean 1 over the rows, or None: `balanced` is inverse to frequency."""
     if wanted == "none":
         return None
-    counts = np.bincount(labels, minlength=len(names)).astype(np.float32)
+    counts: FloatArray = np.bincount(labels, minlength=len(names)).astype(np.float32)
     if wanted == "balanced":
         return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
     chosen = np.asarray([float(wanted.get(name, 1.0)) for name in names], dtype=np.float32)

@@ -1,0 +1,41 @@
+"""`python -m service`: the serving process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from modeling.engines.onnx import refuse_both_wheels
+from modeling.errors import EngineFailed
+from service.api.guard import DrainState
+from service.app import create_app
+from service.logs import set_up
+from service.metrics import ServingMetrics
+from service.server import DrainTimes, serve
+from service.settings import load_settings
+from service.wiring import build
+
+
+def main() -> int:
+    settings = load_settings()
+    set_up(settings.log_level)
+    try:
+        refuse_both_wheels()
+    except EngineFailed as error:
+        raise SystemExit(str(error)) from error
+    logging.getLogger("service").info(
+        f"effective settings: {json.dumps(settings.public())}", extra={"action": "settings"}
+    )
+    drain = DrainState()
+    metrics = ServingMetrics()
+    app = create_app(settings, lambda: build(settings, drain, metrics), drain, metrics)
+    times = DrainTimes(
+        settings.drain_delay_s, settings.drain_grace_s, settings.drain_delay_s + settings.drain_grace_s + 15.0
+    )
+    serve(app, host=settings.host, port=settings.port, state=drain, times=times)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""API keys: who calls, for which tenant, with which scopes. Runs before any body is read."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from model_registry.tables import DEFAULT_TENANT
+from service.api.guard import PROBE_PATHS
+from service.api.problems import Problem, problem_response, request_id_of
+from service.settings import ApiKey, Scope
+
+MAX_KEY_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """The caller. Without configured keys everyone on loopback is `local` with every scope."""
+
+    name: str
+    tenant: str
+    scopes: frozenset[str]
+
+    def may(self, scope: str) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+LOCAL = Principal("local", DEFAULT_TENANT, frozenset({"admin"}))
+
+
+class KeyAuthentication:
+    """ASGI middleware: sets `scope["state"]["principal"]` or answers 401. Probes and metrics need no key."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
+        self._app = app
+        self._keys = tuple(keys)
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in PROBE_PATHS:
+            principal = self.identify(scope["headers"])
+            if principal is None:
+                problem = Problem(
+                    401, "unauthenticated", "send a valid key as 'Authorization: Bearer <key>'",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )  # fmt: skip
+                response = problem_response(problem, path=scope["path"], request_id=request_id_of(scope))
+                await response(scope, receive, send)
+                return
+            scope.setdefault("state", {})["principal"] = principal
+        await self._app(scope, receive, send)
+
+    def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Principal | None:
+        """The caller by `Authorization: Bearer` or `X-API-Key`; any header is ignored where no keys are configured."""
+        if not self._keys:
+            return LOCAL
+        presented = _presented_key(headers)
+        if presented is None or len(presented) > MAX_KEY_BYTES:
+            return None
+        digest = hashlib.sha256(presented).hexdigest()
+        found = None
+        for key in self._keys:  # all of them, so that the time taken tells nothing
+            if hmac.compare_digest(key.sha256, digest):
+                found = Principal(key.name, key.tenant, frozenset(key.scopes))
+        return found
+
+
+def _presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            return key.strip() if scheme.lower() == b"bearer" else None
+        if name == b"x-api-key":
+            return value.strip()
+    return None
+
+
+def principal_of(request: Request) -> Principal:
+    principal = request.scope["state"]["principal"]
+    assert isinstance(principal, Principal)
+    return principal
+
+
+def require(scope: Scope | None) -> Callable[[Request], Principal]:
+    """A dependency: the caller, if it has `scope` (None: any valid key). Raises 403 `forbidden`."""
+
+    def check(request: Request) -> Principal:
+        principal = principal_of(request)
+        if scope is not None and not principal.may(scope):
+            raise Problem(403, "forbidden", f"this key lacks the scope {scope!r}")
+        return principal
+
+    check.required_scope = scope  # type: ignore[attr-defined]
+    return check

@@ -1,0 +1,1 @@
+"""Other services' protocols over the same core, with their own error shapes."""

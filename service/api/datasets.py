@@ -1,0 +1,136 @@
+"""`/datasets`: upload, look, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from itertools import islice
+from typing import Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from finetune.datasets.canonical import read_batches
+from finetune.datasets.check import ROWS_FILE
+from finetune.datasets.records import DatasetRecord, DatasetStatus
+from service.api.deps import Services, ServicesDep, Uploading
+from service.api.problems import Problem
+from service.api.uploads import receive_multipart
+from service.dataset_intake import RAW_FILE
+
+router = APIRouter(tags=["datasets"])
+_WAIT_FOR_CHECK_S = 20.0
+_UPLOAD_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                    "required": ["file"],
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/datasets", status_code=201, summary="Upload a csv, jsonl or parquet file", openapi_extra=_UPLOAD_SCHEMA)
+async def upload(request: Request, services: ServicesDep, principal: Uploading) -> Response:
+    record, _ = await take_upload(request, services, principal.tenant)
+    return JSONResponse(document(record), 201, {"Location": f"/datasets/{record.id}"})
+
+
+async def take_upload(request: Request, services: Services, tenant: str) -> tuple[DatasetRecord, dict[str, str]]:
+    """Receives a multipart body with a file; the record after its check (or after a while) and the other fields.
+
+    Whatever goes wrong on the way, a broken connection included, leaves nothing behind.
+    """
+    staging = services.intake.staging()
+    try:
+        received = await receive_multipart(request, staging / RAW_FILE)
+        if not received.filename:
+            raise Problem(400, "malformed_request", "the body has no part named 'file' (curl: -F file=@…)")
+        if received.size_bytes == 0:
+            raise Problem(400, "empty_input", f"the file {received.filename!r} is empty")
+        record = await services.intake.accept(
+            tenant, staging, filename=received.filename, sha256=received.sha256, size_bytes=received.size_bytes
+        )
+    finally:
+        await asyncio.to_thread(shutil.rmtree, staging, True)
+    return await services.intake.settled(record, within_s=_WAIT_FOR_CHECK_S), received.fields
+
+
+@router.get("/datasets", summary="List datasets, newest first")
+def list_datasets(
+    services: ServicesDep,
+    principal: Uploading,
+    after: str | None = Query(None, max_length=64),
+    limit: int = Query(20, ge=1, le=100),
+) -> dict[str, Any]:
+    records = services.datasets.list(principal.tenant, after=after, limit=limit + 1)
+    return {
+        "object": "list",
+        "data": [document(record) for record in records[:limit]],
+        "has_more": len(records) > limit,
+    }
+
+
+@router.get("/datasets/{dataset_id}", summary="One dataset")
+def get_dataset(dataset_id: str, services: ServicesDep, principal: Uploading) -> dict[str, Any]:
+    return document(services.datasets.get(principal.tenant, dataset_id))
+
+
+@router.get("/datasets/{dataset_id}/report", summary="Findings of the check")
+def get_report(dataset_id: str, services: ServicesDep, principal: Uploading) -> dict[str, Any]:
+    record = services.datasets.get(principal.tenant, dataset_id)
+    report = None if record.report is None else record.report.model_dump(mode="json")
+    return {"object": "dataset.report", "dataset": record.id, "status": record.status, "report": report}
+
+
+@router.get("/datasets/{dataset_id}/preview", summary="The first rows as they were read")
+def get_preview(
+    dataset_id: str, services: ServicesDep, principal: Uploading, limit: int = Query(20, ge=1, le=200)
+) -> dict[str, Any]:
+    record = services.datasets.get(principal.tenant, dataset_id)
+    if record.status is not DatasetStatus.READY or record.columns is None:
+        raise Problem(409, "dataset_not_ready", f"{record.id} is {record.status}; only a ready dataset has a preview")
+    names = [column.name for column in record.columns]
+    rows: list[dict[str, Any]] = []
+    for batch in read_batches(services.intake.folder(principal.tenant, record.id) / ROWS_FILE, names):
+        cells = zip(batch.row_numbers, *batch.columns, strict=True)
+        rows += [
+            {"row": row, "values": dict(zip(names, values, strict=True))}
+            for row, *values in islice(cells, limit - len(rows))
+        ]
+        if len(rows) >= limit:
+            break
+    return {"object": "dataset.preview", "dataset": record.id, "columns": names, "rows": rows}
+
+
+@router.delete("/datasets/{dataset_id}", status_code=204, summary="Delete a dataset and its rows")
+async def delete_dataset(dataset_id: str, services: ServicesDep, principal: Uploading) -> Response:
+    await services.intake.delete(principal.tenant, dataset_id)
+    return Response(status_code=204)
+
+
+def document(record: DatasetRecord) -> dict[str, Any]:
+    findings = [] if record.report is None else record.report.findings
+    return {
+        "id": record.id,
+        "object": "dataset",
+        "filename": record.filename,
+        "format": record.format,
+        "status": record.status,
+        "bytes": record.bytes,
+        "sha256": record.sha256,
+        "rows": record.rows,
+        "columns": None if record.columns is None else [column.model_dump() for column in record.columns],
+        "findings": {
+            severity: sum(finding.severity == severity for finding in findings)
+            for severity in ("error", "warning", "info")
+        },
+        "errors": [finding.model_dump() for finding in findings if finding.severity == "error"],
+        "created_at": record.created_at,
+    }

@@ -1,0 +1,58 @@
+"""What routes fetch from the application's state. Built in `wiring`, passed by type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from finetune.datasets.store import DatasetStore
+from finetune.jobs.store import JobStore
+from model_registry.registry import Registry
+from model_registry.store import ArtifactStore
+from modeling.backbone import Backbone
+from service.api.auth import Principal, require
+from service.api.guard import DrainState
+from service.dataset_intake import DatasetIntake
+from service.inference.model_pool import ModelPool
+from service.inference.predictor import Predictor
+from service.inference.registry_watcher import RegistryWatcher
+from service.metrics import ServingMetrics
+from service.settings import ServingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything the routes use."""
+
+    settings: ServingSettings
+    pool: ModelPool
+    predictor: Predictor
+    watcher: RegistryWatcher
+    registry: Registry
+    jobs: JobStore
+    datasets: DatasetStore
+    intake: DatasetIntake
+    store: ArtifactStore
+    metrics: ServingMetrics
+    drain: DrainState
+    backbones: Mapping[str, Backbone]
+    import_root: Path | None
+
+
+def services(request: Request) -> Services:
+    found = request.app.state.services
+    assert isinstance(found, Services)
+    return found
+
+
+ServicesDep = Annotated[Services, Depends(services)]
+Predicting = Annotated[Principal, Depends(require("predict"))]
+Reading = Annotated[Principal, Depends(require(None))]
+Uploading = Annotated[Principal, Depends(require("datasets"))]
+Training = Annotated[Principal, Depends(require("finetune"))]
+Promoting = Annotated[Principal, Depends(require("models:promote"))]
+Administering = Annotated[Principal, Depends(require("admin"))]

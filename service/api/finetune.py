@@ -1,0 +1,279 @@
+"""`/finetune`: start, watch, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from sse_starlette.sse import EventSourceResponse
+
+from finetune.datasets.check import ROWS_FILE
+from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
+from finetune.datasets.labelled import load_labelled
+from finetune.datasets.records import DatasetRecord, DatasetStatus
+from finetune.jobs.records import Columns, FineTuneJob, JobEvent, JobSpec, JobStatus
+from finetune.plan import DatasetProfile, Hyperparameters, WorkerProfile, parse_hyperparameters, resolve
+from model_registry.errors import ModelNotFound
+from service.api.auth import Principal
+from service.api.datasets import take_upload
+from service.api.deps import Services, ServicesDep, Training
+from service.api.problems import Problem
+from service.api.schemas import CancelRequest, FinetuneRequest
+
+router = APIRouter(tags=["fine-tuning"])
+_EVENT_POLL_S = 0.3
+_CHARACTERS_PER_TOKEN = 4
+_BODY_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FinetuneRequest"}}},
+    }
+}
+
+
+@router.post("/finetune", status_code=202, summary="Start a fine-tune job", openapi_extra=_BODY_SCHEMA)
+async def start(
+    request: Request,
+    services: ServicesDep,
+    principal: Training,
+    dry_run: bool = Query(False, description="only resolve the plan and estimate it"),
+    idempotency_key: str | None = Header(None, min_length=1, max_length=255),
+) -> Response:
+    body, digest = await _read(request, services, principal)
+    spec, records, wanted = await asyncio.to_thread(_accept, body, services, principal)
+    if dry_run:
+        return JSONResponse(await asyncio.to_thread(_dry_run, spec, records, wanted, services, principal))
+    is_ready = all(record.status is DatasetStatus.READY for record in records.values())
+    job = await asyncio.to_thread(
+        lambda: services.jobs.enqueue(
+            principal.tenant, spec, is_data_ready=is_ready, idempotency_key=idempotency_key, request_sha256=digest
+        )
+    )
+    return JSONResponse(document(job, services), 202, {"Location": f"/finetune/{job.id}"})
+
+
+async def _read(request: Request, services: Services, principal: Principal) -> tuple[FinetuneRequest, str]:
+    """The request as JSON, or as a multipart body that brings its file; the digest tells a repeat from a new one."""
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not principal.may("datasets"):
+            raise Problem(403, "forbidden", "this key lacks the scope 'datasets'")
+        record, fields = await take_upload(request, services, principal.tenant)
+        values: dict[str, Any] = {}
+        for name, text in fields.items():
+            values[name] = _json_field(name, text) if name in {"columns", "hyperparameters", "metadata"} else text
+        canonical = json.dumps({**values, "file": record.sha256}, sort_keys=True)
+        return _validated({**values, "dataset": record.id}), hashlib.sha256(canonical.encode()).hexdigest()
+    try:
+        values = orjson.loads(await request.body())
+    except orjson.JSONDecodeError as error:
+        raise Problem(400, "malformed_request", f"the body is not valid JSON: {error.msg}") from error
+    return _validated(values), hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _json_field(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Problem(400, "malformed_request", f"the field {name!r} must be JSON") from error
+
+
+def _validated(values: Any) -> FinetuneRequest:
+    try:
+        return FinetuneRequest.model_validate(values)
+    except ValidationError as error:
+        items = error.errors(include_url=False, include_input=False)
+        errors = [{"loc": [str(part)[:64] for part in item["loc"]], "message": item["msg"]} for item in items[:20]]
+        first = errors[0]
+        detail = f"{'.'.join(first['loc']) or 'body'}: {first['message']}"
+        raise Problem(422, "invalid_request", detail, errors=errors) from error
+
+
+def _accept(
+    body: FinetuneRequest, services: Services, principal: Principal
+) -> tuple[JobSpec, dict[str, DatasetRecord], Hyperparameters]:
+    """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`."""
+    wanted = parse_hyperparameters(body.hyperparameters)
+    backbone = body.backbone or services.settings.resolved_default_backbone
+    if backbone not in services.settings.backbones:
+        known = ", ".join(sorted(services.settings.backbones))
+        raise ModelNotFound(f"there is no backbone {backbone!r}; there are {known}")
+    if body.register_as in services.settings.backbones:
+        raise Problem(422, "invalid_request", f"register_as: {body.register_as!r} is the name of a backbone")
+    spec = JobSpec(
+        dataset=body.dataset, validation_dataset=body.validation_dataset, test_dataset=body.test_dataset,
+        backbone=backbone, columns=Columns(**body.columns), register_as=body.register_as, promote=body.promote,
+        hyperparameters=body.hyperparameters, metadata=body.metadata, actor=principal.name,
+    )  # fmt: skip
+    records = {id_: services.datasets.get(principal.tenant, id_) for id_ in spec.datasets}
+    for record in records.values():
+        _check_dataset(record, spec)
+    return spec, records, wanted
+
+
+def _check_dataset(record: DatasetRecord, spec: JobSpec) -> None:
+    if record.status is DatasetStatus.INVALID and record.report is not None:
+        errors = [finding for finding in record.report.findings if finding.severity == "error"]
+        raise DatasetUnreadable(f"{record.id} cannot be used: {errors[0].message}", findings=errors)
+    if record.columns is None:
+        return  # still being checked: the worker looks again
+    names = [column.name for column in record.columns]
+    for wanted in (spec.columns.text, spec.columns.label):
+        if wanted not in names:
+            error = ColumnMissing(wanted, available=names)
+            raise DatasetUnreadable(f"{record.id}: {error}", findings=[error.as_finding()])
+
+
+def _dry_run(
+    spec: JobSpec, records: dict[str, DatasetRecord], wanted: Hyperparameters, services: Services, principal: Principal
+) -> dict[str, Any]:
+    """The plan as far as it can be known before tokenising: lengths are estimated from characters."""
+    record = records[spec.dataset]
+    if record.status is not DatasetStatus.READY:
+        raise Problem(409, "dataset_not_ready", f"{record.id} is still {record.status}; ask again in a moment")
+    rows_file = services.intake.folder(principal.tenant, record.id) / ROWS_FILE
+    rows, findings = load_labelled(rows_file, text_column=spec.columns.text, label_column=spec.columns.label)
+    lengths = sorted(len(text) // _CHARACTERS_PER_TOKEN + 2 for text in rows.texts)
+    total, split = len(rows), wanted.split
+    validation = records[spec.validation_dataset].rows if spec.validation_dataset else round(total * split.validation)
+    test = records[spec.test_dataset].rows if spec.test_dataset else round(total * split.test)
+    cut = (0 if spec.validation_dataset else validation or 0) + (0 if spec.test_dataset else test or 0)
+    profile = services.jobs.live_worker_profile()
+    info = services.backbones[spec.backbone].info
+    plan = resolve(
+        wanted,
+        data=DatasetProfile(
+            train_rows=max(1, total - cut), validation_rows=validation or 0, test_rows=test or 0,
+            labels=len(Counter(rows.labels)), max_length_p99=lengths[int(0.99 * (len(lengths) - 1))] if lengths else 8,
+        ),
+        worker=WorkerProfile.model_validate(profile) if profile else WorkerProfile(),
+        parameters=info.parameters, model_max_length=info.max_length,
+    )  # fmt: skip
+    estimate = sum(method.estimated_seconds or 0 for method in plan.methods)
+    return {
+        "object": "finetune.plan",
+        "plan": plan.model_dump(mode="json"),
+        "estimated_seconds": round(estimate, 1) if profile else None,
+        "findings": [finding.model_dump() for finding in findings],
+    }
+
+
+@router.get("/finetune", summary="List jobs, newest first")
+def list_jobs(
+    services: ServicesDep,
+    principal: Training,
+    after: str | None = Query(None, max_length=64),
+    limit: int = Query(20, ge=1, le=100),
+    status: JobStatus | None = None,
+) -> dict[str, Any]:
+    found = services.jobs.page(principal.tenant, after=after, limit=limit + 1, status=status)
+    return {
+        "object": "list",
+        "data": [document(job, services) for job in found[:limit]],
+        "has_more": len(found) > limit,
+    }
+
+
+@router.get("/finetune/{job_id}", summary="One job")
+def get_job(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+    return document(services.jobs.get(principal.tenant, job_id), services)
+
+
+@router.get("/finetune/{job_id}/evaluation", summary="The evaluation report")
+def get_evaluation(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+    job = services.jobs.get(principal.tenant, job_id)
+    if job.evaluation is None:
+        raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
+    return {"object": "finetune.evaluation", "job_id": job.id, **job.evaluation}
+
+
+@router.get("/finetune/{job_id}/events", summary="Events of a job, as JSON or as a stream")
+async def get_events(
+    job_id: str,
+    request: Request,
+    services: ServicesDep,
+    principal: Training,
+    after: int = Query(0, ge=0, description="only events with a larger seq"),
+    limit: int = Query(100, ge=1, le=1000),
+    last_event_id: str | None = Header(None, max_length=20),
+) -> Response:
+    tenant = principal.tenant
+    if "text/event-stream" in request.headers.get("accept", ""):
+        start = int(last_event_id) if last_event_id and last_event_id.isdigit() else after
+        await asyncio.to_thread(services.jobs.get, tenant, job_id)
+        return EventSourceResponse(_stream(services, tenant, job_id, start), ping=15)
+    found = await asyncio.to_thread(lambda: services.jobs.events(tenant, job_id, after=after, limit=limit + 1))
+    data = [_event(event) for event in found[:limit]]
+    return JSONResponse({"object": "list", "data": data, "has_more": len(found) > limit})
+
+
+async def _stream(services: Services, tenant: str, job_id: str, after: int) -> AsyncIterator[dict[str, str]]:
+    """Every event once, in order, until the job has ended; a client that comes back names the last it saw."""
+    while not services.drain.refusing:
+        # The state is read first: what is written before it became final is then certainly read below.
+        job = await asyncio.to_thread(services.jobs.get, tenant, job_id)
+        for event in await asyncio.to_thread(services.jobs.events, tenant, job_id, after=after):
+            after = event.seq
+            yield {"id": str(event.seq), "event": event.type, "data": json.dumps(_event(event))}
+        if job.status.is_final and after >= job.last_seq:
+            return
+        await asyncio.sleep(_EVENT_POLL_S)
+
+
+@router.post("/finetune/{job_id}/cancel", summary="Cancel a job")
+def cancel(
+    job_id: str, services: ServicesDep, principal: Training, body: CancelRequest | None = None
+) -> dict[str, Any]:
+    keep_best = (body or CancelRequest()).keep_best
+    return document(services.jobs.request_cancel(principal.tenant, job_id, keep_best=keep_best), services)
+
+
+def document(job: FineTuneJob, services: Services) -> dict[str, Any]:
+    spec = job.spec
+    return {
+        "id": job.id,
+        "object": "finetune.job",
+        "status": job.status,
+        "phase": job.phase,
+        "attempt": job.attempt,
+        "register_as": spec.register_as,
+        "dataset": spec.dataset,
+        "validation_dataset": spec.validation_dataset,
+        "test_dataset": spec.test_dataset,
+        "backbone": spec.backbone,
+        "task": spec.task,
+        "columns": spec.columns.model_dump(),
+        "promote": spec.promote,
+        "hyperparameters": spec.hyperparameters,
+        "plan": job.plan,
+        "metadata": spec.metadata,
+        "progress": job.progress,
+        "queue_position": services.jobs.queue_position(job),
+        "best": job.best,
+        "result": job.result,
+        "error": job.error,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+    }
+
+
+def _event(event: JobEvent) -> dict[str, Any]:
+    return {
+        "seq": event.seq,
+        "object": "finetune.event",
+        "job_id": event.job_id,
+        "attempt": event.attempt,
+        "created_at": event.created_at,
+        "level": event.level,
+        "type": event.type,
+        "message": event.message,
+        "data": event.data,
+    }

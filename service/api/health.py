@@ -1,0 +1,74 @@
+"""Probes, limits and metrics. No key, no database, no disk."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from service.api.deps import Services, ServicesDep
+
+router = APIRouter(tags=["operations"])
+_STUCK_S = 120.0
+
+
+@router.get("/livez", summary="Is the process alive")
+async def livez(services: ServicesDep) -> Response:
+    dead = [lane.batcher.name[0] for lane in services.pool.lanes() if not lane.batcher.is_alive]
+    stuck = [lane.batcher.name[0] for lane in services.pool.lanes() if lane.batcher.busy_for_s() > _STUCK_S]
+    status = 503 if dead or stuck or services.pool.has_failed else 200
+    return JSONResponse({"status": "ok" if status == 200 else "failing", "dead": dead, "stuck": stuck}, status)
+
+
+@router.get("/readyz", summary="May traffic come here")
+@router.get("/health", summary="The same as /readyz")
+async def readyz(services: ServicesDep) -> Response:
+    reason = _unready(services)
+    headers = {} if reason is None else {"Retry-After": "1"}
+    return JSONResponse(
+        {"status": "ready" if reason is None else "unready", "reason": reason}, 200 if reason is None else 503, headers
+    )
+
+
+def _unready(services: Services) -> str | None:
+    if services.drain.draining:
+        return "draining"
+    if services.pool.has_failed:
+        return "a backbone could not be loaded; see the log"
+    if not services.pool.is_started:
+        missing = set(services.settings.backbones) - set(services.pool.backbones())
+        return f"loading {', '.join(sorted(missing)) or 'models'}"
+    if not all(lane.batcher.is_alive for lane in services.pool.lanes()):
+        return "an engine's queue is restarting"
+    return None
+
+
+@router.get("/info", summary="Every effective limit")
+async def info(services: ServicesDep) -> dict[str, Any]:
+    backbones = {
+        name: {
+            "digest": model.lane.backbone.info.digest,  # type: ignore[attr-defined]
+            "source": services.settings.backbones[name],
+            "max_length": services.backbones[name].info.max_length,
+            "embedding_size": services.backbones[name].info.hidden_size,
+            "engine": model.lane.engine_name,
+        }
+        for name, model in services.pool.backbones().items()
+    }
+    settings = services.settings.public()
+    hidden = {"data_dir", "import_root", "backbones", "host", "port"}  # paths of this host are nobody's business
+    return {
+        "name": "polyhead",
+        "version": importlib.metadata.version("polyhead"),
+        "backbones": backbones,
+        "limits": {key: value for key, value in settings.items() if key not in hidden},
+    }
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(services: ServicesDep) -> Response:
+    content, content_type = await asyncio.to_thread(services.metrics.render)
+    return Response(content, headers={"content-type": content_type})

