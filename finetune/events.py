@@ -88,7 +88,8 @@ class PipeLink:
 
     def progress(self, **values: Any) -> None:
         now = time.monotonic()
-        if now - self._last_progress >= self._progress_every_s:
+        is_last = values.get("step") == values.get("total_steps")
+        if is_last or now - self._last_progress >= self._progress_every_s:
             self._last_progress = now
             self._send({"kind": "progress", "values": values})
 

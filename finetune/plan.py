@@ -271,9 +271,10 @@ def _plan_method(
 
 
 def _default_epochs(method: SingleMethod, rows: int) -> int:
-    """Few rows need more passes: at least some 300 steps of 32, between 3 and 10 epochs for full, 4 and 12 for LoRA."""
-    needed = -(-300 * 32 // max(1, rows))
-    return min(12, max(4, needed)) if method == "lora" else min(10, max(3, needed))
+    """Few rows need more passes: some 400 steps of 32 for LoRA (3 to 12 epochs), 280 for full (2 to 10)."""
+    if method == "lora":
+        return min(12, max(3, -(-400 * 32 // max(1, rows))))
+    return min(10, max(2, -(-280 * 32 // max(1, rows))))
 
 
 def _learning_rate(method: SingleMethod, wanted: Hyperparameters, parameters: int) -> float:
