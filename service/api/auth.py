@@ -14,7 +14,7 @@ from starlette.types import Scope as AsgiScope
 from model_registry.tables import DEFAULT_TENANT
 from service.api.guard import PROBE_PATHS
 from service.api.problems import Problem, problem_response, request_id_of
-from service.settings import ApiKey, Scope
+from service.settings import ApiKey, Scope, is_loopback
 
 MAX_KEY_BYTES = 512
 
@@ -43,17 +43,29 @@ class KeyAuthentication:
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PROBE_PATHS:
-            principal = self.identify(scope["headers"])
-            if principal is None:
-                problem = Problem(
-                    401, "unauthenticated", "send a valid key as 'Authorization: Bearer <key>'",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )  # fmt: skip
+            try:
+                scope.setdefault("state", {})["principal"] = self.admit(scope["headers"])
+            except Problem as problem:
                 response = problem_response(problem, path=scope["path"], request_id=request_id_of(scope))
                 await response(scope, receive, send)
                 return
-            scope.setdefault("state", {})["principal"] = principal
         await self._app(scope, receive, send)
+
+    def admit(self, headers: Sequence[tuple[bytes, bytes]]) -> Principal:
+        """The caller. Raises 401 without a valid key, 403 for a web page's request where no keys are configured."""
+        if not self._keys and _comes_from_elsewhere(headers):
+            raise Problem(
+                403,
+                "forbidden",
+                "without API keys only requests to a loopback name, and none from web pages, are taken",
+            )
+        principal = self.identify(headers)
+        if principal is None:
+            raise Problem(
+                401, "unauthenticated", "send a valid key as 'Authorization: Bearer <key>'",
+                headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+        return principal
 
     def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Principal | None:
         """The caller by `Authorization: Bearer` or `X-API-Key`; any header is ignored where no keys are configured."""
@@ -68,6 +80,27 @@ class KeyAuthentication:
             if hmac.compare_digest(key.sha256, digest):
                 found = Principal(key.name, key.tenant, frozenset(key.scopes))
         return found
+
+
+def _comes_from_elsewhere(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether a browser sent this for another site (Origin), or a foreign name was made to point here (Host).
+
+    A loopback address alone does not keep web pages out: they can post to it, and with a name that
+    resolves to 127.0.0.1 they can read the answers too.
+    """
+    for name, value in headers:
+        if name == b"origin" and not is_loopback(_host_of(value.partition(b"://")[2])):
+            return True
+        if name == b"host" and not is_loopback(_host_of(value)):
+            return True
+    return False
+
+
+def _host_of(authority: bytes) -> str:
+    text = authority.decode("latin-1")
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0]
 
 
 def _presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:

@@ -16,6 +16,7 @@ from model_registry.store import ArtifactStore
 from modeling.backbone import Backbone
 from service.api.auth import Principal, require
 from service.api.guard import DrainState
+from service.api.problems import Problem
 from service.dataset_intake import DatasetIntake
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
@@ -43,6 +44,15 @@ class Services:
     import_root: Path | None
 
 
+def json_body(request: Request) -> None:
+    """A JSON route takes JSON and says so: curl's default type would otherwise end in a puzzling 422. Raises 415."""
+    content_type = request.headers.get("content-type", "")
+    if not content_type.partition(";")[0].strip().endswith("json") and request.headers.get("content-length") != "0":
+        raise Problem(
+            415, "unsupported_media_type", "send the body as JSON with 'Content-Type: application/json' (curl: -H)"
+        )
+
+
 def services(request: Request) -> Services:
     found = request.app.state.services
     assert isinstance(found, Services)
@@ -50,6 +60,7 @@ def services(request: Request) -> Services:
 
 
 ServicesDep = Annotated[Services, Depends(services)]
+JsonBody = Depends(json_body)
 Predicting = Annotated[Principal, Depends(require("predict"))]
 Reading = Annotated[Principal, Depends(require(None))]
 Uploading = Annotated[Principal, Depends(require("datasets"))]

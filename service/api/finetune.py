@@ -24,7 +24,7 @@ from finetune.plan import DatasetProfile, Hyperparameters, WorkerProfile, parse_
 from model_registry.errors import ModelNotFound
 from service.api.auth import Principal
 from service.api.datasets import take_upload
-from service.api.deps import Services, ServicesDep, Training
+from service.api.deps import Services, ServicesDep, Training, json_body
 from service.api.problems import Problem
 from service.api.schemas import CancelRequest, FinetuneRequest
 
@@ -71,6 +71,7 @@ async def _read(request: Request, services: Services, principal: Principal) -> t
             values[name] = _json_field(name, text) if name in {"columns", "hyperparameters", "metadata"} else text
         canonical = json.dumps({**values, "file": record.sha256}, sort_keys=True)
         return _validated({**values, "dataset": record.id}), hashlib.sha256(canonical.encode()).hexdigest()
+    json_body(request)
     try:
         values = orjson.loads(await request.body())
     except orjson.JSONDecodeError as error:

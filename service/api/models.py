@@ -14,7 +14,7 @@ from model_registry.refs import ModelRef
 from model_registry.registry import AliasChange, ModelVersion, RegisteredModel
 from model_registry.store import load_manifest
 from service.api.auth import Principal
-from service.api.deps import Administering, Promoting, Reading, Services, ServicesDep
+from service.api.deps import Administering, JsonBody, Promoting, Reading, Services, ServicesDep
 from service.api.problems import Problem
 from service.api.schemas import AliasRequest, ImportRequest, RollbackRequest
 from service.model_import import import_checkpoint
@@ -65,7 +65,9 @@ def get_file(name: str, version: int, path: str, services: ServicesDep, principa
     return Response(_file(name, version, path, services, principal), media_type="application/octet-stream")
 
 
-@router.put("/models/{name}/aliases/{alias}", summary="Move an alias if nobody moved it meanwhile")
+@router.put(
+    "/models/{name}/aliases/{alias}", dependencies=[JsonBody], summary="Move an alias if nobody moved it meanwhile"
+)
 async def put_alias(
     name: str, alias: str, body: AliasRequest, services: ServicesDep, principal: Promoting
 ) -> dict[str, Any]:
@@ -115,7 +117,9 @@ async def rollback(
     return _change(change)
 
 
-@router.post("/models/import", status_code=201, summary="Register an existing Hugging Face classifier")
+@router.post(
+    "/models/import", status_code=201, dependencies=[JsonBody], summary="Register an existing Hugging Face classifier"
+)
 async def import_model(body: ImportRequest, services: ServicesDep, principal: Administering) -> Response:
     if body.name in services.settings.backbones:
         raise Problem(422, "invalid_request", f"name: {body.name!r} is the name of a backbone")

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from model_registry.refs import ModelRef
 from modeling.preprocess import TextInput
 from service.api.auth import Principal
-from service.api.deps import Predicting, Services, ServicesDep
+from service.api.deps import JsonBody, Predicting, Services, ServicesDep
 from service.api.problems import Problem
 from service.api.schemas import PredictRequest, PredictResponse
 from service.inference.predictor import PredictOptions, PredictResult
@@ -22,12 +22,15 @@ from service.inference.predictor import PredictOptions, PredictResult
 router = APIRouter(tags=["inference"])
 
 
-@router.post("/predict", response_model=PredictResponse, summary="Predict labels for texts")
+@router.post("/predict", response_model=PredictResponse, dependencies=[JsonBody], summary="Predict labels for texts")
 async def predict(body: PredictRequest, request: Request, services: ServicesDep, principal: Predicting) -> Response:
     return await _predict(body, request, services, principal, body.model)
 
 
-@router.post("/v1/models/{model}/predict", response_model=PredictResponse, summary="Predict with the model in the path")
+@router.post(
+    "/v1/models/{model}/predict", response_model=PredictResponse, dependencies=[JsonBody],
+    summary="Predict with the model in the path",
+)  # fmt: skip
 async def predict_with(
     model: str, body: PredictRequest, request: Request, services: ServicesDep, principal: Predicting
 ) -> Response:
