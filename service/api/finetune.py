@@ -34,7 +34,7 @@ _CHARACTERS_PER_TOKEN = 4
 _BODY_SCHEMA = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FinetuneRequest"}}},
+        "content": {"application/json": {"schema": FinetuneRequest.model_json_schema()}},
     }
 }
 

@@ -1,0 +1,201 @@
+"""Hot loading with real files and a real (tiny) backbone: load, warm, swap, drain, fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model_registry.errors import ArtifactError, ModelNotFound
+from model_registry.refs import ModelRef
+from modeling.errors import GoldenRowsDiffer, ModelingError
+from modeling.preprocess import TextInput
+from service.inference.admission import AdmissionController
+from service.inference.errors import EmptyInput, ModelNotReady, NotPredictable
+from service.inference.model_pool import ModelPool
+from service.inference.predictor import PredictOptions, Predictor, PredictResult
+from service.metrics import ServingMetrics
+
+from .conftest import World, run
+
+
+async def ask(pool: ModelPool, model: str, texts: list[TextInput], **options: Any) -> PredictResult:
+    admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
+    predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=50, tokenizer_threads=1)
+    try:
+        return await predictor.predict(
+            "default", ModelRef.parse(model), texts, PredictOptions(**options), deadline=time.monotonic() + 30
+        )
+    finally:
+        predictor.close()
+
+
+def test_a_published_version_answers_and_its_successor_takes_over(world: World) -> None:
+    world.publish("m", seed=1)
+
+    async def scenario() -> list[int | None]:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            first = await ask(pool, "m", ["a good film"])
+            world.publish("m", seed=2, promote=True)
+            await pool.apply(world.registry.snapshot())
+            second = await ask(pool, "m", ["a good film"])
+            return [first.version, second.version]
+
+    assert run(scenario()) == [1, 2]
+
+
+def test_a_request_keeps_its_version_while_the_alias_moves(world: World) -> None:
+    world.publish("m", seed=1)
+
+    async def scenario() -> int | None:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            with pool.lease("default", ModelRef.parse("m")) as model:
+                world.publish("m", seed=2, promote=True)
+                await pool.apply(world.registry.snapshot())
+                assert pool.state_of("default", "m", 2) == ("ready", None)
+                return model.version
+
+    assert run(scenario()) == 1
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "head.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _other_answers(folder: Path) -> None:
+    path = folder / "golden.json"
+    golden = json.loads(path.read_text())
+    golden["rows"][0]["logits"][0] += 1.0
+    path.write_text(json.dumps(golden))
+
+
+@pytest.mark.parametrize(("spoil", "error"), [(_truncate, ModelingError), (_other_answers, GoldenRowsDiffer)])
+def test_a_version_that_does_not_load_leaves_the_old_one_serving(world: World, spoil: Any, error: type) -> None:
+    world.publish("m", seed=1)
+
+    async def scenario() -> tuple[int | None, str, str | None]:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            broken = world.publish("m", seed=2, promote=True, spoil=spoil)
+            await pool.apply(world.registry.snapshot())
+            answered = await ask(pool, "m", ["a good film"])
+            state, reason = pool.state_of("default", "m", 2)
+            with pytest.raises(error):
+                await pool.ensure("default", "m", broken)
+            return answered.version, state, reason
+
+    version, state, reason = run(scenario())
+    assert (version, state) == (1, "failed")
+    assert reason
+
+
+def test_a_file_altered_after_registration_is_refused(world: World) -> None:
+    version = world.publish("m", seed=1)
+    path = world.store.local_path("models/default/m/1/head.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    async def scenario() -> None:
+        async with world.pool() as pool:
+            with pytest.raises(ArtifactError):
+                await pool.ensure("default", "m", version)
+            await pool.apply(world.registry.snapshot())
+            with pytest.raises(ModelNotReady, match="could not be loaded"):
+                await ask(pool, "m", ["a good film"])
+
+    run(scenario())
+
+
+def test_a_version_by_number_loads_on_first_use(world: World) -> None:
+    world.publish("m", seed=1)
+    world.publish("m", seed=2)
+
+    async def scenario() -> int | None:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            with pytest.raises(ModelNotReady) as not_ready:
+                await ask(pool, "m:2", ["a good film"])
+            assert not_ready.value.retry_after_s
+            while pool.state_of("default", "m", 2)[0] != "ready":
+                await asyncio.sleep(0.01)
+            return (await ask(pool, "m:2", ["a good film"])).version
+
+    assert run(scenario()) == 2
+
+
+def test_over_the_budget_the_least_used_unaliased_version_goes(world: World) -> None:
+    first, second = world.publish("m", seed=1), world.publish("m", seed=2)
+    third = world.publish("m", seed=3)
+
+    async def scenario() -> list[str]:
+        async with world.pool(memory_budget_bytes=700) as pool:  # two heads of some 264 bytes
+            await pool.apply(world.registry.snapshot())
+            for version in (first, second, third):
+                await pool.ensure("default", "m", version)
+            await asyncio.sleep(0)
+            while pool.state_of("default", "m", 2)[0] != "unloaded":
+                await asyncio.sleep(0.01)
+            return [pool.state_of("default", "m", number)[0] for number in (1, 2, 3)]
+
+    assert run(scenario()) == ["ready", "unloaded", "ready"]
+
+
+def test_models_with_different_label_sets_share_a_batch_and_answer_as_alone(world: World) -> None:
+    for index, labels in enumerate([("a", "b"), ("x", "y", "z"), tuple(f"l{i}" for i in range(40))]):
+        world.publish(f"m{index}", labels, seed=index)
+    texts: list[TextInput] = ["a good film", "dull plot and bad actor", "wheat"]
+
+    async def scenario() -> tuple[list[PredictResult], list[PredictResult]]:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            alone = [await ask(pool, f"m{index}", texts) for index in range(3)]
+            together = await asyncio.gather(*(ask(pool, f"m{index}", texts) for index in range(3)))
+            return alone, list(together)
+
+    alone, together = run(scenario())
+    for one, other in zip(alone, together, strict=True):
+        assert [row.label for row in one.predictions] == [row.label for row in other.predictions]
+        for a, b in zip(one.predictions, other.predictions, strict=True):
+            np.testing.assert_allclose([s for _, s in a.scores], [s for _, s in b.scores], atol=1e-5)
+
+
+def test_options_shape_the_answer(world: World) -> None:
+    world.publish("m", ("a", "b", "c"), seed=1)
+
+    async def scenario() -> None:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            full = (await ask(pool, "m", ["a good film"])).predictions[0]
+            assert abs(sum(score for _, score in full.scores) - 1) < 1e-5
+            assert full.scores == sorted(full.scores, key=lambda pair: -pair[1])
+            assert len((await ask(pool, "m", ["a"], top_k=2)).predictions[0].scores) == 2
+            unsure = (await ask(pool, "m", ["a"], threshold=1.0)).predictions[0]
+            assert unsure.label is None and unsure.score is not None
+            embedded = (await ask(pool, "m", ["a"], return_embedding=True)).predictions[0]
+            assert embedded.embedding is not None and embedded.embedding.shape == (32,)
+
+    run(scenario())
+
+
+def test_unknown_models_and_empty_inputs_are_refused(world: World) -> None:
+    async def scenario() -> None:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            with pytest.raises(ModelNotFound):
+                await ask(pool, "nobody", ["a"])
+            with pytest.raises(NotPredictable):
+                await ask(pool, "tiny", ["a"])
+            for empty in ([], [""], ["a", "  "]):
+                with pytest.raises(EmptyInput):
+                    await ask(pool, "tiny", empty)
+
+    run(scenario())

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from service.settings import load_settings
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, **values: str) -> object:
+    environment = {f"POLYHEAD_{name}": value for name, value in values.items()}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return load_settings(environment)
+
+
+def test_defaults_bind_to_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_of(monkeypatch).host == "127.0.0.1"  # type: ignore[attr-defined]
+
+
+def test_all_errors_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as refused:
+        settings_of(monkeypatch, PORTT="1", PORT="-1", MAX_BATCH_TOKENS="x")
+    for name in ("POLYHEAD_PORTT: unknown", "POLYHEAD_PORT:", "POLYHEAD_MAX_BATCH_TOKENS:"):
+        assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_a_reachable_address_needs_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    with pytest.raises(SystemExit, match="api_keys must be set"):
+        settings_of(monkeypatch, HOST=host)
+
+
+def test_keys_open_the_network_and_stay_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = json.dumps([{"name": "k", "sha256": "a" * 64, "scopes": ["predict"]}])
+    settings = settings_of(monkeypatch, HOST="0.0.0.0", API_KEYS=keys)
+    shown = json.dumps(settings.public())  # type: ignore[attr-defined]
+    assert "a" * 64 not in shown
+    assert json.loads(shown)["api_keys"] == 1
+
+
+def test_the_worker_s_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.settings import WorkerSettings
+    from service.settings import FOREIGN, ServingSettings
+
+    serving = {name.upper() for name in ServingSettings.model_fields}
+    assert {name.upper() for name in WorkerSettings.model_fields} <= serving | FOREIGN
