@@ -28,8 +28,8 @@ from finetune.events import ChildJob, Link
 from finetune.jobs.records import JobPhase
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate, Servable
-from finetune.methods.run import Rows, Run
 from finetune.plan import DatasetProfile, TrainingPlan, parse_hyperparameters, resolve
+from finetune.run import Rows, Run
 from model_registry.card import render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, FileStore, put_tree

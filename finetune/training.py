@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from finetune.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from finetune.errors import Cancelled, NonFiniteLoss, Stopped
 from finetune.evaluation import score, summary
-from finetune.methods.baseline import class_weights
-from finetune.methods.run import Run, length_batches
+from finetune.losses import class_weights
 from finetune.optimizers import build_optimizer, schedule
 from finetune.plan import MethodPlan
+from finetune.run import Run, length_batches
 from modeling.engines.protocol import pad
 from modeling.preprocess import Encoded
 from modeling.weights import FloatArray, IntArray

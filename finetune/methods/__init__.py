@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from finetune.methods import baseline, full, linear_probe, lora
 from finetune.methods.candidate import Candidate
-from finetune.methods.run import Run
+from finetune.run import Run
 
 METHODS: dict[str, Callable[[Run], Candidate]] = {
     "baseline": baseline.train,

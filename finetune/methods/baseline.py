@@ -12,8 +12,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
 from finetune.evaluation import score
+from finetune.losses import class_weights
 from finetune.methods.candidate import Candidate, Servable
-from finetune.methods.run import Run
+from finetune.run import Run
 from modeling.linear_text import LinearText, new_vectorizer
 from modeling.weights import FloatArray, IntArray
 
@@ -62,14 +63,3 @@ def both_sides(coefficients: Any, intercepts: Any) -> tuple[FloatArray, FloatArr
         half = np.float32(0.5)
         return np.concatenate([-weight, weight]) * half, np.concatenate([-bias, bias]) * half
     return weight, bias
-
-
-def class_weights(wanted: Any, labels: IntArray, names: Sequence[str]) -> FloatArray | None:
-    """Weight per class float32[classes] with mean 1 over the rows, or None: `balanced` is inverse to frequency."""
-    if wanted == "none":
-        return None
-    counts: FloatArray = np.bincount(labels, minlength=len(names)).astype(np.float32)
-    if wanted == "balanced":
-        return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
-    chosen = np.asarray([float(wanted.get(name, 1.0)) for name in names], dtype=np.float32)
-    return np.asarray(chosen * (len(labels) / float((chosen * counts).sum())), dtype=np.float32)

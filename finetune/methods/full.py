@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from finetune.methods.candidate import Candidate
-from finetune.methods.run import Run
 from finetune.methods.tuned import Classifier, set_dropout, start_head, train_tuned
+from finetune.run import Run
 from modeling.backbone import Backbone, load_encoder
 from modeling.checkpoints import write_encoder
 from modeling.engines.torch import TorchEngine

@@ -11,9 +11,10 @@ from sklearn.linear_model import LogisticRegression
 
 from finetune.evaluation import score
 from finetune.jobs.records import JobPhase
-from finetune.methods.baseline import both_sides, class_weights
+from finetune.losses import class_weights
+from finetune.methods.baseline import both_sides
 from finetune.methods.candidate import Candidate, Servable
-from finetune.methods.run import Run
+from finetune.run import Run
 from modeling.heads import DenseLayer, TaskHead
 from modeling.weights import FloatArray, IntArray
 

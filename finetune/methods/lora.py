@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from finetune.methods.candidate import Candidate
-from finetune.methods.run import Run
 from finetune.methods.tuned import Classifier, set_dropout, start_head, train_tuned
+from finetune.run import Run
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from modeling.backbone import load_encoder
 from modeling.engines.torch import TorchEngine
@@ -66,7 +66,8 @@ def _save_adapter(encoder: Any, folder: Path, run: Run) -> None:
     """PEFT's own two files; the base is named by its digest, not by a path of this host."""
     encoder.peft_config["default"].base_model_name_or_path = run.backbone.info.name
     encoder.peft_config["default"].revision = run.backbone.info.digest
-    encoder.save_pretrained(str(folder), safe_serialization=True)
+    # Otherwise PEFT asks the hub for the base by the name above, to see whether its vocabulary was changed.
+    encoder.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     for path in folder.iterdir():
         if path.name not in {CONFIG_NAME, WEIGHTS_NAME}:
             path.unlink()

@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune.jobs.records import JobPhase
 from finetune.methods.candidate import Candidate, Servable
-from finetune.methods.run import Run, embed
+from finetune.run import Run, embed
 from finetune.training import Trained, run_training
 from model_registry.manifest import VersionKind
 from modeling.engines.torch import TorchEngine, pool, takes_type_ids

@@ -1,0 +1,258 @@
+"""The whole recipe in this process on a tiny backbone: what it registers, and how it ends when it is disturbed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune import training
+from finetune.datasets.check import ROWS_FILE, write_checked
+from finetune.errors import Cancelled, DatasetInvalid, Stopped
+from finetune.events import ChildJob, DatasetInput
+from finetune.jobs.records import JobSpec
+from finetune.plan import WorkerProfile
+from finetune.recipe import run_job
+from model_registry.manifest import MANIFEST_NAME, ModelManifest
+from model_registry.store import FileStore
+from modeling.assemble import check_golden, read_version
+from modeling.backbone import ingest
+from modeling.engines.protocol import EngineBatch
+from modeling.engines.torch import TorchEngine
+from modeling.preprocess import TextPreprocessor
+from modeling.testing import write_tiny_checkpoint
+
+GOOD, BAD = ["good", "great", "very good"], ["bad", "dull", "not good"]
+
+
+class RecordingLink:
+    """A `Link` that keeps what it is told. `interrupt(events)` may raise at any check."""
+
+    def __init__(self, interrupt: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.columns: dict[str, Any] = {}
+        self.result: dict[str, Any] | None = None
+        self._interrupt = interrupt
+
+    def event(self, type_: str, message: str, data: Mapping[str, Any] | None = None, *, level: str = "info") -> None:
+        self.events.append({"type": type_, "message": message, "data": dict(data or {}), "level": level})
+
+    def phase(self, phase: str) -> None:
+        self.event("phase_changed", phase)
+
+    def progress(self, **values: Any) -> None:
+        self.columns["progress"] = values
+
+    def set(self, **columns: Any) -> None:
+        self.columns |= columns
+
+    def check_cancelled(self) -> None:
+        if self._interrupt is not None:
+            self._interrupt(self.events)
+
+    def reserve(self, *, kind: str, method: str) -> int:
+        return 1
+
+    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
+        self.result = {"manifest": manifest, "evaluation": evaluation, "was_cancelled": was_cancelled}
+
+    def of(self, type_: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["type"] == type_]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FileStore:
+    return FileStore(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(store: FileStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
+    return ingest(store, checkpoint, name="tiny", source="file:tiny").folder
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    draw = random.Random(0)
+    with (folder / "raw").open("w") as file:
+        for number in range(160):
+            is_good = number % 2 == 0
+            words = [
+                draw.choice(GOOD if is_good else BAD),
+                *draw.sample("film plot actor movie story it was".split(), 4),
+            ]
+            draw.shuffle(words)
+            text = f"{' '.join(words)} {chr(97 + number % 26)}{number}"
+            file.write(json.dumps({"text": text, "label": "good" if is_good else "bad"}) + "\n")
+    report = write_checked(folder / "raw", "jsonl", folder)
+    assert report.is_valid
+    return folder / ROWS_FILE
+
+
+@pytest.fixture
+def job(store: FileStore, backbone_folder: Path, rows_file: Path, tmp_path: Path) -> Callable[..., ChildJob]:
+    def build(work: str = "work", rows: Path | None = None, **hyperparameters: Any) -> ChildJob:
+        (tmp_path / work).mkdir(exist_ok=True)
+        return ChildJob(
+            job_id="ft_1", tenant="default", attempt=1,
+            spec=JobSpec(dataset="ds_1", backbone="tiny", register_as="m", hyperparameters=hyperparameters),
+            train=DatasetInput(id="ds_1", sha256="0" * 64, rows_file=rows or rows_file),
+            backbone_folder=backbone_folder, store_root=store.root, work_dir=tmp_path / work,
+            worker=WorkerProfile(cpu_threads=1),
+        )  # fmt: skip
+
+    return build
+
+
+def finish(job: ChildJob, link: RecordingLink) -> dict[str, Any]:
+    torch.manual_seed(0)
+    run_job(job, link)
+    assert link.result is not None
+    return link.result
+
+
+def served_logits(store: FileStore, manifest: ModelManifest) -> Callable[[Any], Any]:
+    """What a server computes from the artefact alone."""
+    parts = read_version(store, manifest)
+    if parts.linear is not None:
+        linear = parts.linear
+        return lambda texts: linear.margins(list(texts))
+    assert parts.head is not None
+    head = parts.head
+    from modeling.backbone import Backbone
+
+    base = Backbone.open(store.local_path(f"backbones/{manifest.base.digest}")) if manifest.base else None
+    backbone = parts.backbone or base
+    assert backbone is not None
+    engine = TorchEngine(backbone)
+    if parts.adapter is not None:
+        engine.load_adapter("a", parts.adapter)
+    tokenizer = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=parts.max_length or 64)
+
+    def logits(texts: Any) -> Any:
+        keys = ["a"] * len(texts) if parts.adapter is not None else None
+        return head.logits(engine.run(EngineBatch(tokenizer.encode(list(texts)), keys)))
+
+    return logits
+
+
+@pytest.mark.parametrize("method", ["baseline", "linear_probe", "lora", "full"])
+def test_what_a_method_registers_reproduces_itself_from_the_store(
+    job: Callable[..., ChildJob], store: FileStore, method: str
+) -> None:
+    result = finish(job(method=method, epochs=2), RecordingLink())
+    manifest = ModelManifest.model_validate(result["manifest"])
+    assert manifest.method == method
+    assert not store.exists(f"{manifest.prefix}/{MANIFEST_NAME}"), "only the supervisor may commit a version"
+    check_golden(read_version(store, manifest), served_logits(store, manifest))
+    assert result["evaluation"]["test"]["rows"] > 0
+    assert {file.path for file in manifest.files} >= {
+        "labels.json", "preprocess.json", "calibration.json", "golden.json", "reference_stats.json", "MODEL_CARD.md",
+        "eval/report.json", "eval/confusion_matrix.csv", "train/params.json", "train/environment.json",
+        "train/metrics.jsonl", "data/fingerprint.json",
+    }  # fmt: skip
+    assert not any(file.path.endswith((".bin", ".pt", ".pkl", ".pth")) for file in manifest.files)
+
+
+def test_auto_tries_the_methods_by_cost_and_keeps_the_best_on_validation(job: Callable[..., ChildJob]) -> None:
+    link = RecordingLink()
+    evaluation = finish(job(epochs=2), link)["evaluation"]
+    tried = {item["method"]: item["validation"]["macro_f1"] for item in evaluation["methods"]}
+    assert list(tried) == ["baseline", "linear_probe", "lora", "full"]
+    assert tried[evaluation["chosen"]] == max(tried.values())
+    assert link.of("baseline_ready")
+
+
+def test_a_budget_leaves_out_what_does_not_fit_and_still_registers(job: Callable[..., ChildJob]) -> None:
+    link = RecordingLink()
+    evaluation = finish(job(max_seconds=2), link)["evaluation"]
+    assert evaluation["methods"][0]["method"] == "baseline"
+    assert len(evaluation["methods"]) < 4
+    assert link.of("gate_failed")
+
+
+def _stop_after(steps: int, error: Exception) -> Callable[[list[dict[str, Any]]], None]:
+    calls = {"left": steps}
+
+    def interrupt(_: list[dict[str, Any]]) -> None:
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise error
+
+    return interrupt
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    job: Callable[..., ChildJob], store: FileStore, method: str, steps: int
+) -> None:
+    whole = finish(job("whole", method=method, epochs=3, dropout=0.1), RecordingLink())
+    expected = read_version(store, ModelManifest.model_validate(whole["manifest"])).golden
+
+    torch.manual_seed(0)
+    with pytest.raises(Stopped):
+        run_job(job("cut", method=method, epochs=3, dropout=0.1), RecordingLink(_stop_after(steps, Stopped())))
+    link = RecordingLink()
+    resumed = finish(job("cut", method=method, epochs=3, dropout=0.1), link)
+
+    assert link.of("resumed")
+    golden = read_version(store, ModelManifest.model_validate(resumed["manifest"])).golden
+    np.testing.assert_allclose([row.logits for row in golden], [row.logits for row in expected], atol=1e-5)
+    assert resumed["evaluation"]["test"]["loss"] == pytest.approx(whole["evaluation"]["test"]["loss"], abs=1e-6)
+
+
+def test_cancel_keeps_the_best_so_far_if_asked(job: Callable[..., ChildJob]) -> None:
+    link = RecordingLink(_stop_after(5, Cancelled(keep_best=True)))
+    result = finish(job(method="lora", epochs=10), link)
+    assert result["was_cancelled"]
+    assert result["evaluation"]["methods"][0]["details"]["stopped"] == "cancelled"
+
+
+def test_cancel_without_keeping_registers_nothing(job: Callable[..., ChildJob]) -> None:
+    link = RecordingLink(_stop_after(3, Cancelled(keep_best=False)))
+    with pytest.raises(Cancelled):
+        run_job(job(method="lora", epochs=10), link)
+    assert link.result is None
+
+
+def test_a_full_disk_during_a_checkpoint_warns_and_training_goes_on(
+    job: Callable[..., ChildJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "save_checkpoint", no_space)
+    link = RecordingLink()
+    assert finish(job(method="lora", epochs=1), link)
+    assert any(event["data"].get("code") == "checkpoint_not_saved" for event in link.of("data_warning"))
+
+
+def test_a_dataset_with_one_class_never_trains(job: Callable[..., ChildJob], tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "raw").write_text("\n".join(json.dumps({"text": f"film {i}", "label": "only"}) for i in range(30)))
+    write_checked(folder / "raw", "jsonl", folder)
+    link = RecordingLink()
+    with pytest.raises(DatasetInvalid) as refused:
+        run_job(job(rows=folder / ROWS_FILE), link)
+    assert [finding["code"] for finding in refused.value.failure.findings] == ["single_class"]
+    assert link.columns.get("plan") is None
+
+
+def test_early_stopping_restores_the_best(job: Callable[..., ChildJob]) -> None:
+    link = RecordingLink()
+    evaluation = finish(job(method="lora", epochs=30, early_stopping={"patience": 1}), link)["evaluation"]
+    details = evaluation["methods"][0]["details"]
+    assert details["stopped"] == "early stopping"
+    assert details["best_step"] < details["steps"]
+    best = max(entry["macro_f1"] for entry in details["history"])
+    assert evaluation["methods"][0]["validation"]["macro_f1"] == pytest.approx(best)
