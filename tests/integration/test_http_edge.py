@@ -66,7 +66,7 @@ def make_app() -> FastAPI:
 
     @app.get("/until_disconnect")
     async def until_disconnect(request: Request) -> None:
-        while not await request.is_disconnected():  # noqa: ASYNC110
+        while not await request.is_disconnected():
             await asyncio.sleep(0.01)
         app.state.has_seen_disconnect = True
 

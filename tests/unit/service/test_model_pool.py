@@ -20,8 +20,7 @@ from service.inference.errors import EmptyInput, ModelNotReady, NotPredictable
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import PredictOptions, Predictor, PredictResult
 from service.metrics import ServingMetrics
-
-from .conftest import World, run
+from tests.support.world import World, run
 
 
 async def ask(pool: ModelPool, model: str, texts: list[TextInput], **options: Any) -> PredictResult:

@@ -17,8 +17,7 @@ from service.inference.lanes import BatchLimits
 from service.inference.model_pool import EnginePolicy, ModelPool
 from service.inference.predictor import PredictOptions, Predictor, PredictResult
 from service.metrics import ServingMetrics
-
-from .conftest import World, run
+from tests.support.world import World, run
 
 
 def onnx_pool(world: World, metrics: ServingMetrics) -> ModelPool:
@@ -31,7 +30,11 @@ def onnx_pool(world: World, metrics: ServingMetrics) -> ModelPool:
 
 async def ask(pool: ModelPool, model: str) -> PredictResult:
     predictor = Predictor(
-        pool, AdmissionController(max_inputs=9, max_queue_delay_s=60), ServingMetrics(), max_inputs=9, tokenizer_threads=1
+        pool,
+        AdmissionController(max_inputs=9, max_queue_delay_s=60),
+        ServingMetrics(),
+        max_inputs=9,
+        tokenizer_threads=1,
     )
     try:
         return await predictor.predict(

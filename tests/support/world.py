@@ -1,0 +1,84 @@
+"""A registry, a store and a tiny backbone, with a method that publishes head versions as a worker would."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_registry.manifest import MANIFEST_NAME, BackboneRef, ModelManifest
+from model_registry.registry import ModelVersion, Registry
+from model_registry.store import FileStore, put_tree
+from modeling.assemble import GoldenRow, write_version_files
+from modeling.backbone import Backbone
+from modeling.engines.protocol import EngineBatch
+from modeling.engines.torch import TorchEngine
+from modeling.heads import DenseLayer, TaskHead
+from modeling.preprocess import TextPreprocessor
+from service.inference.lanes import BatchLimits
+from service.inference.model_pool import EnginePolicy, ModelPool
+from service.metrics import ServingMetrics
+
+GOLDEN = ("a good film", "dull plot", "wheat and oil")
+
+
+@dataclass
+class World:
+    registry: Registry
+    store: FileStore
+    backbone: Backbone
+    folder: Path
+
+    def publish(
+        self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, promote: bool = False,
+        spoil: Callable[[Path], None] | None = None,
+    ) -> ModelVersion:  # fmt: skip
+        """A linear head with random weights. `spoil` may damage the staged files before they are hashed."""
+        random = np.random.default_rng(seed)
+        weight = random.normal(size=(len(labels), self.backbone.info.hidden_size)).astype(np.float32)
+        head = TaskHead((DenseLayer(weight, np.zeros(len(labels), np.float32)),))
+        encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
+        logits = head.logits(TorchEngine(self.backbone).run(EngineBatch(encoded)))
+        golden = [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
+        with self.registry.transaction() as connection:
+            version = self.registry.reserve(
+                connection, tenant="default", name=name, task="text-classification", kind="head", method="linear_probe",
+                job_id=None,
+            )  # fmt: skip
+        staged = self.folder / f"staged-{name}-{version}"
+        write_version_files(staged, head=head, labels=labels, max_length=32, temperature=1.0, golden=golden)
+        if spoil is not None:
+            spoil(staged)
+        base = BackboneRef(name="tiny", digest=self.backbone.info.digest, source="file:tiny")
+        manifest = ModelManifest(
+            tenant="default", name=name, version=version, kind="head", method="linear_probe", labels=labels, base=base,
+            created_at=time.time(), files=(),
+        )  # fmt: skip
+        manifest = manifest.model_copy(update={"files": put_tree(self.store, manifest.prefix, staged)})
+        self.store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
+        with self.registry.transaction() as connection:
+            self.registry.publish(connection, manifest, actor="test", promote=promote)
+        return self.registry.snapshot().versions[("default", name, version)]
+
+    @asynccontextmanager
+    async def pool(self, *, memory_budget_bytes: int = 1 << 30) -> Any:
+        policy = EnginePolicy(
+            engine="torch", device="cpu", threads=1, onnx_folder=self.folder / "onnx",
+            memory_budget_bytes=memory_budget_bytes, make_engine=TorchEngine,
+        )  # fmt: skip
+        pool = ModelPool(self.store, policy, BatchLimits(1024, 32, 0.0), ServingMetrics())
+        await pool.add_backbone("tiny", self.backbone)
+        try:
+            yield pool
+        finally:
+            await pool.stop()
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(coroutine)
