@@ -14,7 +14,7 @@ from finetune.datasets.store import DatasetStore
 from finetune.jobs.store import JobStore
 from finetune.metrics import WorkerMetrics
 from finetune.plan import WorkerProfile
-from finetune.settings import WorkerSettings
+from finetune.settings import WorkerSettings, load_worker_settings
 from finetune.supervisor import Ledger, Timing
 from finetune.worker import Worker, WorkerFolders
 from model_registry.db import Database
@@ -28,10 +28,10 @@ _log = logging.getLogger("finetune")
 
 
 def main() -> int:
-    settings = WorkerSettings()
+    settings = load_worker_settings()
     _set_up_logging(settings.log_level)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url, busy_timeout_s=settings.database_timeout_s)
     _migrate_when_there(database)
     store = FileStore(settings.data_dir / "store")
     metrics = WorkerMetrics()

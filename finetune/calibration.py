@@ -11,12 +11,19 @@ from modeling.weights import FloatArray, IntArray
 
 
 def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
-    """The temperature with the least negative log-likelihood of `labels` (Guo et al., 2017); 1.0 where none helps."""
+    """The temperature with the least negative log-likelihood of `labels` (Guo et al., 2017); 1.0 where none helps.
+
+    The labels are smoothed by one row in n + 2, as in Platt's scaling: on rows that are all answered
+    right the plain likelihood has no minimum and would make every answer certain.
+    """
     if len(labels) == 0:
         return 1.0
+    smoothing = 1.0 / (len(labels) + 2)
 
     def loss(log_temperature: float) -> float:
-        return negative_log_likelihood(logits / np.float32(np.exp(log_temperature)), labels)
+        scaled = logits / np.float32(np.exp(log_temperature))
+        likely, uniform = negative_log_likelihood(scaled, labels), _uniform_negative_log_likelihood(scaled)
+        return (1 - smoothing) * likely + smoothing * uniform
 
     found = minimize_scalar(loss, bounds=(np.log(0.01), np.log(100.0)), method="bounded")
     return float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
@@ -26,6 +33,11 @@ def negative_log_likelihood(logits: FloatArray, labels: IntArray) -> float:
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     picked = shifted[np.arange(len(labels)), labels]
     return float(np.mean(np.log(np.exp(shifted).sum(1)) - picked))
+
+
+def _uniform_negative_log_likelihood(logits: FloatArray) -> float:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return float(np.mean(np.log(np.exp(shifted).sum(1)) - shifted.mean(1)))
 
 
 def expected_calibration_error(

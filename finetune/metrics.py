@@ -32,7 +32,7 @@ PHASES: Final = (
     "registering",
 )
 # `auto` is for a job that ended before its method was resolved, `requeued` for one handed back by a stopping worker.
-METHODS: Final = ("auto", "baseline", "linear_probe", "setfit", "lora", "full")
+METHODS: Final = ("auto", "baseline", "linear_probe", "lora", "full")
 OUTCOMES: Final = ("succeeded", "failed", "cancelled", "requeued")
 
 DURATION_BUCKETS_S: Final = (1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400)

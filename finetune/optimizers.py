@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-HEAD_LEARNING_RATE = 1e-3
 
-
-def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float, device: str) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, head_learning_rate: float, weight_decay: float, device: str
+) -> torch.optim.AdamW:
     """AdamW over what is trainable: matrices decay, biases and norms do not, the head learns at its own rate."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: flo
         [
             {
                 "params": parameters,
-                "lr": max(HEAD_LEARNING_RATE, learning_rate) if is_head else learning_rate,
+                "lr": head_learning_rate if is_head else learning_rate,
                 "weight_decay": weight_decay if is_matrix else 0.0,
             }
             for (is_head, is_matrix), parameters in groups.items()

@@ -103,6 +103,10 @@ class Hyperparameters(_Model):
             value = getattr(self, name)
             if value != "auto" and not low <= value <= high:
                 raise ValueError(f"{name} must be auto or from {low:g} to {high:g}")
+        if isinstance(self.class_weights, dict) and not all(
+            0 < weight <= 1e6 for weight in self.class_weights.values()
+        ):
+            raise ValueError("class_weights must be above 0 and at most 1e6")
         return self
 
 
@@ -132,6 +136,7 @@ class MethodPlan(_Model):
     method: SingleMethod
     epochs: float = 0
     learning_rate: float = 0
+    head_learning_rate: float = 0
     batch_size: int = 32
     gradient_accumulation: int = 1
     total_steps: int = 0
@@ -263,6 +268,7 @@ def _plan_method(
         method=method,
         epochs=epochs,
         learning_rate=_learning_rate(method, wanted, parameters),
+        head_learning_rate=_head_learning_rate(method, wanted),
         batch_size=batch_size,
         gradient_accumulation=accumulation,
         total_steps=max(1, round(steps_per_epoch * epochs)) if epochs else 0,
@@ -278,12 +284,19 @@ def _default_epochs(method: SingleMethod, rows: int) -> int:
 
 
 def _learning_rate(method: SingleMethod, wanted: Hyperparameters, parameters: int) -> float:
-    if method == "baseline":
-        return 0.0
+    if method in {"baseline", "linear_probe"}:
+        return 0.0  # both are solved, not stepped through
     if wanted.learning_rate != "auto":
         return wanted.learning_rate
     is_small = parameters < SMALL_PARAMETERS
-    return {"linear_probe": 1e-3, "lora": 5e-4 if is_small else 2e-4, "full": 1e-4 if is_small else 3e-5}[method]
+    return {"lora": 5e-4 if is_small else 2e-4, "full": 1e-4 if is_small else 3e-5}[method]
+
+
+def _head_learning_rate(method: SingleMethod, wanted: Hyperparameters) -> float:
+    """The head is small and may move faster, unless the caller set the rate for all."""
+    if method in {"baseline", "linear_probe"}:
+        return 0.0
+    return 1e-3 if wanted.learning_rate == "auto" else wanted.learning_rate
 
 
 def _estimate(

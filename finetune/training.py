@@ -77,7 +77,11 @@ class _Loop:
         )
         self.raw = model
         optimizer = build_optimizer(
-            model, learning_rate=plan.learning_rate, weight_decay=run.plan.weight_decay, device=run.plan.device
+            model,
+            learning_rate=plan.learning_rate,
+            head_learning_rate=plan.head_learning_rate,
+            weight_decay=run.plan.weight_decay,
+            device=run.plan.device,
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         factor = schedule(run.plan.scheduler, total_steps=plan.total_steps, warmup_ratio=run.plan.warmup_ratio)

@@ -37,9 +37,7 @@ _REFUSED_KEYS = frozenset(
     {"auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "quantization_config"}
 )
 _HARMLESS_PRIVATE_KEYS = frozenset({"_name_or_path", "_commit_hash", "_num_labels"})
-_HUB_SOURCE = re.compile(
-    r"(?P<repo>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?)@(?P<revision>[0-9a-f]{40}|[A-Za-z0-9._-]{1,100})"
-)
+_HUB_SOURCE = re.compile(r"(?P<repo>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?)@(?P<revision>[0-9a-f]{40})")
 _HUB_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json", "*/config.json",
               "modules.json", "sentence_bert_config.json"]  # fmt: skip
 
@@ -110,7 +108,9 @@ def _in_package(rest: str) -> Path:
 def _from_hub(rest: str, *, offline: bool, cache_dir: Path | None) -> Path:
     match = _HUB_SOURCE.fullmatch(rest)
     if match is None:
-        raise BackboneUnavailable(f"hub:{rest}: name a revision, as in hub:org/name@<commit>")
+        raise BackboneUnavailable(
+            f"hub:{rest}: name a commit of 40 hex digits, as in hub:org/name@<commit>; branches and tags can move"
+        )
     from huggingface_hub import snapshot_download
 
     try:

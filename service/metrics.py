@@ -121,7 +121,7 @@ class ServingMetrics:
             "batch_size", "Entries in a batch", *ENGINE_LABELS, buckets=BATCH_SIZE_BUCKETS
         )
         self.batch_tokens = self._histogram(
-            "batch_tokens", "Tokens in a batch, padding included", *ENGINE_LABELS, buckets=BATCH_TOKENS_BUCKETS
+            "batch_tokens", "Tokens in a batch, padding not counted", *ENGINE_LABELS, buckets=BATCH_TOKENS_BUCKETS
         )
         self.batch_padding_ratio = self._histogram(
             "batch_padding_ratio", "Padding's share of a batch's tokens", *ENGINE_LABELS, buckets=PADDING_BUCKETS

@@ -279,19 +279,22 @@ class JobStore:
         with self.fenced(lease) as connection:
             self.finish_in(connection, lease, status, failure=failure, **columns)
 
-    def requeue(self, lease: Lease, reason: str, *, charge_attempt: bool) -> None:
-        """Gives the job back to the queue. Without `charge_attempt` the try does not count (a planned stop)."""
+    def requeue(self, lease: Lease, reason: str, *, charge_attempt: bool) -> bool:
+        """Gives the job back to the queue; True where it failed instead, having used up its attempts.
+
+        Without `charge_attempt` the try does not count (a planned stop). Raises `LeaseLost`.
+        """
         with self.fenced(lease) as connection:
             attempt = lease.attempt if charge_attempt else lease.attempt - 1
             if charge_attempt and attempt >= self._max_attempts:
                 job = _job(connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).one())
-                self._end_hopeless(connection, job, self._database.now(connection))
-                return
+                return self._end_hopeless(connection, job, self._database.now(connection))
             self._update(
                 connection, lease.job_id, status=JobStatus.QUEUED, attempt=attempt, worker_id=None,
                 lease_token=lease.token + 1, lease_expires_at=None, phase=None,
             )  # fmt: skip
             self._append(connection, lease.job_id, "state_changed", reason, {"status": "queued"}, level="warn")
+            return False
 
     # Workers
 

@@ -1,4 +1,4 @@
-"""API keys: who calls, for which tenant, with which scopes. Runs before any body is read."""
+"""API keys: who calls, for which tenant, with which scopes. Runs before any route reads a body."""
 
 from __future__ import annotations
 

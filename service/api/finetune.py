@@ -25,8 +25,10 @@ from model_registry.errors import ModelNotFound
 from service.api.auth import Principal
 from service.api.datasets import take_upload
 from service.api.deps import Services, ServicesDep, Training, json_body
+from service.api.guard import GuardLimits, check_json
 from service.api.problems import Problem
 from service.api.schemas import CancelRequest, FinetuneRequest
+from service.inference.errors import ModelNotReady
 
 router = APIRouter(tags=["fine-tuning"])
 _EVENT_POLL_S = 0.3
@@ -73,10 +75,21 @@ async def _read(request: Request, services: Services, principal: Principal) -> t
         return _validated({**values, "dataset": record.id}), hashlib.sha256(canonical.encode()).hexdigest()
     json_body(request)
     try:
-        values = orjson.loads(await request.body())
+        values = orjson.loads(await _json_content(request, services.settings.max_body_bytes))
     except orjson.JSONDecodeError as error:
         raise Problem(400, "malformed_request", f"the body is not valid JSON: {error.msg}") from error
     return _validated(values), hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+async def _json_content(request: Request, max_bytes: int) -> bytes:
+    """The body of a JSON request. This route also takes uploads, so the guard lets large bodies through to it."""
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > max_bytes:
+            raise Problem(413, "payload_too_large", f"a JSON body may have {max_bytes} bytes; send rows as a file")
+    await check_json(bytes(content), GuardLimits())
+    return bytes(content)
 
 
 def _json_field(name: str, text: str) -> Any:
@@ -147,6 +160,8 @@ def _dry_run(
     test = records[spec.test_dataset].rows if spec.test_dataset else round(total * split.test)
     cut = (0 if spec.validation_dataset else validation or 0) + (0 if spec.test_dataset else test or 0)
     profile = services.jobs.live_worker_profile()
+    if spec.backbone not in services.backbones:
+        raise ModelNotReady(f"the backbone {spec.backbone} is being loaded", retry_after_s=1.0)
     info = services.backbones[spec.backbone].info
     plan = resolve(
         wanted,

@@ -136,7 +136,9 @@ async def import_model(body: ImportRequest, services: ServicesDep, principal: Ad
 
 
 def _file(name: str, version: int, path: str, services: Services, principal: Principal) -> bytes:
-    """Only what the manifest lists can be read, and only files of a size to show."""
+    """Only what the manifest lists can be read, and only files of a size to show; rows of data need their own scope."""
+    if path == "golden.json" and not principal.may("datasets"):
+        raise Problem(403, "forbidden", "golden.json holds rows of the dataset, so it needs the scope 'datasets'")
     services.registry.resolve(principal.tenant, ModelRef(name, alias=None, version=version))
     manifest: ModelManifest = load_manifest(services.store, tenant=principal.tenant, name=name, version=version)
     listed: dict[str, FileEntry] = {entry.path: entry for entry in manifest.files}

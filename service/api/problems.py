@@ -54,6 +54,8 @@ _CODE_BY_STATUS = {
     422: "invalid_request",
     500: "internal_error",
 }
+# Codes from 500 on whose messages say what a client needs and nothing of this host.
+WRITTEN_FOR_CLIENTS = frozenset({"model_not_ready", "deadline_exceeded", "inference_failed"})
 _DETAIL_BY_STATUS = {404: "There is no such route.", 405: "This route does not take this method."}
 _INTERNAL_DETAIL = "Something went wrong on our side; quote the request id when you report it."
 
@@ -87,7 +89,7 @@ class Problem(Exception):
 def problem_body(problem: Problem, *, path: str, request_id: str) -> dict[str, Any]:
     """The members of the document; `retry_after_ms` and `errors` only where there are any."""
     body: dict[str, Any] = {
-        "type": f"/docs/errors#{problem.code}",
+        "type": f"urn:polyhead:error:{problem.code}",
         "title": problem.code.replace("_", " ").capitalize(),
         "status": problem.status,
         "detail": problem.detail,
@@ -209,11 +211,19 @@ def _respond(request: Request, problem: Problem) -> Response:
 
 def _mapped(error: Exception, status: int, code: str) -> Problem:
     # Messages of faults on our side may name files or tables, so they are logged and not sent.
-    detail = str(error) if status < 500 else f"{code.replace('_', ' ').capitalize()}."
+    is_open = status < 500 or code in WRITTEN_FOR_CLIENTS
+    detail = str(error) if is_open else f"{code.replace('_', ' ').capitalize()}."
     retry_after_s = getattr(error, "retry_after_s", None)
     return Problem(
-        status, code, detail, retry_after_s=RETRY_AFTER_S.get(code) if retry_after_s is None else retry_after_s
-    )
+        status, code, detail, errors=_errors_of(error),
+        retry_after_s=RETRY_AFTER_S.get(code) if retry_after_s is None else retry_after_s,
+    )  # fmt: skip
+
+
+def _errors_of(error: Exception) -> list[dict[str, Any]]:
+    """The places an error names: its own list, or its findings."""
+    findings = [finding.model_dump(mode="json") for finding in getattr(error, "findings", ())]
+    return [*getattr(error, "errors", ()), *findings][:MAX_LISTED_ERRORS]
 
 
 def _unparsable(item: Mapping[str, Any]) -> Problem:

@@ -100,6 +100,7 @@ class DynamicBatcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{name[0]}")
         self._seconds_per_token = 0.0
         self._running_since: float | None = None
+        self._running_tokens = 0
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
         metrics.start_engine(*name)
@@ -128,8 +129,9 @@ class DynamicBatcher:
 
     def predicted_wait_s(self) -> float:
         """How long a new entry would wait for the engine, by the tokens queued and the speed seen so far."""
-        running = 0.0 if self._running_since is None else self._max_tokens * self._seconds_per_token / 2
-        return self._queued_tokens * self._seconds_per_token + (running if self._queue else 0.0)
+        # The batch in progress counts as it is: taken for a full one, it would refuse small requests that wait 20 ms.
+        left_s = max(0.0, self._running_tokens * self._seconds_per_token - self.busy_for_s())
+        return self._queued_tokens * self._seconds_per_token + (left_s if self._queue else 0.0)
 
     def busy_for_s(self) -> float:
         """How long the run in progress has taken; 0 while idle. Health looks at it."""
@@ -189,6 +191,7 @@ class DynamicBatcher:
 
     async def _work_on(self, batch: list[QueueEntry]) -> None:
         started = self._running_since = time.monotonic()
+        self._running_tokens = sum(entry.length for entry in batch)
         loop = asyncio.get_running_loop()
         try:
             outcomes = await loop.run_in_executor(self._thread, self._compute_isolated, batch)
@@ -197,7 +200,7 @@ class DynamicBatcher:
                 _fail(entry, ModelNotReady("the engine stopped", retry_after_s=1.0))
             raise
         finally:
-            self._running_since = None
+            self._running_since, self._running_tokens = None, 0
         elapsed = time.monotonic() - started
         self._observe(batch, started, elapsed)
         for entry, outcome in zip(batch, outcomes, strict=True):
@@ -205,7 +208,9 @@ class DynamicBatcher:
                 _fail(entry, outcome)
                 continue
             vector, logits, engine = outcome
-            if not entry.future.done():
+            if entry.future.done():
+                self._metrics.cancelled_total.labels(*entry.model.metric_labels, "running").inc()
+            else:
                 queued = started - entry.enqueued_at
                 entry.future.set_result(EntryResult(vector, logits, len(batch), queued, elapsed, engine))
 

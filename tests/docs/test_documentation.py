@@ -77,11 +77,7 @@ def http_codes() -> dict[str, set[int]]:
     """Codes of HTTP answers with their statuses: mapped classes, statuses of the framework, literal problems."""
     found: dict[str, set[int]] = {}
     mapped = [*STATUS_BY_ERROR.values(), *_CODE_BY_STATUS.items()]
-    literal = [
-        (call.args[0].value, call.args[1].value)
-        for call in calls_in("service", "Problem")
-        if len(call.args) > 1 and isinstance(call.args[0], ast.Constant) and isinstance(call.args[1], ast.Constant)
-    ]
+    literal = [arguments for call in calls_in("service", "Problem") for arguments in [first_two(call)] if arguments]
     for status, code in [*mapped, *literal]:
         found.setdefault(code, set()).add(status)
     return found
@@ -99,13 +95,20 @@ def test_no_other_error_code_is_documented() -> None:
     assert not unknown, f"docs/errors.md names codes that do not exist: {sorted(unknown)}"
 
 
+def test_pages_name_codes_with_their_status() -> None:
+    codes = http_codes()
+    for path in PAGES:
+        for status, code in re.findall(r"\b([45]\d\d) `([a-z]+(?:_[a-z]+)*)`", path.read_text()):
+            assert int(status) in codes.get(code, set()), f"{path.name} names {status} {code}"
+
+
 def test_problem_codes_are_literals() -> None:
     """Otherwise the walk above would miss some. `problems` itself computes them from the mapped ones."""
     for path in python_files("service"):
         if path.name == "problems.py":
             continue
         for call in calls(path, "Problem"):
-            assert all(isinstance(argument, ast.Constant) for argument in call.args[:2]), f"{path}:{call.lineno}"
+            assert first_two(call), f"{path}:{call.lineno}"
 
 
 def test_codes_of_failed_jobs_are_documented() -> None:
@@ -355,6 +358,14 @@ def first_text(call: ast.Call) -> str:
     value = call.args[0].value if isinstance(call.args[0], ast.Constant) else None
     assert isinstance(value, str), f"line {call.lineno}: the code is not a literal"
     return value
+
+
+def first_two(call: ast.Call) -> tuple[int, str] | None:
+    """Status and code where both are literals."""
+    values = [argument.value if isinstance(argument, ast.Constant) else None for argument in call.args[:2]]
+    if len(values) == 2 and isinstance(values[0], int) and isinstance(values[1], str):
+        return values[0], values[1]
+    return None
 
 
 def keyword_texts(call: ast.Call, name: str) -> list[str]:

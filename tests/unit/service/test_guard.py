@@ -382,7 +382,7 @@ def test_errors_are_mapped_by_their_nearest_parent() -> None:
 def test_the_document_has_what_there_is_and_no_more() -> None:
     bare = problem_body(Problem(404, "not_found", "No."), path="/x", request_id="r")
     assert bare == {
-        "type": "/docs/errors#not_found",
+        "type": "urn:polyhead:error:not_found",
         "title": "Not found",
         "status": 404,
         "detail": "No.",

@@ -1,0 +1,81 @@
+"""Classifiers that exist already: registered from a folder below the import root, and from nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from modeling.testing import write_tiny_checkpoint
+from tests.acceptance.conftest import Service, Table
+from tests.acceptance.processes import problem
+
+LABELS = ["bad", "good", "mixed"]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_an_imported_classifier_answers_as_transformers_does(
+    service: Service, import_root: Path, words: tuple[Table, Table], model_type: str
+) -> None:
+    checkpoint = write_tiny_checkpoint(import_root / model_type, model_type=model_type, labels=LABELS, seed=3)
+    name = f"imported-{model_type}"
+    response = service.client.http.post("/models/import", json={"name": name, "source": model_type})
+    assert response.status_code == 201, response.text
+    assert (response.json()["status"], response.json()["labels"]) == ("ready", LABELS)
+    assert response.headers["location"] == f"/models/{name}/versions/1"
+    service.client.wait_served(name, "a good film", within_s=30)
+    texts = words[1].texts
+    answers = service.client.predict(name, texts).json()["predictions"]
+    expected = probabilities(checkpoint, texts)
+    for answer, row in zip(answers, expected, strict=True):
+        scores = {item["label"]: item["score"] for item in answer["scores"]}
+        assert [scores[label] for label in LABELS] == pytest.approx(row, abs=1e-4)
+    assert len({answer["label"] for answer in answers}) > 1 or max(map(max, expected)) < 0.9
+
+
+def test_nothing_outside_the_import_root_is_read(service: Service, import_root: Path, tmp_path: Path) -> None:
+    outside = write_tiny_checkpoint(tmp_path / "outside", labels=LABELS)
+    (import_root / "link").symlink_to(outside)
+    for source in (str(outside), f"file:{outside}", "../../../../../etc", "link", "/etc/passwd"):
+        response = service.client.http.post("/models/import", json={"name": "outside", "source": source})
+        detail = problem(response, 403, "forbidden")["detail"]
+        assert str(outside) not in detail
+    missing = service.client.http.post("/models/import", json={"name": "outside", "source": "no-such-folder"})
+    problem(missing, 422, "invalid_request")
+    problem(service.client.http.get("/models/outside"), 404, "model_not_found")
+
+
+def test_a_checkpoint_that_brings_code_is_refused(service: Service, import_root: Path) -> None:
+    folder = write_tiny_checkpoint(import_root / "with-code", labels=LABELS)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_evil.py").write_text(f"open({str(import_root / 'ran')!r}, 'w')\n")
+    response = service.client.http.post("/models/import", json={"name": "with-code", "source": "with-code"})
+    assert "auto_map" in problem(response, 422, "checkpoint_invalid")["detail"]
+    assert not (import_root / "ran").exists()
+    problem(service.client.http.get("/models/with-code"), 404, "model_not_found")
+
+
+def test_a_damaged_checkpoint_is_refused(service: Service, import_root: Path) -> None:
+    folder = write_tiny_checkpoint(import_root / "damaged", labels=LABELS)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    response = service.client.http.post("/models/import", json={"name": "damaged", "source": "damaged"})
+    assert response.status_code in {409, 422}, response.text
+    assert response.json()["code"] in {"checkpoint_invalid", "artifact_invalid"}
+    problem(service.client.http.get("/models/damaged"), 404, "model_not_found")
+
+
+@torch.inference_mode()
+def probabilities(checkpoint: Path, texts: list[str]) -> list[list[float]]:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"), pad_token="[PAD]")
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    keys = ["input_ids", "attention_mask"]
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    logits = model(**{key: encoded[key] for key in keys}).logits
+    rows: list[list[float]] = logits.softmax(1).tolist()
+    return rows
