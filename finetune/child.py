@@ -12,6 +12,7 @@ from typing import IO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from finetune.errors import Cancelled, RunError, Stopped
 from finetune.events import ChildJob, PipeLink
@@ -21,6 +22,7 @@ from model_registry.errors import StoreFull
 from modeling.errors import BackboneUnavailable
 
 _PR_SET_PDEATHSIG = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> int:
@@ -47,7 +49,7 @@ def explain(error: Exception) -> JobFailure:
     """A failure a person can act on, by the kind of error."""
     if isinstance(error, RunError):
         return error.failure
-    if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}):
+    if _is_disk_full(error):
         hint = "free some space, then submit the job again; nothing incomplete was registered"
         return JobFailure(code="storage_full", message="no space left for the artefact", hint=hint, retryable=True)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
@@ -60,6 +62,12 @@ def explain(error: Exception) -> JobFailure:
         message=f"the run failed ({type(error).__name__})",
         hint="the worker's log has the details",
     )
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, SafetensorError):  # wraps the system's error in text: "… (os error 28)"
+        return any(f"os error {number})" in str(error) for number in _FULL)
+    return isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
 def _private_stdout() -> IO[str]:

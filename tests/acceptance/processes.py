@@ -28,7 +28,9 @@ QUICK = {
     "POLYHEAD_HEARTBEAT_S": "0.5",
     "POLYHEAD_POLL_S": "0.1",
     "POLYHEAD_CANCEL_GRACE_S": "20",
-    "POLYHEAD_LOG_LEVEL": "info",
+    # Tiny models gain nothing from more, and threads that wait for each other on busy cores take ages.
+    "POLYHEAD_THREADS": "1",
+    "POLYHEAD_CPU_THREADS": "1",
 }
 Result = TypeVar("Result")
 

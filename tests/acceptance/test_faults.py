@@ -17,8 +17,9 @@ import pytest
 from tests.acceptance.conftest import Home, Service
 from tests.acceptance.processes import LEASE_S, Client, Worker, is_running, until
 
-# Some ten seconds of training with a checkpoint every 25 steps: time enough to disturb it.
-LONG = {"method": "full", "epochs": 120, "eval_every": 5, "early_stopping": {"patience": 1000}}
+# Some seconds of training with a checkpoint every 20 steps: time enough to disturb it.
+STEPS_BETWEEN = 20
+LONG = {"method": "full", "epochs": 80, "eval_every": 5, "early_stopping": {"patience": 1000}}
 
 
 def test_a_killed_training_process_is_replaced_and_the_job_goes_on(
@@ -35,7 +36,7 @@ def test_a_killed_training_process_is_replaced_and_the_job_goes_on(
     events = client.events(job_id)
     lost = next(event for event in events if "SIGKILL" in event["message"])
     assert (lost["level"], lost["data"]["status"]) == ("warn", "queued")
-    assert resumed_step(events) >= 25
+    assert resumed_step(events) >= STEPS_BETWEEN
     assert_one_version(client, "child-killed", job)
 
 
@@ -54,7 +55,7 @@ def test_a_killed_worker_loses_its_job_to_the_next_one(
     assert client.job(job_id)["status"] == "running"
     assert time.monotonic() - killed < LEASE_S + 30
     job = client.wait(job_id)
-    assert resumed_step(client.events(job_id)) >= 25
+    assert resumed_step(client.events(job_id)) >= STEPS_BETWEEN
     assert_one_version(client, "worker-killed", job)
 
 
@@ -101,7 +102,7 @@ def test_a_worker_told_to_stop_gives_its_job_back_uncharged(
     start_worker()
     job = client.wait(job_id)
     assert job["attempt"] == 1
-    assert resumed_step(client.events(job_id)) >= 25
+    assert resumed_step(client.events(job_id)) >= STEPS_BETWEEN
     assert_one_version(client, "worker-stopped", job)
 
 

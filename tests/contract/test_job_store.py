@@ -1,0 +1,240 @@
+"""Jobs over SQLite and PostgreSQL with a clock in hand: leases, fencing, cancel, attempts, idempotency."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from finetune.jobs.errors import IdempotencyMismatch, JobNotCancellable, JobNotFound, LeaseLost
+from finetune.jobs.records import JobFailure, JobSpec, JobStatus, Lease
+from finetune.jobs.store import JobStore
+from model_registry.db import Database
+
+SPEC = JobSpec(dataset="ds_1", backbone="tiny", register_as="m")
+LEASE_S = 10.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def clock(database: Database) -> Clock:
+    clock = Clock()
+    database._clock = clock
+    return clock
+
+
+@pytest.fixture
+def store(database: Database, clock: Clock) -> JobStore:
+    return JobStore(database, max_attempts=3)
+
+
+def enqueue(store: JobStore, clock: Clock, **options: Any) -> str:
+    clock.time += 1
+    return store.enqueue("default", SPEC, is_data_ready=True, **options).id
+
+
+def claim(store: JobStore, worker: str = "w1") -> Lease:
+    claimed = store.claim(worker, lease_s=LEASE_S)
+    assert claimed is not None
+    return claimed[0]
+
+
+def test_jobs_are_claimed_oldest_first_and_once(store: JobStore, clock: Clock) -> None:
+    ids = [enqueue(store, clock) for _ in range(3)]
+    assert [claim(store).job_id for _ in ids] == ids
+    assert store.claim("w1", lease_s=LEASE_S) is None
+
+
+def test_of_many_claimers_at_once_each_job_goes_to_one(store: JobStore, clock: Clock) -> None:
+    ids = {enqueue(store, clock) for _ in range(4)}
+    claimed: list[str] = []
+    gate = threading.Barrier(8)
+
+    def race(number: int) -> None:
+        gate.wait()
+        found = store.claim(f"w{number}", lease_s=LEASE_S)
+        if found is not None:
+            claimed.append(found[0].job_id)
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == sorted(ids)
+
+
+def test_a_lease_that_ran_out_is_taken_over_and_the_old_holder_cannot_write(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    old = claim(store)
+    clock.time += LEASE_S - 1
+    assert store.claim("w2", lease_s=LEASE_S) is None
+    clock.time += 2
+    new = claim(store, "w2")
+    assert (new.job_id, new.attempt) == (job_id, 2)
+    assert new.token > old.token
+    before = store.events("default", job_id)
+    for write in _writes(store, old):
+        with pytest.raises(LeaseLost):
+            write()
+    assert store.events("default", job_id) == before
+    store.finish(new, JobStatus.SUCCEEDED)
+    with pytest.raises(LeaseLost):
+        store.finish(new, JobStatus.FAILED)
+
+
+def _writes(store: JobStore, lease: Lease) -> list[Callable[[], Any]]:
+    failure = JobFailure(code="x", message="x")
+    return [
+        lambda: store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True),
+        lambda: store.record(lease, "progress", "x"),
+        lambda: store.set_columns(lease, phase="training"),
+        lambda: store.finish(lease, JobStatus.SUCCEEDED, result={"name": "m", "version": 9}),
+        lambda: store.finish(lease, JobStatus.FAILED, failure=failure),
+        lambda: store.requeue(lease, "x", charge_attempt=True),
+    ]
+
+
+def test_heartbeats_keep_the_lease(store: JobStore, clock: Clock) -> None:
+    enqueue(store, clock)
+    lease = claim(store)
+    for _ in range(5):
+        clock.time += LEASE_S - 1
+        store.heartbeat(lease, lease_s=LEASE_S, has_progressed=False)
+    assert store.claim("w2", lease_s=LEASE_S) is None
+
+
+def test_a_job_lost_too_often_fails_as_stalled(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    for _ in range(3):
+        claim(store)
+        clock.time += LEASE_S + 1
+    assert store.claim("w1", lease_s=LEASE_S) is None
+    job = store.get("default", job_id)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None and job.error["code"] == "stalled"
+
+
+def test_requeueing_may_or_may_not_charge_an_attempt(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    for _ in range(5):
+        assert not store.requeue(claim(store), "planned", charge_attempt=False)
+    assert store.get("default", job_id).attempt == 0
+    assert not store.requeue(claim(store), "lost", charge_attempt=True)
+    assert not store.requeue(claim(store), "lost", charge_attempt=True)
+    assert store.requeue(claim(store), "lost", charge_attempt=True)
+    assert store.get("default", job_id).status is JobStatus.FAILED
+
+
+def test_cancel_ends_what_waits_and_tells_what_runs(store: JobStore, clock: Clock) -> None:
+    waiting = enqueue(store, clock)
+    assert store.request_cancel("default", waiting, keep_best=True).status is JobStatus.CANCELLED
+    running = enqueue(store, clock)
+    lease = claim(store)
+    assert store.request_cancel("default", running, keep_best=True).status is JobStatus.CANCELLING
+    beat = store.heartbeat(lease, lease_s=LEASE_S, has_progressed=False)
+    assert (beat.cancel_requested, beat.keep_best) == (True, True)
+    store.finish(lease, JobStatus.CANCELLED)
+    for job_id in (waiting, running):
+        with pytest.raises(JobNotCancellable):
+            store.request_cancel("default", job_id, keep_best=False)
+
+
+def test_a_cancelled_job_whose_worker_died_ends(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    claim(store)
+    store.request_cancel("default", job_id, keep_best=False)
+    clock.time += LEASE_S + 1
+    assert store.claim("w2", lease_s=LEASE_S) is None
+    assert store.get("default", job_id).status is JobStatus.CANCELLED
+
+
+def test_events_are_numbered_without_gaps(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    for number in range(20):
+        store.record(lease, "progress", str(number))
+    events = store.events("default", job_id)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert [event.seq for event in store.events("default", job_id, after=5, limit=3)] == [6, 7, 8]
+    assert store.get("default", job_id).last_seq == events[-1].seq
+
+
+def test_a_failed_transaction_leaves_no_event(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    before = store.events("default", job_id)
+    with pytest.raises(ZeroDivisionError), store.fenced(lease) as connection:
+        store.record_in(connection, lease, "model_registered", "m:1")
+        raise ZeroDivisionError
+    assert store.events("default", job_id) == before
+
+
+def test_the_same_key_and_request_give_the_same_job_also_at_once(store: JobStore, clock: Clock) -> None:
+    found: list[str] = []
+    gate = threading.Barrier(8)
+
+    def ask() -> None:
+        gate.wait()
+        options = {"idempotency_key": "k", "request_sha256": "a"}
+        found.append(store.enqueue("default", SPEC, is_data_ready=True, **options).id)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and len(set(found)) == 1
+    assert len(store.page("default")) == 1
+
+
+def test_a_key_used_for_another_request_is_refused_until_it_is_forgotten(store: JobStore, clock: Clock) -> None:
+    first = enqueue(store, clock, idempotency_key="k", request_sha256="a")
+    with pytest.raises(IdempotencyMismatch):
+        enqueue(store, clock, idempotency_key="k", request_sha256="b")
+    assert store.enqueue("other", SPEC, is_data_ready=True, idempotency_key="k", request_sha256="b").id != first
+    clock.time += 73 * 3600
+    assert enqueue(store, clock, idempotency_key="k", request_sha256="b") != first
+
+
+def test_waiting_for_data_ends_in_the_queue_or_in_failure(store: JobStore, clock: Clock) -> None:
+    good, bad = (store.enqueue("default", SPEC, is_data_ready=False).id for _ in range(2))
+    assert store.claim("w1", lease_s=LEASE_S) is None
+    assert {job.id for job in store.waiting_for_data()} == {good, bad}
+    store.data_ready(good)
+    store.data_invalid(bad, JobFailure(code="dataset_invalid", message="one class"))
+    store.data_ready(bad)  # too late: it has ended
+    assert claim(store).job_id == good
+    assert store.get("default", bad).status is JobStatus.FAILED
+
+
+def test_pages_follow_each_other_without_gaps(store: JobStore, clock: Clock) -> None:
+    ids = [enqueue(store, clock) for _ in range(7)]
+    seen: list[str] = []
+    after = None
+    while page := store.page("default", after=after, limit=3):
+        seen += [job.id for job in page]
+        after = page[-1].id
+    assert seen == ids[::-1]
+
+
+def test_tenants_do_not_see_each_other(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    for call in (store.get, store.events, lambda tenant, id_: store.request_cancel(tenant, id_, keep_best=True)):
+        with pytest.raises(JobNotFound):
+            call("other", job_id)
+    assert store.page("other") == []
+
+
+def test_counts_name_every_status(store: JobStore, clock: Clock) -> None:
+    enqueue(store, clock)
+    assert store.counts() == {status.value: int(status is JobStatus.QUEUED) for status in JobStatus}

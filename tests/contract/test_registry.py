@@ -1,0 +1,237 @@
+"""The registry over SQLite and PostgreSQL: versions, aliases by compare-and-swap, append-only history."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from model_registry.db import Database
+from model_registry.errors import (
+    AliasConflict,
+    DatabaseUnavailable,
+    InvalidReference,
+    ModelNotFound,
+    VersionNotServable,
+)
+from model_registry.manifest import ModelManifest
+from model_registry.migrations import current_revision, migrate, newest_revision
+from model_registry.refs import ModelRef
+from model_registry.registry import Registry
+from model_registry.tables import alias_history, metadata
+
+
+@pytest.fixture
+def registry(database: Database) -> Registry:
+    return Registry(database)
+
+
+def publish(
+    registry: Registry, name: str = "m", *, tenant: str = "default", promote: bool = False, job_id: str | None = None
+) -> int:
+    with registry.transaction() as connection:
+        version = registry.reserve(
+            connection, tenant=tenant, name=name, task="text-classification", kind="head", method="linear_probe",
+            job_id=job_id,
+        )  # fmt: skip
+        manifest = ModelManifest(
+            tenant=tenant, name=name, version=version, kind="head", method="linear_probe", labels=("a", "b"),
+            created_at=0.0, job_id=job_id, files=(),
+        )  # fmt: skip
+        registry.publish(connection, manifest, actor="test", promote=promote)
+    return version
+
+
+def champion(registry: Registry, name: str = "m", tenant: str = "default") -> int:
+    return registry.resolve(tenant, ModelRef(name)).version
+
+
+def move(registry: Registry, version: int, expected: int | None, alias: str = "champion") -> Any:
+    return registry.set_alias(
+        tenant="default", name="m", alias=alias, version=version, expected_version=expected, actor="ann", reason="why"
+    )
+
+
+def test_migrations_give_the_declared_tables(database: Database) -> None:
+    migrate(database)  # a second time changes nothing
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    assert current_revision(database) == newest_revision()
+
+
+def test_the_first_version_is_champion_and_later_ones_wait(registry: Registry) -> None:
+    assert [publish(registry), publish(registry)] == [1, 2]
+    assert champion(registry) == 1
+    publish(registry, promote=True)
+    assert champion(registry) == 3
+
+
+def test_a_reserved_version_is_not_served(registry: Registry) -> None:
+    publish(registry)
+    with registry.transaction() as connection:
+        version = registry.reserve(
+            connection,
+            tenant="default",
+            name="m",
+            task="text-classification",
+            kind="head",
+            method="lora",
+            job_id="ft_1",
+        )
+    with pytest.raises(VersionNotServable):
+        registry.resolve("default", ModelRef("m", alias=None, version=version))
+    with pytest.raises(VersionNotServable):
+        move(registry, version, 1)
+    assert ("default", "m", version) not in registry.snapshot().versions
+
+
+def test_a_job_has_at_most_one_ready_version(registry: Registry) -> None:
+    publish(registry, job_id="ft_1")
+    with pytest.raises(sa.exc.IntegrityError):
+        publish(registry, job_id="ft_1")
+
+
+def test_an_abandoned_reservation_can_never_be_published(registry: Registry) -> None:
+    reserve = {"tenant": "default", "name": "m", "task": "text-classification", "kind": "head", "method": "lora"}
+    with registry.transaction() as connection:
+        first = registry.reserve(connection, **reserve, job_id="ft_1")
+        registry.reserve(connection, **reserve, job_id="ft_1")
+    manifest = ModelManifest(
+        tenant="default", name="m", version=first, kind="head", method="lora", labels=("a",), created_at=0.0, files=()
+    )
+    with pytest.raises(VersionNotServable), registry.transaction() as connection:
+        registry.publish(connection, manifest, actor="zombie")
+
+
+def test_an_alias_moves_only_from_where_the_caller_saw_it(registry: Registry) -> None:
+    publish(registry)
+    publish(registry)
+    assert (move(registry, 2, 1).from_version, champion(registry)) == (1, 2)
+    with pytest.raises(AliasConflict) as conflict:
+        move(registry, 1, 1)
+    assert conflict.value.current_version == 2
+    assert champion(registry) == 2
+    move(registry, 1, None, alias="canary")
+    with pytest.raises(AliasConflict):
+        move(registry, 2, None, alias="canary")
+
+
+def test_of_two_moves_at_once_exactly_one_wins(registry: Registry) -> None:
+    for _ in range(3):
+        publish(registry)
+    outcomes: list[str] = []
+    gate = threading.Barrier(2)
+
+    def race(version: int) -> None:
+        gate.wait()
+        try:
+            move(registry, version, 1)
+            outcomes.append("won")
+        except AliasConflict:
+            outcomes.append("lost")
+
+    threads = [threading.Thread(target=race, args=(version,)) for version in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["lost", "won"]
+
+
+@pytest.mark.parametrize("alias", ["latest", "Up", "a b", "", "x" * 65, "../x"])
+def test_aliases_must_be_well_formed_and_latest_is_not_one(registry: Registry, alias: str) -> None:
+    publish(registry)
+    with pytest.raises(InvalidReference):
+        move(registry, 1, None, alias=alias)
+
+
+def test_rollbacks_go_back_step_by_step(registry: Registry) -> None:
+    for _ in range(3):
+        publish(registry)
+    move(registry, 2, 1)
+    move(registry, 3, 2)
+
+    def back() -> int:
+        return registry.rollback(tenant="default", name="m", alias="champion", actor="ann", reason="bad").to_version
+
+    assert [back(), back()] == [2, 1]
+    with pytest.raises(ModelNotFound):
+        back()
+    move(registry, 3, 1)
+    assert back() == 1
+
+
+def test_history_tells_every_move_and_cannot_be_changed(registry: Registry, database: Database) -> None:
+    publish(registry)
+    publish(registry)
+    move(registry, 2, 1)
+    history = registry.history(tenant="default", name="m")
+    assert [(change.from_version, change.to_version, change.action, change.actor) for change in history] == [
+        (1, 2, "set", "ann"),
+        (None, 1, "publish", "test"),
+    ]
+    for statement in (alias_history.update().values(reason="forged"), alias_history.delete()):
+        with pytest.raises(sa.exc.DBAPIError, match="append-only"), database.write() as connection:
+            connection.execute(statement)
+    assert registry.history(tenant="default", name="m") == history
+
+
+def test_the_epoch_grows_with_every_change_a_server_must_see(registry: Registry) -> None:
+    epochs = [registry.epoch()]
+    for change in (lambda: publish(registry), lambda: publish(registry), lambda: move(registry, 2, 1)):
+        change()
+        epochs.append(registry.epoch())
+    assert epochs == sorted(set(epochs))
+    snapshot = registry.snapshot()
+    assert snapshot.epoch == epochs[-1]
+    assert snapshot.aliases == {("default", "m", "champion"): 2}
+
+
+def test_tenants_do_not_see_each_other(registry: Registry) -> None:
+    publish(registry, tenant="acme")
+    with pytest.raises(ModelNotFound):
+        registry.resolve("default", ModelRef("m"))
+    assert registry.models("default") == []
+    assert publish(registry) == 1
+
+
+def test_a_locked_sqlite_file_is_reported_as_unavailable(tmp_path: Any) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'x.db'}", busy_timeout_s=0.05)
+    migrate(database)
+    with sqlite3.connect(tmp_path / "x.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DatabaseUnavailable):
+            publish(Registry(database))
+        assert Registry(database).epoch() == 0, "reading goes on while another writes"
+        other.execute("ROLLBACK")
+    other.close()
+    assert publish(Registry(database)) == 1
+    database.dispose()
+
+
+def test_a_database_that_is_gone_is_reported_without_its_address() -> None:
+    database = Database("postgresql+psycopg://user:secret@127.0.0.1:1/none", busy_timeout_s=0.2)
+    with pytest.raises(DatabaseUnavailable) as refused:
+        database.ping()
+    assert "127.0.0.1" not in str(refused.value) and "secret" not in str(refused.value)
+    database.dispose()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("m", ModelRef("m")), ("m@canary", ModelRef("m", "canary")), ("m:7", ModelRef("m", None, 7)),
+     ("a.b-c_1", ModelRef("a.b-c_1"))],
+)  # fmt: skip
+def test_references_are_read(text: str, expected: ModelRef) -> None:
+    assert ModelRef.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "M", "m:", "m:0", "m:-1", "m:x", "m@", "m@A", "../m", "m/1", "m:1@x", "é", "m\0"])
+def test_malformed_references_are_refused(text: str) -> None:
+    with pytest.raises(InvalidReference):
+        ModelRef.parse(text)
