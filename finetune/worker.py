@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,16 +47,17 @@ class Worker:
         self._id, self._ledger, self._datasets = worker_id, ledger, datasets
         self._backbones, self._profile, self._folders, self._timing = backbones, profile, folders, timing
         self._poll_s = poll_s
-        self._stopping = threading.Event()
+        # A plain flag: an Event set by a signal handler can deadlock with the main thread inside its wait.
+        self._is_stopping = False
 
     def stop(self) -> None:
-        self._stopping.set()
+        self._is_stopping = True
 
     def run_forever(self) -> None:
         """Works until `stop`. A database that is away only delays it."""
         backoff_s, beaten = self._poll_s, 0.0
         is_registered = False
-        while not self._stopping.is_set():
+        while not self._is_stopping:
             try:
                 if not is_registered:
                     self._ledger.jobs.register_worker(self._id, self._profile.model_dump(mode="json"))
@@ -73,7 +73,12 @@ class Worker:
                 _log.warning("database unavailable", extra={"action": "db_unavailable", "error": str(error)})
                 worked, backoff_s = False, min(_MAX_BACKOFF_S, backoff_s * 2)
             if not worked:
-                self._stopping.wait(backoff_s)
+                self._pause(backoff_s)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._is_stopping and (left := until - time.monotonic()) > 0:
+            time.sleep(min(0.2, left))
 
     def work_once(self) -> bool:
         """Claims and runs one job. False if there was none."""
@@ -119,7 +124,7 @@ class Worker:
                 return "lost"
             return "failed"
         supervisor = Supervisor(
-            self._ledger, lease, child_job, self._timing, should_stop=self._stopping.is_set,
+            self._ledger, lease, child_job, self._timing, should_stop=lambda: self._is_stopping,
             log_file=self._folders.logs / f"{job.id}.log",
         )  # fmt: skip
         outcome = supervisor.run()

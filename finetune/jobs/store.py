@@ -268,6 +268,7 @@ class JobStore:
     ) -> None:
         """Ends the job inside a transaction that `fenced` opened."""
         error = failure.model_dump(mode="json") if failure is not None else None
+        columns = {"phase": None} | columns
         values = columns | {"status": status, "finished_at": self._database.now(connection), "lease_expires_at": None}
         self._update(connection, lease.job_id, error=error, **values)
         if failure is not None:

@@ -1,0 +1,112 @@
+"""What of a checkpoint is taken, and what is refused before any of it is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from model_registry.store import FileStore
+from modeling.backbone import Backbone, ingest, load_encoder, locate, read_config
+from modeling.errors import BackboneUnavailable, ConfigRefused, UnsupportedArchitecture
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def edit(folder: Path, **values: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "key", ["auto_map", "_attn_implementation_internal", "_attn_implementation", "custom_pipelines", "trust_remote_code",
+            "quantization_config", "_anything"],
+)  # fmt: skip
+def test_keys_that_name_code_are_refused_by_name(copy: Path, key: str) -> None:
+    with pytest.raises(ConfigRefused, match=key):
+        ingest(FileStore(copy.parent / "store"), edit(copy, **{key: "evil/repo--evil.Evil"}), name="x", source="x")
+    assert not (copy.parent / "store" / "backbones").exists()
+
+
+def test_unknown_keys_are_dropped(copy: Path) -> None:
+    assert "surprise" not in read_config(edit(copy, surprise=1))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "", None, "../bert", 3])
+def test_other_architectures_are_refused(copy: Path, model_type: object) -> None:
+    with pytest.raises((UnsupportedArchitecture, BackboneUnavailable)):
+        read_config(edit(copy, model_type=model_type))
+
+
+def test_pickled_weights_are_never_loaded(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(BackboneUnavailable, match="pickled"):
+        ingest(FileStore(copy.parent / "store"), copy, name="x", source="x")
+    with pytest.raises(BackboneUnavailable):
+        load_encoder(copy)
+
+
+def test_a_shard_index_may_name_only_files_beside_it(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "../../secret.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BackboneUnavailable, match="beside it"):
+        ingest(FileStore(copy.parent / "store"), copy, name="x", source="x")
+
+
+def test_truncated_weights_and_missing_tensors_are_errors(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = copy / "model.safetensors"
+    whole = load_file(path)
+    save_file(
+        {k: v for k, v in whole.items() if "layer.1.output.dense.weight" not in k}, path, metadata={"format": "pt"}
+    )
+    with pytest.raises(BackboneUnavailable, match="lack"):
+        load_encoder(copy)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BackboneUnavailable):
+        load_encoder(copy)
+
+
+def test_ingesting_twice_gives_the_same_backbone(copy: Path) -> None:
+    store = FileStore(copy.parent / "store")
+    first = ingest(store, copy, name="x", source="file:x")
+    stamp = (first.folder / "model.safetensors").stat().st_mtime_ns
+    assert ingest(store, copy, name="x", source="file:x") == first
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert Backbone.open(first.folder).info == first.info
+
+
+def test_the_digest_follows_content_and_pooling(copy: Path) -> None:
+    store = FileStore(copy.parent / "store")
+    plain = ingest(store, copy, name="x", source="x").info
+    (copy / "modules.json").write_text(json.dumps([{"type": "a.Normalize", "path": "2"}]))
+    normalized = ingest(store, copy, name="x", source="x").info
+    edit(copy, hidden_dropout_prob=0.3)
+    changed = ingest(store, copy, name="x", source="x").info
+    assert len({plain.digest, normalized.digest, changed.digest}) == 3
+    assert (plain.normalize, normalized.normalize) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("hub:org/name", "commit"), ("hub:org/name@main", "commit"), ("pkg:no_such_package/model", "not installed"),
+     ("pkg:json/model", "no folder"), ("file:/no/such/folder", "no such folder"), ("s3://bucket", "write pkg:"),
+     ("", "write pkg:")],
+)  # fmt: skip
+def test_sources_that_cannot_be_found_say_how_to_mend_it(source: str, says: str) -> None:
+    with pytest.raises(BackboneUnavailable, match=says):
+        locate(source, offline=True)
+
+
+def test_offline_the_hub_is_not_asked(tmp_path: Path) -> None:
+    with pytest.raises(BackboneUnavailable, match="offline"):
+        locate(f"hub:org/name@{'a' * 40}", offline=True, cache_dir=tmp_path)

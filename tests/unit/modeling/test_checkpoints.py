@@ -1,0 +1,111 @@
+"""A published classifier taken apart, and versions read back from their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from model_registry.manifest import BackboneRef, ModelManifest
+from model_registry.store import FileStore, put_tree
+from modeling.assemble import GoldenRow, check_golden, read_version, write_version_files
+from modeling.backbone import SUPPORTED_MODEL_TYPES
+from modeling.checkpoints import import_classifier
+from modeling.engines.protocol import EngineBatch
+from modeling.engines.torch import TorchEngine, takes_type_ids
+from modeling.errors import GoldenRowsDiffer, ModelingError, UnsupportedArchitecture
+from modeling.heads import DenseLayer, TaskHead
+from modeling.linear_text import LinearText, new_vectorizer
+from modeling.preprocess import TextPreprocessor
+from modeling.testing import write_tiny_checkpoint
+
+TEXTS = ["a good film", "dull plot and a very bad actor", "wheat and oil"]
+
+
+@pytest.mark.parametrize("model_type", sorted(SUPPORTED_MODEL_TYPES))
+def test_the_parts_give_the_logits_of_the_whole(model_type: str, tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "whole", model_type=model_type, labels=["x", "y", "z"])
+    parts = import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+    assert parts.labels == ("x", "y", "z")
+    encoded = TextPreprocessor(parts.backbone.folder / "tokenizer.json", max_length=32).encode(TEXTS)
+    ours = parts.head.logits(TorchEngine(parts.backbone).run(EngineBatch(encoded)))
+    whole = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for row, item in enumerate(encoded):
+        types = {"token_type_ids": torch.from_numpy(item.type_ids)[None]} if takes_type_ids(whole.config) else {}
+        with torch.inference_mode():
+            expected = whole(input_ids=torch.from_numpy(item.input_ids)[None], **types).logits[0].numpy()
+        np.testing.assert_allclose(ours[row], expected, atol=1e-4)
+
+
+def test_a_regression_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "one", labels=["only"])
+    with pytest.raises(UnsupportedArchitecture):
+        import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> tuple[FileStore, ModelManifest, TaskHead]:
+    head = TaskHead((DenseLayer(np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float32)),))
+    golden = [GoldenRow("a", (1.0, 0.0)), GoldenRow("b", (0.0, 1.0))]
+    write_version_files(tmp_path / "v", head=head, labels=["p", "q"], max_length=16, temperature=1.5, golden=golden)
+    store = FileStore(tmp_path / "store")
+    base = BackboneRef(name="tiny", digest="0" * 64, source="x")
+    draft = ModelManifest(
+        tenant="t", name="m", version=1, kind="head", method="linear_probe", labels=("p", "q"), base=base,
+        created_at=0.0, files=(),
+    )  # fmt: skip
+    return store, draft.model_copy(update={"files": put_tree(store, draft.prefix, tmp_path / "v")}), head
+
+
+def test_a_version_is_read_back_as_it_was_written(version: tuple[FileStore, ModelManifest, TaskHead]) -> None:
+    store, manifest, head = version
+    parts = read_version(store, manifest)
+    assert (parts.temperature, parts.max_length, parts.own_bytes) == (1.5, 16, head.size_bytes)
+    check_golden(parts, lambda texts: np.asarray([[1, 0], [0, 1]], np.float32))
+    for wrong in (np.asarray([[1, 0], [0, 1.01]], np.float32), np.full((2, 2), np.nan, np.float32), np.eye(3)):
+        with pytest.raises(GoldenRowsDiffer):
+            check_golden(parts, lambda texts, wrong=wrong: wrong)  # type: ignore[misc]
+
+
+def test_a_lower_precision_may_differ_where_the_answer_is_close() -> None:
+    golden = (GoldenRow("a", (2.0, 0.0)), GoldenRow("b", (0.02, 0.0)))
+    parts = type("Parts", (), {"golden": golden, "temperature": 1.0})()
+    check_golden(parts, lambda _: np.asarray([[1.9, 0], [0.0, 0.02]], np.float32), precision="bf16")
+    with pytest.raises(GoldenRowsDiffer):
+        check_golden(parts, lambda _: np.asarray([[0.0, 2.0], [0.02, 0.0]], np.float32), precision="bf16")
+
+
+def test_any_altered_file_is_noticed(version: tuple[FileStore, ModelManifest, TaskHead]) -> None:
+    from model_registry.errors import ArtifactError
+
+    store, manifest, _ = version
+    for entry in manifest.files:
+        key = f"{manifest.prefix}/{entry.path}"
+        content = store.get_bytes(key, max_bytes=1 << 20)
+        for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+            store.put_bytes(key, damaged)
+            with pytest.raises((ArtifactError, ModelingError)):
+                read_version(store, manifest)
+        store.put_bytes(key, content)
+    read_version(store, manifest)
+
+
+def test_the_baseline_serves_what_scikit_learn_trained(tmp_path: Path) -> None:
+    from sklearn.svm import LinearSVC
+
+    texts = [f"good film number {i}" if i % 2 else f"bad plot number {i}" for i in range(20)]
+    vectorizer = new_vectorizer()
+    features = vectorizer.fit_transform(texts)
+    classifier = LinearSVC().fit(features, [i % 2 for i in range(20)])
+    weight = np.concatenate([-classifier.coef_, classifier.coef_]).astype(np.float32)
+    bias = np.concatenate([-classifier.intercept_, classifier.intercept_]).astype(np.float32)
+    model = LinearText(tuple(vectorizer.get_feature_names_out()), vectorizer.idf_.astype(np.float32), weight, bias)
+    for name, content in model.files().items():
+        (tmp_path / name).write_bytes(content)
+    margins = LinearText.read(tmp_path).margins(["good film", "bad plot", "unknown words"])
+    expected = classifier.decision_function(vectorizer.transform(["good film", "bad plot", "unknown words"]))
+    np.testing.assert_allclose(margins[:, 1], expected, atol=1e-5)
+    np.testing.assert_allclose(margins[:, 0], -expected, atol=1e-5)
