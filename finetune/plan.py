@@ -22,6 +22,7 @@ NOT_YET = {
     "export", "gate", "trials", "space", "pruner", "search",
 }  # fmt: skip
 SMALL_PARAMETERS = 50_000_000
+_LABEL_SMOOTHING = 0.05  # keeps the head from growing without end on rows already right; see docs/log.md
 
 
 class PlanError(Exception):
@@ -81,7 +82,7 @@ class Hyperparameters(_Model):
 
     loss: Literal["auto", "cross_entropy"] = "auto"
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: Literal["auto"] | float = Field("auto")
     dropout: Literal["auto"] | float = Field("auto")
 
     lora: LoraOptions = LoraOptions()
@@ -98,6 +99,7 @@ class Hyperparameters(_Model):
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (0.01, 1000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 4096),
             "gradient_accumulation": (1, 1024), "dropout": (0.0, 0.9), "max_length": (8, 8192),
+            "label_smoothing": (0.0, 0.9),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -228,7 +230,7 @@ def resolve(
         weight_decay=wanted.weight_decay,
         max_grad_norm=wanted.max_grad_norm,
         class_weights=wanted.class_weights,
-        label_smoothing=wanted.label_smoothing,
+        label_smoothing=_LABEL_SMOOTHING if wanted.label_smoothing == "auto" else wanted.label_smoothing,
         lora=wanted.lora,
         eval_every=wanted.eval_every,
         early_stopping=wanted.early_stopping,

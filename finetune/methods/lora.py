@@ -27,7 +27,7 @@ def train(run: Run) -> Candidate:
     model = Classifier(
         encoder, pooling=info.pooling, hidden_size=info.hidden_size, labels=len(run.labels), dropout=run.plan.dropout
     )
-    start_head(model, run)
+    start_head(model, run.probe_head)
     return train_tuned(run, "lora", "lora", model, _serve)
 
 

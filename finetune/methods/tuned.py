@@ -46,11 +46,11 @@ class Classifier(nn.Module):
         return TaskHead((DenseLayer(weight, bias),))
 
 
-def start_head(model: Classifier, run: Run) -> None:
+def start_head(model: Classifier, probe: TaskHead | None) -> None:
     """From the probe's weights where there are some: the encoder's features are then kept, not distorted at first
     (Kumar et al., ICLR 2022). Otherwise small random ones by the run's seed."""
-    if run.probe_head is not None:
-        (layer,) = run.probe_head.layers
+    if probe is not None:
+        (layer,) = probe.layers
         with torch.no_grad():
             model.head.weight.copy_(torch.from_numpy(layer.weight))
             model.head.bias.copy_(torch.from_numpy(layer.bias))
