@@ -25,8 +25,8 @@ def edit(folder: Path, **values: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "key", ["auto_map", "_attn_implementation_internal", "_attn_implementation", "custom_pipelines", "trust_remote_code",
-            "quantization_config", "_anything"],
+    "key", ["auto_map", "_attn_implementation_internal", "_attn_implementation", "custom_pipelines",
+            "trust_remote_code", "quantization_config", "_anything"],
 )  # fmt: skip
 def test_keys_that_name_code_are_refused_by_name(copy: Path, key: str) -> None:
     with pytest.raises(ConfigRefused, match=key):
