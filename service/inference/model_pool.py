@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model_registry.errors import ArtifactError, ModelNotFound, RegistryError
 from model_registry.manifest import backbone_prefix
@@ -24,6 +25,8 @@ from modeling.assemble import VersionParts, check_golden, read_version
 from modeling.backbone import Backbone
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import ModelingError
+from modeling.preprocess import TextInput
+from modeling.weights import FloatArray
 from service.inference.errors import ModelNotReady
 from service.inference.lanes import BackboneLane, BatchLimits, Lane, LinearLane, build_onnx
 from service.inference.served import ServedModel
@@ -63,7 +66,7 @@ class ModelPool:
         self._aliases: dict[AliasKey, int] = {}
         self._failed: dict[Key, tuple[str, float]] = {}
         self._snapshot = RegistrySnapshot(epoch=-1, aliases={}, versions={})
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
         self.is_started = False  # backbones and the registry's aliased versions are in place
         self.has_failed = False
 
@@ -300,12 +303,12 @@ class ModelPool:
                 backbone_lane.adapter_engine.load_adapter(model.adapter_key, parts.adapter)
             engine = backbone_lane.engine_for(model.adapter_key)
 
-            def logits(texts: object) -> object:
-                work = backbone_lane.preprocess(texts, truncate=True, max_length=model.max_length)  # type: ignore[arg-type]
+            def logits(texts: Sequence[TextInput]) -> FloatArray:
+                work = backbone_lane.preprocess(texts, truncate=True, max_length=model.max_length)
                 keys = [model.adapter_key] * len(work) if model.adapter_key else None
                 return head.logits(engine.run(EngineBatch(work, keys)))
 
-            check_golden(parts, logits, precision=engine.precision)  # type: ignore[arg-type]
+            check_golden(parts, logits, precision=engine.precision)
 
         await lane.batcher.call(run)
 
@@ -365,7 +368,7 @@ class ModelPool:
         self._metrics.engine_parity_max_abs_diff.labels(name, engine.name).set(difference)
         _log.info("onnx serves", extra={"action": "engine_switched", "backbone": name})
 
-    def _in_background(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
