@@ -64,10 +64,10 @@ def test_a_damaged_checkpoint_is_refused(service: Service, import_root: Path) ->
     folder = write_tiny_checkpoint(import_root / "damaged", labels=LABELS)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    response = service.client.http.post("/models/import", json={"name": "damaged", "source": "damaged"})
+    response = service.client.http.post("/models/import", json={"name": "cut-short", "source": "damaged"})
     assert response.status_code in {409, 422}, response.text
     assert response.json()["code"] in {"checkpoint_invalid", "artifact_invalid"}
-    problem(service.client.http.get("/models/damaged"), 404, "model_not_found")
+    problem(service.client.http.get("/models/cut-short"), 404, "model_not_found")
 
 
 @torch.inference_mode()
