@@ -31,7 +31,11 @@ class DatasetInput(BaseModel):
 
 
 class ChildJob(BaseModel):
-    """All that the child is told. Paths are on this host."""
+    """All that the child is told. Paths are on this host.
+
+    Each attempt writes into a `work_dir` of its own, so that a run whose lease was taken, but which does
+    not know yet, cannot disturb its successor; that one reads from the `earlier_work_dirs`, newest first.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     job_id: str
@@ -44,6 +48,7 @@ class ChildJob(BaseModel):
     backbone_folder: Path
     store_root: Path
     work_dir: Path
+    earlier_work_dirs: tuple[Path, ...] = ()
     worker: WorkerProfile
     elapsed_s: float = 0.0
 

@@ -54,7 +54,8 @@ def run_job(job: ChildJob, link: Link) -> None:
     deadline = None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s
     run = Run(
         train=_rows(train, labels), validation=_rows(validation, labels), test=_rows(test, labels), labels=labels,
-        plan=plan, backbone=backbone, link=link, work_dir=job.work_dir, deadline=deadline,
+        plan=plan, backbone=backbone, link=link, work_dir=job.work_dir,
+        earlier_work_dirs=job.earlier_work_dirs, deadline=deadline,
     )  # fmt: skip
 
     candidates = train_methods(run)

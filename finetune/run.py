@@ -44,6 +44,7 @@ class Run:
     backbone: Backbone
     link: Link
     work_dir: Path
+    earlier_work_dirs: tuple[Path, ...] = ()
     deadline: float | None = None
     probe_head: TaskHead | None = None
     is_winding_down: bool = False

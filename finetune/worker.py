@@ -129,7 +129,7 @@ class Worker:
         )  # fmt: skip
         outcome = supervisor.run()
         if outcome in {"succeeded", "failed", "cancelled"}:
-            shutil.rmtree(child_job.work_dir, ignore_errors=True)
+            shutil.rmtree(self._folders.work / job.id, ignore_errors=True)
         return outcome
 
     def _child_job(self, lease: Lease, job: FineTuneJob) -> ChildJob:
@@ -145,8 +145,17 @@ class Worker:
             test=inputs[spec.test_dataset] if spec.test_dataset else None,
             backbone_folder=self._backbones[spec.backbone].folder.absolute(),
             store_root=self._folders.store.absolute(),
-            work_dir=(self._folders.work / job.id).absolute(), worker=self._profile, elapsed_s=ran_s,
+            work_dir=self._work_dir(job.id, lease.attempt, lease.token), worker=self._profile, elapsed_s=ran_s,
+            earlier_work_dirs=self._earlier_work_dirs(job.id, lease.token),
         )  # fmt: skip
+
+    def _work_dir(self, job_id: str, attempt: int, token: int) -> Path:
+        return (self._folders.work / job_id / f"attempt-{attempt}-{token}").absolute()
+
+    def _earlier_work_dirs(self, job_id: str, token: int) -> tuple[Path, ...]:
+        """Folders of runs under older leases, the newest first; the token orders them, whichever host they ran on."""
+        found = {int(path.name.rpartition("-")[2]): path for path in (self._folders.work / job_id).glob("attempt-*-*")}
+        return tuple(found[older].absolute() for older in sorted(found, reverse=True) if older < token)
 
     def _dataset(self, tenant: str, dataset_id: str) -> DatasetInput:
         record = self._datasets.get(tenant, dataset_id)

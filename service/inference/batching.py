@@ -238,8 +238,9 @@ class DynamicBatcher:
         tokens = sum(entry.length for entry in batch)
         padded = max(entry.length for entry in batch) * len(batch)
         per_token = elapsed / max(1, tokens)
-        # Smoothed over some ten batches: follows a change of load within a second.
-        self._seconds_per_token += 0.1 * (per_token - self._seconds_per_token) if self._seconds_per_token else per_token
+        # Smoothed by tokens, so that a small or a cold batch, slow per token, does not pass for the engine's speed.
+        share = min(0.5, tokens / (4 * self._max_tokens)) if self._seconds_per_token else 0.5
+        self._seconds_per_token += share * (per_token - self._seconds_per_token)
         metrics, name = self._metrics, self.name
         metrics.batch_size.labels(*name).observe(len(batch))
         metrics.batch_tokens.labels(*name).observe(tokens)

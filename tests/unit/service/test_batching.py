@@ -213,3 +213,28 @@ def test_every_entry_ends_exactly_once(steps: list[tuple[str, int]]) -> None:
                 assert float(outcome.vector[0]) == value
 
     asyncio.run(scenario())
+
+
+def test_a_small_running_batch_does_not_pass_for_a_full_one() -> None:
+    gate = threading.Event()
+
+    def blocking(batch: Sequence[QueueEntry]) -> Any:
+        gate.wait(10)
+        return compute(batch)
+
+    async def scenario() -> float:
+        batcher = new_batcher(compute=blocking, max_tokens=100_000)
+        batcher._seconds_per_token = 0.001
+        batcher.start()
+        running, waiting = entry(1), entry(2)
+        batcher.put(running)
+        while batcher.busy_for_s() == 0:
+            await asyncio.sleep(0)
+        batcher.put(waiting)
+        predicted = batcher.predicted_wait_s()
+        gate.set()
+        await asyncio.gather(running.future, waiting.future)
+        await batcher.stop()
+        return predicted
+
+    assert 0.004 <= asyncio.run(scenario()) <= 0.008

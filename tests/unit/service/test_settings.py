@@ -40,8 +40,13 @@ def test_keys_open_the_network_and_stay_secret(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_worker_s_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.settings import WorkerSettings
-    from service.settings import FOREIGN, ServingSettings
+    from finetune import settings as worker
+    from service import settings as serving
 
-    serving = {name.upper() for name in ServingSettings.model_fields}
-    assert {name.upper() for name in WorkerSettings.model_fields} <= serving | FOREIGN
+    serving_names = {name.upper() for name in serving.ServingSettings.model_fields}
+    worker_names = {name.upper() for name in worker.WorkerSettings.model_fields}
+    assert worker_names | serving_names == serving_names | serving.FOREIGN - {"URL", "API_KEY"}
+    assert worker_names | serving_names == worker_names | worker.FOREIGN - {"URL", "API_KEY"}
+    worker.load_worker_settings({f"POLYHEAD_{name}": "" for name in serving_names | worker_names})
+    with pytest.raises(SystemExit, match="POLYHEAD_LEASE: unknown"):
+        worker.load_worker_settings({"POLYHEAD_LEASE": "5"})
