@@ -19,7 +19,9 @@ from modeling.heads import DenseLayer, TaskHead
 from modeling.weights import FloatArray, IntArray
 
 # Inverse regularisation on standardised vectors, from strong to weak; each fit starts from the one before.
-_STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_STRENGTHS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+# Some dimensions of a backbone are dead (3 of MiniLM's 384 hardly vary): scaled up, they would be noise.
+_LEAST_SPREAD = 0.01
 
 
 def train(run: Run) -> Candidate:
@@ -54,7 +56,8 @@ def _fit(
     run: Run, features: FloatArray, labels: IntArray, strength: float, warm: LogisticRegression | None
 ) -> tuple[TaskHead, LogisticRegression]:
     """A head on raw vectors: the standardisation that helps the solver is folded into its weights."""
-    mean, scale = features.mean(0), np.maximum(features.std(0), np.float32(1e-6))
+    mean, spread = features.mean(0), features.std(0)
+    scale = np.maximum(spread, np.float32(max(_LEAST_SPREAD * float(np.median(spread)), 1e-6)))
     weights = class_weights(run.plan.class_weights, labels, run.labels)
     by_index = None if weights is None else dict(enumerate(weights.tolist()))
     model = warm or LogisticRegression(max_iter=500, warm_start=True)
