@@ -41,9 +41,12 @@ def _one(
         **datasets, register_as=model, hyperparameters={"method": method, "seed": seed, "metric": metric}
     )
     seconds = time.monotonic() - started
+    service.answers(model, ["first"])
+    first_answer = time.time() - job["finished_at"]
     evaluation = service.evaluation(job["id"])
     row: dict[str, Any] = {
         "method": method, "seed": seed, "chosen": evaluation["chosen"], "seconds": round(seconds, 1),
+        "first_answer_s": round(first_answer, 2),
         "report": evaluation["test"]["accuracy"],
         "validation": {item["method"]: item["validation"]["accuracy"] for item in evaluation["methods"]},
     }  # fmt: skip

@@ -55,11 +55,11 @@ class Service:
         return labels
 
     def _predict(self, model: str, texts: list[str]) -> list[str]:
-        for _ in range(600):
+        for _ in range(1200):
             response = self.http.post("/predict", json={"model": model, "inputs": texts, "parameters": {"top_k": 1}})
             if response.status_code not in {404, 429, 503}:
                 break
-            time.sleep(0.1)
+            time.sleep(0.05)
         predictions = response.raise_for_status().json()["predictions"]
         return [row["label"] for row in predictions]
 
