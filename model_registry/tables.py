@@ -1,8 +1,8 @@
 """Every table of the metadata database, on one MetaData. Times are seconds since the epoch (UTC).
 
-The registry owns the first block; `finetune` owns datasets, jobs and workers; `service` owns the
-idempotency keys. They stand together so that one linear migration history covers them and a single
-transaction can register a version and finish its job.
+The registry owns the first block, with what was measured of engines; `finetune` owns datasets, jobs
+and workers; `service` owns the idempotency keys. They stand together so that one linear migration
+history covers them and a single transaction can register a version and finish its job.
 """
 
 from __future__ import annotations
@@ -106,6 +106,18 @@ alias_history = sa.Table(
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("created_at", Time, nullable=False),
     sa.Index("ix_alias_history_tenant_name_alias", "tenant", "name", "alias"),
+)
+
+engine_reports = sa.Table(
+    "engine_reports",
+    metadata,
+    sa.Column("digest", sa.String(64), nullable=False),  # of the backbone, or of a version's own weights
+    sa.Column("device_key", sa.String(64), nullable=False),  # device, settings and library versions
+    sa.Column("device", sa.JSON, nullable=False),
+    sa.Column("chosen", sa.String(64), nullable=False),
+    sa.Column("engines", sa.JSON, nullable=False),
+    sa.Column("created_at", Time, nullable=False),
+    sa.PrimaryKeyConstraint("digest", "device_key"),
 )
 
 datasets = sa.Table(

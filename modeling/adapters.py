@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from modeling import weights
@@ -27,6 +28,10 @@ class LoraPair:
 
     a: FloatArray
     b: FloatArray
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,46 @@ class Adapter:
         return cls(rank, _pairs(tensors, scaling))
 
 
-def _pairs(tensors: dict[str, FloatArray], scaling: float) -> dict[str, LoraPair]:
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """Linear layers that read the same tensor (query, key and value, say): one product with A serves them all."""
+
+    in_features: int
+    linears: tuple[tuple[str, int], ...]  # the layer's name in the encoder and its out_features
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayout:
+    """Where adapters may change an encoder: every linear layer that tokens pass through, in the order they run."""
+
+    groups: tuple[LoraGroup, ...]
+
+    def names(self) -> list[str]:
+        return [name for group in self.groups for name, _ in group.linears]
+
+    def check(self, adapter: Adapter) -> None:
+        """Raises `AdapterMismatch` where the adapter does not fit."""
+        shapes = {name: (out, group.in_features) for group in self.groups for name, out in group.linears}
+        for name, pair in adapter.pairs.items():
+            if name not in shapes:
+                raise AdapterMismatch(f"the backbone has no linear layer {name[:100]!r}")
+            out_features, in_features = shapes[name]
+            if (pair.b.shape[0], pair.a.shape[1]) != (out_features, in_features):
+                raise AdapterMismatch(
+                    f"{name}: the adapter changes a {pair.b.shape[0]}×{pair.a.shape[1]} layer, "
+                    f"the backbone's is {out_features}×{in_features}"
+                )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> LoraLayout:
+        groups = json.loads(text)["groups"]
+        return cls(tuple(LoraGroup(g["in_features"], tuple((n, o) for n, o in g["linears"])) for g in groups))
+
+
+def _pairs(tensors: Mapping[str, FloatArray], scaling: float) -> dict[str, LoraPair]:
     sides: dict[str, dict[str, FloatArray]] = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
@@ -65,9 +109,13 @@ def _pairs(tensors: dict[str, FloatArray], scaling: float) -> dict[str, LoraPair
         sides.setdefault(match["module"], {})[match["side"]] = value
     pairs = {}
     for module, pair in sides.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        if set(pair) != {"A", "B"} or not _fit(pair.values()) or pair["A"].shape[0] != pair["B"].shape[1]:
             raise AdapterMismatch(f"{WEIGHTS_NAME}: the two halves of {module} do not fit each other")
         pairs[module] = LoraPair(pair["A"], (pair["B"] * scaling).astype("float32"))
     if not pairs:
         raise AdapterMismatch(f"{WEIGHTS_NAME} holds no LoRA weights")
     return pairs
+
+
+def _fit(sides: Iterable[FloatArray]) -> bool:
+    return all(side.ndim == 2 for side in sides)

@@ -91,7 +91,7 @@ def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
         manifest=manifest,
         head=None if kind == "baseline" else TaskHead.read(folder / "head.safetensors", temperature=temperature),
         linear=LinearText.read(folder) if kind == "baseline" else None,
-        adapter=Adapter.read(folder / "adapter") if kind == "lora" else None,
+        adapter=read_adapter(store, manifest) if kind == "lora" else None,
         backbone=Backbone.open(folder / "full") if kind == "full" else None,
         max_length=_json(store, manifest, "preprocess.json")["max_length"],
         temperature=temperature,
@@ -101,6 +101,11 @@ def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
     if outputs != len(labels):
         raise WeightsInvalid(f"the weights give {outputs} outputs for {len(labels)} labels")
     return parts
+
+
+def read_adapter(store: ArtifactStore, manifest: ModelManifest) -> Adapter:
+    """The LoRA weights of a version of kind `lora`, as its files say. Raises `AdapterMismatch`, `WeightsInvalid`."""
+    return Adapter.read(store.local_path(manifest.prefix) / "adapter")
 
 
 def check_golden(

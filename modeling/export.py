@@ -1,100 +1,127 @@
-"""torch → ONNX, with the proof that both compute the same.
+"""torch → ONNX: two graphs per backbone, one without adapters and one that adds each row's LoRA.
 
-The graph ends at the pooled vector: heads stand outside, so one export serves every head.
+Both end at the pooled vector: heads stand outside, so one export serves every head. The adapters'
+weights are inputs, stacked by slot, so one export serves every adapter. No engine needs torch to run it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import logging
+import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from modeling.adapters import LoraLayout
 from modeling.backbone import Backbone, load_encoder
-from modeling.engines.protocol import Engine, EngineBatch
+from modeling.engines.graphs import SLOTS_INPUT, GraphFiles, a_input, b_input
 from modeling.engines.torch import pool, takes_type_ids
-from modeling.preprocess import Encoded
+from modeling.routed import Routing, route
 
-EXPORT_SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """How far a candidate stands from the reference on the same inputs."""
-
-    rows: int
-    min_cosine: float
-    max_abs_diff: float
+_EXAMPLE_SLOTS, _EXAMPLE_RANK, _EXAMPLE_ROWS, _EXAMPLE_LENGTH = 3, 4, 2, 8
 
 
-def cache_name(backbone: Backbone) -> str:
-    """The file name of this backbone's export: it changes with the content, torch and the exporter."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "transformers")}
-    key = json.dumps({"schema": EXPORT_SCHEMA, "digest": backbone.info.digest, **versions}, sort_keys=True)
-    return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.onnx"
+def export_graphs(backbone: Backbone, folder: Path) -> GraphFiles:
+    """Writes both graphs into `folder`, with dynamic batch, length, slots and rank; returns at once if they are there.
+
+    The file that `GraphFiles.is_complete` looks for comes last, so that a broken run is done anew.
+    """
+    files = GraphFiles(folder)
+    if files.is_complete:
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    _export(_Pooled(backbone), files.bare, inputs=[], dynamic=[])
+    adapted = _Pooled(backbone, is_routed=True)
+    names, examples, dynamic = _stack_inputs(adapted.layout)
+    _export(adapted, files.lora, inputs=list(zip(names, examples, strict=True)), dynamic=dynamic)
+    description = {"pad_id": adapted.pad_id, "hidden_size": backbone.info.hidden_size}
+    temporary = files.description.with_name(f"{files.description.name}.{os.getpid()}.partial")
+    temporary.write_text(json.dumps(description | {"layout": json.loads(adapted.layout.to_json())}))
+    temporary.replace(files.description)
+    return files
 
 
-def export_onnx(backbone: Backbone, target: Path) -> Path:
-    """Writes the pooled encoder as one ONNX file with dynamic batch and length; returns it at once if it is there."""
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".partial")
-    graph = _Pooled(load_encoder(backbone.folder), backbone.info.pooling)
-    batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=4096)
+def _export(
+    graph: _Pooled, target: Path, *, inputs: Sequence[tuple[str, torch.Tensor]], dynamic: Sequence[dict[int, Any]]
+) -> None:
+    batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=8192)
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if graph.takes_types else [])
-    example = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in names)
+    tokens = [torch.ones(_EXAMPLE_ROWS, _EXAMPLE_LENGTH, dtype=torch.int64) for _ in names]
+    shapes: list[Any] = [{0: batch, 1: length} for _ in names] + ([{0: batch}, *dynamic] if inputs else [])
+    examples = (*tokens, *(example for _, example in inputs))
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
     with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
-            example,
+            examples,
             dynamo=True,
-            input_names=names,
+            input_names=[*names, *(name for name, _ in inputs)],
             output_names=["pooled"],
-            dynamic_shapes=tuple({0: batch, 1: length} for _ in names),
+            dynamic_shapes=(*shapes[:2], tuple(shapes[2:])),  # the third stands for `*more`
             external_data=False,
             verbose=False,
         )
     assert program is not None
     program.save(str(temporary), external_data=False)
     temporary.replace(target)
-    return target
 
 
-def measure_parity(reference: Engine, candidate: Engine, inputs: Sequence[Encoded], *, batch_size: int = 16) -> Parity:
-    """Runs both engines on `inputs` and compares the pooled vectors."""
-    cosines, differences = [], []
-    for start in range(0, len(inputs), batch_size):
-        batch = EngineBatch(inputs[start : start + batch_size])
-        ours, theirs = reference.run(batch), candidate.run(batch)
-        scale = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-        cosines.append((ours * theirs).sum(1) / np.maximum(scale, 1e-12))
-        differences.append(np.abs(ours - theirs).max())
-    return Parity(len(inputs), float(np.concatenate(cosines).min()), float(max(differences)))
+def _stack_inputs(layout: LoraLayout) -> tuple[list[str], list[torch.Tensor], list[dict[int, Any]]]:
+    """Names, examples and dynamic axes of the slots and of each group's stacks; every group has a rank of its own."""
+    slots = torch.export.Dim("slots", min=2, max=1 << 16)
+    names, examples = [SLOTS_INPUT], [torch.zeros(_EXAMPLE_ROWS, dtype=torch.int64)]
+    dynamic: list[dict[int, Any]] = []
+    for number, group in enumerate(layout.groups):
+        rank = torch.export.Dim(f"rank{number}", min=1, max=4096)
+        count = len(group.linears)
+        names.append(a_input(number))
+        examples.append(torch.zeros(_EXAMPLE_SLOTS, group.in_features, count * _EXAMPLE_RANK))
+        dynamic.append({0: slots, 2: rank if count == 1 else count * rank})
+        for index, (_, out_features) in enumerate(group.linears):
+            names.append(b_input(number, index))
+            examples.append(torch.zeros(_EXAMPLE_SLOTS, _EXAMPLE_RANK, out_features))
+            dynamic.append({0: slots, 1: rank})
+    return names, examples, dynamic
 
 
 class _Pooled(nn.Module):
-    def __init__(self, encoder: nn.Module, pooling: str) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.pooling = pooling
-        self.takes_types = takes_type_ids(encoder.config)
+    """Token ids to pooled vectors; with `is_routed` every row takes the LoRA of its slot."""
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        extra = {"token_type_ids": token_type_ids} if self.takes_types else {}
+    def __init__(self, backbone: Backbone, *, is_routed: bool = False) -> None:
+        super().__init__()
+        self.encoder = load_encoder(backbone.folder)
+        self.pooling = backbone.info.pooling
+        config: Any = self.encoder.config
+        self.takes_types = takes_type_ids(config)
+        self.pad_id = int(config.pad_token_id or 0)
+        self.routing = Routing()
+        self.layout = route(self.encoder, self.routing) if is_routed else LoraLayout(())
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        extra = {"token_type_ids": more[0]} if self.takes_types else {}
+        stacks = more[1:] if self.takes_types else more
+        if self.layout.groups:
+            self._take(stacks[0], stacks[1:])
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+        self.routing.clear()
         return pool(states, attention_mask, self.pooling)
+
+    def _take(self, slots: torch.Tensor, stacks: Sequence[torch.Tensor]) -> None:
+        a, b, position = {}, {}, 0
+        for number, group in enumerate(self.layout.groups):
+            a[number] = stacks[position]
+            for index in range(len(group.linears)):
+                b[number, index] = stacks[position + 1 + index]
+            position += 1 + len(group.linears)
+        self.routing.rows = None
+        self.routing.a = lambda group: a[group].index_select(0, slots)
+        self.routing.b = lambda group, linear: b[group, linear].index_select(0, slots)
 
 
 class _quiet_exporter:

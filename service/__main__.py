@@ -13,12 +13,13 @@ from service.app import create_app
 from service.logs import set_up
 from service.metrics import ServingMetrics
 from service.server import DrainTimes, serve
-from service.settings import load_settings
+from service.settings import keep_threads_passive, load_settings
 from service.wiring import build
 
 
 def main() -> int:
     settings = load_settings()
+    keep_threads_passive()
     set_up(settings.log_level)
     try:
         refuse_both_wheels()

@@ -29,6 +29,7 @@ STATUS_BY_ERROR |= {
     inference.BatchTooLarge: (413, "payload_too_large"),
     inference.QueueFull: (429, "queue_full"),
     inference.ModelNotReady: (503, "model_not_ready"),
+    inference.MemoryBudgetExceeded: (409, "memory_budget_exceeded"),
     inference.DeadlineExceeded: (504, "deadline_exceeded"),
     inference.NotPredictable: (422, "invalid_request"),
     inference.InferenceFailed: (500, "inference_failed"),

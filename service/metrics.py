@@ -130,7 +130,20 @@ class ServingMetrics:
             "worker_restarts_total", "Restarts of an engine's thread after a crash", *ENGINE_LABELS
         )
         self.engine_parity_max_abs_diff = self._gauge(
-            "engine_parity_max_abs_diff", "Largest difference from the reference engine's outputs", *ENGINE_LABELS
+            "engine_parity_max_abs_diff", "Largest change of a probability against torch in fp32", *ENGINE_LABELS
+        )
+        self.engine_label_flips_ratio = self._gauge(
+            "engine_label_flips_ratio", "Share of answers that differ from torch in fp32", *ENGINE_LABELS
+        )
+        self.engine_min_cosine = self._gauge(
+            "engine_min_cosine", "Smallest cosine of a vector to that of torch in fp32", *ENGINE_LABELS
+        )
+        self.engine_texts_per_second = self._gauge(
+            "engine_texts_per_second", "Speed measured on the calibration texts", *ENGINE_LABELS
+        )
+        self.engine_selected = self._gauge("engine_selected", "1 for the engine that serves, else 0", *ENGINE_LABELS)
+        self.adapter_slots_bytes = self._gauge(
+            "adapter_slots_bytes", "Memory of the slots that adapters run from, however many are loaded", "backbone"
         )
         self.engine_fallback_total = self._counter(
             "engine_fallback_total", "Times an engine was given up for another", "backbone", "from", "to", "reason"
@@ -167,6 +180,13 @@ class ServingMetrics:
             self.batch_tokens,
             self.batch_padding_ratio,
             self.worker_restarts_total,
+        )
+        self._engine_reports = (
+            self.engine_selected,
+            self.engine_texts_per_second,
+            self.engine_label_flips_ratio,
+            self.engine_min_cosine,
+            self.engine_parity_max_abs_diff,
         )
         # Requests that name no known model are counted as model="", so that clients cannot create series.
         self._start_requests("", "", "")
@@ -209,8 +229,25 @@ class ServingMetrics:
 
     def stop_engine(self, backbone: str, engine: str) -> None:
         """Remove an engine's series. Its fallbacks stay: they are what tells that it stopped."""
-        for metric in (*self._engine_metrics, self.engine_parity_max_abs_diff):
+        for metric in self._engine_metrics:
             metric.remove_by_labels({"backbone": backbone, "engine": engine})
+        for report in (*self._engine_reports, self.adapter_slots_bytes):
+            report.remove_by_labels({"backbone": backbone})
+
+    def set_engine_report(
+        self, backbone: str, engine: str, *, is_serving: bool, texts_per_s: float | None, flips: float | None,
+        min_cosine: float | None, max_abs_dp: float | None,
+    ) -> None:  # fmt: skip
+        """One candidate's measurement; what was not measured has no series."""
+        self.engine_selected.labels(backbone, engine).set(is_serving)
+        for gauge, value in (
+            (self.engine_texts_per_second, texts_per_s),
+            (self.engine_label_flips_ratio, flips),
+            (self.engine_min_cosine, min_cosine),
+            (self.engine_parity_max_abs_diff, max_abs_dp),
+        ):
+            if value is not None:
+                gauge.labels(backbone, engine).set(value)
 
     def count_engine_fallback(self, backbone: str, from_engine: str, *, to_engine: str, reason: str) -> None:
         self.engine_fallback_total.labels(backbone, from_engine, to_engine, reason).inc()

@@ -51,8 +51,17 @@ class ServingSettings(BaseSettings):
     )
     offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
     import_root: Path | None = Field(None, description="folder under which POST /models/import may read")
-    engine: Literal["torch", "onnx"] = Field("torch", description="runtime of shared backbones; torch serves meanwhile")
+    engine: Literal["auto", "torch", "onnx", "openvino"] = Field(
+        "auto", description="runtime of backbones; auto: the fastest measured here that gives the same answers"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        "auto", description="precision of backbones; auto: whatever the engine's measurement allows"
+    )
+    allow_int8: bool = Field(False, description="also measure weights in int8; they serve only inside the bound")
+    engine_trial_stall_s: float = Field(600.0, gt=0, le=3600, description="silence after which a measurement is ended")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where backbones run")
+    adapter_slots: int = Field(32, ge=1, le=4096, description="LoRA adapters that one engine run can mix")
+    adapter_slots_bytes: int = Field(2 << 30, ge=1 << 20, description="memory of a backbone's adapter slots")
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core")
     memory_budget_bytes: int = Field(8 << 30, ge=1 << 20, description="for models loaded on demand; the least used go")
 
@@ -127,6 +136,11 @@ def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettin
     if errors:
         raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
     return settings
+
+
+def keep_threads_passive() -> None:
+    """Compute threads sleep between runs: spinning, they take the event loop's processor. Before torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def is_loopback(host: str) -> bool:

@@ -7,22 +7,25 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from finetune.datasets.store import DatasetStore
 from finetune.jobs.store import JobStore
 from model_registry.db import Database
+from model_registry.engine_reports import EngineReports
 from model_registry.errors import DatabaseUnavailable
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate
-from modeling.engines.protocol import Engine
+from modeling.engines.build import EngineOptions
 from service.api.deps import Services
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
 from service.inference.admission import AdmissionController
+from service.inference.engine_selection import EngineSelector, SelectionPolicy
 from service.inference.lanes import BatchLimits
-from service.inference.model_pool import EnginePolicy, ModelPool
+from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
@@ -45,9 +48,10 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         stack.callback(database.dispose)
         pool = ModelPool(
             store,
-            _policy(settings),
+            _selector(settings, database),
             BatchLimits(settings.max_batch_tokens, settings.max_batch_rows, settings.max_batch_delay_ms / 1000),
             metrics,
+            memory_budget_bytes=settings.memory_budget_bytes,
         )
         stack.push_async_callback(pool.stop)
         admission = AdmissionController(
@@ -77,30 +81,26 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         yield services
 
 
-def _policy(settings: ServingSettings) -> EnginePolicy:
-    device = settings.device
-    threads = settings.resolved_threads
-
-    def make_engine(backbone: Backbone) -> Engine:
-        import torch
-
-        from modeling.engines.torch import TorchEngine
-
-        torch.set_num_threads(threads)
-        return TorchEngine(backbone, device=_resolve_device(device))
-
-    return EnginePolicy(
-        engine=settings.engine, device="cpu" if device == "auto" else device, threads=threads,
-        onnx_folder=settings.data_dir / "cache" / "onnx", memory_budget_bytes=settings.memory_budget_bytes,
-        make_engine=make_engine,
+def _selector(settings: ServingSettings, database: Database) -> EngineSelector:
+    device = _resolve_device(settings.device)
+    options = EngineOptions(
+        device=device, threads=settings.resolved_threads, adapter_slots=settings.adapter_slots,
+        slots_budget_bytes=settings.adapter_slots_bytes,
     )  # fmt: skip
+    policy = SelectionPolicy(
+        engine=settings.engine, precision=settings.precision, allow_int8=settings.allow_int8,
+        stall_s=settings.engine_trial_stall_s,
+    )  # fmt: skip
+    return EngineSelector(policy, options, settings.data_dir / "cache" / "graphs", EngineReports(database))
 
 
 def _resolve_device(device: str) -> str:
-    import torch
-
     if device != "auto":
         return device
+    if not Path("/dev/nvidiactl").exists():
+        return "cpu"  # torch takes seconds to import and may never be needed
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

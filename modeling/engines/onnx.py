@@ -1,51 +1,54 @@
-"""ONNX Runtime over the exported backbone. The one module that touches onnxruntime."""
+"""ONNX Runtime over the exported graphs. The one module that touches onnxruntime."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modeling.adapters import Adapter
-from modeling.backbone import Backbone
-from modeling.engines.protocol import EngineBatch, pad
-from modeling.errors import AdapterMismatch, EngineFailed
-from modeling.weights import FloatArray
+from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.slots import Stack
+from modeling.errors import EngineFailed
+from modeling.weights import FloatArray, IntArray
 
 
-class OnnxEngine:
-    """One session on one provider. LoRA versions of its backbone run elsewhere (`supports_adapters` is False)."""
+def onnx_engine(
+    files: GraphFiles, *, precision: str = "fp32", device: str = "cpu", threads: int = 0, adapter_slots: int = 32,
+    slots_budget_bytes: int = 1 << 40,
+) -> GraphEngine:  # fmt: skip
+    """The backbone in fp32, or with its weights in int8. ONNX Runtime has no bf16 or fp16 products on x86 CPUs."""
+    return GraphEngine(
+        "onnx", files, lambda path: OnnxSession(path, device=device, threads=threads), device=device,
+        precision=precision, adapter_slots=adapter_slots, slots_budget_bytes=slots_budget_bytes,
+    )  # fmt: skip
 
-    name = "onnx"
-    precision = "fp32"
-    supports_adapters = False
 
-    def __init__(self, backbone: Backbone, model_file: Path, *, device: str = "cpu", threads: int = 0) -> None:
-        self.device = device
-        self._pad_id = _pad_id(backbone)
+class OnnxSession:
+    """One graph on one provider."""
+
+    def __init__(self, model_file: Path, *, device: str = "cpu", threads: int = 0) -> None:
         try:
             self._session = _session(model_file, device, threads)
         except Exception as error:  # the runtime's own classes derive from Exception directly
             raise EngineFailed(f"ONNX Runtime could not load {model_file.name} ({type(error).__name__})") from error
         self._inputs = {node.name for node in self._session.get_inputs()}
+        self._stacks: dict[str, Any] = {}
         self._bytes = model_file.stat().st_size
 
-    def run(self, batch: EngineBatch) -> FloatArray:
-        ids, mask, types = pad(batch.inputs, pad_id=self._pad_id)
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+        tokens = {name: value for name, value in feeds.items() if name in self._inputs}
         try:
-            (pooled,) = self._session.run(None, {name: feeds[name] for name in self._inputs})
+            (pooled,) = self._session.run(None, tokens | self._stacks)
         except Exception as error:
             raise EngineFailed(f"ONNX Runtime could not compute a batch ({type(error).__name__})") from error
         return np.asarray(pooled, dtype=np.float32)
 
-    def load_adapter(self, key: str, adapter: Adapter) -> None:
-        raise AdapterMismatch("the ONNX engine does not take adapters; they run on the torch engine")
-
-    def unload_adapter(self, key: str) -> None:
-        pass  # none was ever loaded
+    def bind(self, stacks: Mapping[str, Stack]) -> None:
+        self._stacks = dict(stacks)
 
     def memory_bytes(self) -> int:
         return self._bytes
@@ -73,9 +76,16 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _session(model_file: Path, device: str, threads: int) -> Any:
+def _onnxruntime() -> Any:
+    """The package without its telemetry: from 1.31 on it keeps an identifier and events in the home folder."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # noqa: TID251 - set, not read: it has no other switch
     import onnxruntime
 
+    return onnxruntime
+
+
+def _session(model_file: Path, device: str, threads: int) -> Any:
+    onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Spinning workers burn seconds of CPU after every run, taken from the event loop in this process.
@@ -86,11 +96,3 @@ def _session(model_file: Path, device: str, threads: int) -> Any:
         index = int(device.partition(":")[2] or 0)
         providers = [("CUDAExecutionProvider", {"device_id": index}), *providers]  # type: ignore[list-item]
     return onnxruntime.InferenceSession(str(model_file), options, providers=providers)
-
-
-def _pad_id(backbone: Backbone) -> int:
-    from transformers import AutoConfig
-
-    from modeling.backbone import read_config
-
-    return int(AutoConfig.for_model(**read_config(backbone.folder)).pad_token_id or 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,17 +21,23 @@ class EngineBatch:
     adapters: Sequence[str | None] | None = None
 
 
-class Engine(Protocol):
-    """One backbone's weights on one runtime and device.
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes: the backbone's weights, and the slots for adapters, which do not grow with each adapter."""
 
-    `run` is called from one thread at a time; adapters may be loaded meanwhile. Engines that cannot
-    mix adapters in a batch say so by `supports_adapters`.
+    weights: int
+    slots: int
+
+
+class Engine(Protocol):
+    """One backbone's weights on one runtime and device. Rows of any number of adapters share a run.
+
+    `run` is called from one thread at a time; adapters may be loaded and unloaded meanwhile.
     """
 
     name: str
     device: str
     precision: str
-    supports_adapters: bool
 
     def run(self, batch: EngineBatch) -> FloatArray:
         """Pooled vectors float32[rows, hidden], in the order of the batch. Raises `EngineFailed`."""
@@ -41,8 +47,30 @@ class Engine(Protocol):
 
     def unload_adapter(self, key: str) -> None: ...
 
-    def memory_bytes(self) -> int:
-        """What the weights take, adapters apart."""
+    def memory(self) -> MemoryUse: ...
+
+    def adapter_bytes(self, key: str) -> int:
+        """What one loaded adapter takes apart from the slots."""
+
+
+def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[tuple[list[int], list[str]]]:
+    """The runs for a batch: its rows, those with adapters first, and the adapters of these first rows.
+
+    One run, unless the batch names more than `capacity` distinct adapters.
+    """
+    adapters = batch.adapters or [None] * len(batch.inputs)
+    rows: list[int] = []
+    keys: list[str] = []
+    distinct: set[str] = set()
+    # Rows of one adapter stand together, so that a split brings each adapter in once.
+    for row, key in sorted(((r, k) for r, k in enumerate(adapters) if k is not None), key=lambda item: item[1]):
+        if key not in distinct and len(distinct) == capacity:
+            yield rows, keys
+            rows, keys, distinct = [], [], set()
+        rows.append(row)
+        keys.append(key)
+        distinct.add(key)
+    yield rows + [row for row, key in enumerate(adapters) if key is None], keys
 
 
 def pad(inputs: Sequence[Encoded], *, pad_id: int) -> tuple[IntArray, IntArray, IntArray]:

@@ -2,73 +2,142 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
-from torch import nn
 
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone, load_encoder
-from modeling.engines.protocol import EngineBatch, pad
-from modeling.errors import AdapterMismatch, EngineFailed
-from modeling.weights import FloatArray
+from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first, pad
+from modeling.engines.slots import AdapterStacks, Stack
+from modeling.errors import EngineFailed
+from modeling.routed import Routing, route
+from modeling.weights import FloatArray, IntArray
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STACK_DTYPES = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 
 
 class TorchEngine:
-    """One encoder on one device. `precision` is fp32, bf16 or fp16; outputs are always float32."""
+    """One encoder on one device. `precision` is fp32, bf16 or fp16; outputs are always float32.
+
+    With `is_compiled` batches without adapters run through torch.compile with dynamic shapes; the first are slow.
+    """
 
     name = "torch"
-    supports_adapters = True
 
-    def __init__(self, backbone: Backbone, *, device: str = "cpu", precision: str = "fp32") -> None:
+    def __init__(
+        self, backbone: Backbone, *, device: str = "cpu", precision: str = "fp32", adapter_slots: int = 32,
+        slots_budget_bytes: int = 1 << 40, is_compiled: bool = False,
+    ) -> None:  # fmt: skip
         self.device = device
         self.precision = precision
         self._pooling = backbone.info.pooling
-        self._encoder = load_encoder(backbone.folder, dtype=_DTYPES[precision]).to(device)
-        config: Any = self._encoder.config
+        self._hidden_size = backbone.info.hidden_size
+        encoder = load_encoder(backbone.folder, dtype=_DTYPES[precision]).to(device)
+        config: Any = encoder.config
         self._pad_id = int(config.pad_token_id or 0)
         self._takes_types = takes_type_ids(config)
-        self._routes = _Routes()
-        self._linears = _wrap_linears(self._encoder, self._routes)
+        self._routing = Routing()
+        layout = route(encoder, self._routing)
+        self._stacks = AdapterStacks(
+            layout, capacity=adapter_slots, dtype=_STACK_DTYPES[precision], budget_bytes=slots_budget_bytes
+        )
+        self._weights_bytes = sum(parameter.nbytes for parameter in encoder.parameters())
+        self._copies = _DeviceCopies(self._stacks, device)
+        self._encoder = encoder
+        self._compiled: Any = torch.compile(encoder, dynamic=True) if is_compiled else None
 
     @torch.inference_mode()
     def run(self, batch: EngineBatch) -> FloatArray:
-        ids, mask, types = (torch.from_numpy(array).to(self.device) for array in pad(batch.inputs, pad_id=self._pad_id))
-        extra = {"token_type_ids": types} if self._takes_types else {}
-        try:
-            with self._routes.of(batch, self.device):
-                states = self._encoder(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
-            return pool(states, mask, self._pooling).float().cpu().numpy()
-        except RuntimeError as error:
-            raise EngineFailed(f"torch could not compute a batch of {len(batch.inputs)} ({error})") from error
+        vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
+        for rows, keys in adapters_first(batch, capacity=self._stacks.capacity):
+            try:
+                vectors[rows] = self._run(EngineBatch([batch.inputs[row] for row in rows]), keys)
+            except RuntimeError as error:
+                raise EngineFailed(f"torch could not compute a batch of {len(rows)} ({error})") from error
+        return vectors
 
     def load_adapter(self, key: str, adapter: Adapter) -> None:
-        unknown = sorted(set(adapter.pairs) - set(self._linears))
-        if unknown:
-            raise AdapterMismatch(f"the backbone has no linear layer {unknown[0][:100]!r}")
-        for name, pair in adapter.pairs.items():
-            base = self._linears[name].base
-            if (pair.b.shape[0], pair.a.shape[1]) != tuple(base.weight.shape):
-                raise AdapterMismatch(
-                    f"{name}: the adapter changes a {pair.b.shape[0]}×{pair.a.shape[1]} layer, "
-                    f"the backbone's is {base.weight.shape[0]}×{base.weight.shape[1]}"
-                )
-        dtype = _DTYPES[self.precision]
-        for name, pair in adapter.pairs.items():
-            a, b = (torch.from_numpy(side).to(self.device, dtype) for side in (pair.a, pair.b))
-            self._linears[name].pairs[key] = (a, b)
+        self._stacks.load(key, adapter)
 
     def unload_adapter(self, key: str) -> None:
-        for linear in self._linears.values():
-            linear.pairs.pop(key, None)
+        self._stacks.unload(key)
 
-    def memory_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self._encoder.parameters())
+    def memory(self) -> MemoryUse:
+        return MemoryUse(self._weights_bytes, self._stacks.slot_bytes() + self._copies.extra_bytes())
+
+    def adapter_bytes(self, key: str) -> int:
+        return self._stacks.adapter_bytes(key)
+
+    def _run(self, batch: EngineBatch, keys: Sequence[str]) -> FloatArray:
+        arrays = pad(batch.inputs, pad_id=self._pad_id)
+        ids, mask, types = (torch.from_numpy(array).to(self.device) for array in arrays)
+        extra = {"token_type_ids": types} if self._takes_types else {}
+        try:
+            if keys:
+                self._route(self._stacks.rows(keys))
+            encoder = self._encoder if keys or self._compiled is None else self._compiled
+            states = encoder(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+            return pool(states, mask, self._pooling).float().cpu().numpy()
+        finally:
+            self._routing.clear()
+
+    def _route(self, slots: IntArray) -> None:
+        """One adapter for all its rows is a plain product; several are gathered, a pair of matrices per row."""
+        copies, routing = self._copies, self._routing
+        copies.refresh()
+        routing.rows = len(slots)
+        index: Any = int(slots[0]) if (slots == slots[0]).all() else torch.from_numpy(slots).to(self.device)
+        routing.a = lambda group: copies.a(group)[index]
+        routing.b = lambda group, linear: copies.b(group, linear)[index]
+
+
+class _DeviceCopies:
+    """The stacks as tensors on the engine's device; on the CPU they are the same memory."""
+
+    def __init__(self, stacks: AdapterStacks, device: str) -> None:
+        self._stacks, self._device = stacks, device
+        self._is_shared = device == "cpu"
+        self._generation = 0
+        self._a: dict[int, torch.Tensor] = {}
+        self._b: dict[tuple[int, int], torch.Tensor] = {}
+
+    def a(self, group: int) -> torch.Tensor:
+        if group not in self._a:
+            self._a[group] = _tensor(self._stacks.a(group)).to(self._device)
+        return self._a[group]
+
+    def b(self, group: int, linear: int) -> torch.Tensor:
+        if (group, linear) not in self._b:
+            self._b[group, linear] = _tensor(self._stacks.b(group, linear)).to(self._device)
+        return self._b[group, linear]
+
+    def refresh(self) -> None:
+        """Takes over what changed since the last run."""
+        written = sorted(self._stacks.take_written())
+        if self._generation != self._stacks.generation:
+            self._generation = self._stacks.generation
+            self._a.clear()
+            self._b.clear()
+        elif written and not self._is_shared:
+            for group, tensor in self._a.items():
+                tensor[written] = _tensor(self._stacks.a(group)[written]).to(self._device)
+            for (group, linear), tensor in self._b.items():
+                tensor[written] = _tensor(self._stacks.b(group, linear)[written]).to(self._device)
+
+    def extra_bytes(self) -> int:
+        return 0 if self._is_shared else sum(tensor.nbytes for tensor in (*self._a.values(), *self._b.values()))
+
+
+def _tensor(stack: Stack) -> torch.Tensor:
+    """The same memory; torch does not know numpy's bfloat16 by name."""
+    if stack.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(stack.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stack)
 
 
 def takes_type_ids(config: Any) -> bool:
@@ -82,57 +151,3 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
         return states[:, 0]
     weights = mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-
-
-@dataclass(slots=True)
-class _Routes:
-    """Which rows of the batch that runs now go through which adapter. One engine thread writes and reads it."""
-
-    whole_batch: str | None = None
-    rows: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def of(self, batch: EngineBatch, device: str) -> Iterator[None]:
-        keys = batch.adapters or []
-        distinct = {key for key in keys if key is not None}
-        if len(distinct) == 1 and None not in keys:
-            self.whole_batch = next(iter(distinct))
-        else:
-            for key in distinct:
-                rows = [row for row, candidate in enumerate(keys) if candidate == key]
-                self.rows[key] = torch.tensor(rows, device=device)
-        try:
-            yield
-        finally:
-            self.whole_batch = None
-            self.rows.clear()
-
-
-class _RoutedLinear(nn.Module):
-    """A frozen linear layer and the low-rank changes that adapters make to it for their rows."""
-
-    def __init__(self, base: nn.Linear, routes: _Routes) -> None:
-        super().__init__()
-        self.base = base
-        self.routes = routes
-        self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
-        if self.routes.whole_batch is not None and self.routes.whole_batch in self.pairs:
-            a, b = self.pairs[self.routes.whole_batch]
-            return y + (x @ a.T) @ b.T
-        for key, rows in self.routes.rows.items():
-            if key in self.pairs:
-                a, b = self.pairs[key]
-                y.index_add_(0, rows, (x[rows] @ a.T) @ b.T)
-        return y
-
-
-def _wrap_linears(encoder: nn.Module, routes: _Routes) -> dict[str, _RoutedLinear]:
-    wrapped = {}
-    for name, module in list(encoder.named_modules()):
-        if isinstance(module, nn.Linear):
-            wrapped[name] = _RoutedLinear(module, routes)
-            encoder.set_submodule(name, wrapped[name])
-    return wrapped

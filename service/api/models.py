@@ -166,6 +166,15 @@ def _backbone(name: str, services: Services) -> dict[str, Any]:
         "engine": served.lane.engine_name,
         "labels": [],
         "bytes": served.own_bytes,
+        "engine_reports": [
+            {
+                "device": report.device,
+                "chosen": report.chosen,
+                "created_at": report.created_at,
+                "engines": report.engines,
+            }
+            for report in services.pool.measurements(info.digest)
+        ],
     }
 
 

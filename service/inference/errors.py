@@ -5,6 +5,7 @@ InferenceError
 ├── BatchTooLarge        more inputs than one request may bring
 ├── QueueFull            no room, or it could not start in time; carries when to come back
 ├── ModelNotReady        known, but loading, failed or without its engine
+├── MemoryBudgetExceeded it does not fit beside the models that must stay
 ├── DeadlineExceeded     the caller's time ran out before the answer was there
 ├── NotPredictable       a backbone was asked for labels
 └── InferenceFailed      the engine failed for this input
@@ -39,6 +40,10 @@ class QueueFull(InferenceError):
 
 class ModelNotReady(InferenceError):
     """The model is known, but loading, failed or without its engine."""
+
+
+class MemoryBudgetExceeded(InferenceError):
+    """The model does not fit into memory beside those that must stay."""
 
 
 class DeadlineExceeded(InferenceError):

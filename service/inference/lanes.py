@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from modeling.adapters import Adapter
 from modeling.backbone import Backbone
+from modeling.engines.build import EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.preprocess import TextInput, TextPreprocessor
 from modeling.weights import FloatArray
 from service.inference.batching import DynamicBatcher, QueueEntry
 from service.metrics import ServingMetrics
 
-_log = logging.getLogger("service.lanes")
+WARM_UP_TEXT = "warm up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,59 +32,57 @@ class Lane(Protocol):
     """What a served model needs of the engine under it."""
 
     batcher: DynamicBatcher
-    engine_name: str
+
+    @property
+    def engine_name(self) -> str: ...
 
     def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Any]:
         """Inputs to work for the queue; called on a tokeniser thread."""
 
 
 class BackboneLane:
-    """One backbone's engine and tokenizer. A second engine may take over the rows without adapters later."""
+    """One backbone's engine and tokenizer. Another engine may take over between two batches."""
 
     def __init__(
         self, backbone: Backbone, engine: Engine, metrics: ServingMetrics, limits: BatchLimits, *, label: str
     ) -> None:
         self.backbone = backbone
-        self.adapter_engine = engine
-        self.fast_engine: Engine | None = None
-        self.engine_name = engine.name
+        self.engine = engine
         self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=backbone.info.max_length)
         self.batcher = DynamicBatcher(
-            (label, engine.name), self._compute, metrics, max_tokens=limits.max_tokens,
+            (label, self.engine_name), self._compute, metrics, max_tokens=limits.max_tokens,
             max_rows=limits.max_rows, max_delay_s=limits.max_delay_s,
         )  # fmt: skip
+
+    @property
+    def engine_name(self) -> str:
+        """`runtime/precision`."""
+        return str(EngineSpec(self.engine.name, self.engine.precision))
 
     def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Any]:
         return list(self._preprocessor.encode(inputs, truncate=truncate, max_length=max_length))
 
-    def engine_for(self, adapter: str | None) -> Engine:
-        if adapter is None and self.fast_engine is not None:
-            return self.fast_engine
-        return self.adapter_engine
+    async def switch(self, engine: Engine, adapters: Mapping[str, Adapter]) -> None:
+        """`engine` takes over with these adapters and a first run behind it. Raises `ModelingError`; then nothing
+        has changed. No adapter may be loaded or unloaded meanwhile."""
 
-    def memory_bytes(self) -> int:
-        fast = 0 if self.fast_engine is None else self.fast_engine.memory_bytes()
-        return self.adapter_engine.memory_bytes() + fast
+        def prepare() -> None:
+            for key, adapter in adapters.items():
+                engine.load_adapter(key, adapter)
+            work = self.preprocess([WARM_UP_TEXT], truncate=True, max_length=None)
+            engine.run(EngineBatch(work))
+            if adapters:
+                engine.run(EngineBatch(work, [next(iter(adapters))]))
+
+        await asyncio.to_thread(prepare)
+        await self.batcher.call(lambda: setattr(self, "engine", engine))
 
     def _compute(self, batch: Sequence[QueueEntry]) -> tuple[FloatArray, list[FloatArray | None], list[str]]:
-        """Rows with an adapter and rows without may run on different engines; heads follow, grouped by model."""
+        """One run for rows of all models and adapters; heads follow, grouped by model."""
+        engine = self.engine
         adapters = [entry.model.adapter_key for entry in batch]
-        vectors = np.zeros((len(batch), self.backbone.info.hidden_size), dtype=np.float32)
-        engines = [""] * len(batch)
-        for engine, rows in self._by_engine(adapters):
-            keys = [adapters[row] for row in rows]
-            vectors[rows] = engine.run(EngineBatch([batch[row].work for row in rows], keys if any(keys) else None))
-            for row in rows:
-                engines[row] = engine.name
-        return vectors, apply_heads(batch, vectors), engines
-
-    def _by_engine(self, adapters: Sequence[str | None]) -> list[tuple[Engine, list[int]]]:
-        if self.fast_engine is None or self.adapter_engine is self.fast_engine:
-            return [(self.adapter_engine, list(range(len(adapters))))]
-        bare = [row for row, key in enumerate(adapters) if key is None]
-        adapted = [row for row, key in enumerate(adapters) if key is not None]
-        split = ((self.fast_engine, bare), (self.adapter_engine, adapted))
-        return [(engine, rows) for engine, rows in split if rows]
+        vectors = engine.run(EngineBatch([entry.work for entry in batch], adapters if any(adapters) else None))
+        return vectors, apply_heads(batch, vectors), [self.engine_name] * len(batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,32 +134,3 @@ def rows_by_model(batch: Sequence[QueueEntry]) -> list[tuple[Any, list[int]]]:
     for row, entry in enumerate(batch):
         groups.setdefault(id(entry.model), (entry.model, []))[1].append(row)
     return list(groups.values())
-
-
-PARITY_TEXTS = (
-    "a short text",
-    "The company said it expects to report a profit for the third quarter, against a loss a year ago.",
-    "An effective film that holds the attention to the end; its actors are better than their lines. " * 6,
-    "wheat, corn & soybeans: 12.5 mln tonnes (up 3 %)",
-)
-MIN_COSINE = 0.999
-
-
-def build_onnx(lane: BackboneLane, target_folder: Path, *, device: str, threads: int) -> tuple[Engine, float]:
-    """Exports the lane's backbone (once, cached) and proves the result equal. Returns engine and largest difference.
-
-    Blocking; runs on a background thread. Raises `EngineFailed` where parity does not hold.
-    """
-    from modeling.engines.onnx import OnnxEngine
-    from modeling.engines.torch import TorchEngine
-    from modeling.errors import EngineFailed
-    from modeling.export import cache_name, export_onnx, measure_parity
-
-    model_file = export_onnx(lane.backbone, target_folder / cache_name(lane.backbone))
-    engine = OnnxEngine(lane.backbone, model_file, device=device, threads=threads)
-    encoded = lane.preprocess(PARITY_TEXTS, truncate=True, max_length=None)
-    # A reference of its own: the serving engine belongs to its thread.
-    parity = measure_parity(TorchEngine(lane.backbone, device=device), engine, encoded)
-    if not parity.min_cosine >= MIN_COSINE:
-        raise EngineFailed(f"onnx differs from torch: cosine {parity.min_cosine:.6f}")
-    return engine, parity.max_abs_diff

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from model_registry.engine_reports import EngineMeasurement
 from model_registry.errors import ArtifactError, ModelNotFound, RegistryError
 from model_registry.manifest import backbone_prefix
 from model_registry.refs import ModelRef
 from model_registry.registry import ModelVersion, RegistrySnapshot
 from model_registry.store import ArtifactStore, load_manifest
-from modeling.assemble import VersionParts, check_golden, read_version
+from modeling.adapters import Adapter
+from modeling.assemble import VersionParts, check_golden, read_adapter, read_version
 from modeling.backbone import Backbone
-from modeling.engines.protocol import Engine, EngineBatch
-from modeling.errors import ModelingError
+from modeling.engines.build import EngineSpec
+from modeling.engines.protocol import EngineBatch
+from modeling.errors import EngineFailed, ModelingError
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
-from service.inference.errors import ModelNotReady
-from service.inference.lanes import BackboneLane, BatchLimits, Lane, LinearLane, build_onnx
+from service.inference.engine_selection import EngineSelector
+from service.inference.errors import InferenceError, MemoryBudgetExceeded, ModelNotReady
+from service.inference.lanes import WARM_UP_TEXT, BackboneLane, BatchLimits, Lane, LinearLane
 from service.inference.served import ServedModel
 from service.metrics import ServingMetrics
 
@@ -40,23 +44,13 @@ Key = tuple[str, str, int]
 AliasKey = tuple[str, str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class EnginePolicy:
-    """How engines are built: `engine` names the runtime that shared backbones should end on."""
-
-    engine: str
-    device: str
-    threads: int
-    onnx_folder: Path
-    memory_budget_bytes: int
-    make_engine: Callable[[Backbone], Engine]
-
-
 class ModelPool:
     def __init__(
-        self, store: ArtifactStore, policy: EnginePolicy, limits: BatchLimits, metrics: ServingMetrics
-    ) -> None:
-        self._store, self._policy, self._limits, self._metrics = store, policy, limits, metrics
+        self, store: ArtifactStore, selector: EngineSelector, limits: BatchLimits, metrics: ServingMetrics, *,
+        memory_budget_bytes: int,
+    ) -> None:  # fmt: skip
+        self._store, self._selector, self._limits, self._metrics = store, selector, limits, metrics
+        self._memory_budget_bytes = memory_budget_bytes
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="model-loader")
         self._loading = asyncio.Lock()
         self._lanes: dict[str, BackboneLane] = {}  # by digest
@@ -75,15 +69,14 @@ class ModelPool:
     async def add_backbone(self, name: str, backbone: Backbone) -> None:
         """Loads and warms a backbone, which then answers embeddings. Raises `ModelingError`."""
         lane = await self._lane_of(backbone)
+        memory = lane.engine.memory()
         self._backbones[name] = ServedModel(
             tenant="", name=name, version=None, task=_BACKBONE_TASK, labels=(), lane=lane,
-            normalize_embedding=backbone.info.normalize, own_bytes=lane.memory_bytes(),
+            normalize_embedding=backbone.info.normalize, own_bytes=memory.weights,
         )  # fmt: skip
         self._metrics.start_model(name, "", _BACKBONE_TASK, backbone=name, engine=lane.engine_name)
         self._metrics.set_model_state(name, "", _BACKBONE_TASK, state="ready")
-        self._metrics.model_memory_bytes.labels(name, "", _BACKBONE_TASK).set(lane.memory_bytes())
-        if self._policy.engine == "onnx":
-            self._in_background(self._switch_to_onnx(lane))
+        self._metrics.model_memory_bytes.labels(name, "", _BACKBONE_TASK).set(memory.weights)
 
     async def stop(self) -> None:
         for task in list(self._background):
@@ -154,6 +147,10 @@ class ModelPool:
         model = self._served.get((tenant, name, version))
         return None if model is None else model.lane.engine_name
 
+    def measurements(self, digest: str) -> list[EngineMeasurement]:
+        """What engines measured for these weights, on every device that shares the database; blocking."""
+        return self._selector.measurements([digest])
+
     def lanes(self) -> list[Lane]:
         return [*self._lanes.values(), *([self._linear] if self._linear else [])]
 
@@ -179,11 +176,11 @@ class ModelPool:
 
     def _release_unused(self) -> None:
         """Over the memory budget, what no alias needs goes, the least recently used first."""
-        pinned = {(tenant, name, version) for (tenant, name, _), version in self._aliases.items()}
+        pinned = self._pinned()
         total = sum(model.own_bytes for model in self._served.values())
         idle = sorted((m for m in self._served.values() if m.key not in pinned), key=lambda model: model.used_at)
         for model in idle:
-            if total <= self._policy.memory_budget_bytes:
+            if total <= self._memory_budget_bytes:
                 return
             total -= model.own_bytes
             self._metrics.adapter_evictions_total.inc()
@@ -198,8 +195,8 @@ class ModelPool:
         model.state = "unloading"
         if isinstance(model.lane, BackboneLane):
             if model.adapter_key is not None:
-                lane, adapter_key = model.lane, model.adapter_key
-                await lane.batcher.call(lambda: lane.adapter_engine.unload_adapter(adapter_key))
+                async with self._loading:  # not while its lane changes engines
+                    model.lane.engine.unload_adapter(model.adapter_key)
             if model.parts is not None and model.parts.backbone is not None:
                 await self._close_lane(model.lane)
         self._metrics.stop_model(*model.metric_labels)
@@ -221,7 +218,7 @@ class ModelPool:
             return False
         try:
             await self._load(key, version)
-        except (RegistryError, ModelingError) as error:
+        except (RegistryError, ModelingError, InferenceError) as error:
             _log.warning(f"{key[1]}:{key[2]} could not be loaded: {error}", extra={"action": "load_failed"})
             return False
         return True
@@ -237,10 +234,14 @@ class ModelPool:
             try:
                 model = await self._assemble(key, version)
             except Exception as error:
-                reason = str(error) if isinstance(error, RegistryError | ModelingError) else type(error).__name__
+                reason = (
+                    str(error)
+                    if isinstance(error, RegistryError | ModelingError | InferenceError)
+                    else type(error).__name__
+                )
                 self._failed[key] = (reason[:500], time.monotonic())
                 self._metrics.set_model_state(*labels, state="failed")
-                if isinstance(error, RegistryError | ModelingError):
+                if isinstance(error, RegistryError | ModelingError | InferenceError):
                     raise
                 _log.exception("loading failed", extra={"action": "load_failed"})
                 raise ArtifactError(f"{key[1]}:{key[2]} could not be loaded ({reason})") from error
@@ -251,6 +252,8 @@ class ModelPool:
             self._metrics.set_model_state(*labels, state="ready")
             self._metrics.model_memory_bytes.labels(*labels).set(model.own_bytes)
             self._metrics.adapter_loads_total.inc()
+            if isinstance(model.lane, BackboneLane):
+                self._metrics.adapter_slots_bytes.labels(backbone).set(model.lane.engine.memory().slots)
             self._metrics.adapter_load_duration_seconds.observe(time.monotonic() - started)
             self._release_unused()
 
@@ -262,27 +265,51 @@ class ModelPool:
             manifest = load_manifest(
                 self._store, tenant=tenant, name=name, version=number, sha256=version.manifest_sha256
             )
-            return read_version(self._store, manifest)
+            parts = read_version(self._store, manifest)
+            self._check_room(parts)
+            return parts
 
         parts = await loop.run_in_executor(self._loader, read)
         lane = await self._lane_for(parts)
-        own_bytes = parts.own_bytes
-        if parts.backbone is not None and isinstance(lane, BackboneLane):
-            own_bytes += lane.memory_bytes()
         model = ServedModel(
             tenant=tenant, name=name, version=number, task=parts.manifest.task, labels=parts.manifest.labels, lane=lane,
-            parts=parts, max_length=parts.max_length, own_bytes=own_bytes, state="warming",
+            # The engine keeps the adapter's weights; a second copy here would only cost memory.
+            parts=replace(parts, adapter=None), max_length=parts.max_length, state="warming",
+            own_bytes=replace(parts, adapter=None).own_bytes,
             adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None,
         )  # fmt: skip
         try:
-            await self._warm(model)
+            await self._warm(model, parts.adapter)
         except BaseException:
             await self._discard(model)
             raise
+        if isinstance(lane, BackboneLane):
+            if model.adapter_key is not None:
+                # What the engine keeps, in its own precision, instead of the file's float32.
+                model.own_bytes += lane.engine.adapter_bytes(model.adapter_key)
+            if parts.backbone is not None:
+                model.own_bytes += lane.engine.memory().weights
         model.state = "ready"
         return model
 
-    async def _warm(self, model: ServedModel) -> None:
+    def _check_room(self, parts: VersionParts) -> None:
+        """Raises `MemoryBudgetExceeded` where a version would not fit even with all others gone that may go."""
+        manifest = parts.manifest
+        weights = (entry for entry in manifest.files if entry.path.startswith("full/"))
+        needed = parts.own_bytes + sum(entry.size for entry in weights)
+        pinned = self._pinned()
+        held = sum(model.own_bytes for model in list(self._served.values()) if model.key in pinned)
+        if held + needed > self._memory_budget_bytes:
+            raise MemoryBudgetExceeded(
+                f"{manifest.name}:{manifest.version} needs {needed} bytes, versions with an alias hold {held} of the "
+                f"{self._memory_budget_bytes} allowed; remove an alias or raise memory_budget_bytes"
+            )
+
+    def _pinned(self) -> set[tuple[str, str, int | None]]:
+        """Versions that an alias points at."""
+        return {(tenant, name, version) for (tenant, name, _), version in self._aliases.items()}
+
+    async def _warm(self, model: ServedModel, adapter: Adapter | None) -> None:
         """Runs the golden rows as requests would run, on the engine's own thread."""
         parts, lane = model.parts, model.lane
         assert parts is not None
@@ -298,11 +325,9 @@ class ModelPool:
                 f"the head takes {head.input_size} values, the backbone gives {lane.backbone.info.hidden_size}"
             )
 
-        def run() -> None:
-            if parts.adapter is not None and model.adapter_key is not None:
-                backbone_lane.adapter_engine.load_adapter(model.adapter_key, parts.adapter)
-            engine = backbone_lane.engine_for(model.adapter_key)
+        engine = lane.engine
 
+        def run() -> None:
             def logits(texts: Sequence[TextInput]) -> FloatArray:
                 work = backbone_lane.preprocess(texts, truncate=True, max_length=model.max_length)
                 keys = [model.adapter_key] * len(work) if model.adapter_key else None
@@ -310,15 +335,16 @@ class ModelPool:
 
             check_golden(parts, logits, precision=engine.precision)
 
+        if adapter is not None and model.adapter_key is not None:
+            load = functools.partial(engine.load_adapter, model.adapter_key, adapter)
+            await asyncio.get_running_loop().run_in_executor(self._loader, load)
         await lane.batcher.call(run)
 
     async def _discard(self, model: ServedModel) -> None:
-        lane = model.lane
-        if isinstance(lane, BackboneLane):
+        if isinstance(model.lane, BackboneLane):
             if model.adapter_key is not None:
-                adapter_key = model.adapter_key
-                await lane.batcher.call(lambda: lane.adapter_engine.unload_adapter(adapter_key))
-            await self._close_lane(lane)
+                model.lane.engine.unload_adapter(model.adapter_key)
+            await self._close_lane(model.lane)
 
     async def _lane_for(self, parts: VersionParts) -> Lane:
         if parts.linear is not None:
@@ -341,32 +367,78 @@ class ModelPool:
         digest = backbone.info.digest
         if digest not in self._lanes:
             loop = asyncio.get_running_loop()
-            engine = await loop.run_in_executor(self._loader, self._policy.make_engine, backbone)
+            engine, is_final = await loop.run_in_executor(self._loader, self._selector.open_first, backbone)
             lane = BackboneLane(backbone, engine, self._metrics, self._limits, label=label or backbone.info.name)
             lane.batcher.start()
             work = await loop.run_in_executor(
-                self._loader, lambda: lane.preprocess(["warm up"], truncate=True, max_length=None)
+                self._loader, lambda: lane.preprocess([WARM_UP_TEXT], truncate=True, max_length=None)
             )
             await lane.batcher.call(lambda: engine.run(EngineBatch(work)))
             self._lanes[digest] = lane
+            self._show_engine(lane)
+            if not is_final:
+                self._in_background(self._improve(lane, like=self._same_shape(backbone)))
         return self._lanes[digest]
 
-    async def _switch_to_onnx(self, lane: BackboneLane) -> None:
-        """Torch serves meanwhile; a failure is said and leaves it serving."""
-        loop, policy, name = asyncio.get_running_loop(), self._policy, lane.backbone.info.name
+    def _same_shape(self, backbone: Backbone) -> Backbone | None:
+        """A configured backbone whose measurements hold for these weights too: speed depends on the shape alone."""
+        for model in self._backbones.values():
+            assert isinstance(model.lane, BackboneLane)
+            other = model.lane.backbone
+            if replace(other.info, digest="", name="", source="") == replace(
+                backbone.info, digest="", name="", source=""
+            ):
+                return other
+        return None
+
+    async def _improve(self, lane: BackboneLane, *, like: Backbone | None) -> None:
+        """Measures what else could run this backbone and changes to it. The first engine serves meanwhile."""
+        label = lane.batcher.name[0]
         try:
-            engine, difference = await loop.run_in_executor(
-                self._loader,
-                lambda: build_onnx(lane, policy.onnx_folder, device=policy.device, threads=policy.threads),
-            )
+            choice = await self._selector.select(lane.backbone, like=like)
+            _log.info(f"{choice.engine} is chosen; {choice.refused}", extra={"action": "engine_chosen"})
+            if choice.engine != lane.engine_name:
+                await self._change_engine(lane, EngineSpec.parse(choice.engine))
+            self._show_engine(lane)
+            if self._selector.policy.engine not in {"auto", lane.engine.name}:
+                raise EngineFailed("; ".join(f"{name}: {why}" for name, why in choice.refused.items()))
         except Exception as error:
-            _log.warning(f"onnx is not used: {error}", extra={"action": "engine_fallback", "backbone": name})
-            self._metrics.count_engine_fallback(name, "onnx", to_engine="torch", reason=type(error).__name__)
-            return
-        await lane.batcher.call(lambda: setattr(lane, "fast_engine", engine))
-        lane.engine_name = engine.name
-        self._metrics.engine_parity_max_abs_diff.labels(name, engine.name).set(difference)
-        _log.info("onnx serves", extra={"action": "engine_switched", "backbone": name})
+            _log.warning(f"{label} stays on {lane.engine_name}: {error}", extra={"action": "engine_fallback"})
+            self._metrics.count_engine_fallback(
+                label, self._selector.policy.engine, to_engine=lane.engine_name, reason=type(error).__name__
+            )
+
+    async def _change_engine(self, lane: BackboneLane, spec: EngineSpec) -> None:
+        label, before = lane.batcher.name[0], lane.engine_name
+        engine = await asyncio.get_running_loop().run_in_executor(
+            self._loader, self._selector.open, spec, lane.backbone
+        )
+        async with self._loading:
+            users = [model for model in (*self._served.values(), *self._backbones.values()) if model.lane is lane]
+            adapters = await asyncio.get_running_loop().run_in_executor(self._loader, self._adapters_of, users)
+            await lane.switch(engine, adapters)
+            for model in users:
+                self._metrics.start_model(*model.metric_labels, backbone=label, engine=lane.engine_name)
+        _log.info(f"{spec} serves instead of {before}", extra={"action": "engine_switched", "backbone": label})
+
+    def _show_engine(self, lane: BackboneLane) -> None:
+        """What was measured, and what the slots take."""
+        label, metrics = lane.batcher.name[0], self._metrics
+        metrics.adapter_slots_bytes.labels(label).set(lane.engine.memory().slots)
+        measurement = self._selector.measured_here(lane.backbone.info.digest)
+        for row in [] if measurement is None else measurement.engines:
+            metrics.set_engine_report(
+                label, row["engine"], is_serving=row["engine"] == lane.engine_name, texts_per_s=row["texts_per_s"],
+                flips=row["flips"], min_cosine=row["min_cosine"], max_abs_dp=row["max_abs_dp"],
+            )  # fmt: skip
+
+    def _adapters_of(self, models: Sequence[ServedModel]) -> dict[str, Adapter]:
+        """Read anew: the engine in use holds them in its own precision."""
+        return {
+            model.adapter_key: read_adapter(self._store, model.parts.manifest)
+            for model in models
+            if model.adapter_key is not None and model.parts is not None
+        }
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -30,6 +30,8 @@ QUICK = {
     "POLYHEAD_CANCEL_GRACE_S": "20",
     # Tiny models gain nothing from more, and threads that wait for each other on busy cores take ages.
     "POLYHEAD_THREADS": "1",
+    # Measuring engines takes a processor for a minute; the test that is about it says so.
+    "POLYHEAD_ENGINE": "torch",
     "POLYHEAD_CPU_THREADS": "1",
 }
 Result = TypeVar("Result")

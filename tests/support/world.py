@@ -17,12 +17,14 @@ from model_registry.registry import ModelVersion, Registry
 from model_registry.store import FileStore, put_tree
 from modeling.assemble import GoldenRow, write_version_files
 from modeling.backbone import Backbone
+from modeling.engines.build import EngineOptions
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.preprocess import TextPreprocessor
+from service.inference.engine_selection import EngineSelector, SelectionPolicy
 from service.inference.lanes import BatchLimits
-from service.inference.model_pool import EnginePolicy, ModelPool
+from service.inference.model_pool import ModelPool
 from service.metrics import ServingMetrics
 
 GOLDEN = ("a good film", "dull plot", "wheat and oil")
@@ -68,11 +70,12 @@ class World:
 
     @asynccontextmanager
     async def pool(self, *, memory_budget_bytes: int = 1 << 30) -> Any:
-        policy = EnginePolicy(
-            engine="torch", device="cpu", threads=1, onnx_folder=self.folder / "onnx",
-            memory_budget_bytes=memory_budget_bytes, make_engine=TorchEngine,
-        )  # fmt: skip
-        pool = ModelPool(self.store, policy, BatchLimits(1024, 32, 0.0), ServingMetrics())
+        selector = EngineSelector(
+            SelectionPolicy(engine="torch"), EngineOptions(threads=1), self.folder / "graphs", None
+        )
+        pool = ModelPool(
+            self.store, selector, BatchLimits(1024, 32, 0.0), ServingMetrics(), memory_budget_bytes=memory_budget_bytes
+        )
         await pool.add_backbone("tiny", self.backbone)
         try:
             yield pool

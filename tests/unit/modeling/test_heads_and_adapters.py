@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modeling import weights
-from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraPair
+from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from modeling.backbone import Backbone, load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, pool
@@ -116,31 +116,6 @@ def test_an_adapter_runs_as_peft_runs_it(backbone: Backbone, peft_model: Any, ad
             states = peft_model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).last_hidden_state
             expected = pool(states, torch.ones_like(ids), "mean")[0].numpy()
         np.testing.assert_allclose(ours[row], expected, atol=2e-5)
-
-
-def test_rows_of_many_adapters_and_none_share_a_batch(backbone: Backbone, adapter: Adapter) -> None:
-    engine, encoded = TorchEngine(backbone), encode(backbone)
-    doubled = Adapter(adapter.rank, {k: LoraPair(p.a, p.b * np.float32(2)) for k, p in adapter.pairs.items()})
-    engine.load_adapter("a", adapter)
-    engine.load_adapter("b", doubled)
-    keys = ["a", None, "b", "a"]
-    mixed = engine.run(EngineBatch(encoded, keys))
-    for row, key in enumerate(keys):
-        alone = engine.run(EngineBatch([encoded[row]], [key]))
-        np.testing.assert_allclose(mixed[row], alone[0], atol=2e-5)
-    engine.unload_adapter("b")
-    np.testing.assert_allclose(engine.run(EngineBatch(encoded, ["b"] * 4)), engine.run(EngineBatch(encoded)), atol=1e-6)
-
-
-def test_an_adapter_that_does_not_fit_changes_nothing(backbone: Backbone, adapter: Adapter) -> None:
-    engine, encoded = TorchEngine(backbone), encode(backbone)
-    before = engine.run(EngineBatch(encoded))
-    name, pair = next(iter(adapter.pairs.items()))
-    narrow = LoraPair(pair.a[:, :-1], pair.b)
-    for wrong in ({"encoder.no.such.layer": pair}, {**adapter.pairs, name: narrow}):
-        with pytest.raises(AdapterMismatch):
-            engine.load_adapter("x", Adapter(4, wrong))
-    np.testing.assert_array_equal(engine.run(EngineBatch(encoded, ["x"] * 4)), before)
 
 
 @pytest.mark.parametrize(

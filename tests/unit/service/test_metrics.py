@@ -40,6 +40,11 @@ CONTRACT = {
     "model_memory_bytes": REQUEST_LABELS,
     "engine_fallback_total": ("backbone", "from", "to", "reason"),
     "engine_parity_max_abs_diff": ENGINE_LABELS,
+    "engine_label_flips_ratio": ENGINE_LABELS,
+    "engine_min_cosine": ENGINE_LABELS,
+    "engine_texts_per_second": ENGINE_LABELS,
+    "engine_selected": ENGINE_LABELS,
+    "adapter_slots_bytes": ("backbone",),
     "worker_restarts_total": ENGINE_LABELS,
     "finetune_jobs": ("state",),
     "prediction_confidence": REQUEST_LABELS,
@@ -159,7 +164,9 @@ def test_an_engines_series_exist_from_start_to_stop() -> None:
     # no value before it is measured: 0 would claim perfect parity
     assert value(metrics, "polyhead_engine_parity_max_abs_diff", ENGINE) is None
 
-    metrics.engine_parity_max_abs_diff.labels(**ENGINE).set(1e-6)
+    metrics.set_engine_report(**ENGINE, is_serving=True, texts_per_s=90.0, flips=None, min_cosine=1.0, max_abs_dp=1e-6)
+    assert value(metrics, "polyhead_engine_parity_max_abs_diff", ENGINE) == 1e-6
+    assert value(metrics, "polyhead_engine_label_flips_ratio", ENGINE) is None
     metrics.stop_engine(**ENGINE)
     assert of(metrics, ENGINE) == set()
 

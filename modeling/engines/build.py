@@ -1,0 +1,97 @@
+"""Engines by name: the one place that knows which runtimes and precisions there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modeling.backbone import Backbone
+from modeling.engines.graphs import GraphFiles
+from modeling.errors import EngineFailed
+
+if TYPE_CHECKING:
+    from modeling.engines.protocol import Engine
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class EngineSpec:
+    """A runtime and the precision it computes in, written `openvino/bf16`."""
+
+    runtime: str
+    precision: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.runtime}/{self.precision}"
+
+    @classmethod
+    def parse(cls, text: str) -> EngineSpec:
+        runtime, _, precision = text.partition("/")
+        return cls(runtime, precision or "fp32")
+
+    @property
+    def needs_graphs(self) -> bool:
+        return self.runtime != "torch"
+
+
+REFERENCE = EngineSpec("torch", "fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What every engine of a process shares. `threads` 0: one per core."""
+
+    device: str = "cpu"
+    threads: int = 0
+    adapter_slots: int = 32
+    slots_budget_bytes: int = 1 << 40
+
+
+def candidates(device: str, *, allow_int8: bool = False) -> list[EngineSpec]:
+    """What is installed and makes sense on `device`, the reference first."""
+    from modeling.engines import onnx, openvino
+
+    if device != "cpu":
+        found = [REFERENCE, EngineSpec("torch", "bf16"), EngineSpec("torch", "fp16")]
+        return found + ([EngineSpec("onnx")] if onnx.is_available() else [])
+    found = [REFERENCE]
+    has_openvino = openvino.is_available()
+    is_bf16_fast = has_openvino and openvino.supports_bf16()
+    if is_bf16_fast:
+        found.append(EngineSpec("torch", "bf16"))
+    if onnx.is_available():
+        found += [EngineSpec("onnx")] + ([EngineSpec("onnx", "int8")] if allow_int8 else [])
+    if has_openvino:
+        found += [EngineSpec("openvino")] + ([EngineSpec("openvino", "bf16")] if is_bf16_fast else [])
+    return found
+
+
+def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None, options: EngineOptions) -> Engine:
+    """Opens the engine. Raises `EngineFailed` where the runtime is missing or refuses the graph."""
+    if spec.runtime == "torch":
+        import torch
+
+        from modeling.engines.torch import TorchEngine
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        return TorchEngine(
+            backbone, device=options.device, precision=spec.precision, adapter_slots=options.adapter_slots,
+            slots_budget_bytes=options.slots_budget_bytes,
+        )  # fmt: skip
+    if files is None or not files.is_complete:
+        raise EngineFailed(f"{spec} needs the exported graphs, which are not there")
+    slots, budget = options.adapter_slots, options.slots_budget_bytes
+    if spec.runtime == "onnx":
+        from modeling.engines.onnx import onnx_engine
+
+        return onnx_engine(
+            files, precision=spec.precision, device=options.device, threads=options.threads, adapter_slots=slots,
+            slots_budget_bytes=budget,
+        )  # fmt: skip
+    if spec.runtime == "openvino":
+        from modeling.engines.openvino import openvino_engine
+
+        return openvino_engine(
+            files, precision=spec.precision, threads=options.threads, adapter_slots=slots, slots_budget_bytes=budget
+        )
+    raise EngineFailed(f"there is no engine {spec}")

@@ -1,0 +1,171 @@
+"""An engine over exported graphs, whatever runtime computes them. No torch.
+
+A runtime is a `Session`: numpy arrays in, the pooled vectors out. `GraphEngine` pads, sends rows with
+adapters through the graph that takes slots and the others through the bare one, and keeps the stacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from modeling.adapters import Adapter, LoraLayout
+from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first, pad
+from modeling.engines.slots import AdapterStacks, Stack
+from modeling.errors import EngineFailed
+from modeling.preprocess import Encoded
+from modeling.weights import FloatArray, IntArray
+
+SLOTS_INPUT = "lora_slots"
+_EXPORT_SCHEMA = 2  # raised when the graphs change for the same weights
+_EXPORTERS = ("torch", "onnx", "onnxscript", "transformers")
+
+
+def a_input(group: int) -> str:
+    return f"lora_a.{group}"
+
+
+def b_input(group: int, linear: int) -> str:
+    return f"lora_b.{group}.{linear}"
+
+
+def graphs_key(digest: str) -> str:
+    """The folder name of an export: it changes with the weights, torch and the exporter."""
+    versions = {name: importlib.metadata.version(name) for name in _EXPORTERS}
+    key = json.dumps({"schema": _EXPORT_SCHEMA, "digest": digest, **versions}, sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class GraphFiles:
+    """A backbone's export: two graphs, and a description that is written last."""
+
+    folder: Path
+
+    @property
+    def bare(self) -> Path:
+        return self.folder / "backbone.onnx"
+
+    @property
+    def lora(self) -> Path:
+        return self.folder / "lora.onnx"
+
+    @property
+    def description(self) -> Path:
+        return self.folder / "graphs.json"
+
+    @property
+    def is_complete(self) -> bool:
+        return self.description.is_file()
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.description.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise EngineFailed(f"{self.folder.name}: the export is incomplete; delete the folder") from error
+
+    @property
+    def layout(self) -> LoraLayout:
+        return LoraLayout.from_json(json.dumps(self._values["layout"]))
+
+    @property
+    def pad_id(self) -> int:
+        return int(self._values["pad_id"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._values["hidden_size"])
+
+
+class Session(Protocol):
+    """One graph on one runtime."""
+
+    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+        """The pooled vectors float32[rows, hidden]; inputs that the graph lacks are ignored. Raises `EngineFailed`."""
+
+    def bind(self, stacks: Mapping[str, Stack]) -> None:
+        """Inputs that stay from run to run. The arrays are read at each run, not copied, where the runtime can."""
+
+    def memory_bytes(self) -> int: ...
+
+
+class GraphEngine:
+    """One backbone on one runtime. The adapters' graph is opened with the first adapter."""
+
+    def __init__(
+        self, name: str, files: GraphFiles, open_session: Callable[[Path], Session], *, device: str, precision: str,
+        stack_dtype: npt.DTypeLike = np.float32, adapter_slots: int = 32, slots_budget_bytes: int = 1 << 40,
+    ) -> None:  # fmt: skip
+        self.name, self.device, self.precision = name, device, precision
+        self._files, self._open = files, open_session
+        self._pad_id, self._hidden_size = files.pad_id, files.hidden_size
+        self._bare = open_session(files.bare)
+        self._lora: Session | None = None
+        self._layout = files.layout
+        self._stacks = AdapterStacks(
+            self._layout, capacity=adapter_slots, dtype=stack_dtype, budget_bytes=slots_budget_bytes
+        )
+        self._generation = 0
+
+    def run(self, batch: EngineBatch) -> FloatArray:
+        if batch.adapters is None or not any(batch.adapters):
+            return self._bare.run(self._feeds(batch.inputs))
+        vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
+        for rows, keys in adapters_first(batch, capacity=self._stacks.capacity):
+            # Rows without an adapter skip its work: they run on the bare graph.
+            adapted, bare = rows[: len(keys)], rows[len(keys) :]
+            if adapted:
+                vectors[adapted] = self._run_adapted([batch.inputs[row] for row in adapted], keys)
+            if bare:
+                vectors[bare] = self._bare.run(self._feeds([batch.inputs[row] for row in bare]))
+        return vectors
+
+    def load_adapter(self, key: str, adapter: Adapter) -> None:
+        self._stacks.load(key, adapter)
+        if self._lora is None:
+            try:
+                self._lora = self._open(self._files.lora)
+            except EngineFailed:
+                self._stacks.unload(key)
+                raise
+
+    def unload_adapter(self, key: str) -> None:
+        self._stacks.unload(key)
+
+    def memory(self) -> MemoryUse:
+        weights = self._bare.memory_bytes() + (self._lora.memory_bytes() if self._lora is not None else 0)
+        return MemoryUse(weights, self._stacks.slot_bytes())
+
+    def adapter_bytes(self, key: str) -> int:
+        return self._stacks.adapter_bytes(key)
+
+    def _run_adapted(self, inputs: Sequence[Encoded], keys: Sequence[str]) -> FloatArray:
+        slots = self._stacks.rows(keys)
+        assert self._lora is not None  # opened with the first adapter
+        written = self._stacks.take_written()
+        if self._generation != self._stacks.generation or written:
+            self._generation = self._stacks.generation
+            self._lora.bind(self._named_stacks())
+        return self._lora.run(self._feeds(inputs) | {SLOTS_INPUT: slots})
+
+    def _feeds(self, inputs: Sequence[Encoded]) -> dict[str, IntArray]:
+        ids, mask, types = pad(inputs, pad_id=self._pad_id)
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def _named_stacks(self) -> dict[str, Stack]:
+        stacks = {}
+        for number, group in enumerate(self._layout.groups):
+            stacks[a_input(number)] = self._stacks.a(number)
+            for index in range(len(group.linears)):
+                stacks[b_input(number, index)] = self._stacks.b(number, index)
+        return stacks

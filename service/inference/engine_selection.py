@@ -1,0 +1,212 @@
+"""Finds the engine to serve a backbone on: remembered for this device, or measured in a process of its own.
+
+`engine_choice` decides, `modeling.trial` measures; here is what runs, waits, remembers and falls back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model_registry.engine_reports import EngineMeasurement, EngineReports
+from model_registry.errors import DatabaseUnavailable
+from modeling.backbone import Backbone
+from modeling.calibration import TEXTS
+from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine, candidates
+from modeling.engines.device import fingerprint
+from modeling.engines.graphs import GraphFiles, graphs_key
+from modeling.engines.protocol import Engine
+from modeling.errors import EngineFailed, ModelingError
+from modeling.trial import EngineReport, TrialRequest
+from service.inference.engine_choice import EngineChoice, ParityBound, choose
+
+_log = logging.getLogger("service.engine_selection")
+_LINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPolicy:
+    """`engine` is auto or a runtime; `precision` auto or one. A trial that says nothing for `stall_s` is ended."""
+
+    engine: str = "auto"
+    precision: str = "auto"
+    allow_int8: bool = False
+    stall_s: float = 600.0
+    texts: int = TEXTS
+    batch_tokens: int = 1024
+    niceness: int = 10
+    bound: ParityBound = field(default_factory=ParityBound)
+
+    @property
+    def is_reference_only(self) -> bool:
+        return self.engine == "torch" and self.precision in {"auto", "fp32"}
+
+    def admits(self, spec: EngineSpec) -> bool:
+        return self.engine in {"auto", spec.runtime} and self.precision in {"auto", spec.precision}
+
+
+class EngineSelector:
+    """One per process. `open…` block and belong on a loader thread; `select` is for the event loop."""
+
+    def __init__(
+        self, policy: SelectionPolicy, options: EngineOptions, cache: Path, reports: EngineReports | None
+    ) -> None:
+        self.policy, self._options, self._cache, self._reports = policy, options, cache, reports
+        self._device = fingerprint(options.device)
+        self._one_trial = asyncio.Lock()
+        self._known: dict[str, EngineMeasurement] = {}  # by digest, of this device
+
+    def open(self, spec: EngineSpec, backbone: Backbone) -> Engine:
+        """Raises `EngineFailed`."""
+        return build_engine(spec, backbone, self._graphs(backbone), self._options)
+
+    def open_first(self, backbone: Backbone) -> tuple[Engine, bool]:
+        """The engine to start with, and whether it is the final one: what was chosen earlier, else the reference."""
+        remembered = self._remembered(backbone)
+        if remembered is not None:
+            try:
+                return self.open(EngineSpec.parse(remembered.chosen), backbone), True
+            except ModelingError as error:
+                _log.warning(f"{remembered.chosen} was chosen earlier but does not open: {error}")
+                self._known.pop(backbone.info.digest, None)
+        return self.open(REFERENCE, backbone), self.policy.is_reference_only
+
+    async def select(self, backbone: Backbone, *, like: Backbone | None = None) -> EngineChoice:
+        """Measures and remembers. With `like`, weights of the same shape, only what serves there is tried.
+
+        Raises `EngineFailed` where no measurement came about.
+        """
+        names = await asyncio.to_thread(self._candidates, like)
+        async with self._one_trial:
+            reports = await measure(
+                TrialRequest(
+                    backbone=str(backbone.folder), graphs=str(self._graphs(backbone).folder), candidates=tuple(names),
+                    device=self._options.device, threads=self._options.threads, texts=self.policy.texts,
+                    batch_tokens=self.policy.batch_tokens, niceness=self.policy.niceness,
+                ),
+                stall_s=self.policy.stall_s,
+            )  # fmt: skip
+        rows = [asdict(report) for report in reports]
+        choice = choose(rows, reference=str(REFERENCE), bound=self.policy.bound)
+        if self.policy.engine != "auto" and choice.engine == str(REFERENCE):
+            choice = self._insist(rows, choice)
+        await asyncio.to_thread(self._remember, backbone, choice, rows)
+        return choice
+
+    def measured_here(self, digest: str) -> EngineMeasurement | None:
+        """What this process chose by, if it measured or remembered."""
+        return self._known.get(digest)
+
+    def measurements(self, digests: Sequence[str]) -> list[EngineMeasurement]:
+        """Of all devices. Raises `DatabaseUnavailable`."""
+        return [] if self._reports is None else self._reports.of(digests)
+
+    def _insist(self, rows: Sequence[dict[str, Any]], choice: EngineChoice) -> EngineChoice:
+        """An engine asked for by name serves where it is equal, faster or not."""
+        inside = [row for row in rows if row["engine"] != str(REFERENCE)]
+        again = choose(inside, reference=str(REFERENCE), bound=self.policy.bound)
+        return choice if again.engine == str(REFERENCE) else again
+
+    def _candidates(self, like: Backbone | None) -> list[str]:
+        admitted = [
+            str(spec)
+            for spec in candidates(self._options.device, allow_int8=self.policy.allow_int8)
+            if self.policy.admits(spec)
+        ]
+        remembered = None if like is None else self._remembered(like)
+        return [name for name in admitted if remembered is None or name == remembered.chosen]
+
+    def _graphs(self, backbone: Backbone) -> GraphFiles:
+        return GraphFiles(self._cache / graphs_key(backbone.info.digest))
+
+    def _device_key(self) -> str:
+        policy = {"engine": self.policy.engine, "precision": self.policy.precision, "int8": self.policy.allow_int8}
+        values = [self._device.key, policy, self._options.threads, self.policy.batch_tokens, asdict(self.policy.bound)]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def _remembered(self, backbone: Backbone) -> EngineMeasurement | None:
+        if self._reports is None or self.policy.is_reference_only:
+            return None
+        try:
+            found = self._reports.get(backbone.info.digest, self._device_key())
+        except DatabaseUnavailable:
+            return None
+        if found is None:
+            return None
+        if EngineSpec.parse(found.chosen).needs_graphs and not self._graphs(backbone).is_complete:
+            return None
+        self._known[backbone.info.digest] = found
+        return found
+
+    def _remember(self, backbone: Backbone, choice: EngineChoice, rows: list[dict[str, Any]]) -> None:
+        engines = [row | {"refused": choice.refused.get(row["engine"])} for row in rows]
+        measurement = EngineMeasurement(
+            backbone.info.digest, self._device_key(), asdict(self._device), choice.engine, engines
+        )
+        self._known[backbone.info.digest] = measurement
+        if self._reports is None:
+            return
+        try:
+            self._reports.put(measurement)
+        except DatabaseUnavailable as error:
+            _log.warning(f"the measurement could not be kept: {error}", extra={"action": "engine_report_lost"})
+
+
+async def measure(
+    request: TrialRequest, *, stall_s: float, command: Sequence[str] = (sys.executable, "-m", "modeling.trial")
+) -> list[EngineReport]:
+    """Runs the trial; an engine that takes the process down, or hangs, is left out of the next try.
+
+    Raises `EngineFailed` where the export or the reference itself fails.
+    """
+    lost: list[EngineReport] = []
+    while True:
+        left = tuple(name for name in request.candidates if name not in {report.engine for report in lost})
+        reports, culprit, reason = await _attempt(_with_candidates(request, left), stall_s, command)
+        if reports is not None:
+            return [*reports, *lost]
+        if culprit not in left or culprit == str(REFERENCE):
+            raise EngineFailed(f"engines could not be measured: {reason} during {culprit or 'the start'}")
+        lost.append(EngineReport(culprit, error=f"{reason} while it was measured"))
+
+
+async def _attempt(
+    request: TrialRequest, stall_s: float, command: Sequence[str]
+) -> tuple[list[EngineReport] | None, str | None, str]:
+    """The reports; or None, which engine ran last and what happened to it."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LINE_BYTES,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    culprit: str | None = None
+    try:
+        process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+        while True:
+            try:
+                line = await asyncio.wait_for(process.stdout.readline(), stall_s)
+            except TimeoutError:
+                return None, culprit, f"no sign of life for {stall_s:.0f} s"
+            if not line:
+                return None, culprit, f"the process ended with status {await process.wait()}"
+            message = json.loads(line)
+            if "reports" in message:
+                return [EngineReport(**report) for report in message["reports"]], None, ""
+            culprit = message["engine"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]  # the pipes, without waiting for what is in them
+        await asyncio.sleep(0)  # they end in the loop's next turn
+
+
+def _with_candidates(request: TrialRequest, names: tuple[str, ...]) -> TrialRequest:
+    return TrialRequest(**(asdict(request) | {"candidates": names}))

@@ -1,0 +1,185 @@
+"""Every engine computes what torch computes, for any mix of adapters in a batch, and says so when it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model_registry.store import FileStore
+from modeling.adapters import Adapter, LoraLayout, LoraPair
+from modeling.backbone import Backbone, ingest
+from modeling.engines import onnx, openvino
+from modeling.engines.graphs import GraphFiles
+from modeling.engines.protocol import Engine, EngineBatch
+from modeling.engines.torch import TorchEngine
+from modeling.errors import AdapterMismatch, EngineFailed
+from modeling.export import export_graphs
+from modeling.preprocess import Encoded, TextPreprocessor
+from modeling.testing import write_tiny_checkpoint
+from modeling.weights import FloatArray
+
+TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull", "oil"]
+SLOTS = 3
+TOLERANCE = {"fp32": 3e-5, "bf16": 0.06}
+
+Make = Callable[[], Engine]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    folder = tmp_path_factory.mktemp("engines")
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint", hidden_size=32)
+    return ingest(FileStore(folder / "store"), checkpoint, name="tiny", source="file:tiny")
+
+
+@pytest.fixture(scope="module")
+def files(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> GraphFiles:
+    return export_graphs(backbone, tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(params=["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
+def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) -> Make:
+    def build() -> Engine:
+        match request.param:
+            case "torch":
+                return TorchEngine(backbone, adapter_slots=SLOTS)
+            case "torch-bf16":
+                return TorchEngine(backbone, precision="bf16", adapter_slots=SLOTS)
+            case "onnx":
+                return onnx.onnx_engine(files, threads=1, adapter_slots=SLOTS)
+            case "openvino":
+                return openvino.openvino_engine(files, threads=1, adapter_slots=SLOTS)
+        return openvino.openvino_engine(files, precision="bf16", threads=1, adapter_slots=SLOTS)
+
+    return build
+
+
+def adapter(layout: LoraLayout, *, rank: int, seed: int, share: float = 1.0, scale: float = 0.2) -> Adapter:
+    """Random weights on a random share of the layers; large enough to change every answer."""
+    draw = np.random.default_rng(seed)
+    pairs = {}
+    for group in layout.groups:
+        for name, out in group.linears:
+            if draw.random() <= share:
+                a, b = draw.normal(size=(rank, group.in_features)), draw.normal(size=(out, rank))
+                pairs[name] = LoraPair((a * scale).astype(np.float32), (b * scale).astype(np.float32))
+    return Adapter(rank, pairs)
+
+
+def adapters(files: GraphFiles) -> dict[str, Adapter]:
+    layout = files.layout
+    return {
+        "all": adapter(layout, rank=4, seed=1),
+        "some": adapter(layout, rank=16, seed=2, share=0.5),
+        "high": adapter(layout, rank=24, seed=3, share=0.8),
+        "one": Adapter(3, dict(list(adapter(layout, rank=3, seed=4, scale=0.8).pairs.items())[-1:])),
+        "last": adapter(layout, rank=8, seed=5),
+    }
+
+
+def encode(backbone: Backbone) -> list[Encoded]:
+    return TextPreprocessor(backbone.folder / "tokenizer.json", max_length=32).encode(TEXTS)
+
+
+def merged(backbone: Backbone, change: Adapter | None, item: Encoded) -> FloatArray:
+    """The reference: a model whose weights have the adapter added in, on one row alone."""
+    import torch
+
+    engine = TorchEngine(backbone)
+    for name, pair in {} if change is None else change.pairs.items():
+        with torch.no_grad():
+            engine._encoder.get_submodule(name).base.weight += torch.from_numpy(pair.b @ pair.a)
+    return engine.run(EngineBatch([item]))[0]
+
+
+def close(engine: Engine, ours: FloatArray, expected: FloatArray) -> None:
+    np.testing.assert_allclose(ours, expected, atol=TOLERANCE[engine.precision], rtol=TOLERANCE[engine.precision])
+
+
+def test_a_batch_with_any_mix_of_adapters_equals_each_row_merged_and_alone(
+    make: Make, backbone: Backbone, files: GraphFiles
+) -> None:
+    engine, encoded, known = make(), encode(backbone), adapters(files)
+    for key, change in known.items():
+        engine.load_adapter(key, change)
+    bare = engine.run(EngineBatch(encoded))
+    assert bare.dtype == np.float32 and bare.shape == (len(TEXTS), 32)
+    mixes: list[list[str | None]] = [
+        [None] * 5, ["all"] * 5, ["all", None, "some", "all", None], ["one", "high", None, "some", "last"],
+        ["last", "all", "high", "one", "some"], [None, "high", None, None, None],
+    ]  # fmt: skip
+    for keys in mixes:  # the last ones name more adapters than there are slots
+        vectors = engine.run(EngineBatch(encoded, keys))
+        for row, key in enumerate(keys):
+            expected = merged(backbone, known[key] if key else None, encoded[row])
+            close(engine, vectors[row], expected)
+            if key is not None:
+                assert np.abs(vectors[row] - bare[row]).max() > 0.1, "an adapter that changes nothing proves nothing"
+
+
+def test_an_adapter_can_be_replaced_and_unloaded(make: Make, backbone: Backbone, files: GraphFiles) -> None:
+    engine, encoded, known = make(), encode(backbone), adapters(files)
+    engine.load_adapter("a", known["all"])
+    engine.run(EngineBatch(encoded, ["a"] * 5))
+    engine.load_adapter("a", known["some"])
+    close(engine, engine.run(EngineBatch(encoded[:1], ["a"]))[0], merged(backbone, known["some"], encoded[0]))
+    engine.unload_adapter("a")
+    with pytest.raises(EngineFailed, match="not loaded"):
+        engine.run(EngineBatch(encoded, ["a"] * 5))
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing(make: Make, backbone: Backbone, files: GraphFiles) -> None:
+    engine, encoded, good = make(), encode(backbone), adapters(files)["all"]
+    name, pair = next(iter(good.pairs.items()))
+    for wrong in ({"encoder.no.such.layer": pair}, {**good.pairs, name: LoraPair(pair.a[:, :-1], pair.b)}):
+        with pytest.raises(AdapterMismatch):
+            engine.load_adapter("x", Adapter(4, wrong))
+    with pytest.raises(EngineFailed):
+        engine.run(EngineBatch(encoded, ["x"] * 5))
+    close(engine, engine.run(EngineBatch(encoded[:1]))[0], merged(backbone, None, encoded[0]))
+
+
+def test_memory_is_named_apart_for_weights_slots_and_adapters(
+    make: Make, backbone: Backbone, files: GraphFiles
+) -> None:
+    engine, encoded, known = make(), encode(backbone), adapters(files)
+    assert engine.memory().slots == 0
+    engine.load_adapter("all", known["all"])
+    engine.run(EngineBatch(encoded, ["all"] * 5))
+    before = engine.memory()
+    engine.load_adapter("again", known["all"])
+    engine.run(EngineBatch(encoded, ["again"] * 5))
+    assert engine.memory() == before, "a further adapter of the same rank costs no slots"
+    assert before.weights > 0 and before.slots > 0
+    assert engine.adapter_bytes("all") <= known["all"].size_bytes
+    assert engine.adapter_bytes("no such") == 0
+
+
+@pytest.mark.parametrize("open_engine", [onnx.onnx_engine, openvino.openvino_engine])
+def test_a_file_that_will_not_load_is_refused(
+    open_engine: Callable[[GraphFiles], Engine], files: GraphFiles, tmp_path: Path
+) -> None:
+    broken = GraphFiles(tmp_path)
+    broken.description.write_bytes(files.description.read_bytes())
+    for content in (b"", b"not a graph", files.bare.read_bytes()[:-2000]):
+        broken.bare.write_bytes(content)
+        with pytest.raises(EngineFailed, match=r"backbone\.onnx"):
+            open_engine(broken)
+
+
+def test_no_runtime_writes_or_sends_anything_about_its_use(files: GraphFiles, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from modeling.engines import onnx, openvino
+from modeling.engines.graphs import GraphFiles
+files = GraphFiles(Path({str(files.folder)!r}))
+openvino.supports_bf16(), onnx.onnx_engine(files), openvino.openvino_engine(files)
+"""
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,185 @@
+"""Finding an engine: what crashes or hangs is left out, what was chosen is remembered, and the pool changes over."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model_registry.db import Database
+from model_registry.engine_reports import EngineReports
+from model_registry.migrations import migrate
+from model_registry.refs import ModelRef
+from modeling.backbone import Backbone
+from modeling.engines.build import EngineOptions, EngineSpec
+from modeling.engines.protocol import Engine
+from modeling.errors import EngineFailed
+from modeling.trial import TrialRequest
+from service.inference.admission import AdmissionController
+from service.inference.engine_choice import EngineChoice
+from service.inference.engine_selection import EngineSelector, SelectionPolicy, measure
+from service.inference.lanes import BatchLimits
+from service.inference.model_pool import ModelPool
+from service.inference.predictor import PredictOptions, Predictor, PredictResult
+from service.metrics import ServingMetrics
+from tests.support.world import World, run
+
+# Stands for `modeling.trial`: opens each candidate in turn; `crash` dies, `hang` says nothing more.
+_TRIAL = """
+import json, sys, time
+request = json.loads(sys.stdin.readline())
+names = ["torch/fp32", *request["candidates"]]
+for name in names:
+    print(json.dumps({"engine": name, "stage": "open"}), flush=True)
+    if name.startswith("crash"):
+        sys.exit(11)
+    if name.startswith("hang"):
+        time.sleep(60)
+print(json.dumps({"reports": [{"engine": name, "texts_per_s": 1.0} for name in names]}), flush=True)
+"""
+
+
+def trial(*candidates: str, stall_s: float = 20.0) -> dict[str, str | None]:
+    request = TrialRequest(backbone="-", graphs="-", candidates=candidates)
+    reports = run(measure(request, stall_s=stall_s, command=(sys.executable, "-c", _TRIAL)))
+    return {report.engine: report.error for report in reports}
+
+
+def test_an_engine_that_crashes_the_process_is_left_out_and_named() -> None:
+    errors = trial("good/fp32", "crash/one", "crash/two", "other/fp32")
+    assert errors["good/fp32"] is None and errors["other/fp32"] is None
+    assert "status 11" in str(errors["crash/one"]) and "status 11" in str(errors["crash/two"])
+
+
+def test_an_engine_that_hangs_is_ended() -> None:
+    errors = trial("hang/fp32", "good/fp32", stall_s=2.0)
+    assert "no sign of life" in str(errors["hang/fp32"]) and errors["good/fp32"] is None
+
+
+def test_where_the_trial_itself_does_not_start_it_is_said() -> None:
+    request = TrialRequest(backbone="-", graphs="-", candidates=("a/fp32",))
+    with pytest.raises(EngineFailed, match="during the start"):
+        run(measure(request, stall_s=20, command=(sys.executable, "-c", "raise SystemExit(3)")))
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> EngineReports:
+    database = Database(f"sqlite:///{tmp_path / 'reports.db'}")
+    migrate(database)
+    return EngineReports(database)
+
+
+def selector(world: World, reports: EngineReports | None, engine: str = "auto") -> EngineSelector:
+    policy = SelectionPolicy(engine=engine, precision="fp32", texts=64, niceness=0)
+    return EngineSelector(policy, EngineOptions(threads=1), world.folder / "graphs", reports)
+
+
+def test_the_choice_is_measured_once_and_remembered(world: World, reports: EngineReports) -> None:
+    """The real trial on a tiny backbone; which engine wins is the machine's affair."""
+    first = selector(world, reports)
+    engine, is_final = first.open_first(world.backbone)
+    assert engine.name == "torch" and not is_final
+    choice = run(first.select(world.backbone))
+    (measured,) = first.measurements([world.backbone.info.digest])
+    by_name = {row["engine"]: row for row in measured.engines}
+    assert {"torch/fp32", "onnx/fp32", "openvino/fp32"} <= set(by_name)
+    assert by_name["torch/fp32"]["texts"] == 64 and by_name["torch/fp32"]["flips"] == 0.0
+    for row in by_name.values():
+        assert (row["engine"] == measured.chosen) or row["refused"] or row["engine"] == "torch/fp32"
+    again, is_final = selector(world, reports).open_first(world.backbone)
+    assert is_final and f"{again.name}/{again.precision}" == choice.engine
+    other, is_final = selector(world, reports, engine="onnx").open_first(world.backbone)
+    assert other.name == "torch" and not is_final, "another policy has to be measured anew"
+
+
+def test_an_engine_named_by_the_operator_serves_although_it_is_slower(
+    world: World, reports: EngineReports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = selector(world, reports, engine="onnx")
+    row = {"flips": 0.0, "min_cosine": 1.0, "max_abs_dp": 0.0, "error": None}
+    rows = [{"engine": "torch/fp32", "texts_per_s": 100.0, **row}, {"engine": "onnx/fp32", "texts_per_s": 10.0, **row}]
+    assert asked._insist(rows, EngineChoice("torch/fp32", {})).engine == "onnx/fp32"
+    rows[1]["min_cosine"] = 0.9
+    assert asked._insist(rows, EngineChoice("torch/fp32", {})).engine == "torch/fp32"
+
+
+class Scripted(EngineSelector):
+    """A selector whose trial is replaced: it answers `choice`, or fails."""
+
+    def __init__(self, world: World, choice: str | Exception) -> None:
+        super().__init__(SelectionPolicy(engine="auto"), EngineOptions(threads=1), world.folder / "graphs", None)
+        self.choice = choice
+        self.opened: list[str] = []
+
+    async def select(self, backbone: Backbone, *, like: Backbone | None = None) -> EngineChoice:
+        await asyncio.sleep(0)
+        if isinstance(self.choice, Exception):
+            raise self.choice
+        return EngineChoice(self.choice, {})
+
+    def open(self, spec: EngineSpec, backbone: Backbone) -> Engine:
+        self.opened.append(str(spec))
+        if str(spec) == "torch/fp32":
+            return super().open(spec, backbone)
+        from modeling.export import export_graphs
+
+        export_graphs(backbone, self._graphs(backbone).folder)
+        return super().open(spec, backbone)
+
+
+async def ask(pool: ModelPool, model: str) -> PredictResult:
+    admission = AdmissionController(max_inputs=9, max_queue_delay_s=60)
+    predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=9, tokenizer_threads=1)
+    try:
+        return await predictor.predict(
+            "default", ModelRef.parse(model), ["a good film", "dull"], PredictOptions(), deadline=time.monotonic() + 30
+        )
+    finally:
+        predictor.close()
+
+
+def before_and_after(
+    world: World, chosen: EngineSelector, metrics: ServingMetrics
+) -> tuple[PredictResult, PredictResult]:
+    async def scenario() -> tuple[PredictResult, PredictResult]:
+        limits = BatchLimits(1024, 32, 0.0)
+        pool = ModelPool(world.store, chosen, limits, metrics, memory_budget_bytes=1 << 30)
+        try:
+            await pool.add_backbone("tiny", world.backbone)
+            await pool.apply(world.registry.snapshot())
+            before = await ask(pool, "m")
+            while pool._background:
+                await asyncio.sleep(0.05)
+            return before, await ask(pool, "m")
+        finally:
+            await pool.stop()
+
+    answers: tuple[PredictResult, PredictResult] = run(scenario())
+    return answers
+
+
+@pytest.mark.parametrize("engine", ["onnx/fp32", "openvino/fp32"])
+def test_the_chosen_engine_takes_over_while_serving(world: World, engine: str) -> None:
+    world.publish("m", seed=1)
+    before, after = before_and_after(world, Scripted(world, engine), ServingMetrics())
+    assert (before.engine, after.engine) == ("torch/fp32", engine)
+    for one, other in zip(before.predictions, after.predictions, strict=True):
+        assert one.label == other.label
+        np.testing.assert_allclose(one.score, other.score, atol=1e-5)
+
+
+@pytest.mark.parametrize("failure", [EngineFailed("no exporter"), RuntimeError("a bug"), "no-such/fp32"])
+def test_where_no_engine_comes_about_the_first_goes_on_and_it_is_counted(
+    world: World, failure: str | Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.publish("m", seed=1)
+    metrics = ServingMetrics()
+    _, after = before_and_after(world, Scripted(world, failure), metrics)
+    assert after.engine == "torch/fp32"
+    reason = type(failure).__name__ if isinstance(failure, Exception) else "EngineFailed"
+    labels = {"backbone": "tiny", "from": "auto", "to": "torch/fp32", "reason": reason}
+    assert metrics.registry.get_sample_value("polyhead_engine_fallback_total", labels) == 1
