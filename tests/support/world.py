@@ -17,7 +17,7 @@ from model_registry.registry import ModelVersion, Registry
 from model_registry.store import FileStore, put_tree
 from modeling.assemble import GoldenRow, write_version_files
 from modeling.backbone import Backbone
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.preprocess import TextPreprocessor
@@ -34,6 +34,7 @@ class World:
     store: FileStore
     backbone: Backbone
     folder: Path
+    make_engine: Callable[[Backbone], Engine] = TorchEngine
 
     def publish(
         self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, promote: bool = False,
@@ -44,7 +45,7 @@ class World:
         weight = random.normal(size=(len(labels), self.backbone.info.hidden_size)).astype(np.float32)
         head = TaskHead((DenseLayer(weight, np.zeros(len(labels), np.float32)),))
         encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
-        logits = head.logits(TorchEngine(self.backbone).run(EngineBatch(encoded)))
+        logits = head.logits(self.make_engine(self.backbone).run(EngineBatch(encoded)))
         golden = [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
         with self.registry.transaction() as connection:
             version = self.registry.reserve(
@@ -70,7 +71,7 @@ class World:
     async def pool(self, *, memory_budget_bytes: int = 1 << 30) -> Any:
         policy = EnginePolicy(
             engine="torch", device="cpu", threads=1, onnx_folder=self.folder / "onnx",
-            memory_budget_bytes=memory_budget_bytes, make_engine=TorchEngine,
+            memory_budget_bytes=memory_budget_bytes, make_engine=self.make_engine,
         )  # fmt: skip
         pool = ModelPool(self.store, policy, BatchLimits(1024, 32, 0.0), ServingMetrics())
         await pool.add_backbone("tiny", self.backbone)
