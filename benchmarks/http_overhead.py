@@ -42,6 +42,7 @@ from modeling.engines.fake import FakeEngine
 from modeling.testing import write_tiny_checkpoint
 from service.api.deps import Services
 from service.api.guard import DrainState
+from service.api.interrupt import CONNECTION_LOST
 from service.app import create_app
 from service.inference.admission import AdmissionController
 from service.inference.model_pool import ModelPool
@@ -241,6 +242,7 @@ def _headers(body: bytes) -> list[tuple[bytes, bytes]]:
 def _through_app(app: ASGIApp, case: Case) -> Ask:
     body = json.dumps(case.body).encode()
     headers = _headers(body)
+    lost = asyncio.get_running_loop().create_future()
 
     async def ask() -> bytes:
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
@@ -260,7 +262,7 @@ def _through_app(app: ASGIApp, case: Case) -> Ask:
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
             "server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 50000), "scheme": "http", "root_path": "",
             "headers": headers, "state": {}, "method": "POST", "path": case.path, "raw_path": case.path.encode(),
-            "query_string": b"",
+            "query_string": b"", "extensions": {CONNECTION_LOST: {"future": lost}},
         }  # fmt: skip
         await app(scope, receive, send)
         assert sent[0]["status"] == 200, sent

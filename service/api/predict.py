@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import orjson
@@ -15,6 +14,7 @@ from model_registry.refs import ModelRef
 from modeling.preprocess import TextInput
 from service.api.auth import Principal
 from service.api.deps import JsonBody, Predicting, Services, ServicesDep
+from service.api.interrupt import unless_gone
 from service.api.problems import Problem
 from service.api.schemas import PredictRequest, PredictResponse
 from service.inference.predictor import PredictOptions, PredictResult
@@ -53,7 +53,8 @@ async def _predict(
     ref = reference(model, services)
     request.state.metric_labels = services.pool.labels_of(principal.tenant, ref)
     result = await unless_gone(
-        request,
+        request.scope,
+        request.receive,
         services.predictor.predict(
             principal.tenant, ref, inputs, options,
             deadline=deadline_of(request, services, body.parameters.timeout_ms),
@@ -81,28 +82,6 @@ def deadline_of(request: Request, services: Services, timeout_ms: int | None) ->
     if timeout_ms is not None:
         limits_s.append(timeout_ms / 1000)
     return time.monotonic() + min(limits_s)
-
-
-async def unless_gone(request: Request, work: Awaitable[PredictResult]) -> PredictResult:
-    """Awaits `work`, but cancels it when the client disconnects: what nobody waits for is not computed."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            raise Problem(499, "client_closed_request", "the client left")
-        return task.result()
-    finally:
-        for pending in (task, gone):
-            pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def timing_headers(result: PredictResult) -> dict[str, str]:

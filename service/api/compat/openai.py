@@ -10,7 +10,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.api.deps import Predicting, ServicesDep
-from service.api.predict import deadline_of, reference, timing_headers, unless_gone
+from service.api.interrupt import unless_gone
+from service.api.predict import deadline_of, reference, timing_headers
 from service.api.problems import Problem, problem_for
 from service.inference.predictor import PredictOptions
 
@@ -43,7 +44,8 @@ async def embeddings(request: Request, services: ServicesDep, principal: Predict
         ref = reference(body.model, services)
         request.state.metric_labels = services.pool.labels_of(principal.tenant, ref)
         result = await unless_gone(
-            request,
+            request.scope,
+            request.receive,
             services.predictor.predict(
                 principal.tenant, ref, inputs, PredictOptions(return_embedding=True),
                 deadline=deadline_of(request, services, None), needs_labels=False,
