@@ -16,8 +16,9 @@ from service.api import datasets, finetune, health, models, predict
 from service.api.auth import KeyAuthentication
 from service.api.compat import openai
 from service.api.deps import Services
+from service.api.direct import DirectRoutes
 from service.api.guard import DrainState, GuardLimits, RequestGuard
-from service.api.measure import RequestMetrics
+from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH, RequestMetrics
 from service.api.problems import STATUS_BY_ERROR, install
 from service.inference import errors as inference
 from service.metrics import ServingMetrics
@@ -72,7 +73,8 @@ def create_app(settings: ServingSettings, build: Build, drain: DrainState, metri
     for module in (predict, openai, datasets, finetune, models, health):
         app.include_router(module.router)
     install(app)
-    authenticated = KeyAuthentication(app, settings.api_keys)
+    direct = DirectRoutes(app, {PREDICT: predict.DIRECT, PREDICT_WITH: predict.DIRECT, EMBEDDINGS: openai.DIRECT})
+    authenticated = KeyAuthentication(direct, settings.api_keys)
     measured = RequestMetrics(authenticated, metrics)
     return RequestGuard(measured, GuardLimits(), drain, body_limits(settings))
 

@@ -188,6 +188,7 @@ class ServingMetrics:
             self.engine_min_cosine,
             self.engine_parity_max_abs_diff,
         )
+        self._answered: dict[tuple[str, str, str], tuple[Histogram, dict[int, Counter]]] = {}
         # Requests that name no known model are counted as model="", so that clients cannot create series.
         self._start_requests("", "", "")
         self.set_finetune_jobs({})
@@ -210,6 +211,7 @@ class ServingMetrics:
     def stop_model(self, model: str, version: str, task: str) -> None:
         """Remove a model's series, once it is drained: a later observation would create them anew."""
         labels = {"model": model, "version": version, "task": task}
+        self._answered.pop((model, version, task), None)
         for metric in (
             *self._request_histograms,
             self.requests_total,
@@ -221,6 +223,18 @@ class ServingMetrics:
             self.model_memory_bytes,
         ):
             metric.remove_by_labels(labels)
+
+    def count_request(self, labels: tuple[str, str, str], *, status: int, seconds: float) -> None:
+        """Count and time an answered request. Looking a child up by its labels costs more than what it is for."""
+        series = self._answered.get(labels)
+        if series is None:
+            series = self._answered[labels] = (self.request_duration_seconds.labels(*labels), {})
+        duration, totals = series
+        total = totals.get(status)
+        if total is None:
+            total = totals[status] = self.requests_total.labels(*labels, str(status))
+        total.inc()
+        duration.observe(seconds)
 
     def start_engine(self, backbone: str, engine: str) -> None:
         """Create an engine's series, all but its parity, which has no value until it is measured."""

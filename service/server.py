@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.api.guard import DrainState
+from service.api.interrupt import CONNECTION_LOST
 from service.api.problems import Problem, problem_response
 
 logger = logging.getLogger("service")
@@ -94,6 +95,8 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._lost: asyncio.Future[None] = self.loop.create_future()
+        self._extensions: dict[str, dict[object, object]] = {CONNECTION_LOST: {"future": self._lost}}
         most = self.limits.max_connections
         if most is not None and len(self.connections) > most:
             self._refuse(Problem(503, "too_many_connections", "Too many connections are open.", retry_after_s=1.0))
@@ -105,6 +108,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         super().connection_lost(exc)
+        self._lost.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -154,6 +158,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = self._extensions
         self._in_headers = True
         self._parsed_header_bytes = 0
         self._body_bytes = self._chunks = self._bytes_without_body = 0
@@ -198,6 +203,8 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._in_headers = True
         self._header_bytes = 0
+        if not self.pipeline:
+            self.flow.resume_reading()  # a large body may have paused it, and then a lost connection goes unseen
 
     def on_response_complete(self) -> None:
         if self._is_lingering:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from modeling.adapters import Adapter
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import EngineBatch, MemoryUse
 from modeling.errors import EngineFailed
 from modeling.weights import FloatArray, IntArray
 
@@ -19,7 +19,6 @@ class FakeEngine:
     name = "fake"
     device = "cpu"
     precision = "fp32"
-    supports_adapters = True
 
     def __init__(
         self,
@@ -50,8 +49,12 @@ class FakeEngine:
         with self._lock:
             self._adapters.pop(key, None)
 
-    def memory_bytes(self) -> int:
-        return 0
+    def memory(self) -> MemoryUse:
+        return MemoryUse(0, 0)
+
+    def adapter_bytes(self, key: str) -> int:
+        adapter = self._adapters.get(key)
+        return 0 if adapter is None else adapter.size_bytes
 
     def _vector(self, ids: IntArray, adapter: str | None) -> FloatArray:
         shift = 0 if adapter is None else self._adapters[adapter].rank

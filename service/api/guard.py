@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.interrupt import Interrupt
 from service.api.problems import Problem, internal_problem, problem_response
 
 logger = logging.getLogger("service")
@@ -104,7 +105,7 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = _request_id(headers_of(scope))
         body = _BodyMeter(scope, receive, limits=self.limits, clock=self.clock)
         response = _Response(scope, send, state=self.state, body=body)
         if scope["path"] in PROBE_PATHS:
@@ -141,8 +142,7 @@ class RequestGuard:
         path, method = scope["path"], scope["method"]
         if self.state.refusing and path not in PROBE_PATHS:
             raise self._draining()
-        encodings = [value.strip().lower() for value in _header_values(scope, b"content-encoding")]
-        if any(encoding not in (b"", b"identity") for encoding in encodings):
+        if b"content-encoding" in headers_of(scope) and _is_encoded(scope):
             raise Problem(
                 415,
                 "unsupported_media_type",
@@ -160,7 +160,8 @@ class RequestGuard:
         content = await body.read()
         if content and _is_json(scope):
             await check_json(content, self.limits)
-        await self.app(scope, _replay(content, body.receive), response.send)
+        message = {"type": "http.request", "body": content, "more_body": False}
+        await self.app(scope, replay(message, body.receive), response.send)
 
     async def _answer_fault(self, scope: Scope, response: _Response, error: Exception) -> None:
         is_logged = scope["state"].get("is_error_logged", False)
@@ -235,13 +236,28 @@ class _ClientGone(Exception):
 class _BodyMeter:
     """Receives a request body under the limits. Once `refusal` is set the app sees a disconnected client."""
 
+    __slots__ = (
+        "_chunks",
+        "_received_bytes",
+        "_waited_s",
+        "clock",
+        "declared_bytes",
+        "is_expected",
+        "is_finished",
+        "limits",
+        "max_bytes",
+        "receive",
+        "refusal",
+    )
+
     def __init__(self, scope: Scope, receive: Receive, *, limits: GuardLimits, clock: Callable[[], float]) -> None:
         self.receive = receive
         self.limits = limits
         self.clock = clock
         self.max_bytes = 0
-        self.declared_bytes = _declared_bytes(scope)
-        self.is_expected = bool(self.declared_bytes) or bool(_header_values(scope, b"transfer-encoding"))
+        headers = headers_of(scope)
+        self.declared_bytes = _declared_bytes(headers)
+        self.is_expected = bool(self.declared_bytes) or b"transfer-encoding" in headers
         self.is_finished = False
         self.refusal: Problem | None = None
         self._received_bytes = 0
@@ -283,11 +299,16 @@ class _BodyMeter:
     async def _next(self) -> Message:
         allowed_s = self.limits.body_grace_s + self._received_bytes / self.limits.min_body_bytes_per_s - self._waited_s
         started = self.clock()
+        interrupt = Interrupt()
+        timer = asyncio.get_running_loop().call_later(min(allowed_s, self.limits.max_body_gap_s), interrupt)
         try:
-            async with asyncio.timeout(min(allowed_s, self.limits.max_body_gap_s)):
-                message = await self.receive()
-        except TimeoutError:
-            raise self._too_slow() from None
+            message = await self.receive()
+        except asyncio.CancelledError:
+            if interrupt.is_cause():
+                raise self._too_slow() from None
+            raise
+        finally:
+            timer.cancel()
         # Only waiting counts: an app that is slow to ask for more is not the client's fault.
         waited_s = self.clock() - started
         self._waited_s += waited_s
@@ -314,6 +335,8 @@ class _BodyMeter:
 class _Response:
     """Passes a response on with our headers; drops what an app answers to a body that was refused."""
 
+    __slots__ = ("_send", "_state", "body", "is_complete", "is_started", "scope")
+
     def __init__(self, scope: Scope, send: Send, *, state: DrainState, body: _BodyMeter) -> None:
         self.scope = scope
         self.body = body
@@ -335,12 +358,12 @@ class _Response:
     async def _pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.is_started = True
-            message = {**message, "headers": self._with_ours(list(message.get("headers", [])))}
+            message = {**message, "headers": self._with_ours(message.get("headers", ()))}
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.is_complete = True
         await self._send(message)
 
-    def _with_ours(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    def _with_ours(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         kept = [(name, value) for name, value in headers if name.lower() != b"x-request-id"]
         kept.append((b"x-request-id", self.scope["state"]["request_id"].encode("ascii")))
         # The rest of an unread body would have to be read and thrown away before the next request.
@@ -350,8 +373,8 @@ class _Response:
         return kept
 
 
-def _replay(content: bytes, receive: Receive) -> Receive:
-    """`receive` that gives the kept body as one message, then what the server says (a disconnect)."""
+def replay(message: Message, receive: Receive) -> Receive:
+    """`receive` that gives `message` once more, then what the server says (a disconnect, after a whole body)."""
     is_given = False
 
     async def replayed() -> Message:
@@ -359,7 +382,7 @@ def _replay(content: bytes, receive: Receive) -> Receive:
         if is_given:
             return await receive()
         is_given = True
-        return {"type": "http.request", "body": content, "more_body": False}
+        return message
 
     return replayed
 
@@ -368,25 +391,43 @@ async def _never_receive() -> Message:
     return {"type": "http.disconnect"}
 
 
-def _request_id(scope: Scope) -> str:
-    for value in _header_values(scope, b"x-request-id", is_list=False):
-        if _REQUEST_ID.fullmatch(value):
-            return value.decode("ascii")
-    return uuid.uuid4().hex
+def headers_of(scope: Scope) -> Mapping[bytes, bytes]:
+    """The request's headers by their names in lower case, the first of each name; made once a request."""
+    state = scope.setdefault("state", {})
+    headers: Mapping[bytes, bytes] | None = state.get("headers")
+    if headers is None:
+        headers = state["headers"] = dict(reversed(scope["headers"]))
+    return headers
 
 
-def _declared_bytes(scope: Scope) -> int | None:
+def _request_id(headers: Mapping[bytes, bytes]) -> str:
+    given = headers.get(b"x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given.decode("ascii")
+    return os.urandom(16).hex()
+
+
+def _declared_bytes(headers: Mapping[bytes, bytes]) -> int | None:
     """`Content-Length`; one that is no sane number counts as larger than any limit."""
-    for value in _header_values(scope, b"content-length", is_list=False):
-        return int(value) if value.isdigit() and len(value) <= 18 else 10**18
-    return None
+    value = headers.get(b"content-length")
+    if value is None:
+        return None
+    return int(value) if value.isdigit() and len(value) <= 18 else 10**18
+
+
+def _is_encoded(scope: Scope) -> bool:
+    """Whether any `Content-Encoding` is more than `identity`; there may be several such headers, each a list."""
+    values = [value for name, value in scope["headers"] if name == b"content-encoding"]
+    encodings = [part.strip().lower() for value in values for part in value.split(b",")]
+    return any(encoding not in (b"", b"identity") for encoding in encodings)
 
 
 def _is_json(scope: Scope) -> bool:
-    for value in _header_values(scope, b"content-type", is_list=False):
-        media_type = value.partition(b";")[0].strip().lower()
-        return b"json" in media_type or media_type in _TYPES_TAKEN_FOR_JSON
-    return True
+    value = headers_of(scope).get(b"content-type")
+    if value is None:
+        return True
+    media_type = value.partition(b";")[0].strip().lower()
+    return b"json" in media_type or media_type in _TYPES_TAKEN_FOR_JSON
 
 
 def _is_utf8(content: bytes) -> bool:
@@ -397,8 +438,3 @@ def _is_utf8(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _header_values(scope: Scope, name: bytes, *, is_list: bool = True) -> list[bytes]:
-    values = [value for key, value in scope["headers"] if key == name]
-    return [part for value in values for part in value.split(b",")] if is_list else values

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import re
 import time
+from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.metrics import ServingMetrics
 
-_INFERENCE_PATHS = re.compile(r"/predict|/v1/embeddings|/v1/models/[^/]+/predict")
+PREDICT: Final = "/predict"
+PREDICT_WITH: Final = "/v1/models/{model}/predict"
+EMBEDDINGS: Final = "/v1/embeddings"
+
+_PREFIX, _SUFFIX = PREDICT_WITH.split("{model}")
 _NO_MODEL = ("", "", "")
+
+
+def inference_route(path: str) -> tuple[str, str | None] | None:
+    """The inference route that takes `path`, and the model that the path names; None where it is no inference."""
+    if path in (PREDICT, EMBEDDINGS):
+        return path, None
+    if path.startswith(_PREFIX) and path.endswith(_SUFFIX):
+        model = path[len(_PREFIX) : -len(_SUFFIX)]
+        if model and "/" not in model:
+            return PREDICT_WITH, model
+    return None
 
 
 class RequestMetrics:
@@ -19,7 +34,7 @@ class RequestMetrics:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _INFERENCE_PATHS.fullmatch(scope["path"]):
+        if scope["type"] != "http" or inference_route(scope["path"]) is None:
             await self._app(scope, receive, send)
             return
         started, status = time.monotonic(), 500
@@ -34,5 +49,4 @@ class RequestMetrics:
             await self._app(scope, receive, watch)
         finally:
             labels = scope.get("state", {}).get("metric_labels", _NO_MODEL)
-            self._metrics.requests_total.labels(*labels, str(status)).inc()
-            self._metrics.request_duration_seconds.labels(*labels).observe(time.monotonic() - started)
+            self._metrics.count_request(labels, status=status, seconds=time.monotonic() - started)

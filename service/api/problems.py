@@ -123,6 +123,16 @@ def problem_for(error: Exception) -> Problem | None:
     return None
 
 
+def refusal(error: Exception, scope: Mapping[str, Any]) -> Response | None:
+    """The answer to an error that stands for a refusal; None for a fault of ours. Logs what mapped errors hide."""
+    problem = problem_for(error)
+    if problem is None:
+        return None
+    if problem.status >= 500 and problem is not error:
+        logger.warning("%s %s answered %s: %s", scope["method"], scope["path"], problem.code, error)
+    return _respond(scope, problem)
+
+
 def problem_of_http_exception(error: HTTPException) -> Problem:
     """Starlette's and FastAPI's own refusals; their headers (`Allow`, `WWW-Authenticate`) are kept."""
     status = error.status_code
@@ -155,28 +165,23 @@ def install(app: FastAPI) -> None:
 
 
 async def _answer_mapped(request: Request, error: Exception) -> Response:
-    problem = problem_for(error)
-    if problem is None:
-        return await _answer_unexpected(request, error)
-    if problem.status >= 500 and problem is not error:
-        logger.warning("%s %s answered %s: %s", request.method, request.url.path, problem.code, error)
-    return _respond(request, problem)
+    return refusal(error, request.scope) or await _answer_unexpected(request, error)
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:
-    return _respond(request, problem_of_validation(cast(RequestValidationError, error)))
+    return _respond(request.scope, problem_of_validation(cast(RequestValidationError, error)))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     http_error = cast(HTTPException, error)
     if http_error.status_code < 400:
         return Response(status_code=http_error.status_code, headers=http_error.headers)
-    return _respond(request, problem_of_http_exception(http_error))
+    return _respond(request.scope, problem_of_http_exception(http_error))
 
 
 async def _answer_disconnect(request: Request, error: Exception) -> Response:
     # Nobody reads this; without it every client that goes away mid-upload would be logged as our fault.
-    return _respond(request, Problem(400, "malformed_request", "The client went away before the body ended."))
+    return _respond(request.scope, Problem(400, "malformed_request", "The client went away before the body ended."))
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:
@@ -192,7 +197,7 @@ async def _answer_unexpected(request: Request, error: Exception) -> Response:
         problem = internal_problem()
     # Starlette raises the error again after this answer; the guard looks here to log it only once.
     request.scope.setdefault("state", {})["is_error_logged"] = True
-    return _respond(request, problem)
+    return _respond(request.scope, problem)
 
 
 def internal_problem() -> Problem:
@@ -205,8 +210,8 @@ def request_id_of(scope: Mapping[str, Any]) -> str:
     return str(scope.get("state", {}).get("request_id", ""))
 
 
-def _respond(request: Request, problem: Problem) -> Response:
-    return problem_response(problem, path=request.scope["path"], request_id=request_id_of(request.scope))
+def _respond(scope: Mapping[str, Any], problem: Problem) -> Response:
+    return problem_response(problem, path=scope["path"], request_id=request_id_of(scope))
 
 
 def _mapped(error: Exception, status: int, code: str) -> Problem:

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -29,6 +30,7 @@ from starlette.responses import StreamingResponse
 from model_registry.errors import ModelNotFound
 from service.api import problems
 from service.api.guard import DrainState, GuardLimits, RequestGuard
+from service.api.interrupt import unless_gone
 from service.server import DrainingServer, DrainTimes, HeaderLimits, limited_protocol
 
 REPOSITORY = Path(__file__).parents[2]
@@ -69,6 +71,19 @@ def make_app() -> FastAPI:
         while not await request.is_disconnected():
             await asyncio.sleep(0.01)
         app.state.has_seen_disconnect = True
+
+    app.state.held = app.state.given_up = 0
+
+    @app.post("/held")
+    async def held(request: Request) -> None:
+        async def hold() -> None:
+            app.state.held += 1
+            await asyncio.Event().wait()
+
+        try:
+            await unless_gone(request.scope, request.receive, hold())
+        except problems.Problem as problem:
+            app.state.given_up += problem.status == 499
 
     @app.get("/missing")
     async def missing() -> None:
@@ -256,6 +271,29 @@ def test_is_disconnected_works(edge: Edge) -> None:
     assert not hasattr(edge.app.state, "has_seen_disconnect")
     connection.close()
     wait_until(lambda: getattr(edge.app.state, "has_seen_disconnect", False))
+
+
+@pytest.mark.parametrize("size", [1, 60_000, 70_000, 1_000_000])
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_work_ends_when_its_client_leaves(edge: Edge, size: int, is_reset: bool) -> None:
+    held, given_up = edge.app.state.held, edge.app.state.given_up
+    with closing(edge.connect()) as connection:
+        connection.sendall(post("/held", f"Content-Length: {size}") + b"1" * size)
+        wait_until(lambda: edge.app.state.held > held)
+        time.sleep(0.05)
+        assert edge.app.state.given_up == given_up
+        if is_reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: edge.app.state.given_up > given_up)
+
+
+def test_work_ends_when_its_client_sends_no_more(edge: Edge) -> None:
+    given_up = edge.app.state.given_up
+    with closing(edge.connect()) as connection:
+        connection.sendall(post("/held", "Content-Length: 1") + b"1")
+        time.sleep(0.05)
+        connection.shutdown(socket.SHUT_WR)
+        wait_until(lambda: edge.app.state.given_up > given_up)
 
 
 def test_expect_continue(edge: Edge) -> None:

@@ -17,8 +17,8 @@ from model_registry.registry import ModelVersion, Registry
 from model_registry.store import FileStore, put_tree
 from modeling.assemble import GoldenRow, write_version_files
 from modeling.backbone import Backbone
-from modeling.engines.build import EngineOptions
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.build import EngineOptions, EngineSpec
+from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.preprocess import TextPreprocessor
@@ -36,6 +36,7 @@ class World:
     store: FileStore
     backbone: Backbone
     folder: Path
+    make_engine: Callable[[Backbone], Engine] = TorchEngine
 
     def publish(
         self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, promote: bool = False,
@@ -46,7 +47,7 @@ class World:
         weight = random.normal(size=(len(labels), self.backbone.info.hidden_size)).astype(np.float32)
         head = TaskHead((DenseLayer(weight, np.zeros(len(labels), np.float32)),))
         encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
-        logits = head.logits(TorchEngine(self.backbone).run(EngineBatch(encoded)))
+        logits = head.logits(self.make_engine(self.backbone).run(EngineBatch(encoded)))
         golden = [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
         with self.registry.transaction() as connection:
             version = self.registry.reserve(
@@ -70,9 +71,7 @@ class World:
 
     @asynccontextmanager
     async def pool(self, *, memory_budget_bytes: int = 1 << 30) -> Any:
-        selector = EngineSelector(
-            SelectionPolicy(engine="torch"), EngineOptions(threads=1), self.folder / "graphs", None
-        )
+        selector = _FixedEngine(self)
         pool = ModelPool(
             self.store, selector, BatchLimits(1024, 32, 0.0), ServingMetrics(), memory_budget_bytes=memory_budget_bytes
         )
@@ -81,6 +80,17 @@ class World:
             yield pool
         finally:
             await pool.stop()
+
+
+class _FixedEngine(EngineSelector):
+    """Whatever the world makes serves, and nothing is measured."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(SelectionPolicy(engine="torch"), EngineOptions(threads=1), world.folder / "graphs", None)
+        self._world = world
+
+    def open(self, spec: EngineSpec, backbone: Backbone) -> Engine:
+        return self._world.make_engine(backbone)
 
 
 def run(coroutine: Any) -> Any:

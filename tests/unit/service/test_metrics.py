@@ -214,3 +214,20 @@ def test_two_instances_do_not_share_series() -> None:
     first, second = ServingMetrics(), ServingMetrics(CollectorRegistry())
     first.adapter_loads_total.inc()
     assert value(second, "polyhead_adapter_loads_total", {}) == 0
+
+
+def test_requests_are_counted_until_their_model_goes_and_anew_when_it_is_back() -> None:
+    metrics, labels = ServingMetrics(), ("intent", "3", "text-classification")
+
+    def count(code: str) -> float | None:
+        return metrics.registry.get_sample_value("polyhead_requests_total", {**MODEL, "code": code})
+
+    for _ in range(2):
+        metrics.start_model(*labels)
+        metrics.count_request(labels, status=200, seconds=0.01)
+        metrics.count_request(labels, status=200, seconds=0.02)
+        metrics.count_request(labels, status=499, seconds=0.5)
+        assert (count("200"), count("499"), count("500")) == (2, 1, 0)
+        assert metrics.registry.get_sample_value("polyhead_request_duration_seconds_sum", MODEL) == pytest.approx(0.53)
+        metrics.stop_model(*labels)
+        assert count("200") is None

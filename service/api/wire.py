@@ -1,0 +1,69 @@
+"""Bodies of the predict routes as msgspec structs: one pass between bytes and objects.
+
+`PredictBody` takes no more than `schemas.PredictRequest`, which documents the route and words every refusal, and is
+tried before it (`direct`). The structs of the answer mirror `schemas.PredictResponse`. `test_direct.py` holds the two
+sides together.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import orjson
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+
+class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
+    top_k: Annotated[int, Meta(ge=1)] | None = None
+    threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
+    truncate: bool = True
+    max_length: Annotated[int, Meta(ge=4, le=100_000)] | None = None
+    return_embedding: bool = False
+    timeout_ms: Annotated[int, Meta(ge=1, le=3_600_000)] | None = None
+
+
+class PredictBody(Struct, frozen=True, forbid_unknown_fields=True):
+    inputs: str | list[str | tuple[str, str]]
+    model: Annotated[str, Meta(min_length=1, max_length=140)] | None = None
+    parameters: Parameters = Parameters()
+
+    def __post_init__(self) -> None:
+        if type(self.inputs) is list and len(set(map(type, self.inputs))) > 1:
+            raise ValueError("texts and pairs in one list")  # msgspec has no union of two lists
+
+
+class Score(Struct, gc=False):
+    label: str
+    score: float
+
+
+class Row(Struct, omit_defaults=True):
+    index: int
+    label: str | None
+    score: float | None
+    scores: list[Score]
+    embedding: Raw | UnsetType = UNSET
+
+
+class Usage(Struct, gc=False):
+    input_tokens: int
+
+
+class Predictions(Struct):
+    id: str
+    object: str
+    model: str
+    version: int | None
+    predictions: list[Row]
+    usage: Usage
+
+
+decode_predict = msgspec.json.Decoder(PredictBody).decode
+encode = msgspec.json.Encoder().encode
+
+
+def decimals(vector: Any) -> Raw:
+    """float32[width] as a JSON array, in the shortest decimals that read back the same."""
+    return Raw(orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))

@@ -1,0 +1,166 @@
+"""The whole application in this process over a predictor that records, asked by ASGI messages and no socket."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.types import ASGIApp, Message
+
+from model_registry.refs import ModelRef
+from modeling.preprocess import TextInput
+from service.api.deps import Services
+from service.api.guard import DrainState
+from service.app import create_app
+from service.inference.errors import EmptyInput
+from service.inference.predictor import Prediction, PredictOptions, PredictResult, Timings
+from service.metrics import ServingMetrics
+from service.settings import ServingSettings
+
+LABELS = ("p", "1", "text-classification")
+HEADERS = {"host": "127.0.0.1:8000", "content-type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the predictor was asked; `allowed_s` was left until the deadline."""
+
+    tenant: str
+    ref: ModelRef
+    inputs: list[TextInput]
+    options: PredictOptions
+    needs_labels: bool
+    allowed_s: float = field(compare=False)
+
+
+class RecordingPredictor:
+    """Answers at once with `result`, or raises `error`; with `hold` it waits until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+        self.error: Exception | None = None
+        self.hold = False
+        self.cancelled = 0
+
+    async def predict(
+        self, tenant: str, ref: ModelRef, inputs: Sequence[TextInput], options: PredictOptions, *, deadline: float,
+        needs_labels: bool = True,
+    ) -> PredictResult:  # fmt: skip
+        self.asked.append(Asked(tenant, ref, list(inputs), options, needs_labels, deadline - time.monotonic()))
+        try:
+            await (asyncio.Event().wait() if self.hold else asyncio.sleep(0))
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        if not inputs:
+            raise EmptyInput("inputs is empty")
+        return result_for(len(inputs), with_embedding=options.return_embedding)
+
+
+def result_for(rows: int, *, with_embedding: bool = False) -> PredictResult:
+    vector = np.array([0.1, -2.5, 3e-8], dtype=np.float32) if with_embedding else None
+    prediction = Prediction(label="good", score=0.75, scores=[("good", 0.75), ("bad", 0.25)], embedding=vector)
+    return PredictResult(
+        model="p", version=1, task="text-classification", predictions=[prediction] * rows, input_tokens=7,
+        engine="torch", batch_rows=2, timings=Timings(queue=0.001, tokenize=0.002, inference=0.003, total=0.0064),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answered:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def document(self) -> Any:
+        return orjson.loads(self.body)
+
+
+class AppUnderTest:
+    """One application on one event loop; its model `p` is known, all other names are not."""
+
+    def __init__(self, settings: ServingSettings | None = None) -> None:
+        self.predictor = RecordingPredictor()
+        self.metrics = ServingMetrics()
+        self.drain = DrainState()
+        self.settings = settings or ServingSettings()
+        self.app = create_app(self.settings, self._build, self.drain, self.metrics)
+        self._runner = asyncio.Runner()
+        self._lifespan = self._runner.run(_started(self.app))
+
+    def close(self) -> None:
+        self._runner.run(self._lifespan())
+        self._runner.close()
+
+    def ask(
+        self, path: str, body: bytes, *, method: str = "POST", headers: dict[str, str] | None = None,
+        leaves: bool = False,
+    ) -> Answered:  # fmt: skip
+        """With `leaves` the client goes as soon as its request is sent."""
+        return self._runner.run(_ask(self.app, path, body, method, HEADERS | (headers or {}), leaves))
+
+    @asynccontextmanager
+    async def _build(self) -> AsyncIterator[Services]:
+        unused: Any = SimpleNamespace()
+        pool: Any = SimpleNamespace(labels_of=lambda tenant, ref: LABELS if ref.name == "p" else ("", "", ""))
+        predictor: Any = self.predictor
+        yield Services(
+            settings=self.settings, pool=pool, predictor=predictor, watcher=unused, registry=unused, jobs=unused,
+            datasets=unused, intake=unused, store=unused, metrics=self.metrics, drain=self.drain, backbones={},
+            import_root=None,
+        )  # fmt: skip
+
+
+async def _started(app: ASGIApp) -> Callable[[], Any]:
+    """Starts the application's lifespan; returns what ends it."""
+    inbox: asyncio.Queue[Any] = asyncio.Queue()
+    outbox: asyncio.Queue[Any] = asyncio.Queue()
+    task = asyncio.create_task(app({"type": "lifespan", "state": {}}, inbox.get, outbox.put))  # type: ignore[arg-type]
+    await inbox.put({"type": "lifespan.startup"})
+    assert (await outbox.get())["type"] == "lifespan.startup.complete"
+
+    async def stop() -> None:
+        await inbox.put({"type": "lifespan.shutdown"})
+        await task
+
+    return stop
+
+
+async def _ask(app: ASGIApp, path: str, body: bytes, method: str, headers: dict[str, str], leaves: bool) -> Answered:
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [*raw, (b"content-length", str(len(body)).encode())],
+        "server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 50000),
+    }  # fmt: skip
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if waiting:
+            return waiting.pop()
+        if not leaves:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    start, *parts = sent
+    return Answered(
+        start["status"],
+        {name.decode(): value.decode("latin-1") for name, value in start["headers"]},
+        b"".join(part.get("body", b"") for part in parts),
+    )
