@@ -7,12 +7,14 @@ processes load it from there, so a version's backbone cannot change or vanish. O
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import importlib.resources
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,6 +135,10 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
 
     Raises `BackboneUnavailable`, `ConfigRefused`, `UnsupportedArchitecture`.
     """
+    note = f"backbones/sources/{_source_digest(folder)}"
+    if store.exists(note):
+        stored = Backbone.open(store.local_path(backbone_prefix(store.get_bytes(note, max_bytes=64).decode())))
+        return replace(stored, info=replace(stored.info, name=name, source=source))
     with tempfile.TemporaryDirectory(prefix="polyhead-ingest-") as temporary:
         config = read_config(folder)
         files = {"config.json": Path(temporary, "config.json"), "tokenizer.json": folder / "tokenizer.json"}
@@ -143,11 +149,23 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
         if not store.exists(f"{prefix}/{BACKBONE_FILE}"):
             for file_name, path in files.items():
                 store.put_file(f"{prefix}/{file_name}", path)
-            try:
+            # Another process may ingest the same content at the same time.
+            with contextlib.suppress(ArtifactExists):
                 store.put_bytes(f"{prefix}/{BACKBONE_FILE}", info_bytes(info), create_only=True)
-            except ArtifactExists:
-                pass  # another process ingested the same content at the same time
+    with contextlib.suppress(ArtifactExists):
+        store.put_bytes(note, info.digest.encode(), create_only=True)
     return Backbone(info, store.local_path(prefix))
+
+
+def _source_digest(folder: Path) -> str:
+    """Over everything in a source that decides what is kept of it, so that a known one needs no library to read."""
+    digest = hashlib.sha256(importlib.metadata.version("transformers").encode())
+    documents = [*folder.glob("*.json"), *folder.glob("*/config.json")]
+    for path in sorted({*documents, *weight_files(folder)}):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder)}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def info_bytes(info: BackboneInfo) -> bytes:

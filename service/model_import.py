@@ -12,9 +12,7 @@ from model_registry.registry import Registry
 from model_registry.store import ArtifactStore, put_tree
 from modeling.assemble import GoldenRow, write_version_files
 from modeling.backbone import locate
-from modeling.checkpoints import import_classifier
 from modeling.engines.protocol import EngineBatch
-from modeling.engines.torch import TorchEngine
 from modeling.preprocess import TextPreprocessor
 
 _GOLDEN_TEXTS = (
@@ -36,6 +34,10 @@ def import_checkpoint(
 
     Raises `ImportRefused`, `InvalidReference`, and `modeling.errors` where the checkpoint does not fit.
     """
+    # torch takes seconds and 200 MB, and a server on another engine needs it for nothing else.
+    from modeling.checkpoints import import_classifier
+    from modeling.engines.torch import TorchEngine
+
     folder = _folder(source, import_root, offline=offline)
     with tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
         staged = Path(temporary)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,29 @@ def test_sources_that_cannot_be_found_say_how_to_mend_it(source: str, says: str)
 def test_offline_the_hub_is_not_asked(tmp_path: Path) -> None:
     with pytest.raises(BackboneUnavailable, match="offline"):
         locate(f"hub:org/name@{'a' * 40}", offline=True, cache_dir=tmp_path)
+
+
+def test_a_known_source_is_recognised_without_reading_it_anew(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path / "store")
+    first = ingest(store, checkpoint, name="one", source="file:one")
+
+    def fail(_: Path) -> None:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling.backbone.read_config", fail)
+        again = ingest(store, checkpoint, name="two", source="file:two")
+    assert (again.folder, again.info.digest) == (first.folder, first.info.digest)
+    assert (again.info.name, again.info.source) == ("two", "file:two")
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    (changed / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    assert ingest(store, changed, name="one", source="file:one").info.max_length == 16
+
+
+def test_the_serving_process_starts_without_torch() -> None:
+    """Importing it takes a second and 200 MB, which an engine without torch need not pay at a restart."""
+    code = "import sys, service.__main__; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], timeout=60)
