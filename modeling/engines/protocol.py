@@ -73,9 +73,16 @@ def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[tuple[list[
     yield rows + [row for row, key in enumerate(adapters) if key is None], keys
 
 
-def pad(inputs: Sequence[Encoded], *, pad_id: int) -> tuple[IntArray, IntArray, IntArray]:
-    """int64[rows, longest] ids, attention mask and type ids, padded on the right."""
-    width = max(item.length for item in inputs)
+def padded_width(longest: int) -> int:
+    """The width to pad a batch to where an engine prefers few different shapes: 512 lengths become 24 widths, for some
+    8 % more tokens on mixed texts. Where an engine's positions end is for the engine to heed."""
+    step = 8 if longest <= 64 else 16 if longest <= 128 else 32
+    return -(-longest // step) * step
+
+
+def pad(inputs: Sequence[Encoded], *, pad_id: int, width: int | None = None) -> tuple[IntArray, IntArray, IntArray]:
+    """int64[rows, width] ids, attention mask and type ids, padded on the right; by default as wide as the longest."""
+    width = max(item.length for item in inputs) if width is None else width
     ids = np.full((len(inputs), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(inputs), width), dtype=np.int64)
     types = np.zeros((len(inputs), width), dtype=np.int64)
