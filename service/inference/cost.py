@@ -72,8 +72,8 @@ class CostModel:
 
 
 class Forecast(NamedTuple):
-    """For work that would arrive now: seconds until it would start, until the latest at which it may, being overtaken
-    by others that fit a batch better, and until it would be done."""
+    """For work that would arrive now, in seconds: when it would start in order of arrival, when at the latest, being
+    overtaken by what fits a batch better, and when it would then be done."""
 
     wait_s: float
     latest_s: float
