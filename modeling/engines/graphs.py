@@ -26,7 +26,7 @@ from modeling.preprocess import Encoded
 from modeling.weights import FloatArray, IntArray
 
 SLOTS_INPUT = "lora_slots"
-_EXPORT_SCHEMA = 2  # raised when the graphs change for the same weights
+_EXPORT_SCHEMA = 3  # raised when the graphs change for the same weights
 _EXPORTERS = ("torch", "onnx", "onnxscript", "transformers")
 
 
