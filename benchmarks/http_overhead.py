@@ -344,7 +344,10 @@ def run(options: argparse.Namespace) -> None:
         table = {name: {"us": value} for name, value in measure(**sizes).items()}
     else:
         table = compare(options.base, Path.cwd(), rounds=options.rounds, **sizes)
-    write_results("http-overhead", {"requests": options.requests, "repeats": options.repeats, "cases": table})
+    write_results(
+        "http-overhead",
+        {"benchmark": "http_overhead", "requests": options.requests, "repeats": options.repeats, "cases": table},
+    )
     print(json.dumps(table, indent=1))
     columns = list(next(iter(table.values())))
     print(f"{'':55}" + "".join(f"{column:>10}" for column in columns))

@@ -47,7 +47,7 @@ def measure(
         method: round(statistics.mean(row["report"] for row in rows if row["method"] == method), 4)
         for method in methods
     }
-    document = {"dataset": name, "metric": metric, "mean": means, "rows": rows}
+    document = {"benchmark": "quality", "dataset": name, "metric": metric, "mean": means, "rows": rows}
     write_results(f"quality-{name}", document)
     return document
 
