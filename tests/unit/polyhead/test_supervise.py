@@ -44,8 +44,9 @@ while True: signal.pause()
 DYING = "print('line one'); print('the reason it died'); raise SystemExit(3)"
 
 MAIN = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, here and in all that is started
 from polyhead.supervise import Program, Supervisor, Times
 serving, worker, folder, times = json.loads(sys.argv[1])
 programs = tuple(
