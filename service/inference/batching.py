@@ -243,9 +243,10 @@ class DynamicBatcher:
 
     def fail(self, entries: Sequence[QueueEntry], error: Exception) -> None:
         for entry in entries:
-            entry.end()
-            entry.ticket.missing -= 1
-            entry.ticket.fail(error)
+            if not entry.is_ended:
+                entry.end()
+                entry.ticket.missing -= 1
+                entry.ticket.fail(error)
 
     def _form(self) -> list[QueueEntry]:
         return self._queue.take(

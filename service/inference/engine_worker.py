@@ -144,8 +144,12 @@ class EngineWorker:
         if work in self._given_up:
             self._given_up.discard(work)
             self._source.returned(work)
-        else:
+            return
+        try:
             work.deliver()
+        except Exception:
+            _log.exception("results could not be delivered", extra={"action": "delivery_failed"})
+            work.fail(ModelNotReady("the results were lost", retry_after_s=1.0))
 
     async def _watch_over(self) -> None:
         while True:

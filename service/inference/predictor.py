@@ -154,6 +154,8 @@ class Predictor:
         finally:
             timer.cancel()
             ticket.model.lane.batcher.withdraw(ticket)
+            if not ticket.future.cancel() and not ticket.future.cancelled():
+                ticket.future.exception()  # seen, even where the caller was cancelled in the same moment
 
 
 def check_inputs(inputs: Sequence[TextInput], max_inputs: int) -> None:

@@ -15,8 +15,9 @@ class EngineSupervisor:
     """`failure` says why the engine is unfit; None while it serves.
 
     It becomes unfit when one of its runs hangs, or when every row of several batches in a row has failed. Then
-    `on_engine_failed` hears the reason and may bring in another engine and call `resume`, at once or later. Until then
-    `on_unfit` sends away those who wait, and `check` is tried now and then; once it passes, the engine serves again.
+    `on_engine_failed` hears the reason and may bring in another engine and call `resume`, at once or later. Meanwhile
+    `check` decides: where it passes, the inputs were bad and the engine serves on; where it does not, `on_unfit` sends
+    away those who wait, and it is tried again now and then.
     """
 
     def __init__(
@@ -74,22 +75,24 @@ class EngineSupervisor:
             self.on_engine_failed(reason)
         except Exception:
             _log.exception("the hook for a failed engine failed itself", extra={"action": "engine_unfit"})
-        if self.failure is None:
-            return
-        self._on_unfit()
-        if self._recovery is None or self._recovery.done():
+        if self.failure is not None and (self._recovery is None or self._recovery.done()):
             self._recovery = asyncio.create_task(self._recover())
 
     async def _recover(self) -> None:
-        pause_s = 0.0
+        pause_s = 1.0
         while self.failure is not None:
-            await asyncio.sleep(pause_s)
-            pause_s = min(_MAX_PAUSE_S, max(1.0, 2 * pause_s))
-            if self._blocking:
-                continue  # a hung run is still inside the engine, which takes one thread at a time
-            try:
-                await self._check()
-            except Exception as error:
-                _log.warning(f"the engine is still unfit: {error}", extra={"action": "engine_unfit"})
-            else:
+            # While a hung run is still inside the engine, a second thread must not enter it.
+            if not self._blocking and await self._passes():
                 self.resume()
+                return
+            self._on_unfit()
+            await asyncio.sleep(pause_s)
+            pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
+
+    async def _passes(self) -> bool:
+        try:
+            await self._check()
+        except Exception as error:
+            _log.warning(f"the engine is unfit: {error}", extra={"action": "engine_unfit"})
+            return False
+        return True

@@ -379,18 +379,18 @@ def test_an_engine_that_fails_every_row_of_three_batches_is_reported_and_serves_
     assert states == [False, True]
 
 
-def test_bad_inputs_alone_do_not_keep_a_sound_engine_from_serving() -> None:
-    async def scenario() -> list[Any]:
-        lane = lane_of()
-        found = []
-        for _ in range(5):
-            found += await answers([put(lane, POISON)])
-            await asyncio.sleep(0.001)
-        found += await answers([put(lane, "a")])
+def test_bad_inputs_alone_keep_a_sound_engine_from_serving_nobody() -> None:
+    async def scenario() -> tuple[list[Any], list[str]]:
+        lane = lane_of(BatchLimits(64, 1))
+        reasons: list[str] = []
+        lane.batcher.supervisor.on_engine_failed = reasons.append
+        found = await answers([put(lane, text) for text in (POISON, POISON, POISON, "waits", POISON)])
         await lane.batcher.stop()
-        return found
+        return found, reasons
 
-    assert run_virtually(scenario()) == [InferenceFailed] * 5 + [[1.0]]
+    found, reasons = run_virtually(scenario())
+    assert found == [InferenceFailed] * 3 + [[5.0], InferenceFailed]
+    assert len(reasons) == 1
 
 
 def test_a_good_batch_in_between_and_the_count_starts_anew() -> None:
@@ -447,6 +447,24 @@ def test_a_bug_in_the_queue_fails_those_who_wait_and_a_fresh_thread_goes_on() ->
     found, restarts = run_virtually(scenario())
     assert found == [ModelNotReady, ModelNotReady, [1.0]]
     assert restarts == 1
+
+
+def test_results_that_cannot_be_delivered_end_their_requests_all_the_same() -> None:
+    async def scenario() -> list[Any]:
+        lane = lane_of()
+
+        def explode(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a bug")
+
+        lane.batcher._observe = explode  # type: ignore[method-assign]
+        lane.batcher.supervisor.batch_ended = explode  # type: ignore[method-assign]
+        tickets = [put(lane, "a"), put(lane, "b " * 3)]
+        tickets[1].entries[0].is_ended = True  # `end` will refuse
+        found = await answers(tickets[:1])
+        await lane.batcher.stop()
+        return found
+
+    assert run_virtually(scenario()) == [[1.0]]
 
 
 # With real threads
