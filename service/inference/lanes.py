@@ -62,7 +62,10 @@ class BackboneLane:
         self.token_estimate = TokenEstimate()
         self._limits = limits
         self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=self.max_length)
-        self.batcher = DynamicBatcher((label, self.engine_name), self, metrics, limits, record=record)
+        self.batcher = DynamicBatcher(
+            (label, self.engine_name), self, metrics, limits, padded_width=lambda longest: self.engine.width(longest),
+            record=record,
+        )  # fmt: skip
 
     @property
     def engine_name(self) -> str:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.engines.protocol import pad, padded_width
+from modeling.engines.protocol import pad, stepped_width
 from modeling.preprocess import Encoded
 
 
@@ -13,16 +13,17 @@ def encoded(length: int) -> Encoded:
     return Encoded(np.arange(1, length + 1), np.zeros(length, dtype=np.int64))
 
 
-@given(st.integers(1, 4096))
-def test_a_padded_width_holds_the_longest_and_is_a_width_itself(longest: int) -> None:
-    width = padded_width(longest)
+@given(st.integers(1, 4096), st.integers(1, 4096))
+def test_a_stepped_width_holds_the_longest_within_the_positions_and_is_a_width_itself(longest: int, limit: int) -> None:
+    width = stepped_width(longest, limit=limit)
     assert longest <= width < longest + 32
-    assert width % 8 == 0
-    assert padded_width(width) == width
+    assert width % 8 == 0 or width in {longest, limit}
+    assert width <= max(longest, limit)
+    assert stepped_width(width, limit=limit) == width
 
 
 def test_widths_are_few_and_grow() -> None:
-    widths = [padded_width(longest) for longest in range(1, 513)]
+    widths = [stepped_width(longest, limit=512) for longest in range(1, 513)]
     assert widths == sorted(widths)
     assert len(set(widths)) == 24
 
