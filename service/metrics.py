@@ -7,7 +7,8 @@ Series of a model exist from `start_model` to `stop_model`, those of an engine f
 that a rate is 0 before the first request instead of missing, and the first failure counts as an increase.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client import (
@@ -51,6 +52,47 @@ BATCH_SIZE_BUCKETS: Final = tuple(2**power for power in range(0, 11))
 BATCH_TOKENS_BUCKETS: Final = tuple(2**power for power in range(4, 18))
 PADDING_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
 CONFIDENCE_BUCKETS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSeries:
+    """The series that a request to one model touches. Looking one up by its labels costs more than what it is for."""
+
+    in_progress: Gauge
+    tokenize_duration: Histogram
+    confidence: Histogram
+    rejected: Mapping[str, Counter]
+    cancelled_queued: Counter
+    cancelled_running: Counter
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSeries:
+    """The series of one engine and its queue."""
+
+    queue_requests: Gauge
+    queue_tokens: Gauge
+    queue_duration: Histogram
+    inference_duration: Histogram
+    batch_size: Histogram
+    batch_tokens: Histogram
+    padding_ratio: Histogram
+    tokens_limit: Gauge
+    restarts: Counter
+
+    def follow_queue(self, requests: Callable[[], float], tokens: Callable[[], float]) -> None:
+        """Reads both when they are asked for, so that the queue spends nothing on them."""
+        self.queue_requests.set_function(requests)
+        self.queue_tokens.set_function(tokens)
+
+    def observe(self, *, rows: int, useful: int, padded: int, seconds: float, waits_s: Sequence[float]) -> None:
+        """One batch: its tokens without and with padding, and how long each of its rows waited."""
+        self.batch_size.observe(rows)
+        self.batch_tokens.observe(useful)
+        self.padding_ratio.observe(1 - useful / padded)
+        self.inference_duration.observe(seconds)
+        for wait_s in waits_s:
+            self.queue_duration.observe(wait_s)
 
 
 class ServingMetrics:
@@ -126,6 +168,9 @@ class ServingMetrics:
         self.batch_padding_ratio = self._histogram(
             "batch_padding_ratio", "Padding's share of a batch's tokens", *ENGINE_LABELS, buckets=PADDING_BUCKETS
         )
+        self.batch_tokens_limit = self._gauge(
+            "batch_tokens_limit", "Most tokens of a batch, padding counted, as measured at warm-up", *ENGINE_LABELS
+        )
         self.worker_restarts_total = self._counter(
             "worker_restarts_total", "Restarts of an engine's thread after a crash", *ENGINE_LABELS
         )
@@ -179,6 +224,7 @@ class ServingMetrics:
             self.batch_size,
             self.batch_tokens,
             self.batch_padding_ratio,
+            self.batch_tokens_limit,
             self.worker_restarts_total,
         )
         self._engine_reports = (
@@ -189,6 +235,7 @@ class ServingMetrics:
             self.engine_parity_max_abs_diff,
         )
         self._answered: dict[tuple[str, str, str], tuple[Histogram, dict[int, Counter]]] = {}
+        self._of_model: dict[tuple[str, str, str], ModelSeries] = {}
         # Requests that name no known model are counted as model="", so that clients cannot create series.
         self._start_requests("", "", "")
         self.set_finetune_jobs({})
@@ -212,6 +259,7 @@ class ServingMetrics:
         """Remove a model's series, once it is drained: a later observation would create them anew."""
         labels = {"model": model, "version": version, "task": task}
         self._answered.pop((model, version, task), None)
+        self._of_model.pop((model, version, task), None)
         for metric in (
             *self._request_histograms,
             self.requests_total,
@@ -223,6 +271,20 @@ class ServingMetrics:
             self.model_memory_bytes,
         ):
             metric.remove_by_labels(labels)
+
+    def of_model(self, labels: tuple[str, str, str]) -> ModelSeries:
+        """A model's series by its labels, looked up once."""
+        series = self._of_model.get(labels)
+        if series is None:
+            series = self._of_model[labels] = ModelSeries(
+                in_progress=self.requests_in_progress.labels(*labels),
+                tokenize_duration=self.tokenize_duration_seconds.labels(*labels),
+                confidence=self.prediction_confidence.labels(*labels),
+                rejected={reason: self.rejected_total.labels(*labels, reason) for reason in REJECT_REASONS},
+                cancelled_queued=self.cancelled_total.labels(*labels, "queued"),
+                cancelled_running=self.cancelled_total.labels(*labels, "running"),
+            )
+        return series
 
     def count_request(self, labels: tuple[str, str, str], *, status: int, seconds: float) -> None:
         """Count and time an answered request. Looking a child up by its labels costs more than what it is for."""
@@ -236,17 +298,34 @@ class ServingMetrics:
         total.inc()
         duration.observe(seconds)
 
-    def start_engine(self, backbone: str, engine: str) -> None:
+    def start_engine(self, backbone: str, engine: str) -> EngineSeries:
         """Create an engine's series, all but its parity, which has no value until it is measured."""
-        for metric in self._engine_metrics:
-            metric.labels(backbone, engine)
+        return EngineSeries(
+            queue_requests=self.queue_requests.labels(backbone, engine),
+            queue_tokens=self.queue_tokens.labels(backbone, engine),
+            queue_duration=self.queue_duration_seconds.labels(backbone, engine),
+            inference_duration=self.inference_duration_seconds.labels(backbone, engine),
+            batch_size=self.batch_size.labels(backbone, engine),
+            batch_tokens=self.batch_tokens.labels(backbone, engine),
+            padding_ratio=self.batch_padding_ratio.labels(backbone, engine),
+            tokens_limit=self.batch_tokens_limit.labels(backbone, engine),
+            restarts=self.worker_restarts_total.labels(backbone, engine),
+        )
+
+    def change_engine(self, backbone: str, before: str, after: str) -> EngineSeries:
+        """Another engine works off the same queue; what was measured of either stays."""
+        self._remove_engine(backbone, before)
+        return self.start_engine(backbone, after)
 
     def stop_engine(self, backbone: str, engine: str) -> None:
         """Remove an engine's series. Its fallbacks stay: they are what tells that it stopped."""
-        for metric in self._engine_metrics:
-            metric.remove_by_labels({"backbone": backbone, "engine": engine})
+        self._remove_engine(backbone, engine)
         for report in (*self._engine_reports, self.adapter_slots_bytes):
             report.remove_by_labels({"backbone": backbone})
+
+    def _remove_engine(self, backbone: str, engine: str) -> None:
+        for metric in self._engine_metrics:
+            metric.remove_by_labels({"backbone": backbone, "engine": engine})
 
     def set_engine_report(
         self, backbone: str, engine: str, *, is_serving: bool, texts_per_s: float | None, flips: float | None,

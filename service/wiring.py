@@ -23,8 +23,9 @@ from service.api.deps import Services
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
 from service.inference.admission import AdmissionController
+from service.inference.batch_log import BatchLog
+from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
-from service.inference.lanes import BatchLimits
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
@@ -49,10 +50,14 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         pool = ModelPool(
             store,
             _selector(settings, database),
-            BatchLimits(settings.max_batch_tokens, settings.max_batch_rows, settings.max_batch_delay_ms / 1000),
+            BatchLimits(
+                settings.max_batch_tokens, settings.max_batch_rows, settings.max_batch_delay_ms / 1000,
+                settings.engine_timeout_s,
+            ),
             metrics,
             memory_budget_bytes=settings.memory_budget_bytes,
-        )
+            batch_log=None if settings.batch_log is None else stack.enter_context(BatchLog(settings.batch_log)),
+        )  # fmt: skip
         stack.push_async_callback(pool.stop)
         admission = AdmissionController(
             max_inputs=settings.max_concurrent_requests, max_queue_delay_s=settings.max_queue_delay_ms / 1000

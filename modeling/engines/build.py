@@ -101,6 +101,7 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
         from modeling.engines.openvino import openvino_engine
 
         return openvino_engine(
-            files, precision=spec.precision, threads=options.threads, adapter_slots=slots, slots_budget_bytes=budget
-        )
+            files, max_length=backbone.info.max_length, precision=spec.precision, threads=options.threads,
+            adapter_slots=slots, slots_budget_bytes=budget,
+        )  # fmt: skip
     raise EngineFailed(f"there is no engine {spec}")

@@ -41,6 +41,9 @@ class FakeEngine:
         adapters = batch.adapters or [None] * len(batch.inputs)
         return np.stack([self._vector(item.input_ids, key) for item, key in zip(batch.inputs, adapters, strict=True)])
 
+    def width(self, longest: int) -> int:
+        return longest
+
     def load_adapter(self, key: str, adapter: Adapter) -> None:
         with self._lock:
             self._adapters[key] = adapter

@@ -112,7 +112,10 @@ class GraphEngine:
     def __init__(
         self, name: str, files: GraphFiles, open_session: Callable[[Path], Session], *, device: str, precision: str,
         stack_dtype: npt.DTypeLike = np.float32, adapter_slots: int = 32, slots_budget_bytes: int = 1 << 40,
+        width: Callable[[int], int] = lambda longest: longest,
     ) -> None:  # fmt: skip
+        """`width` rounds a batch's longest row up, for a runtime that would have few different shapes."""
+        self.width = width
         self.name, self.device, self.precision = name, device, precision
         self._files, self._open = files, open_session
         self._pad_id, self._hidden_size = files.pad_id, files.hidden_size
@@ -166,7 +169,8 @@ class GraphEngine:
         return self._lora.run(self._feeds(inputs) | {SLOTS_INPUT: slots})
 
     def _feeds(self, inputs: Sequence[Encoded]) -> dict[str, IntArray]:
-        ids, mask, types = pad(inputs, pad_id=self._pad_id)
+        longest = max(item.length for item in inputs)
+        ids, mask, types = pad(inputs, pad_id=self._pad_id, width=self.width(longest))
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def _named_stacks(self) -> dict[str, Stack]:

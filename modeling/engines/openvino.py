@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.protocol import stepped_width
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
 from modeling.weights import FloatArray, IntArray
@@ -24,14 +26,18 @@ def is_available() -> bool:
 
 
 def openvino_engine(
-    files: GraphFiles, *, precision: str = "fp32", threads: int = 0, adapter_slots: int = 32,
+    files: GraphFiles, *, max_length: int, precision: str = "fp32", threads: int = 0, adapter_slots: int = 32,
     slots_budget_bytes: int = 1 << 40, cache: Path | None = None,
 ) -> GraphEngine:  # fmt: skip
-    """The backbone on the CPU; in bf16 the stacks are bf16 too. `cache` keeps compiled models between starts."""
+    """The backbone on the CPU; in bf16 the stacks are bf16 too. `cache` keeps compiled models between starts.
+
+    Widths are stepped, up to `max_length` tokens: a shape that OpenVINO has not seen costs it several ms.
+    """
     return GraphEngine(
         "openvino", files, lambda path: OpenVinoSession(path, precision=precision, threads=threads, cache=cache),
         device="cpu", precision=precision, stack_dtype=ml_dtypes.bfloat16 if precision == "bf16" else np.float32,
         adapter_slots=adapter_slots, slots_budget_bytes=slots_budget_bytes,
+        width=partial(stepped_width, limit=max_length),
     )  # fmt: skip
 
 

@@ -61,6 +61,9 @@ class TorchEngine:
                 raise EngineFailed(f"torch could not compute a batch of {len(rows)} ({text[:300]})") from error
         return vectors
 
+    def width(self, longest: int) -> int:
+        return longest
+
     def load_adapter(self, key: str, adapter: Adapter) -> None:
         self._stacks.load(key, adapter)
 

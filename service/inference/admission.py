@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Iterator
 
-from service.inference.errors import QueueFull
+from service.inference.cost import Forecast
+from service.inference.errors import DeadlineExceeded, QueueFull
 
 _MIN_RETRY_S = 0.1
 
 
 class AdmissionController:
-    """`max_inputs` admitted at once over all models; `max_queue_delay_s` bounds the predicted wait."""
+    """`max_inputs` admitted at once over all models; `max_queue_delay_s` bounds the forecast wait."""
 
     def __init__(self, *, max_inputs: int, max_queue_delay_s: float) -> None:
         self._max_inputs = max_inputs
         self._max_queue_delay_s = max_queue_delay_s
         self.inputs = 0
 
-    @contextlib.contextmanager
-    def reserve(self, inputs: int, *, predicted_wait_s: float) -> Iterator[None]:
-        """Admits a client's batch as a whole or not at all. Raises `QueueFull` with a time to come back."""
+    def admit(self, inputs: int, *, forecast: Forecast, time_left_s: float) -> None:
+        """Admits a client's batch as a whole or not at all; whatever was admitted must be released once.
+
+        Raises `QueueFull` with a time to come back, and `DeadlineExceeded` where the answer would come too late: what
+        nobody will wait for is not computed.
+        """
         if self.inputs + inputs > self._max_inputs and self.inputs > 0:
             raise QueueFull(
                 f"{self.inputs} inputs are being worked on, the limit is {self._max_inputs}; come back later",
                 reason="queue_full",
-                retry_after_s=_jittered(max(predicted_wait_s, _MIN_RETRY_S)),
+                retry_after_s=_jittered(max(forecast.wait_s, _MIN_RETRY_S)),
             )
-        if predicted_wait_s > self._max_queue_delay_s:
+        if forecast.latest_s > self._max_queue_delay_s:
             raise QueueFull(
-                f"the work waiting would take {predicted_wait_s:.1f} s before this request starts, "
+                f"it could take {forecast.latest_s:.1f} s until this request starts, "
                 f"more than {self._max_queue_delay_s:.1f} s; come back later",
                 reason="token_budget",
-                retry_after_s=_jittered(predicted_wait_s - self._max_queue_delay_s + _MIN_RETRY_S),
+                retry_after_s=_jittered(forecast.latest_s - self._max_queue_delay_s + _MIN_RETRY_S),
+            )
+        if time_left_s <= 0 or forecast.done_s > time_left_s:
+            raise DeadlineExceeded(
+                f"the answer would take {forecast.done_s * 1000:.0f} ms, more than the {time_left_s * 1000:.0f} ms left"
             )
         self.inputs += inputs
-        try:
-            yield
-        finally:
-            self.inputs -= inputs
+
+    def release(self, inputs: int) -> None:
+        self.inputs -= inputs
 
 
 def _jittered(seconds: float) -> float:

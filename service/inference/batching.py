@@ -1,266 +1,360 @@
-"""The queue in front of an engine: one owner (the event loop), one engine thread, one answer per entry.
+"""The queue in front of an engine: put on the event loop, worked off by the engine's own thread.
 
-Work-conserving: a batch is formed whenever the engine is free and anything waits. Every entry ends
-exactly once, with a result or an error; a failing batch is split until only the culprit fails.
+Work-conserving: whenever the engine is free and anything waits, a batch runs. The thread takes its next batch by itself
+and hands the results of the last one to the loop in one call. Every entry ends exactly once, with a result or an error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
-from modeling.errors import EngineFailed, NonFiniteOutput
-from modeling.weights import FloatArray
-from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady
+from service.inference.cost import CostModel, DrainRate, Forecast
+from service.inference.engine_worker import EngineWorker, Work
+from service.inference.entries import BatchFacts, QueueEntry, Ticket
+from service.inference.errors import ModelNotReady
+from service.inference.isolation import Outcome, Outputs, compute_isolated
+from service.inference.queue import WINDOW_BATCHES, EntryQueue
+from service.inference.runtime import Runtime
+from service.inference.supervision import EngineSupervisor
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.batching")
-_WINDOW = 512
-_RESTART_S = 0.5
-
-
-class Work(Protocol):
-    """What a queue needs to know of an input: its cost in tokens."""
-
-    @property
-    def length(self) -> int: ...
-
-
-@dataclass(slots=True, eq=False)
-class QueueEntry:
-    """One input on its way. `deadline` is in `time.monotonic` seconds."""
-
-    work: Any
-    model: Any
-    deadline: float
-    future: asyncio.Future[EntryResult]
-    enqueued_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def length(self) -> int:
-        return int(self.work.length)
+_LEAD_S, _LEAD_SHARE = 0.002, 0.1  # the next batch stands ready so long before the run in progress should end
+_STALE_S = 10.0  # a forecast that no batch has confirmed for so long refuses nobody while the engine is idle
+_HUNG_FACTOR = 10  # a run is given up no sooner than after so many times its prediction
+_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class EntryResult:
-    """`vector` is the engine's output row float32[width], `logits` the head's, if the model has one."""
+class BatchLimits:
+    """`max_tokens` counts padding. A run that takes longer than `engine_timeout_s` is taken for hung."""
 
-    vector: FloatArray
-    logits: FloatArray | None
-    batch_rows: int
-    queue_s: float
-    inference_s: float
-    engine: str
+    max_tokens: int
+    max_rows: int
+    max_delay_s: float = 0.0
+    engine_timeout_s: float = 60.0
 
 
-# Vectors float32[rows, width], logits per row where the model has a head, and the engine that ran each row.
-Compute = Callable[[Sequence[QueueEntry]], tuple[FloatArray, list[FloatArray | None], list[str]]]
+class Computing(Protocol):
+    """What the queue is for. Both methods block and are called on the engine's thread."""
+
+    @property
+    def engine_name(self) -> str: ...
+
+    def compute(self, entries: Sequence[QueueEntry]) -> Outputs: ...
+
+    def check(self) -> None:
+        """Computes something known to be good. Raises where the engine is not fit to serve."""
 
 
-def pack(lengths: Sequence[int], *, max_tokens: int, max_rows: int) -> list[int]:
-    """Positions of the entries for the next batch: the oldest (position 0) and those nearest to it in length.
-
-    Padded tokens (longest × rows) stay within `max_tokens`, but for a single entry that exceeds it
-    alone. The oldest is always in, so sorting by length starves nobody.
-    """
-    oldest = lengths[0]
-    chosen, longest = [0], oldest
-    for position in sorted(range(1, len(lengths)), key=lambda position: (abs(lengths[position] - oldest), position)):
-        widest = max(longest, lengths[position])
-        if len(chosen) >= max_rows:
-            break
-        if widest * (len(chosen) + 1) > max_tokens:
-            continue
-        chosen.append(position)
-        longest = widest
-    return sorted(chosen)
+Record = Callable[[tuple[str, str], "Batch"], None]
 
 
 class DynamicBatcher:
-    """Queue and thread of one engine. All methods are called on the event loop."""
+    """One engine's queue. All public methods are for the event loop.
+
+    `max_tokens` and `cost` are a limit and a guess until `calibrate` puts what was measured in their place.
+    """
 
     def __init__(
-        self, name: tuple[str, str], compute: Compute, metrics: ServingMetrics, *, max_tokens: int, max_rows: int,
-        max_delay_s: float = 0.0,
+        self, name: tuple[str, str], computing: Computing, metrics: ServingMetrics, limits: BatchLimits, *,
+        padded_width: Callable[[int], int] = lambda longest: longest, record: Record | None = None,
+        runtime: Runtime = Runtime(),
     ) -> None:  # fmt: skip
         self.name = name
-        self._compute = compute
+        self._computing, self._limits, self._padded_width, self._record = computing, limits, padded_width, record
+        self._clock = runtime.clock
         self._metrics = metrics
-        self._max_tokens, self._max_rows, self._max_delay_s = max_tokens, max_rows, max_delay_s
-        self._queue: list[QueueEntry] = []
-        self._queued_tokens = 0
-        self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{name[0]}")
-        self._seconds_per_token = 0.0
-        self._running_since: float | None = None
-        self._running_tokens = 0
-        self._task: asyncio.Task[None] | None = None
-        self._is_closed = False
-        metrics.start_engine(*name)
+        self._series = metrics.start_engine(*name)
+        self._queue = EntryQueue()
+        self._ready: list[QueueEntry] = []
+        self._announced_tokens = 0
+        self._worker = EngineWorker(name[0], self, timeout_s=limits.engine_timeout_s, runtime=runtime)
+        self._lock = self._worker.lock
+        self.supervisor = EngineSupervisor(
+            check=lambda: self.call(computing.check), on_unfit=lambda: self._fail_waiting(self._unfit()),
+            on_fit=self._wake,
+        )  # fmt: skip
+        self._ahead: asyncio.TimerHandle | None = None
+        self._delay: asyncio.TimerHandle | None = None
+        self._series.follow_queue(self._queue.__len__, lambda: self._queue.tokens)
+        self.calibrate(CostModel(), limits.max_tokens)
+        self._confirmed_at = -math.inf
+
+    # Life
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._supervise(), name=f"batcher-{self.name[0]}")
+        self._loop = asyncio.get_running_loop()
+        self._worker.start()
 
     async def stop(self) -> None:
         """Fails what still waits, lets the run in progress end, then stops the thread."""
-        self._is_closed = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._fail_waiting(ModelNotReady("the engine is shutting down", retry_after_s=1.0))
-        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        self._worker.is_closed = True
+        await self.supervisor.stop()
+        self._fail_waiting(self._unfit())
+        for timer in (self._ahead, self._delay):
+            if timer is not None:
+                timer.cancel()
+        await self._worker.stop()
         self._metrics.stop_engine(*self.name)
 
-    def put(self, entry: QueueEntry) -> None:
-        """Queues an entry; its future will be resolved. Raises `ModelNotReady` once stopped."""
-        if self._is_closed:
-            raise ModelNotReady("the engine is shutting down", retry_after_s=1.0)
-        self._queue.append(entry)
-        self._queued_tokens += entry.length
-        self._show_queue()
-        self._arrived.set()
+    # For requests
 
-    def predicted_wait_s(self) -> float:
-        """How long a new entry would wait for the engine, by the tokens queued and the speed seen so far."""
-        # The batch in progress counts as it is: taken for a full one, it would refuse small requests that wait 20 ms.
-        left_s = max(0.0, self._running_tokens * self._seconds_per_token - self.busy_for_s())
-        return self._queued_tokens * self._seconds_per_token + (left_s if self._queue else 0.0)
+    def forecast(self, tokens: int = 0) -> Forecast:
+        """When `tokens` more would start and be done, by all that runs, waits or is being tokenised."""
+        current, now = self._worker.current, self._clock()
+        ahead = self._queue.tokens + self._announced_tokens + sum(entry.length for entry in self._ready)
+        if current is None and not ahead and now - self._confirmed_at > _STALE_S:
+            return Forecast(0.0, 0.0, 0.0)
+        left_s = max(0.0, current.started_at + current.predicted_s - now) if isinstance(current, Batch) else 0.0
+        ahead_s = self._drain.seconds(ahead, self.cost)
+        latest_s = left_s + ahead_s + min(ahead_s, self._window_s())
+        own_s = self._drain.seconds(tokens, self.cost) + self.cost.fixed_s
+        return Forecast(wait_s=left_s + ahead_s, latest_s=latest_s, done_s=latest_s + own_s)
+
+    def announce(self, ticket: Ticket) -> None:
+        """Counts a request's estimated tokens until it is put or withdrawn. Raises `ModelNotReady` where it cannot."""
+        self._refuse_if_unfit()
+        ticket.is_announced = True
+        self._announced_tokens += ticket.tokens
+
+    def put(self, tickets: Sequence[Ticket]) -> None:
+        """Queues the entries of tokenised requests. Raises `ModelNotReady` once stopped or unfit."""
+        now = self._clock()
+        due_at = now + self.forecast().wait_s + self._window_s()
+        for ticket in tickets:
+            self._retract(ticket)
+            ticket.enqueued_at = now
+            for entry in ticket.entries:
+                entry.width, entry.due_at = self._padded_width(entry.length), due_at
+        with self._lock:
+            self._refuse_if_unfit()
+            for ticket in tickets:
+                self._queue.add(ticket.entries)
+        if self._limits.max_delay_s and self._worker.is_idle and not self._is_full():
+            self._delay = self._delay or self._loop.call_later(self._limits.max_delay_s, self._wake)
+        else:
+            self._wake()
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Takes out what is left of a request that nobody waits for: what has not begun is not computed."""
+        self._retract(ticket)
+        if not ticket.missing:
+            return
+        with self._lock:
+            left = [entry for entry in ticket.entries if self._queue.discard(entry) or self._unready(entry)]
+        for entry in left:
+            entry.end()
+        ticket.missing -= len(left)
+        self._metrics.of_model(ticket.model.metric_labels).cancelled_queued.inc(len(left))
+
+    # For the lane
+
+    def calibrate(self, cost: CostModel, max_tokens: int) -> None:
+        """From now on a batch costs `cost` and holds `max_tokens`, at most the limit that was set."""
+        self.cost = cost
+        self.max_tokens = min(max_tokens, self._limits.max_tokens)
+        self._drain = DrainRate(cost, self.max_tokens)
+        self._confirmed_at = self._clock()
+        self._series.tokens_limit.set(self.max_tokens)
+
+    def engine_changed(self) -> None:
+        """The engine's series go on under its new name."""
+        before, self.name = self.name, (self.name[0], self._computing.engine_name)
+        self._series = self._metrics.change_engine(self.name[0], before[1], self.name[1])
+        self._series.follow_queue(self._queue.__len__, lambda: self._queue.tokens)
+        self._series.tokens_limit.set(self.max_tokens)
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on the engine's thread, between batches. Raises `ModelNotReady` once stopped."""
+        return await self._worker.call(function)
+
+    # For probes
 
     def busy_for_s(self) -> float:
-        """How long the run in progress has taken; 0 while idle. Health looks at it."""
-        return 0.0 if self._running_since is None else time.monotonic() - self._running_since
+        """How long the run in progress has taken; 0 while idle."""
+        current = self._worker.current
+        return self._clock() - current.started_at if isinstance(current, Batch) else 0.0
 
     @property
     def is_alive(self) -> bool:
-        return self._task is not None and not self._task.done()
+        """Whether its thread lives and its engine is fit to serve."""
+        return self._worker.is_alive and self.supervisor.failure is None
 
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on the engine's thread, between batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    # For the worker
 
-    # The loop
+    def take(self) -> Work | None:
+        if self.supervisor.failure is not None:
+            return None
+        is_saturated = self._is_full() or bool(self._ready)
+        entries, self._ready = self._ready or self._form(), []
+        return Batch(self, entries, is_saturated=is_saturated) if entries else None
 
-    async def _supervise(self) -> None:
-        while True:
-            try:
-                await self._run()
-            except Exception:
-                # A bug in here must not leave callers waiting for ever (infinity#242).
-                _log.exception("batcher failed, restarting", extra={"action": "batcher_restart"})
-                self._fail_waiting(ModelNotReady("the engine's queue failed and restarts", retry_after_s=1.0))
-                self._metrics.worker_restarts_total.labels(*self.name).inc()
-                await asyncio.sleep(_RESTART_S)
+    def hangs(self, work: Work, reason: str) -> Exception:
+        self._series.restarts.inc()
+        self.supervisor.hangs(work, reason)
+        return self._unfit()
 
-    async def _run(self) -> None:
-        while True:
-            await self._arrived.wait()
-            if self._max_delay_s and len(self._queue) < self._max_rows:
-                await asyncio.sleep(self._max_delay_s)
-            batch = self._take()
-            if batch:
-                await self._work_on(batch)
+    def returned(self, work: Work) -> None:
+        self.supervisor.returned(work)
 
-    def _take(self) -> list[QueueEntry]:
-        """Drops what nobody waits for any more, then takes the next batch off the queue."""
-        now = time.monotonic()
-        alive = []
-        for entry in self._queue:
-            if entry.future.done():
-                self._metrics.cancelled_total.labels(*entry.model.metric_labels, "queued").inc()
-            elif entry.deadline <= now:
-                entry.future.set_exception(DeadlineExceeded("the deadline passed while the request was queued"))
-            else:
-                alive.append(entry)
-        positions = set()
-        if alive:
-            window = [entry.length for entry in alive[:_WINDOW]]
-            positions = set(pack(window, max_tokens=self._max_tokens, max_rows=self._max_rows))
-        self._queue = [entry for position, entry in enumerate(alive) if position not in positions]
-        self._queued_tokens = sum(entry.length for entry in self._queue)
-        self._show_queue()
-        if not self._queue:
-            self._arrived.clear()
-        return [entry for position, entry in enumerate(alive) if position in positions]
+    def restarts(self, error: Exception) -> None:
+        self._series.restarts.inc()
+        self._fail_waiting(error)
 
-    async def _work_on(self, batch: list[QueueEntry]) -> None:
-        started = self._running_since = time.monotonic()
-        self._running_tokens = sum(entry.length for entry in batch)
-        loop = asyncio.get_running_loop()
-        try:
-            outcomes = await loop.run_in_executor(self._thread, self._compute_isolated, batch)
-        except BaseException:
-            for entry in batch:
-                _fail(entry, ModelNotReady("the engine stopped", retry_after_s=1.0))
-            raise
-        finally:
-            self._running_since, self._running_tokens = None, 0
-        elapsed = time.monotonic() - started
-        self._observe(batch, started, elapsed)
-        for entry, outcome in zip(batch, outcomes, strict=True):
+    # A batch's way
+
+    def compute(self, batch: Batch) -> list[Outcome]:
+        """On the engine's thread."""
+        batch.engine = self._computing.engine_name
+        outcomes = compute_isolated(self._computing.compute, batch.entries)
+        batch.seconds = self._clock() - batch.started_at
+        return outcomes
+
+    def deliver(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        facts = BatchFacts(len(batch.entries), batch.width, batch.started_at, batch.seconds, batch.engine)
+        failed = 0
+        for entry, outcome in zip(batch.entries, outcomes, strict=True):
+            entry.end()
+            ticket = entry.ticket
+            ticket.missing -= 1
             if isinstance(outcome, Exception):
-                _fail(entry, outcome)
-                continue
-            vector, logits, engine = outcome
-            if entry.future.done():
-                self._metrics.cancelled_total.labels(*entry.model.metric_labels, "running").inc()
+                failed += 1
+                ticket.fail(outcome)
+                self.withdraw(ticket)
+            elif ticket.is_over:
+                self._metrics.of_model(ticket.model.metric_labels).cancelled_running.inc()
             else:
-                queued = started - entry.enqueued_at
-                entry.future.set_result(EntryResult(vector, logits, len(batch), queued, elapsed, engine))
+                entry.vector, entry.probabilities = outcome
+                entry.batch = facts
+                if not ticket.missing:
+                    ticket.future.set_result(None)
+        self._observe(batch, is_clean=not failed)
+        self.supervisor.batch_ended(has_result=failed < len(outcomes))
+        if self._ahead is not None:  # it went by the run that has ended
+            self._ahead.cancel()
+            self._ahead = None
+        self._form_ahead()
 
-    def _compute_isolated(self, batch: Sequence[QueueEntry]) -> list[Any]:
-        """On the engine's thread: one outcome per entry, `(vector, logits, engine)` or the error that it alone met."""
-        try:
-            vectors, logits, engines = self._compute(batch)
-        except Exception as error:
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                return self._compute_isolated(batch[:middle]) + self._compute_isolated(batch[middle:])
-            if not isinstance(error, EngineFailed):
-                _log.exception("inference failed", extra={"action": "inference_failed", "engine": self.name[1]})
-            return [InferenceFailed("the engine failed for this input")]
-        return [
-            (vector, row_logits, engine)
-            if np.isfinite(vector).all() and (row_logits is None or np.isfinite(row_logits).all())
-            else InferenceFailed(str(NonFiniteOutput("the model gave values that are not finite for this input")))
-            for vector, row_logits, engine in zip(vectors, logits, engines, strict=True)
-        ]
+    def fail(self, entries: Sequence[QueueEntry], error: Exception) -> None:
+        for entry in entries:
+            if not entry.is_ended:
+                entry.end()
+                entry.ticket.missing -= 1
+                entry.ticket.fail(error)
 
-    # Figures
+    def _form(self) -> list[QueueEntry]:
+        return self._queue.take(
+            self._clock(), max_tokens=self.max_tokens, max_rows=self._limits.max_rows,
+            fixed_tokens=self.cost.fixed_tokens,
+        )  # fmt: skip
 
-    def _observe(self, batch: Sequence[QueueEntry], started: float, elapsed: float) -> None:
-        tokens = sum(entry.length for entry in batch)
-        padded = max(entry.length for entry in batch) * len(batch)
-        per_token = elapsed / max(1, tokens)
-        # Smoothed by tokens, so that a small or a cold batch, slow per token, does not pass for the engine's speed.
-        share = min(0.5, tokens / (4 * self._max_tokens)) if self._seconds_per_token else 0.5
-        self._seconds_per_token += share * (per_token - self._seconds_per_token)
-        metrics, name = self._metrics, self.name
-        metrics.batch_size.labels(*name).observe(len(batch))
-        metrics.batch_tokens.labels(*name).observe(tokens)
-        metrics.batch_padding_ratio.labels(*name).observe(1 - tokens / max(1, padded))
-        metrics.inference_duration_seconds.labels(*name).observe(elapsed)
-        for entry in batch:
-            metrics.queue_duration_seconds.labels(*name).observe(started - entry.enqueued_at)
+    def _form_ahead(self) -> None:
+        """Sees to it that a full batch stands ready shortly before the run in progress ends.
 
-    def _show_queue(self) -> None:
-        self._metrics.queue_requests.labels(*self.name).set(len(self._queue))
-        self._metrics.queue_tokens.labels(*self.name).set(self._queued_tokens)
+        No sooner, because the more there is to choose from the less padding. A batch that would not be full is left to
+        the thread, which forms it the moment it is free, so that whoever comes until then is still in it.
+        """
+        current = self._worker.current
+        if self._ahead is None and isinstance(current, Batch) and not self._ready and self._is_full():
+            left_s = current.started_at + (1 - _LEAD_SHARE) * current.predicted_s - _LEAD_S - self._clock()
+            self._ahead = self._loop.call_later(max(0.0, left_s), self._prepare)
+
+    def _prepare(self) -> None:
+        self._ahead = None
+        with self._lock:
+            if not self._ready and self._worker.current is not None and self._is_full():
+                self._ready = self._form()
+
+    def _window_s(self) -> float:
+        """How much later than in order of arrival an entry may start, so that batches fit better."""
+        return WINDOW_BATCHES * self.cost.seconds(self.max_tokens)
+
+    def _is_full(self) -> bool:
+        """Whether as much waits as one batch holds."""
+        return self._queue.tokens >= self.max_tokens or len(self._queue) >= self._limits.max_rows
+
+    def _wake(self) -> None:
+        if self._delay is not None:
+            self._delay.cancel()
+            self._delay = None
+        with self._lock:
+            self._worker.wake()
+        self._form_ahead()
+
+    def _unready(self, entry: QueueEntry) -> bool:
+        if entry not in self._ready:
+            return False
+        self._ready.remove(entry)
+        return True
 
     def _fail_waiting(self, error: Exception) -> None:
-        for entry in self._queue:
-            _fail(entry, error)
-        self._queue.clear()
-        self._queued_tokens = 0
-        self._show_queue()
+        with self._lock:
+            entries, self._ready = self._ready + self._queue.clear(), []
+        self.fail(entries, error)
+
+    def _retract(self, ticket: Ticket) -> None:
+        if ticket.is_announced:
+            ticket.is_announced = False
+            self._announced_tokens -= ticket.tokens
+
+    def _refuse_if_unfit(self) -> None:
+        if self._worker.is_closed or self.supervisor.failure is not None:
+            raise self._unfit()
+
+    def _unfit(self) -> ModelNotReady:
+        if self._worker.is_closed:
+            return ModelNotReady("the engine is shutting down", retry_after_s=1.0)
+        return ModelNotReady(f"{self.name[0]} is out of order and being checked", retry_after_s=_RETRY_S)
+
+    def _observe(self, batch: Batch, *, is_clean: bool) -> None:
+        useful = sum(entry.length for entry in batch.entries)
+        if is_clean:  # halving a batch makes it slow
+            self.cost.observe(batch.tokens, batch.seconds)
+            self._confirmed_at = self._clock()
+            if batch.is_saturated:
+                self._drain.observe(useful=useful, padded=batch.tokens, fixed_tokens=self.cost.fixed_tokens)
+        self._series.observe(
+            rows=len(batch.entries), useful=useful, padded=batch.tokens, seconds=batch.seconds,
+            waits_s=[batch.started_at - entry.ticket.enqueued_at for entry in batch.entries],
+        )  # fmt: skip
+        if self._record is not None:
+            self._record(self.name, batch)
 
 
-def _fail(entry: QueueEntry, error: Exception) -> None:
-    if not entry.future.done():
-        entry.future.set_exception(error)
+class Batch:
+    """Entries of one engine run, all padded to `width`. `is_saturated`: more waited than it could hold."""
+
+    __slots__ = (
+        "_batcher", "_outcomes", "engine", "entries", "is_saturated", "predicted_s", "seconds", "started_at", "width",
+    )  # fmt: skip
+
+    def __init__(self, batcher: DynamicBatcher, entries: list[QueueEntry], *, is_saturated: bool) -> None:
+        self._batcher, self.entries, self.is_saturated = batcher, entries, is_saturated
+        self.width = max(entry.width for entry in entries)
+        self.predicted_s = batcher.cost.seconds(self.tokens)
+        self.started_at = self.seconds = 0.0
+        self.engine = ""
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return len(self.entries) * self.width
+
+    @property
+    def allowed_s(self) -> float:
+        return _HUNG_FACTOR * self.predicted_s
+
+    def run(self) -> None:
+        self._outcomes = self._batcher.compute(self)
+
+    def deliver(self) -> None:
+        self._batcher.deliver(self, self._outcomes)
+
+    def fail(self, error: Exception) -> None:
+        self._batcher.fail(self.entries, error)

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone
 from modeling.engines.build import EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
-from modeling.preprocess import TextInput, TextPreprocessor
+from modeling.errors import EngineFailed
+from modeling.heads import softmax
+from modeling.preprocess import Encoded, TextInput, TextPreprocessor
 from modeling.weights import FloatArray
-from service.inference.batching import DynamicBatcher, QueueEntry
+from service.inference.batching import BatchLimits, DynamicBatcher, Record
+from service.inference.entries import QueueEntry
+from service.inference.isolation import Outputs
+from service.inference.ladder import Measured, ladder
+from service.inference.tokenizing import TokenEstimate
 from service.metrics import ServingMetrics
 
+_log = logging.getLogger("service.lanes")
 WARM_UP_TEXT = "warm up"
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    max_tokens: int
-    max_rows: int
-    max_delay_s: float
+_CHECK_LENGTH = 8
+_MEASURE_S = 0.5
+_CHARACTERS_PER_TOKEN = 16  # tf-idf costs a small part of what an encoder does
 
 
 class Lane(Protocol):
-    """What a served model needs of the engine under it."""
+    """What a served model needs of the engine under it. `max_length` bounds an input, in tokens."""
 
     batcher: DynamicBatcher
+    max_length: int
+    token_estimate: TokenEstimate
 
     @property
     def engine_name(self) -> str: ...
@@ -44,14 +53,18 @@ class BackboneLane:
     """One backbone's engine and tokenizer. Another engine may take over between two batches."""
 
     def __init__(
-        self, backbone: Backbone, engine: Engine, metrics: ServingMetrics, limits: BatchLimits, *, label: str
-    ) -> None:
+        self, backbone: Backbone, engine: Engine, metrics: ServingMetrics, limits: BatchLimits, *, label: str,
+        record: Record | None = None,
+    ) -> None:  # fmt: skip
         self.backbone = backbone
         self.engine = engine
-        self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=backbone.info.max_length)
+        self.max_length = backbone.info.max_length
+        self.token_estimate = TokenEstimate()
+        self._limits = limits
+        self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=self.max_length)
         self.batcher = DynamicBatcher(
-            (label, self.engine_name), self._compute, metrics, max_tokens=limits.max_tokens,
-            max_rows=limits.max_rows, max_delay_s=limits.max_delay_s,
+            (label, self.engine_name), self, metrics, limits, padded_width=lambda longest: self.engine.width(longest),
+            record=record,
         )  # fmt: skip
 
     @property
@@ -76,13 +89,61 @@ class BackboneLane:
 
         await asyncio.to_thread(prepare)
         await self.batcher.call(lambda: setattr(self, "engine", engine))
+        self.batcher.engine_changed()
+        self.batcher.supervisor.resume()
 
-    def _compute(self, batch: Sequence[QueueEntry]) -> tuple[FloatArray, list[FloatArray | None], list[str]]:
+    async def measure(self) -> None:
+        """Times the engine, one run at a time between batches: what a batch costs, and how large one should be.
+
+        Raises `EngineFailed` where it cannot compute at all.
+        """
+        steps = ladder(
+            max_tokens=self._limits.max_tokens, max_rows=self._limits.max_rows, max_length=self.max_length,
+            seconds=_MEASURE_S,
+        )  # fmt: skip
+        try:
+            shape = next(steps)
+            while True:
+                shape = steps.send(await self.batcher.call(partial(self._time, *shape)))
+        except StopIteration as end:
+            measured: Measured = end.value
+        self.batcher.calibrate(measured.cost, measured.max_tokens)
+        _log.info(
+            f"{self.engine_name} takes {measured.cost.fixed_s * 1e3:.2f} ms a run and "
+            f"{measured.cost.per_token_s * 1e6:.2f} us a token; a batch holds {measured.max_tokens} tokens",
+            extra={"action": "engine_measured", "backbone": self.batcher.name[0]},
+        )
+
+    def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         """One run for rows of all models and adapters; heads follow, grouped by model."""
-        engine = self.engine
-        adapters = [entry.model.adapter_key for entry in batch]
-        vectors = engine.run(EngineBatch([entry.work for entry in batch], adapters if any(adapters) else None))
-        return vectors, apply_heads(batch, vectors), [self.engine_name] * len(batch)
+        adapters = [entry.model.adapter_key for entry in entries]
+        batch = EngineBatch([entry.work for entry in entries], adapters if any(adapters) else None)
+        return apply_heads(entries, self.engine.run(batch))
+
+    def check(self) -> None:
+        """Raises `EngineFailed` where the engine does not compute a text that any engine can."""
+        if not np.isfinite(self.engine.run(self._sample(1, _CHECK_LENGTH))).all():
+            raise EngineFailed("the engine gives values that are not finite")
+
+    def _time(self, rows: int, length: int) -> float | None:
+        """Seconds of a run, the better of two once it is warm; None where the engine fails at it."""
+        batch = self._sample(rows, length)
+        try:
+            took = [self._run_s(batch) for _ in range(3)]
+        except (EngineFailed, MemoryError) as error:
+            _log.warning(f"{rows} rows of {length} tokens are too many: {error}", extra={"action": "engine_measured"})
+            return None
+        return min(took[1:])
+
+    def _run_s(self, batch: EngineBatch) -> float:
+        started = time.perf_counter()
+        self.engine.run(batch)
+        return time.perf_counter() - started
+
+    def _sample(self, rows: int, length: int) -> EngineBatch:
+        (encoded,) = self.preprocess([WARM_UP_TEXT], truncate=True, max_length=None)
+        ids, types = np.resize(encoded.input_ids, length), np.zeros(length, dtype=np.int64)
+        return EngineBatch([Encoded(ids, types)] * rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,44 +154,58 @@ class RawText:
 
     @property
     def length(self) -> int:
-        return 1 + len(self.text) // 16  # tf-idf costs a small part of what an encoder does
+        return 1 + len(self.text) // _CHARACTERS_PER_TOKEN
 
 
 class LinearLane:
     """All tf-idf baselines: no backbone, so one queue and thread serve them."""
 
     engine_name = "linear"
+    max_length = 1 << 30  # whatever a request may hold
 
-    def __init__(self, metrics: ServingMetrics, limits: BatchLimits) -> None:
-        self.batcher = DynamicBatcher(
-            ("linear", "linear"), self._compute, metrics, max_tokens=limits.max_tokens, max_rows=limits.max_rows,
-            max_delay_s=limits.max_delay_s,
-        )  # fmt: skip
+    def __init__(self, metrics: ServingMetrics, limits: BatchLimits, *, record: Record | None = None) -> None:
+        self.token_estimate = TokenEstimate(_CHARACTERS_PER_TOKEN)
+        self.batcher = DynamicBatcher(("linear", self.engine_name), self, metrics, limits, record=record)
 
     def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Any]:
         return [RawText(item if isinstance(item, str) else " ".join(item)) for item in inputs]
 
-    def _compute(self, batch: Sequence[QueueEntry]) -> tuple[FloatArray, list[FloatArray | None], list[str]]:
-        logits: list[FloatArray | None] = [None] * len(batch)
-        for model, rows in rows_by_model(batch):
-            margins = model.linear.margins([batch[row].work.text for row in rows])
-            for row, values in zip(rows, margins, strict=True):
-                logits[row] = values
-        return np.zeros((len(batch), 1), dtype=np.float32), logits, ["linear"] * len(batch)
+    def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
+        vectors = np.zeros((len(entries), 1), dtype=np.float32)
+        texts = [entry.work.text for entry in entries]
+        return _answers(entries, vectors, lambda model, rows: model.linear.margins([texts[row] for row in rows]))
+
+    def check(self) -> None:
+        """There is no engine that could be unfit."""
 
 
-def apply_heads(batch: Sequence[QueueEntry], vectors: FloatArray) -> list[FloatArray | None]:
+def apply_heads(entries: Sequence[QueueEntry], vectors: FloatArray) -> Outputs:
     """Each model's head on its rows: one small product per distinct model, whatever the label sets."""
-    logits: list[FloatArray | None] = [None] * len(batch)
-    for model, rows in rows_by_model(batch):
-        if model.head is not None:
-            for row, values in zip(rows, model.head.logits(vectors[rows]), strict=True):
-                logits[row] = values
-    return logits
+    return _answers(
+        entries, vectors, lambda model, rows: None if model.head is None else model.head.logits(vectors[rows])
+    )
 
 
-def rows_by_model(batch: Sequence[QueueEntry]) -> list[tuple[Any, list[int]]]:
-    groups: dict[int, tuple[Any, list[int]]] = {}
-    for row, entry in enumerate(batch):
-        groups.setdefault(id(entry.model), (entry.model, []))[1].append(row)
-    return list(groups.values())
+def _answers(
+    entries: Sequence[QueueEntry], vectors: FloatArray, logits_of: Callable[[Any, list[int]], FloatArray | None]
+) -> Outputs:
+    """Probabilities at each model's temperature, for all of its rows at once."""
+    probabilities: list[FloatArray | None] = [None] * len(entries)
+    is_finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
+    with np.errstate(invalid="ignore", over="ignore"):  # such rows fail below
+        for model, rows in rows_by_model(entries):
+            logits = logits_of(model, rows)
+            if logits is None:
+                continue
+            values = softmax(logits / np.float32(model.temperature))
+            is_finite[rows] &= np.isfinite(values).all(axis=1)
+            for row, of_row in zip(rows, values, strict=True):
+                probabilities[row] = of_row
+    return Outputs(vectors, probabilities, is_finite.tolist())
+
+
+def rows_by_model(entries: Sequence[QueueEntry]) -> list[tuple[Any, list[int]]]:
+    groups: dict[Any, list[int]] = {}
+    for row, entry in enumerate(entries):
+        groups.setdefault(entry.model, []).append(row)
+    return list(groups.items())

@@ -30,9 +30,11 @@ from modeling.engines.protocol import EngineBatch
 from modeling.errors import EngineFailed, ModelingError
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
+from service.inference.batch_log import BatchLog
+from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector
 from service.inference.errors import InferenceError, MemoryBudgetExceeded, ModelNotReady
-from service.inference.lanes import WARM_UP_TEXT, BackboneLane, BatchLimits, Lane, LinearLane
+from service.inference.lanes import BackboneLane, Lane, LinearLane
 from service.inference.served import ServedModel
 from service.metrics import ServingMetrics
 
@@ -47,10 +49,11 @@ AliasKey = tuple[str, str, str]
 class ModelPool:
     def __init__(
         self, store: ArtifactStore, selector: EngineSelector, limits: BatchLimits, metrics: ServingMetrics, *,
-        memory_budget_bytes: int,
+        memory_budget_bytes: int, batch_log: BatchLog | None = None,
     ) -> None:  # fmt: skip
         self._store, self._selector, self._limits, self._metrics = store, selector, limits, metrics
         self._memory_budget_bytes = memory_budget_bytes
+        self._batch_log = batch_log
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="model-loader")
         self._loading = asyncio.Lock()
         self._lanes: dict[str, BackboneLane] = {}  # by digest
@@ -349,7 +352,7 @@ class ModelPool:
     async def _lane_for(self, parts: VersionParts) -> Lane:
         if parts.linear is not None:
             if self._linear is None:
-                self._linear = LinearLane(self._metrics, self._limits)
+                self._linear = LinearLane(self._metrics, self._limits, record=self._batch_log)
                 self._linear.batcher.start()
             return self._linear
         if parts.backbone is not None:
@@ -368,12 +371,12 @@ class ModelPool:
         if digest not in self._lanes:
             loop = asyncio.get_running_loop()
             engine, is_final = await loop.run_in_executor(self._loader, self._selector.open_first, backbone)
-            lane = BackboneLane(backbone, engine, self._metrics, self._limits, label=label or backbone.info.name)
+            lane = BackboneLane(
+                backbone, engine, self._metrics, self._limits, label=label or backbone.info.name,
+                record=self._batch_log,
+            )  # fmt: skip
             lane.batcher.start()
-            work = await loop.run_in_executor(
-                self._loader, lambda: lane.preprocess([WARM_UP_TEXT], truncate=True, max_length=None)
-            )
-            await lane.batcher.call(lambda: engine.run(EngineBatch(work)))
+            await lane.measure()
             self._lanes[digest] = lane
             self._show_engine(lane)
             if not is_final:
@@ -419,6 +422,7 @@ class ModelPool:
             await lane.switch(engine, adapters)
             for model in users:
                 self._metrics.start_model(*model.metric_labels, backbone=label, engine=lane.engine_name)
+        await lane.measure()
         _log.info(f"{spec} serves instead of {before}", extra={"action": "engine_switched", "backbone": label})
 
     def _show_engine(self, lane: BackboneLane) -> None:

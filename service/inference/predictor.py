@@ -1,24 +1,34 @@
-"""The life of one request: lease → admit → tokenise → queue → answers. Everything taken is given back at the end."""
+"""The life of one request: lease → admit → tokenise → queue → answers. Everything taken is given back at the end.
+
+All the way it is one `Ticket` and one future: stages pass the ticket on, and its caller wakes once.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from model_registry.refs import ModelRef
-from modeling.heads import normalized, softmax
+from modeling.heads import normalized
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
-from service.inference.batching import EntryResult, QueueEntry
-from service.inference.errors import BatchTooLarge, DeadlineExceeded, EmptyInput, NotPredictable, QueueFull
+from service.inference.entries import QueueEntry, Ticket
+from service.inference.errors import (
+    BatchTooLarge,
+    DeadlineExceeded,
+    EmptyInput,
+    ModelNotReady,
+    NotPredictable,
+    QueueFull,
+)
 from service.inference.model_pool import ModelPool
+from service.inference.runtime import Runtime
 from service.inference.served import ServedModel
+from service.inference.tokenizing import TokenizerStage
 from service.metrics import ServingMetrics
 
 
@@ -68,14 +78,14 @@ class PredictResult:
 class Predictor:
     def __init__(
         self, pool: ModelPool, admission: AdmissionController, metrics: ServingMetrics, *, max_inputs: int,
-        tokenizer_threads: int,
+        tokenizer_threads: int, runtime: Runtime = Runtime(),
     ) -> None:  # fmt: skip
         self._pool, self._admission, self._metrics = pool, admission, metrics
-        self._max_inputs = max_inputs
-        self._tokenizers = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="tokenizer")
+        self._max_inputs, self._clock = max_inputs, runtime.clock
+        self._tokenizers = TokenizerStage(tokenizer_threads, runtime)
 
     def close(self) -> None:
-        self._tokenizers.shutdown(wait=True, cancel_futures=True)
+        self._tokenizers.close()
 
     async def predict(
         self, tenant: str, ref: ModelRef, inputs: Sequence[TextInput], options: PredictOptions, *, deadline: float,
@@ -86,85 +96,66 @@ class Predictor:
         Raises `ModelNotFound`, `ModelNotReady`, `EmptyInput`, `BatchTooLarge`, `QueueFull`, `InputTooLong`,
         `DeadlineExceeded`, `NotPredictable`, `InferenceFailed`.
         """
-        started = time.monotonic()
+        started = self._clock()
         check_inputs(inputs, self._max_inputs)
         with self._pool.lease(tenant, ref) as model:
-            labels = model.metric_labels
             if needs_labels and not model.labels and not options.return_embedding:
                 raise NotPredictable(
                     f"{model.name} is a backbone without labels; set parameters.return_embedding or use /v1/embeddings"
                 )
-            wait_s = model.lane.batcher.predicted_wait_s()
-            with self._metrics.requests_in_progress.labels(*labels).track_inprogress():
+            series = self._metrics.of_model(model.metric_labels)
+            series.in_progress.inc()
+            try:
+                ticket = self._admit(model, inputs, options, deadline, started)
                 try:
-                    with self._admission.reserve(len(inputs), predicted_wait_s=wait_s):
-                        return await self._run(model, inputs, options, started, deadline)
-                except QueueFull as error:
-                    self._metrics.rejected_total.labels(*labels, error.reason).inc()
-                    raise
-                except DeadlineExceeded:
-                    self._metrics.rejected_total.labels(*labels, "deadline").inc()
-                    raise
+                    await self._answered(ticket, deadline - started)
+                finally:
+                    self._admission.release(len(inputs))
+            except QueueFull as error:
+                series.rejected[error.reason].inc()
+                raise
+            except DeadlineExceeded:
+                series.rejected["deadline"].inc()
+                raise
+            finally:
+                series.in_progress.dec()
+            predictions = [answer(model, entry, options) for entry in ticket.entries]
+            for prediction in predictions:
+                if prediction.scores:
+                    series.confidence.observe(prediction.scores[0][1])
+            series.tokenize_duration.observe(ticket.tokenized_at - started)
+            return _result(ticket, predictions, started=started, ended=self._clock())
 
-    async def _run(
-        self, model: ServedModel, inputs: Sequence[TextInput], options: PredictOptions, started: float, deadline: float
-    ) -> PredictResult:
-        work = await self._tokenize(model, inputs, options)
-        tokenized = time.monotonic()
-        self._metrics.tokenize_duration_seconds.labels(*model.metric_labels).observe(tokenized - started)
-        entries = self._enqueue(model, work, deadline)
-        results = await self._collect(entries, deadline)
-        predictions = [answer(model, result, options) for result in results]
-        confidence = self._metrics.prediction_confidence.labels(*model.metric_labels)
-        for prediction in predictions:
-            if prediction.scores:
-                confidence.observe(prediction.scores[0][1])
-        ended = time.monotonic()
-        return PredictResult(
-            model=model.name,
-            version=model.version,
-            task=model.task,
-            predictions=predictions,
-            input_tokens=sum(item.length for item in work),
-            engine=results[0].engine,
-            batch_rows=max(result.batch_rows for result in results),
-            timings=Timings(
-                queue=max(result.queue_s for result in results),
-                tokenize=tokenized - started,
-                inference=max(result.inference_s for result in results),
-                total=ended - started,
-            ),
-        )
-
-    async def _tokenize(
-        self, model: ServedModel, inputs: Sequence[TextInput], options: PredictOptions
-    ) -> list[QueueEntry]:
-        limits = [limit for limit in (options.max_length, model.max_length) if limit is not None]
-        length = min(limits) if limits else None
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._tokenizers, lambda: model.lane.preprocess(inputs, truncate=options.truncate, max_length=length)
-        )
-
-    def _enqueue(self, model: ServedModel, work: Sequence[QueueEntry], deadline: float) -> list[QueueEntry]:
-        loop = asyncio.get_running_loop()
-        entries = [QueueEntry(item, model, deadline, loop.create_future()) for item in work]
-        for entry in entries:
-            model.lane.batcher.put(entry)
-        return entries
-
-    async def _collect(self, entries: Sequence[QueueEntry], deadline: float) -> list[EntryResult]:
-        """Waits for all; on the way out nothing stays queued that nobody waits for."""
-        futures = [entry.future for entry in entries]
+    def _admit(
+        self, model: ServedModel, inputs: Sequence[TextInput], options: PredictOptions, deadline: float, now: float
+    ) -> Ticket:
+        """A place for the request, by an estimate of its tokens, before anything is spent on it."""
+        lane = model.lane
+        max_length = min(options.max_length or lane.max_length, model.max_length or lane.max_length, lane.max_length)
+        ticket = Ticket(
+            model, inputs, deadline, asyncio.get_running_loop().create_future(), truncate=options.truncate,
+            max_length=max_length, tokens=lane.token_estimate.tokens(inputs, max_length),
+        )  # fmt: skip
+        forecast = lane.batcher.forecast(ticket.tokens)
+        self._admission.admit(len(inputs), forecast=forecast, time_left_s=deadline - now)
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                return list(await asyncio.gather(*futures))
-        except TimeoutError as error:
-            raise DeadlineExceeded("the deadline passed before the answer was ready") from error
+            lane.batcher.announce(ticket)
+        except ModelNotReady:
+            self._admission.release(len(inputs))
+            raise
+        return ticket
+
+    async def _answered(self, ticket: Ticket, time_left_s: float) -> None:
+        """Waits for all entries; on the way out nothing stays queued that nobody waits for."""
+        timer = asyncio.get_running_loop().call_later(time_left_s, ticket.expire)
+        self._tokenizers.submit(ticket)
+        try:
+            await ticket.future
         finally:
-            for future in futures:
-                if not future.cancel() and not future.cancelled():
-                    future.exception()  # marks it as seen: the first error is the one that is reported
+            timer.cancel()
+            ticket.model.lane.batcher.withdraw(ticket)
+            if not ticket.future.cancel() and not ticket.future.cancelled():
+                ticket.future.exception()  # seen, even where the caller was cancelled in the same moment
 
 
 def check_inputs(inputs: Sequence[TextInput], max_inputs: int) -> None:
@@ -178,16 +169,39 @@ def check_inputs(inputs: Sequence[TextInput], max_inputs: int) -> None:
             raise EmptyInput(f"input {index} is empty; leave it out or give it a text")
 
 
-def answer(model: ServedModel, result: EntryResult, options: PredictOptions) -> Prediction:
-    """One row's logits and vector as the caller sees them. Pure."""
+def answer(model: ServedModel, entry: QueueEntry, options: PredictOptions) -> Prediction:
+    """One row's vector and probabilities as the caller sees them. Pure."""
     embedding = None
     if options.return_embedding:
-        embedding = normalized(result.vector[None])[0] if model.normalize_embedding else result.vector
-    if result.logits is None:
+        assert entry.vector is not None
+        embedding = normalized(entry.vector[None])[0] if model.normalize_embedding else entry.vector
+    if entry.probabilities is None:
         return Prediction(label=None, score=None, scores=[], embedding=embedding)
-    probabilities = softmax(result.logits / np.float32(model.temperature))
-    order = np.argsort(-probabilities, kind="stable")[: options.top_k]
-    scores = [(model.labels[index], float(probabilities[index])) for index in order]
+    order = np.argsort(-entry.probabilities, kind="stable")[: options.top_k]
+    labels = model.labels
+    scores = [
+        (labels[index], value) for index, value in zip(order.tolist(), entry.probabilities[order].tolist(), strict=True)
+    ]
     label, score = scores[0]
     is_unsure = options.threshold is not None and score < options.threshold
     return Prediction(label=None if is_unsure else label, score=score, scores=scores, embedding=embedding)
+
+
+def _result(ticket: Ticket, predictions: list[Prediction], *, started: float, ended: float) -> PredictResult:
+    model, entries = ticket.model, ticket.entries
+    batches = {id(entry.batch): entry.batch for entry in entries if entry.batch is not None}.values()
+    return PredictResult(
+        model=model.name,
+        version=model.version,
+        task=model.task,
+        predictions=predictions,
+        input_tokens=sum([entry.length for entry in entries]),
+        engine=next(iter(batches)).engine,
+        batch_rows=max([batch.rows for batch in batches]),
+        timings=Timings(
+            queue=max([batch.started_at for batch in batches]) - ticket.enqueued_at,
+            tokenize=ticket.tokenized_at - started,
+            inference=max([batch.seconds for batch in batches]),
+            total=ended - started,
+        ),
+    )

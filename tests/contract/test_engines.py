@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,11 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
             case "onnx-int8":
                 quantized = int8_graphs(files, has_vnni=True)
                 return onnx.onnx_engine(quantized, precision="int8", threads=1, adapter_slots=SLOTS)
-            case "openvino":
-                return openvino.openvino_engine(files, threads=1, adapter_slots=SLOTS)
-        return openvino.openvino_engine(files, precision="bf16", threads=1, adapter_slots=SLOTS)
+            case name:
+                precision = "bf16" if name == "openvino-bf16" else "fp32"
+                return openvino.openvino_engine(
+                    files, max_length=backbone.info.max_length, precision=precision, threads=1, adapter_slots=SLOTS
+                )
 
     return build
 
@@ -149,6 +152,16 @@ def test_an_adapter_that_does_not_fit_changes_nothing(make: Make, backbone: Back
     close(engine, engine.run(EngineBatch(encoded[:1]))[0], merged(backbone, None, encoded[0]))
 
 
+def test_a_batch_is_padded_to_what_the_engine_says(make: Make, backbone: Backbone) -> None:
+    engine, limit = make(), backbone.info.max_length
+    widths = [engine.width(longest) for longest in range(1, limit + 1)]
+    assert widths == sorted(widths) and widths[-1] == limit
+    assert all(width >= longest for longest, width in enumerate(widths, start=1))
+    for longest in (limit - 1, limit):
+        row = Encoded(np.resize(encode(backbone)[0].input_ids, longest), np.zeros(longest, dtype=np.int64))
+        close(engine, engine.run(EngineBatch([row]))[0], merged(backbone, None, row))
+
+
 def test_memory_is_named_apart_for_weights_slots_and_adapters(
     make: Make, backbone: Backbone, files: GraphFiles
 ) -> None:
@@ -165,7 +178,7 @@ def test_memory_is_named_apart_for_weights_slots_and_adapters(
     assert engine.adapter_bytes("no such") == 0
 
 
-@pytest.mark.parametrize("open_engine", [onnx.onnx_engine, openvino.openvino_engine])
+@pytest.mark.parametrize("open_engine", [onnx.onnx_engine, partial(openvino.openvino_engine, max_length=32)])
 def test_a_file_that_will_not_load_is_refused(
     open_engine: Callable[[GraphFiles], Engine], files: GraphFiles, tmp_path: Path
 ) -> None:
@@ -195,7 +208,7 @@ from pathlib import Path
 from modeling.engines import onnx, openvino
 from modeling.engines.graphs import GraphFiles
 files = GraphFiles(Path({str(files.folder)!r}))
-openvino.supports_bf16(), onnx.onnx_engine(files), openvino.openvino_engine(files)
+openvino.supports_bf16(), onnx.onnx_engine(files), openvino.openvino_engine(files, max_length=8)
 """
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

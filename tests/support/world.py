@@ -22,8 +22,8 @@ from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.preprocess import TextPreprocessor
+from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
-from service.inference.lanes import BatchLimits
 from service.inference.model_pool import ModelPool
 from service.metrics import ServingMetrics
 

@@ -1,240 +1,540 @@
-"""The packing rule and the queue: every entry ends exactly once, whatever happens around it."""
+"""The queue and its thread: work-conserving, and whatever happens, every entry ends exactly once."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from modeling.errors import EngineFailed
-from service.inference.batching import DynamicBatcher, QueueEntry, pack
+from service.inference.batch_log import BatchLog
+from service.inference.batching import Batch, BatchLimits
+from service.inference.cost import CostModel
+from service.inference.entries import Ticket
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady
-from service.metrics import ServingMetrics
+from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel
+from tests.support.virtual import run_virtually, virtual_runtime
 
-POISON, NOT_A_NUMBER = 13, 17
-
-
-@dataclass
-class Item:
-    value: int
-    length: int = 4
+LIMITS = BatchLimits(64, 8)
+RUN_S = 0.1
 
 
-class Model:
-    metric_labels = ("m", "1", "text-classification")
+def lane_of(limits: BatchLimits = LIMITS, *, seconds: Callable[[Any], float] | None = None, **options: Any) -> WordLane:
+    """Started, in virtual time; a run takes `RUN_S` and a call nothing."""
+    took = seconds or (lambda work: RUN_S if isinstance(work, Batch) else 0.0)
+    lane = WordLane(limits, runtime=virtual_runtime(took), **options)
+    lane.batcher.calibrate(CostModel(RUN_S, 1e-9, 20), limits.max_tokens)
+    lane.batcher.start()
+    return lane
 
 
-def compute(batch: Sequence[QueueEntry]) -> Any:
-    values = [entry.work.value for entry in batch]
-    if POISON in values:
-        raise EngineFailed("poisoned")
-    vectors = np.asarray([[np.nan if value == NOT_A_NUMBER else value] for value in values], dtype=np.float32)
-    return vectors, [None] * len(batch), ["fake"] * len(batch)
+def put(lane: WordLane, *texts: str, seconds: float = 60.0, model: WordModel | None = None) -> Ticket:
+    """Queues one request as the tokeniser stage would."""
+    loop = asyncio.get_running_loop()
+    ticket = Ticket(model or WordModel(lane), list(texts), loop.time() + seconds, loop.create_future(), 512)
+    timer = loop.call_later(seconds, ticket.expire)
+    ticket.future.add_done_callback(lambda _: (timer.cancel(), lane.batcher.withdraw(ticket)))
+    ticket.fill(lane.preprocess(texts, truncate=True, max_length=None))
+    lane.batcher.put([ticket])
+    return ticket
 
 
-def new_batcher(**options: Any) -> DynamicBatcher:
-    limits = {"max_tokens": 64, "max_rows": 8} | options
-    return DynamicBatcher(("b", "fake"), limits.pop("compute", compute), ServingMetrics(), **limits)
+async def answers(tickets: Sequence[Ticket]) -> list[Any]:
+    """A request's values, or the class of its error."""
+    errors = await asyncio.gather(*(ticket.future for ticket in tickets), return_exceptions=True)
+    return [
+        type(error) if isinstance(error, BaseException) else [float(entry.vector[0]) for entry in ticket.entries]
+        for ticket, error in zip(tickets, errors, strict=True)
+    ]
 
 
-def entry(value: int, *, seconds: float = 60.0) -> QueueEntry:
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    return QueueEntry(Item(value), Model(), time.monotonic() + seconds, future)
+def value(lane: WordLane, name: str, **labels: str) -> float:
+    labels = labels or {"backbone": "tiny", "engine": "fake/fp32"}
+    return lane.metrics.registry.get_sample_value(f"polyhead_{name}", labels) or 0.0
 
 
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(16, 400), st.integers(1, 20))
-def test_pack_takes_the_oldest_and_stays_within_the_budget(lengths: list[int], tokens: int, rows: int) -> None:
-    chosen = pack(lengths, max_tokens=tokens, max_rows=rows)
-    assert chosen[0] == 0
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) <= rows
-    assert len(chosen) == 1 or max(lengths[i] for i in chosen) * len(chosen) <= tokens
-
-
-@given(st.lists(st.just(10), min_size=1, max_size=40))
-def test_pack_fills_the_batch_when_lengths_are_equal(lengths: list[int]) -> None:
-    assert len(pack(lengths, max_tokens=100, max_rows=8)) == min(len(lengths), 8)
-
-
-def test_pack_prefers_entries_near_the_oldest_in_length() -> None:
-    assert pack([10, 90, 11, 80, 12], max_tokens=48, max_rows=8) == [0, 2, 4]
-
-
-def test_poison_and_nan_rows_fail_alone() -> None:
+def test_a_batch_that_fails_is_halved_until_only_the_culprits_fail() -> None:
     async def scenario() -> list[Any]:
-        batcher = new_batcher()
-        entries = [entry(value) for value in (1, POISON, 3, NOT_A_NUMBER, 5)]
-        for item in entries:
-            batcher.put(item)
-        batcher.start()
-        outcomes = await asyncio.gather(*(item.future for item in entries), return_exceptions=True)
-        await batcher.stop()
-        return list(outcomes)
+        lane = lane_of()
+        found = await answers([put(lane, text) for text in ("a", POISON, "ccc", NOT_A_NUMBER, "eeeee")])
+        await lane.batcher.stop()
+        return found
 
-    outcomes = asyncio.run(scenario())
-    assert [type(outcome) for outcome in outcomes if isinstance(outcome, Exception)] == [InferenceFailed] * 2
-    assert [float(outcome.vector[0]) for outcome in outcomes if not isinstance(outcome, Exception)] == [1, 3, 5]
+    assert run_virtually(scenario()) == [[1.0], InferenceFailed, [3.0], InferenceFailed, [5.0]]
 
 
-def test_a_later_batch_is_not_touched_by_an_earlier_failure() -> None:
-    async def scenario() -> float:
-        batcher = new_batcher()
-        batcher.start()
-        bad = entry(POISON)
-        batcher.put(bad)
-        with pytest.raises(InferenceFailed):
-            await bad.future
-        good = entry(7)
-        batcher.put(good)
-        result = await good.future
-        await batcher.stop()
-        return float(result.vector[0])
+def test_the_first_failing_input_fails_its_request_and_the_others_of_it_are_not_computed() -> None:
+    async def scenario() -> tuple[list[Any], list[list[str]]]:
+        lane = lane_of(BatchLimits(64, 2))
+        tickets = [put(lane, POISON, "b", "c", "d", "e"), put(lane, "other")]
+        found = await answers(tickets)
+        assert all(entry.is_ended for ticket in tickets for entry in ticket.entries)
+        await lane.batcher.stop()
+        return found, lane.seen
 
-    assert asyncio.run(scenario()) == 7
+    found, seen = run_virtually(scenario())
+    assert found == [InferenceFailed, [5.0]]
+    assert not any("e" in batch for batch in seen)
 
 
-def test_a_bug_in_the_loop_fails_those_who_wait_and_the_queue_goes_on() -> None:
-    async def scenario() -> tuple[Any, float, float]:
-        metrics = ServingMetrics()
-        batcher = DynamicBatcher(("b", "fake"), compute, metrics, max_tokens=64, max_rows=8)
-        broken, take = entry(1), batcher._take
+def test_an_idle_engine_starts_at_once_and_a_busy_one_takes_what_gathered() -> None:
+    async def scenario() -> tuple[list[list[str]], float]:
+        lane = lane_of()
+        tickets = [put(lane, "a")]
+        await asyncio.sleep(RUN_S / 2)
+        tickets += [put(lane, "b"), put(lane, "c")]
+        await answers(tickets)
+        ended = asyncio.get_running_loop().time()
+        await lane.batcher.stop()
+        return lane.seen, ended
 
-        def explode() -> Any:
-            batcher._take = take  # type: ignore[method-assign]
-            raise RuntimeError("a bug")
+    seen, ended = run_virtually(scenario())
+    assert seen == [["a"], ["b", "c"]]
+    assert ended == pytest.approx(2 * RUN_S)
 
-        batcher._take = explode  # type: ignore[method-assign]
-        batcher.put(broken)
-        batcher.start()
-        outcome = (await asyncio.gather(broken.future, return_exceptions=True))[0]
-        later = entry(2)
-        batcher.put(later)
-        value = float((await later.future).vector[0])
-        await batcher.stop()
-        restarts = metrics.registry.get_sample_value(
-            "polyhead_worker_restarts_total", {"backbone": "b", "engine": "fake"}
+
+def test_with_a_delay_an_idle_engine_waits_for_more_but_not_for_longer_than_that() -> None:
+    async def scenario() -> tuple[list[list[str]], float]:
+        lane = lane_of(BatchLimits(64, 8, max_delay_s=0.05))
+        await asyncio.sleep(0)  # its thread has looked once
+        tickets = [put(lane, "a")]
+        await asyncio.sleep(0.04)
+        tickets += [put(lane, "b")]
+        await answers(tickets)
+        ended = asyncio.get_running_loop().time()
+        tickets = [put(lane, str(number)) for number in range(8)]  # a full batch waits for nothing
+        await answers(tickets)
+        assert asyncio.get_running_loop().time() == pytest.approx(ended + RUN_S)
+        await lane.batcher.stop()
+        return lane.seen[:1], ended
+
+    seen, ended = run_virtually(scenario())
+    assert seen == [["a", "b"]]
+    assert ended == pytest.approx(0.05 + RUN_S)
+
+
+def test_while_a_run_lasts_a_full_batch_is_made_ready_shortly_before_its_end() -> None:
+    async def scenario() -> list[int]:
+        lane = lane_of()
+        tickets = [put(lane, "a")]
+        await asyncio.sleep(0.001)
+        tickets += [put(lane, str(number)) for number in range(10)]
+        stages = []
+        for moment in (0.5 * RUN_S, 0.95 * RUN_S):
+            await asyncio.sleep(moment - asyncio.get_running_loop().time())
+            stages.append(len(lane.batcher._ready))
+        await answers(tickets)
+        await lane.batcher.stop()
+        return stages
+
+    assert run_virtually(scenario()) == [0, 8]
+
+
+def test_who_leaves_a_batch_that_stands_ready_is_not_computed() -> None:
+    async def scenario() -> tuple[list[list[str]], float]:
+        lane = lane_of()
+        tickets = [put(lane, "a")]
+        await asyncio.sleep(0.001)
+        tickets += [put(lane, str(number)) for number in range(8)]
+        await asyncio.sleep(0.95 * RUN_S)
+        tickets[3].future.cancel()
+        await answers(tickets)
+        await lane.batcher.stop()
+        return lane.seen, value(
+            lane, "cancelled_total", model="m", version="1", task="text-classification", stage="queued"
         )
-        return outcome, value, restarts or 0.0
 
-    outcome, value, _ = asyncio.run(scenario())
-    assert isinstance(outcome, ModelNotReady)
-    assert value == 2
+    seen, cancelled = run_virtually(scenario())
+    assert seen[1] == ["0", "1", "3", "4", "5", "6", "7"]
+    assert cancelled == 1
 
 
 def test_expired_and_abandoned_entries_never_reach_the_engine() -> None:
-    seen: list[int] = []
+    async def scenario() -> tuple[list[Any], list[list[str]]]:
+        lane = lane_of()
+        tickets = [put(lane, "running"), put(lane, "expired", seconds=RUN_S / 2), put(lane, "gone"), put(lane, "b")]
+        await asyncio.sleep(RUN_S / 4)
+        lane.seen.clear()
+        tickets[2].future.cancel()
+        found = await answers(tickets)
+        await lane.batcher.stop()
+        return found, lane.seen
 
-    def recording(batch: Sequence[QueueEntry]) -> Any:
-        seen.extend(item.work.value for item in batch)
-        return compute(batch)
-
-    async def scenario() -> Any:
-        batcher = new_batcher(compute=recording)
-        expired, abandoned, alive = entry(1, seconds=-1), entry(2), entry(3)
-        for item in (expired, abandoned, alive):
-            batcher.put(item)
-        abandoned.future.cancel()
-        batcher.start()
-        await alive.future
-        outcome = (await asyncio.gather(expired.future, return_exceptions=True))[0]
-        await batcher.stop()
-        return outcome
-
-    assert isinstance(asyncio.run(scenario()), DeadlineExceeded)
-    assert seen == [3]
+    found, seen = run_virtually(scenario())
+    assert found == [[7.0], DeadlineExceeded, asyncio.CancelledError, [1.0]]
+    assert ["expired"] not in seen
 
 
-def test_stop_fails_what_waits_and_refuses_what_comes() -> None:
-    gate = threading.Event()
+def test_work_that_leaves_counts_no_longer() -> None:
+    async def scenario() -> tuple[float, float]:
+        lane = lane_of()
+        put(lane, "running")
+        await asyncio.sleep(0)
+        alone = lane.batcher.forecast().wait_s
+        tickets = [put(lane, "w " * 60) for _ in range(5)]
+        assert lane.batcher.forecast().wait_s > alone
+        for ticket in tickets:
+            ticket.future.cancel()
+        await asyncio.sleep(0)
+        after = lane.batcher.forecast().wait_s
+        await lane.batcher.stop()
+        return alone, after
 
-    def blocking(batch: Sequence[QueueEntry]) -> Any:
-        gate.wait(10)
-        return compute(batch)
-
-    async def scenario() -> tuple[Any, Any]:
-        batcher = new_batcher(compute=blocking, max_rows=1)
-        running, waiting = entry(1), entry(2)
-        batcher.put(running)
-        batcher.put(waiting)
-        batcher.start()
-        while batcher.busy_for_s() == 0:
-            await asyncio.sleep(0)
-        stopping = asyncio.create_task(batcher.stop())
-        outcomes = await asyncio.gather(running.future, waiting.future, return_exceptions=True)
-        gate.set()
-        await stopping
-        with pytest.raises(ModelNotReady):
-            batcher.put(entry(3))
-        return outcomes[0], outcomes[1]
-
-    assert all(isinstance(outcome, ModelNotReady) for outcome in asyncio.run(scenario()))
+    alone, after = run_virtually(scenario())
+    assert after == pytest.approx(alone)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["put", "poison", "nan", "expired", "cancel", "pause"]), st.integers(0, 30)),
-        min_size=1,
-        max_size=60,
-    )
-)
-def test_every_entry_ends_exactly_once(steps: list[tuple[str, int]]) -> None:
+def test_what_is_being_tokenised_counts_from_its_admission() -> None:
+    async def scenario() -> list[float]:
+        lane = lane_of()
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(WordModel(lane), ["w"], loop.time() + 9, loop.create_future(), 512, tokens=640)
+        waits = [lane.batcher.forecast().wait_s]
+        lane.batcher.announce(ticket)
+        waits.append(lane.batcher.forecast().wait_s)
+        lane.batcher.withdraw(ticket)
+        lane.batcher.withdraw(ticket)
+        waits.append(lane.batcher.forecast().wait_s)
+        await lane.batcher.stop()
+        return waits
+
+    before, announced, after = run_virtually(scenario())
+    assert announced == pytest.approx(before + 10 * RUN_S)  # ten batches of 64 tokens
+    assert after == before
+
+
+def test_a_forecast_that_nothing_has_confirmed_for_long_refuses_nobody() -> None:
+    async def scenario() -> tuple[float, float]:
+        lane = lane_of()
+        fresh = lane.batcher.forecast(10).done_s
+        await asyncio.sleep(60)
+        stale = lane.batcher.forecast(10).done_s
+        await lane.batcher.stop()
+        return fresh, stale
+
+    fresh, stale = run_virtually(scenario())
+    assert fresh >= RUN_S
+    assert stale == 0
+
+
+def test_the_measured_limit_is_kept_and_shown_and_never_above_what_was_set() -> None:
+    async def scenario() -> tuple[list[int], float, list[int]]:
+        lane = lane_of(BatchLimits(64, 100))
+        limits = []
+        for measured in (16, 1000):
+            lane.batcher.calibrate(CostModel(), measured)
+            limits.append(lane.batcher.max_tokens)
+        lane.batcher.calibrate(CostModel(), 16)
+        await answers([put(lane, "w w w w") for _ in range(12)])
+        shown = value(lane, "batch_tokens_limit")
+        await lane.batcher.stop()
+        return limits, shown, [len(batch) for batch in lane.seen[1:]]
+
+    limits, shown, rows = run_virtually(scenario())
+    assert limits == [16, 64]
+    assert shown == 16
+    assert max(rows) == 4
+
+
+def test_rows_are_padded_as_the_engine_pads_them() -> None:
+    batches: list[Batch] = []
+
     async def scenario() -> None:
-        batcher = new_batcher()
-        batcher.start()
-        entries: list[QueueEntry] = []
-        values: list[int] = []
-        for action, number in steps:
-            if action == "cancel" and entries:
-                entries[number % len(entries)].future.cancel()
-            elif action == "pause":
-                await asyncio.sleep(0)
-            elif action in {"put", "poison", "nan", "expired"}:
-                value = {"poison": POISON, "nan": NOT_A_NUMBER}.get(action, 100 + number)
-                entries.append(entry(value, seconds=-1 if action == "expired" else 60))
-                values.append(value)
-                batcher.put(entries[-1])
-        outcomes = await asyncio.wait_for(
-            asyncio.gather(*(item.future for item in entries), return_exceptions=True), timeout=20
+        lane = lane_of(
+            padded_width=lambda longest: -(-longest // 8) * 8, record=lambda name, batch: batches.append(batch)
         )
-        await batcher.stop()
-        for value, outcome in zip(values, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                assert isinstance(outcome, (InferenceFailed, DeadlineExceeded, asyncio.CancelledError))
-            else:
-                assert float(outcome.vector[0]) == value
+        await answers([put(lane, "w w w"), put(lane, "w w w w w")])
+        await lane.batcher.stop()
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
+    assert {batch.width for batch in batches} == {8}
 
 
-def test_a_small_running_batch_does_not_pass_for_a_full_one() -> None:
+def test_stop_fails_what_waits_lets_the_run_end_and_refuses_what_comes() -> None:
+    async def scenario() -> list[Any]:
+        lane = lane_of(BatchLimits(64, 1))
+        tickets = [put(lane, "running"), put(lane, "waiting")]
+        await asyncio.sleep(RUN_S / 2)
+        call = asyncio.ensure_future(lane.batcher.call(lambda: None))
+        await asyncio.sleep(0)
+        await lane.batcher.stop()
+        with pytest.raises(ModelNotReady):
+            put(lane, "late")
+        with pytest.raises(ModelNotReady):
+            await lane.batcher.call(lambda: None)
+        with pytest.raises(ModelNotReady):
+            await call
+        assert not lane.batcher.is_alive
+        return await answers(tickets)
+
+    assert run_virtually(scenario()) == [[7.0], ModelNotReady]
+
+
+def test_calls_run_between_batches_and_give_back_what_they_raise() -> None:
+    async def scenario() -> list[Any]:
+        lane = lane_of(BatchLimits(64, 1))
+        order: list[str] = []
+        tickets = [put(lane, "a"), put(lane, "b")]
+        await asyncio.sleep(RUN_S / 2)
+        await lane.batcher.call(lambda: order.append(f"call after {len(lane.seen)} batches"))
+        with pytest.raises(ZeroDivisionError):
+            await lane.batcher.call(lambda: 1 // 0)
+        await answers(tickets)
+        await lane.batcher.stop()
+        return order
+
+    assert run_virtually(scenario()) == ["call after 1 batches"]
+
+
+# Faults of the engine
+
+
+def hanging(work: Any) -> float:
+    return 1e6 if isinstance(work, Batch) and "hang" in work.entries[0].work.text else RUN_S
+
+
+def test_a_run_that_hangs_is_given_up_and_the_hook_may_bring_in_another_engine() -> None:
+    async def scenario() -> tuple[list[Any], list[str], float, float]:
+        lane = lane_of(BatchLimits(64, 1, engine_timeout_s=2.0), seconds=hanging)
+        reasons: list[str] = []
+
+        def replace(reason: str) -> None:
+            reasons.append(reason)
+            lane.batcher.supervisor.resume()
+
+        lane.batcher.supervisor.on_engine_failed = replace
+        tickets = [put(lane, "hang"), put(lane, "waiting")]
+        found = await answers(tickets)
+        ended = asyncio.get_running_loop().time()
+        assert lane.batcher.is_alive
+        restarts = value(lane, "worker_restarts_total")
+        await lane.batcher.stop()
+        return found, reasons, ended, restarts
+
+    found, reasons, ended, restarts = run_virtually(scenario())
+    assert found == [ModelNotReady, [7.0]]
+    assert len(reasons) == 1 and "not ended" in reasons[0]
+    assert 2 < ended < 4
+    assert restarts == 1
+
+
+def test_without_another_engine_the_queue_refuses_until_the_lost_run_returns() -> None:
+    async def scenario() -> list[Any]:
+        def late(work: Any) -> float:
+            return 30.0 if isinstance(work, Batch) and "late" in work.entries[0].work.text else RUN_S
+
+        lane = lane_of(BatchLimits(64, 1, engine_timeout_s=2.0), seconds=late)
+        found = await answers([put(lane, "late"), put(lane, "waiting")])
+        states = [lane.batcher.is_alive]
+        with pytest.raises(ModelNotReady) as refused:
+            put(lane, "refused")
+        assert refused.value.retry_after_s
+        await asyncio.sleep(60)
+        states.append(lane.batcher.is_alive)
+        found += await answers([put(lane, "again")])
+        await lane.batcher.stop()
+        return [*found, *states]
+
+    assert run_virtually(scenario()) == [ModelNotReady, ModelNotReady, [5.0], False, True]
+
+
+def test_a_slow_run_that_was_predicted_to_be_slow_is_not_given_up() -> None:
+    async def scenario() -> list[Any]:
+        lane = lane_of(BatchLimits(64, 1, engine_timeout_s=0.2), seconds=lambda work: 5 * RUN_S)
+        found = await answers([put(lane, "slow")])
+        await lane.batcher.stop()
+        return found
+
+    assert run_virtually(scenario()) == [[4.0]]
+
+
+def test_an_engine_that_fails_every_row_of_three_batches_is_reported_and_serves_again_once_it_passes_a_check() -> None:
+    async def scenario() -> tuple[list[Any], list[str], list[bool]]:
+        lane = lane_of()
+        reasons: list[str] = []
+        lane.batcher.supervisor.on_engine_failed = reasons.append
+        lane.is_broken = True
+        found = []
+        for _ in range(3):
+            found += await answers([put(lane, "a"), put(lane, "b")])
+        await asyncio.sleep(2)
+        states = [lane.batcher.is_alive]
+        with pytest.raises(ModelNotReady):
+            put(lane, "refused")
+        lane.is_broken = False
+        await asyncio.sleep(10)
+        states.append(lane.batcher.is_alive)
+        found += await answers([put(lane, "c")])
+        await lane.batcher.stop()
+        return found, reasons, states
+
+    found, reasons, states = run_virtually(scenario())
+    assert found == [InferenceFailed] * 6 + [[1.0]]
+    assert len(reasons) == 1 and "3 batches" in reasons[0]
+    assert states == [False, True]
+
+
+def test_bad_inputs_alone_keep_a_sound_engine_from_serving_nobody() -> None:
+    async def scenario() -> tuple[list[Any], list[str]]:
+        lane = lane_of(BatchLimits(64, 1))
+        reasons: list[str] = []
+        lane.batcher.supervisor.on_engine_failed = reasons.append
+        found = await answers([put(lane, text) for text in (POISON, POISON, POISON, "waits", POISON)])
+        await lane.batcher.stop()
+        return found, reasons
+
+    found, reasons = run_virtually(scenario())
+    assert found == [InferenceFailed] * 3 + [[5.0], InferenceFailed]
+    assert len(reasons) == 1
+
+
+def test_a_good_batch_in_between_and_the_count_starts_anew() -> None:
+    async def scenario() -> list[str]:
+        lane = lane_of()
+        reasons: list[str] = []
+        lane.batcher.supervisor.on_engine_failed = reasons.append
+        for text in (POISON, POISON, "good", POISON, POISON):
+            await answers([put(lane, text)])
+        await lane.batcher.stop()
+        return reasons
+
+    assert run_virtually(scenario()) == []
+
+
+def test_a_hook_that_fails_itself_changes_nothing() -> None:
+    async def scenario() -> bool:
+        lane = lane_of()
+
+        def broken(reason: str) -> None:
+            raise RuntimeError(reason)
+
+        lane.batcher.supervisor.on_engine_failed = broken
+        for _ in range(3):
+            await answers([put(lane, POISON)])
+        await asyncio.sleep(1)
+        alive = lane.batcher.is_alive
+        await lane.batcher.stop()
+        return alive
+
+    assert run_virtually(scenario())
+
+
+def test_a_bug_in_the_queue_fails_those_who_wait_and_a_fresh_thread_goes_on() -> None:
+    async def scenario() -> tuple[list[Any], float]:
+        lane = lane_of()
+        tickets = [put(lane, "a")]
+        await answers(tickets)
+        form = lane.batcher._form
+
+        def explode() -> Any:
+            lane.batcher._form = form  # type: ignore[method-assign]
+            raise RuntimeError("a bug")
+
+        lane.batcher._form = explode  # type: ignore[method-assign]
+        found = await answers([put(lane, "b"), put(lane, "c")])
+        assert not lane.batcher.is_alive
+        await asyncio.sleep(1)
+        found += await answers([put(lane, "d")])
+        restarts = value(lane, "worker_restarts_total")
+        await lane.batcher.stop()
+        return found, restarts
+
+    found, restarts = run_virtually(scenario())
+    assert found == [ModelNotReady, ModelNotReady, [1.0]]
+    assert restarts == 1
+
+
+def test_results_that_cannot_be_delivered_end_their_requests_all_the_same() -> None:
+    async def scenario() -> list[Any]:
+        lane = lane_of()
+
+        def explode(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a bug")
+
+        lane.batcher._observe = explode  # type: ignore[method-assign]
+        lane.batcher.supervisor.batch_ended = explode  # type: ignore[method-assign]
+        tickets = [put(lane, "a"), put(lane, "b " * 3)]
+        tickets[1].entries[0].is_ended = True  # `end` will refuse
+        found = await answers(tickets[:1])
+        await lane.batcher.stop()
+        return found
+
+    assert run_virtually(scenario()) == [[1.0]]
+
+
+# With real threads
+
+
+def test_results_come_back_from_a_real_thread_and_a_hung_one_is_left_behind() -> None:
     gate = threading.Event()
 
-    def blocking(batch: Sequence[QueueEntry]) -> Any:
-        gate.wait(10)
-        return compute(batch)
+    class Blocking(WordLane):
+        def compute(self, entries: Any) -> Any:
+            if entries[0].work.text == "hang":
+                gate.wait(20)
+            return super().compute(entries)
 
-    async def scenario() -> float:
-        batcher = new_batcher(compute=blocking, max_tokens=100_000)
-        batcher._seconds_per_token = 0.001
-        batcher.start()
-        running, waiting = entry(1), entry(2)
-        batcher.put(running)
-        while batcher.busy_for_s() == 0:
-            await asyncio.sleep(0)
-        batcher.put(waiting)
-        predicted = batcher.predicted_wait_s()
+    async def scenario() -> list[Any]:
+        lane = Blocking(BatchLimits(64, 4, engine_timeout_s=0.1))
+        lane.batcher.start()
+        found = await answers([put_now(lane, text) for text in ("a", "bb", "ccc")])
+        lane.batcher.supervisor.on_engine_failed = lambda reason: lane.batcher.supervisor.resume()
+        found += await answers([put_now(lane, "hang")])
+        found += await answers([put_now(lane, "later")])
         gate.set()
-        await asyncio.gather(running.future, waiting.future)
-        await batcher.stop()
-        return predicted
+        await lane.batcher.stop()
+        return found
 
-    assert 0.004 <= asyncio.run(scenario()) <= 0.008
+    assert asyncio.run(scenario()) == [[1.0], [2.0], [3.0], ModelNotReady, [5.0]]
+
+
+def put_now(lane: WordLane, text: str) -> Ticket:
+    future = asyncio.get_running_loop().create_future()
+    ticket = Ticket(WordModel(lane), [text], time.monotonic() + 60, future, 512)
+    ticket.fill(lane.preprocess([text], truncate=True, max_length=None))
+    lane.batcher.put([ticket])
+    return ticket
+
+
+def test_under_load_the_engine_takes_its_next_batch_without_the_event_loop() -> None:
+    """The loop is blocked, and still every batch that waits is computed."""
+
+    async def scenario() -> int:
+        lane = WordLane(BatchLimits(64, 1))
+        lane.batcher.start()
+        tickets = [put_now(lane, str(number)) for number in range(20)]
+        until = time.monotonic() + 10
+        while len(lane.seen) < 20 and time.monotonic() < until:
+            time.sleep(0.001)  # noqa: ASYNC251
+        seen = len(lane.seen)
+        await answers(tickets)
+        await lane.batcher.stop()
+        return seen
+
+    assert asyncio.run(scenario()) == 20
+
+
+# The log
+
+
+def test_the_log_holds_what_a_replay_needs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with BatchLog(tmp_path / "logs" / "batches.jsonl") as log:
+            lane = lane_of(BatchLimits(64, 8, max_delay_s=0.01), record=log)
+            await asyncio.sleep(0)
+            adapted = WordModel(lane)
+            adapted.adapter_key = "default/m/1"
+            await answers([put(lane, "w w"), put(lane, "w w w", model=adapted)])
+            await lane.batcher.stop()
+
+    run_virtually(scenario())
+    (line,) = (tmp_path / "logs" / "batches.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "backbone": "tiny", "engine": "fake/fp32", "width": 3, "seconds": RUN_S, "lengths": [2, 3],
+        "adapters": [None, "default/m/1"],
+    }  # fmt: skip

@@ -20,9 +20,9 @@ from modeling.engines.protocol import Engine
 from modeling.errors import EngineFailed
 from modeling.trial import TrialRequest
 from service.inference.admission import AdmissionController
+from service.inference.batching import BatchLimits
 from service.inference.engine_choice import EngineChoice
 from service.inference.engine_selection import EngineSelector, SelectionPolicy, measure
-from service.inference.lanes import BatchLimits
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import PredictOptions, Predictor, PredictResult
 from service.metrics import ServingMetrics

@@ -32,6 +32,7 @@ CONTRACT = {
     "batch_size": ENGINE_LABELS,
     "batch_tokens": ENGINE_LABELS,
     "batch_padding_ratio": ENGINE_LABELS,
+    "batch_tokens_limit": ENGINE_LABELS,
     "adapter_loads_total": (),
     "adapter_load_duration_seconds": (),
     "adapter_evictions_total": (),
@@ -169,6 +170,39 @@ def test_an_engines_series_exist_from_start_to_stop() -> None:
     assert value(metrics, "polyhead_engine_label_flips_ratio", ENGINE) is None
     metrics.stop_engine(**ENGINE)
     assert of(metrics, ENGINE) == set()
+
+
+def test_when_another_engine_takes_over_its_series_replace_those_of_the_first() -> None:
+    metrics = ServingMetrics()
+    after = {**ENGINE, "engine": "openvino/bf16"}
+    metrics.start_engine(**ENGINE).batch_size.observe(3)
+    metrics.engine_parity_max_abs_diff.labels(**ENGINE).set(1e-6)
+    series = metrics.change_engine(ENGINE["backbone"], ENGINE["engine"], after["engine"])
+    series.restarts.inc()
+    assert value(metrics, "polyhead_batch_size_count", ENGINE) is None
+    assert value(metrics, "polyhead_worker_restarts_total", after) == 1
+    assert value(metrics, "polyhead_engine_parity_max_abs_diff", ENGINE) == 1e-6
+
+
+def test_a_models_series_are_looked_up_once_and_anew_after_it_was_unloaded() -> None:
+    metrics = ServingMetrics()
+    labels = (MODEL["model"], MODEL["version"], MODEL["task"])
+    metrics.start_model(**MODEL)
+    first = metrics.of_model(labels)
+    assert metrics.of_model(labels) is first
+    metrics.stop_model(**MODEL)
+    metrics.start_model(**MODEL)
+    metrics.of_model(labels).rejected["deadline"].inc()
+    assert value(metrics, "polyhead_rejected_total", {**MODEL, "reason": "deadline"}) == 1
+
+
+def test_the_queue_is_read_when_it_is_asked_for() -> None:
+    metrics = ServingMetrics()
+    waiting = [7, 8]
+    metrics.start_engine(**ENGINE).follow_queue(lambda: len(waiting), lambda: sum(waiting))
+    assert value(metrics, "polyhead_queue_requests", ENGINE) == 2
+    waiting.clear()
+    assert value(metrics, "polyhead_queue_tokens", ENGINE) == 0
 
 
 def test_a_fallback_outlives_the_engine_it_left() -> None:

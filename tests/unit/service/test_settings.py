@@ -39,6 +39,11 @@ def test_keys_open_the_network_and_stay_secret(monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(shown)["api_keys"] == 1
 
 
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a path it would be the working folder.
+    assert settings_of(monkeypatch, IMPORT_ROOT="", BATCH_LOG="").import_root is None  # type: ignore[attr-defined]
+
+
 def test_the_worker_s_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune import settings as worker
     from service import settings as serving

@@ -1,0 +1,34 @@
+"""A file that says which batches were formed: one JSON object a line, enough to run the same ones through an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from service.inference.batching import Batch
+
+
+class BatchLog:
+    """Appends to `path`. A write per batch on the event loop: for measurements, and off otherwise."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def __enter__(self) -> BatchLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __call__(self, name: tuple[str, str], batch: Batch) -> None:
+        """`lengths` and `adapters` stand in the order of the rows."""
+        line = {
+            "backbone": name[0], "engine": batch.engine, "width": batch.width, "seconds": round(batch.seconds, 6),
+            "lengths": [entry.length for entry in batch.entries],
+            "adapters": [entry.model.adapter_key for entry in batch.entries],
+        }  # fmt: skip
+        self._file.write(json.dumps(line) + "\n")

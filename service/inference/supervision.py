@@ -1,0 +1,98 @@
+"""Whether an engine is fit to serve, and how it becomes so again. On the event loop; knows no queue and no thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+_log = logging.getLogger("service.supervision")
+_FAILED_BATCHES = 3
+_MAX_PAUSE_S = 30.0
+
+
+class EngineSupervisor:
+    """`failure` says why the engine is unfit; None while it serves.
+
+    It becomes unfit when one of its runs hangs, or when every row of several batches in a row has failed. Then
+    `on_engine_failed` hears the reason and may bring in another engine and call `resume`, at once or later. Meanwhile
+    `check` decides: where it passes, the inputs were bad and the engine serves on; where it does not, `on_unfit` sends
+    away those who wait, and it is tried again now and then.
+    """
+
+    def __init__(
+        self, *, check: Callable[[], Awaitable[None]], on_unfit: Callable[[], None], on_fit: Callable[[], None]
+    ) -> None:
+        self._check, self._on_unfit, self._on_fit = check, on_unfit, on_fit
+        self.on_engine_failed: Callable[[str], None] = lambda reason: None
+        self.failure: str | None = None
+        self._failed_in_a_row = 0
+        self._given_up: set[object] = set()  # runs that hang, until they come back after all
+        self._blocking: set[object] = set()  # those of them that are inside the engine which is to serve
+        self._recovery: asyncio.Task[None] | None = None
+
+    def batch_ended(self, *, has_result: bool) -> None:
+        self._failed_in_a_row = 0 if has_result else self._failed_in_a_row + 1
+        if self._failed_in_a_row >= _FAILED_BATCHES:
+            self._fail(f"every row of {self._failed_in_a_row} batches in a row failed")
+
+    def hangs(self, work: object, reason: str) -> None:
+        """`work` was given up while it ran; `returned` says should it come back after all."""
+        self._given_up.add(work)
+        self._blocking.add(work)
+        self._fail(reason)
+
+    def returned(self, work: object) -> bool:
+        """Whether `work` had been given up, so that nobody waits for its results."""
+        if work not in self._given_up:
+            return False
+        self._given_up.discard(work)
+        self._blocking.discard(work)
+        return True
+
+    def resume(self) -> None:
+        """Another engine has taken over, or this one has proven fit."""
+        self._failed_in_a_row = 0
+        if self.failure is None:
+            return
+        _log.info("the engine serves again", extra={"action": "engine_resumed"})
+        self.failure = None
+        self._blocking.clear()
+        if self._recovery is not None and self._recovery is not asyncio.current_task():
+            self._recovery.cancel()
+            self._recovery = None
+        self._on_fit()
+
+    async def stop(self) -> None:
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
+
+    def _fail(self, reason: str) -> None:
+        _log.error(f"the engine is unfit: {reason}", extra={"action": "engine_unfit"})
+        self.failure, self._failed_in_a_row = reason, 0
+        try:
+            self.on_engine_failed(reason)
+        except Exception:
+            _log.exception("the hook for a failed engine failed itself", extra={"action": "engine_unfit"})
+        if self.failure is not None and (self._recovery is None or self._recovery.done()):
+            self._recovery = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        pause_s = 1.0
+        while self.failure is not None:
+            # While a hung run is still inside the engine, a second thread must not enter it.
+            if not self._blocking and await self._passes():
+                self.resume()
+                return
+            self._on_unfit()
+            await asyncio.sleep(pause_s)
+            pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
+
+    async def _passes(self) -> bool:
+        try:
+            await self._check()
+        except Exception as error:
+            _log.warning(f"the engine is unfit: {error}", extra={"action": "engine_unfit"})
+            return False
+        return True

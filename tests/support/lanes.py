@@ -1,0 +1,95 @@
+"""A lane without an engine: texts are counted in words, answers are zeros, and rows may be told to fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modeling.errors import EngineFailed, InputTooLong
+from service.inference.batching import BatchLimits, DynamicBatcher
+from service.inference.entries import QueueEntry
+from service.inference.isolation import Outputs
+from service.inference.runtime import Runtime
+from service.inference.tokenizing import TokenEstimate
+from service.metrics import ServingMetrics
+
+POISON, NOT_A_NUMBER = "poison", "nan"
+
+
+@dataclass(frozen=True)
+class Words:
+    text: str
+
+    @property
+    def length(self) -> int:
+        return len(self.text.split())
+
+
+class WordLane:
+    """`compute` may be replaced; the batches that it saw are in `seen`."""
+
+    engine_name = "fake/fp32"
+
+    def __init__(self, limits: BatchLimits, *, runtime: Runtime | None = None, max_length: int = 512, **options: Any):
+        self.max_length = max_length
+        self.token_estimate = TokenEstimate(2.0)
+        self.metrics = ServingMetrics()
+        self.seen: list[list[str]] = []
+        self.is_broken = False
+        if runtime is not None:
+            options["runtime"] = runtime
+        self.batcher = DynamicBatcher(("tiny", self.engine_name), self, self.metrics, limits, **options)
+
+    def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[Words]:
+        limit = max_length or self.max_length
+        words = [item.split() for item in inputs]
+        for index, item in enumerate(words):
+            if len(item) > limit and not truncate:
+                raise InputTooLong(f"input {index} has {len(item)} tokens", index=index)
+        return [Words(" ".join(item[:limit])) for item in words]
+
+    def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
+        texts = [entry.work.text for entry in entries]
+        self.seen.append(texts)
+        if self.is_broken or any(POISON in text for text in texts):
+            raise EngineFailed("a poisoned row")
+        vectors = np.asarray([[len(text)] for text in texts], dtype=np.float32)
+        probabilities = [np.asarray([0.25, 0.75], dtype=np.float32)] * len(texts)
+        return Outputs(vectors, probabilities, [NOT_A_NUMBER not in text for text in texts])
+
+    def check(self) -> None:
+        if self.is_broken:
+            raise EngineFailed("still broken")
+
+
+class WordModel:
+    """As much of a `ServedModel` as the path of a request needs."""
+
+    name, version, task = "m", 1, "text-classification"
+    labels = ("a", "b")
+    metric_labels = ("m", "1", "text-classification")
+    normalize_embedding = False
+    adapter_key: str | None = None
+
+    def __init__(self, lane: WordLane, *, max_length: int | None = None) -> None:
+        self.lane, self.max_length = lane, max_length
+
+
+class WordPool:
+    """One model, whatever is asked for."""
+
+    def __init__(self, *models: WordModel) -> None:
+        self._models = {model.name: model for model in models}
+        self.leases = 0
+
+    @contextlib.contextmanager
+    def lease(self, tenant: str, ref: Any) -> Iterator[WordModel]:
+        self.leases += 1
+        try:
+            yield self._models[ref.name]
+        finally:
+            self.leases -= 1

@@ -1,0 +1,94 @@
+"""The cost model: found in noise, not led astray by an outlier, following a drift slowly."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.inference.cost import CostModel, DrainRate
+
+SIZES = (8, 32, 128, 256, 512, 1024)
+fixed = st.floats(1e-5, 1e-1)
+slope = st.floats(1e-7, 1e-3)
+seeds = st.integers(0, 10_000)
+
+
+@given(fixed, slope, seeds)
+def test_a_noisy_line_is_found(fixed_s: float, per_token_s: float, seed: int) -> None:
+    noise = random.Random(seed)
+    points = [(x, (fixed_s + per_token_s * x) * noise.uniform(0.95, 1.05)) for x in SIZES]
+    model = CostModel.fit(points)
+    for tokens in SIZES:
+        assert model.seconds(tokens) == pytest.approx(fixed_s + per_token_s * tokens, rel=0.12)
+
+
+@given(st.floats(20, 2000), slope, seeds, st.integers(1, 5), st.floats(2, 20))
+def test_one_disturbed_run_does_not_spoil_the_fit(
+    fixed_tokens: float, per_token_s: float, seed: int, victim: int, slowdown: float
+) -> None:
+    noise = random.Random(seed)
+    line = [(x, per_token_s * (fixed_tokens + x)) for x in SIZES]
+    points = [(x, y * noise.uniform(0.98, 1.02)) for x, y in line]
+    points[victim] = (points[victim][0], points[victim][1] * slowdown)
+    model = CostModel.fit(points)
+    for tokens, seconds in line:
+        assert model.seconds(tokens) == pytest.approx(seconds, rel=0.2)
+
+
+@given(st.lists(st.tuples(st.integers(1, 16384), st.floats(1e-6, 100)), min_size=1, max_size=12))
+def test_whatever_was_measured_neither_term_is_negative(points: list[tuple[int, float]]) -> None:
+    model = CostModel.fit(points)
+    assert model.fixed_s > 0 and model.per_token_s > 0
+    for tokens, seconds in points:
+        model.observe(tokens, seconds)
+    assert model.fixed_s > 0 and model.per_token_s > 0
+
+
+@pytest.mark.parametrize("factor", [0.4, 3.0])
+def test_a_lasting_change_is_followed_by_small_and_large_batches_alike(factor: float) -> None:
+    model, draw = CostModel.fit([(x, 1e-3 + 2e-5 * x) for x in SIZES]), random.Random(1)
+    for _ in range(400):
+        tokens = draw.choice((16, 64, 500, 1000))
+        model.observe(tokens, factor * (1e-3 + 2e-5 * tokens))
+    assert model.fixed_s == pytest.approx(factor * 1e-3, rel=0.1)
+    assert model.per_token_s == pytest.approx(factor * 2e-5, rel=0.1)
+
+
+def test_batches_of_one_size_leave_the_prediction_for_it_right() -> None:
+    model = CostModel.fit([(x, 1e-3 + 2e-5 * x) for x in SIZES])
+    for _ in range(400):
+        model.observe(500, 0.02)
+    assert model.seconds(500) == pytest.approx(0.02, rel=0.01)
+
+
+@given(st.integers(1, 16384), st.floats(1e-6, 1000))
+def test_one_batch_moves_a_fitted_model_little(tokens: int, seconds: float) -> None:
+    model = CostModel.fit([(x, 1e-3 + 2e-5 * x) for x in SIZES])
+    before = [model.seconds(x) for x in SIZES]
+    model.observe(tokens, seconds)
+    for x, old in zip(SIZES, before, strict=True):
+        assert model.seconds(x) == pytest.approx(old, rel=0.026)
+
+
+def test_a_guess_becomes_a_measurement_within_a_few_batches() -> None:
+    model = CostModel()
+    for _ in range(60):
+        model.observe(200, 0.5)
+    assert model.seconds(200) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_queue_of_full_batches_drains_at_the_models_pace() -> None:
+    cost = CostModel.fit([(x, 1e-3 + 2e-5 * x) for x in SIZES])
+    drain = DrainRate(cost, 1024)
+    assert drain.seconds(10 * 1024, cost) == pytest.approx(10 * cost.seconds(1024))
+
+
+def test_padding_and_small_batches_slow_the_drain_down() -> None:
+    cost = CostModel.fit([(x, 1e-3 + 2e-5 * x) for x in SIZES])
+    drain = DrainRate(cost, 1024)
+    for _ in range(200):
+        drain.observe(useful=400, padded=500, fixed_tokens=cost.fixed_tokens)
+    assert drain.seconds(4000, cost) == pytest.approx(10 * cost.seconds(500), rel=0.01)

@@ -1,0 +1,180 @@
+"""A backbone's lane over a fake engine: what is measured at warm-up, what changes with the engine, who fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modeling.engines.fake import FakeEngine
+from modeling.engines.protocol import EngineBatch
+from modeling.errors import EngineFailed
+from modeling.heads import DenseLayer, TaskHead, softmax
+from service.inference.batching import BatchLimits
+from service.inference.entries import QueueEntry, Ticket
+from service.inference.errors import InferenceFailed
+from service.inference.lanes import BackboneLane, LinearLane, apply_heads
+from service.metrics import ServingMetrics
+from tests.support.world import World
+
+LIMITS = BatchLimits(1024, 32)
+
+
+def tokens_of(batch: EngineBatch) -> int:
+    return max(item.length for item in batch.inputs) * len(batch.inputs)
+
+
+@asynccontextmanager
+async def lane_over(
+    world: World, before_run: Callable[[EngineBatch], None], limits: BatchLimits = LIMITS
+) -> AsyncIterator[BackboneLane]:
+    lane = BackboneLane(world.backbone, FakeEngine(32, before_run=before_run), ServingMetrics(), limits, label="tiny")
+    lane.batcher.start()
+    try:
+        yield lane
+    finally:
+        await lane.batcher.stop()
+
+
+def test_warming_up_finds_what_a_batch_costs(world: World) -> None:
+    async def scenario() -> tuple[float, float]:
+        async with lane_over(world, lambda batch: time.sleep(0.004 + 2e-5 * tokens_of(batch))) as lane:
+            await lane.measure()
+            return lane.batcher.cost.seconds(16), lane.batcher.cost.seconds(512)
+
+    small, large = asyncio.run(scenario())
+    assert 0.003 < small < large
+    assert large > 0.01
+
+
+def test_an_engine_that_runs_out_of_memory_gets_smaller_batches(world: World) -> None:
+    def limited(batch: EngineBatch) -> None:
+        if tokens_of(batch) > 300:
+            raise EngineFailed("out of memory")
+
+    async def scenario() -> int:
+        async with lane_over(world, limited) as lane:
+            await lane.measure()
+            return lane.batcher.max_tokens
+
+    assert asyncio.run(scenario()) <= 300
+
+
+def test_an_engine_that_computes_nothing_does_not_come_up(world: World) -> None:
+    def broken(batch: EngineBatch) -> None:
+        raise EngineFailed("no device")
+
+    async def scenario() -> None:
+        async with lane_over(world, broken) as lane:
+            with pytest.raises(EngineFailed):
+                lane.check()
+            with pytest.raises(EngineFailed):
+                await lane.measure()
+
+    asyncio.run(scenario())
+
+
+def test_another_engine_takes_over_under_its_own_name_and_ends_an_outage(world: World) -> None:
+    async def scenario() -> tuple[str, bool, bool]:
+        async with lane_over(world, lambda batch: None) as lane:
+            lane.batcher.supervisor.hangs(object(), "a run has not ended")
+            was_alive = lane.batcher.is_alive
+            engine = FakeEngine(32)
+            engine.name = "faster"  # type: ignore[misc]
+            await lane.switch(engine, {})
+            return lane.batcher.name[1], was_alive, lane.batcher.is_alive
+
+    assert asyncio.run(scenario()) == ("faster/fp32", False, True)
+
+
+# Heads
+
+
+@dataclass(eq=False)
+class Headed:
+    head: TaskHead | None
+    temperature: float = 1.0
+    metric_labels: tuple[str, str, str] = ("m", "1", "t")
+    adapter_key: str | None = None
+    lane: Any = None
+
+
+def head(labels: int, seed: int) -> TaskHead:
+    weight = np.random.default_rng(seed).normal(size=(labels, 4)).astype(np.float32)
+    return TaskHead((DenseLayer(weight, np.zeros(labels, np.float32)),))
+
+
+def entries_of(models: Sequence[Any]) -> list[QueueEntry]:
+    future: Any = None
+    return [QueueEntry(Ticket(model, [], 0.0, future, 1), None, 1) for model in models]
+
+
+def test_each_row_goes_through_its_models_head_at_its_temperature() -> None:
+    first, second, bare = Headed(head(2, 1), 0.5), Headed(head(5, 2)), Headed(None)
+    vectors = np.random.default_rng(3).normal(size=(5, 4)).astype(np.float32)
+    models = [first, second, first, bare, second]
+    outputs = apply_heads(entries_of(models), vectors)
+    for model, vector, probabilities in zip(models, vectors, outputs.probabilities, strict=True):
+        if model.head is None:
+            assert probabilities is None
+        else:
+            assert probabilities is not None
+            expected = softmax(model.head.logits(vector[None])[0] / np.float32(model.temperature))
+            np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+    assert list(outputs.is_finite) == [True] * 5
+
+
+def test_rows_that_are_not_finite_are_told_from_the_others() -> None:
+    weight = np.asarray([[np.float32(3e38)] * 4], dtype=np.float32)
+    overflowing = Headed(TaskHead((DenseLayer(weight, np.zeros(1, np.float32)),)))
+    vectors = np.ones((4, 4), dtype=np.float32)
+    vectors[1, 2] = np.nan
+    outputs = apply_heads(entries_of([Headed(None), Headed(None), overflowing, Headed(head(2, 1))]), vectors)
+    assert list(outputs.is_finite) == [True, False, False, True]
+
+
+@dataclass(eq=False)
+class Linear:
+    """As much of a served baseline as its lane needs; `words` counts as margins."""
+
+    metric_labels: tuple[str, str, str] = ("m", "1", "t")
+    temperature: float = 1.0
+    adapter_key: str | None = None
+    lane: Any = None
+    seen: list[list[str]] = field(default_factory=list)
+
+    @property
+    def linear(self) -> Linear:
+        return self
+
+    def margins(self, texts: list[str]) -> Any:
+        self.seen.append(texts)
+        if "bad" in texts:
+            raise ValueError("a bug")
+        return np.asarray([[len(text.split()), 0] for text in texts], dtype=np.float32)
+
+
+def test_baselines_share_a_queue_and_a_bad_text_fails_alone() -> None:
+    async def scenario() -> list[Any]:
+        lane = LinearLane(ServingMetrics(), LIMITS)
+        lane.batcher.start()
+        tickets = []
+        for model, text in ((Linear(), "a b"), (Linear(), "bad"), (Linear(), "c")):
+            future = asyncio.get_running_loop().create_future()
+            ticket = Ticket(model, [text], time.monotonic() + 30, future, lane.max_length)
+            ticket.fill(lane.preprocess([text], truncate=True, max_length=None))
+            tickets.append(ticket)
+        lane.batcher.put(tickets)
+        await asyncio.gather(*(ticket.future for ticket in tickets), return_exceptions=True)
+        await lane.batcher.stop()
+        return [ticket.future.exception() or ticket.entries[0].probabilities for ticket in tickets]
+
+    first, failed, last = asyncio.run(scenario())
+    assert isinstance(failed, InferenceFailed)
+    assert first[0] > last[0] > 0.5

@@ -1,0 +1,176 @@
+"""The stage before the queue: bursts go together, and a bad request spoils only itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from modeling.errors import InputTooLong
+from service.inference.batching import BatchLimits
+from service.inference.entries import Ticket
+from service.inference.errors import InferenceFailed, ModelNotReady
+from service.inference.runtime import Runtime
+from service.inference.tokenizing import TokenEstimate, TokenizerStage
+from tests.support.lanes import WordLane, WordModel, Words
+from tests.support.virtual import run_virtually, virtual_runtime
+
+
+class Recording(WordLane):
+    """Keeps what every call to `preprocess` got."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(BatchLimits(1000, 100), **options)
+        self.calls: list[list[str]] = []
+
+    def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[Words]:
+        self.calls.append(list(inputs))
+        if "surrogate" in inputs:
+            raise UnicodeError("a lone surrogate")
+        return super().preprocess(inputs, truncate=truncate, max_length=max_length)
+
+
+def ticket(lane: WordLane, *texts: str, max_length: int = 100, truncate: bool = True) -> Ticket:
+    future = asyncio.get_running_loop().create_future()
+    return Ticket(WordModel(lane), list(texts), 1e9, future, max_length, truncate=truncate)
+
+
+def lengths(answered: Ticket) -> list[int]:
+    return [entry.length for entry in answered.entries]
+
+
+async def outcomes(tickets: Sequence[Ticket]) -> list[Any]:
+    found = await asyncio.gather(*(ticket.future for ticket in tickets), return_exceptions=True)
+    return [type(outcome) if isinstance(outcome, Exception) else outcome for outcome in found]
+
+
+def stage(lane_type: type[Recording] = Recording, *, threads: int = 2, seconds: float = 0.0) -> Any:
+    runtime = virtual_runtime(tokenizer_s=lambda burst: seconds)
+    lane = lane_type(runtime=runtime)
+    lane.batcher.start()
+    return lane, TokenizerStage(threads, runtime)
+
+
+def test_what_arrives_together_is_tokenised_in_one_call() -> None:
+    async def scenario() -> list[list[str]]:
+        lane, tokenizers = stage()
+        tickets = [ticket(lane, "a", "b c"), ticket(lane, "d"), ticket(lane, "e f g")]
+        for item in tickets:
+            tokenizers.submit(item)
+        assert await outcomes(tickets) == [None] * 3
+        assert [lengths(item) for item in tickets] == [[1, 2], [1], [3]]
+        await lane.batcher.stop()
+        return lane.calls
+
+    assert run_virtually(scenario()) == [["a", "b c", "d", "e f g"]]
+
+
+def test_while_the_threads_are_busy_requests_gather() -> None:
+    async def scenario() -> list[list[str]]:
+        lane, tokenizers = stage(threads=1, seconds=0.01)
+        tickets = [ticket(lane, str(number)) for number in range(5)]
+        for item in tickets:
+            tokenizers.submit(item)
+            await asyncio.sleep(0.001)
+        await outcomes(tickets)
+        await lane.batcher.stop()
+        return lane.calls
+
+    assert run_virtually(scenario()) == [["0"], ["1", "2", "3", "4"]]
+
+
+def test_a_bad_request_fails_alone() -> None:
+    async def scenario() -> list[Any]:
+        lane, tokenizers = stage()
+        tickets = [
+            ticket(lane, "a"),
+            ticket(lane, "b", "c c c", truncate=False, max_length=2),
+            ticket(lane, "d", truncate=False, max_length=2),
+            ticket(lane, "surrogate"),
+            ticket(lane, "e"),
+        ]
+        for item in tickets:
+            tokenizers.submit(item)
+        found = await outcomes(tickets)
+        error = tickets[1].future.exception()
+        assert isinstance(error, InputTooLong) and error.index == 1  # as counted in its own request
+        await lane.batcher.stop()
+        return found
+
+    assert run_virtually(scenario()) == [None, InputTooLong, None, InferenceFailed, None]
+
+
+def test_every_request_keeps_its_own_limit() -> None:
+    async def scenario() -> list[list[int]]:
+        lane, tokenizers = stage()
+        tickets = [ticket(lane, "w " * 9, max_length=limit) for limit in (3, 5, 3, 20)]
+        for item in tickets:
+            tokenizers.submit(item)
+        await outcomes(tickets)
+        await lane.batcher.stop()
+        return [lengths(item) for item in tickets]
+
+    assert run_virtually(scenario()) == [[3], [5], [3], [9]]
+
+
+def test_nothing_is_spent_on_a_request_whose_client_has_left() -> None:
+    async def scenario() -> list[list[str]]:
+        lane, tokenizers = stage(threads=1, seconds=0.01)
+        first, gone, last = ticket(lane, "a"), ticket(lane, "gone"), ticket(lane, "b")
+        tokenizers.submit(first)
+        await asyncio.sleep(0)
+        for item in (gone, last):
+            tokenizers.submit(item)
+        gone.future.cancel()
+        await outcomes([first, last])
+        await lane.batcher.stop()
+        return lane.calls
+
+    assert run_virtually(scenario()) == [["a"], ["b"]]
+
+
+def test_a_long_burst_is_split_so_that_those_behind_it_need_not_wait_for_all_of_it() -> None:
+    async def scenario() -> list[int]:
+        lane, tokenizers = stage()
+        tickets = [ticket(lane, "w " * 75_000) for _ in range(4)]
+        for item in tickets:
+            tokenizers.submit(item)
+        await outcomes(tickets)
+        await lane.batcher.stop()
+        return [len(call) for call in lane.calls]
+
+    assert run_virtually(scenario()) == [2, 2]
+
+
+def test_where_the_queue_is_closed_the_requests_fail() -> None:
+    async def scenario() -> list[Any]:
+        lane, tokenizers = stage()
+        await lane.batcher.stop()
+        tickets = [ticket(lane, "a")]
+        tokenizers.submit(tickets[0])
+        return await outcomes(tickets)
+
+    assert run_virtually(scenario()) == [ModelNotReady]
+
+
+def test_a_closed_stage_fails_what_comes() -> None:
+    async def scenario() -> list[Any]:
+        lane, tokenizers = Recording(), TokenizerStage(1, Runtime())
+        tokenizers.close()
+        tickets = [ticket(lane, "a")]
+        tokenizers.submit(tickets[0])
+        return await outcomes(tickets)
+
+    assert asyncio.run(scenario()) == [ModelNotReady]
+
+
+def test_the_estimate_follows_the_texts_and_keeps_to_the_limit() -> None:
+    estimate = TokenEstimate(4.0)
+    assert estimate.tokens(["x" * 400], 1000) == 102
+    for _ in range(300):
+        estimate.observe("x" * 400, 400, 1000)  # a token a character
+    assert 380 <= estimate.tokens(["x" * 400], 1000) <= 420
+    assert estimate.tokens(["x" * 4000, ("x" * 10, "y" * 10)], 512) < 512 + 30
+    before = estimate.tokens(["x" * 400], 1000)
+    estimate.observe("x" * 100_000, 512, 512)  # it was cut
+    assert estimate.tokens(["x" * 400], 1000) == before
