@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.addresses import is_loopback
 
 Scope = Literal["predict", "datasets", "finetune", "models:promote", "admin"]
 PREFIX = "POLYHEAD_"
@@ -141,12 +142,3 @@ def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettin
 def keep_threads_passive() -> None:
     """Compute threads sleep between runs: spinning, they take the event loop's processor. Before torch is imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -50,6 +50,16 @@ class GuardLimits:
     drain_retry_after_s: float = 5.0
 
 
+def body_limits(max_body_bytes: int, max_upload_bytes: int) -> Callable[[str, str], int]:
+    """The largest body by path and method: uploads are large, everything else is not."""
+
+    def limit(path: str, method: str) -> int:
+        is_upload = method == "POST" and path in {"/datasets", "/finetune"}
+        return max_upload_bytes if is_upload else max_body_bytes
+
+    return limit
+
+
 class DrainState:
     """What the server's shutdown and the guard tell each other.
 
