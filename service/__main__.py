@@ -29,7 +29,7 @@ def main() -> int:
     logging.getLogger("service").info(
         f"effective settings: {json.dumps(settings.public())}", extra={"action": "settings"}
     )
-    drain = DrainState()
+    drain = DrainState(is_fronted=settings.http_processes > 0)
     metrics = ServingMetrics()
     times = DrainTimes(
         settings.drain_delay_s, settings.drain_grace_s, settings.drain_delay_s + settings.drain_grace_s + 15.0

@@ -348,18 +348,18 @@ class DrainingServer(uvicorn.Server):
             logger.error("the application did not shut down in time")
 
     def _advance_drain(self, since_s: float) -> None:
-        if since_s < self.times.drain_delay_s or not self.may_refuse(since_s - self.times.drain_delay_s):
+        if since_s < self.times.drain_delay_s:
             return
-        self.state.refusing = True
+        self.begin_refusing()
         is_grace_over = since_s >= self.times.drain_delay_s + self.times.grace_s
-        if self.is_idle(since_s - self.times.drain_delay_s) or is_grace_over:
+        if self.is_idle() or is_grace_over:
             self.should_exit = True
 
-    def may_refuse(self, delay_over_s: float) -> bool:
-        """Whether refusing may begin, asked at each tick once the drain delay is over, with the seconds since."""
-        return True
+    def begin_refusing(self) -> None:
+        """The second step, at every tick once the drain delay is over."""
+        self.state.refusing = True
 
-    def is_idle(self, delay_over_s: float) -> bool:
+    def is_idle(self) -> bool:
         """Whether nobody waits for an answer any more."""
         return self.state.in_flight == 0
 

@@ -65,9 +65,11 @@ class DrainState:
 
     `draining`: served as ever, but the probe says no and connections close after their answer.
     `refusing`: new requests are refused; those in flight may finish.
+    `is_fronted`: front ends do the refusing, and what they pass on came before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_fronted: bool = False) -> None:
+        self.is_fronted = is_fronted
         self.draining = False
         self.refusing = False
         self.in_flight = 0
@@ -150,7 +152,7 @@ class RequestGuard:
     def _admit(self, scope: Scope, body: _BodyMeter) -> None:
         """Refuses what its headers alone condemn, before a byte of the body is asked for."""
         path, method = scope["path"], scope["method"]
-        if self.state.refusing and path not in PROBE_PATHS:
+        if self.state.refusing and not self.state.is_fronted and path not in PROBE_PATHS:
             raise self._draining()
         if b"content-encoding" in headers_of(scope) and _is_encoded(scope):
             raise Problem(

@@ -6,6 +6,7 @@ HTTP that comes through it is authenticated once more, but a frame is believed, 
 
 from __future__ import annotations
 
+import errno
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -35,8 +36,6 @@ INNER_HEADERS: Final = HeaderLimits(
     max_header_bytes=HeaderLimits().max_header_bytes + 1024, max_headers=HeaderLimits().max_headers + 4
 )
 """A front end adds a few to what it has already held to the limits."""
-ACKNOWLEDGE_S: Final = 1.0
-"""Front ends say that they refuse before this process does, or what they still pass on would fail; so long at most."""
 LAST_WORDS_S: Final = 1.0
 """After the grace, for front ends to answer what they give up."""
 
@@ -90,14 +89,14 @@ def serve_behind_front_ends(
         app = create_app(settings, built, drain, metrics)
         config = server_config(app, INNER_HEADERS, uds=sockets.http, lifespan="on", timeout_keep_alive=75)
         try:
-            EngineServer(config, drain, times, front_ends).run()
+            EngineServer(config, drain, replace(times, grace_s=times.grace_s + LAST_WORDS_S), front_ends).run()
         finally:
             for _, holder in held:
                 holder.close()
 
 
 class EngineServer(DrainingServer):
-    """A drain in step with the front ends: they refuse first, and this process ends when they have."""
+    """A drain in step with the front ends: they refuse, and this process ends when they have."""
 
     def __init__(self, config: uvicorn.Config, state: DrainState, times: DrainTimes, front_ends: FrontEnds) -> None:
         super().__init__(config, state, times)
@@ -107,12 +106,12 @@ class EngineServer(DrainingServer):
         super().begin_drain()
         self._front_ends.drain()
 
-    def may_refuse(self, delay_over_s: float) -> bool:
+    def begin_refusing(self) -> None:
+        super().begin_refusing()
         self._front_ends.refuse()
-        return self._front_ends.are_refusing() or delay_over_s >= ACKNOWLEDGE_S
 
-    def is_idle(self, delay_over_s: float) -> bool:
-        return super().is_idle(delay_over_s) and self._front_ends.have_ended()
+    def is_idle(self) -> bool:
+        return super().is_idle() and self._front_ends.have_ended()
 
 
 def hold(host: str, port: int) -> list[tuple[Address, socket.socket]]:
@@ -126,17 +125,19 @@ def hold(host: str, port: int) -> list[tuple[Address, socket.socket]]:
         held: list[tuple[Address, socket.socket]] = []
         for family, _, _, _, place in dict.fromkeys(found):
             address = Address(int(family), str(place[0]), held[0][0].port if held else port)
-            with closing(address.bind(is_shared=False)) as alone:
-                alone.listen(1)
-                address = replace_port(address, alone.getsockname()[1])
-            held.append((address, address.bind()))
+            try:
+                with closing(address.bind(is_shared=False)) as alone:
+                    alone.listen(1)
+                    address = Address(address.family, address.host, alone.getsockname()[1])
+                held.append((address, address.bind()))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:  # a family that this machine has not enabled
+                    raise
+        if not held:
+            raise OSError(errno.EADDRNOTAVAIL, "no such address here")
     except OSError as error:
         raise SystemExit(f"cannot listen on {host}, port {port}: {error}") from error
     return held
-
-
-def replace_port(address: Address, port: int) -> Address:
-    return Address(address.family, address.host, port)
 
 
 def configured(settings: ServingSettings, sockets: Sockets, addresses: list[Address]) -> Configuration:

@@ -24,7 +24,7 @@ from service.api.measure import RequestMetrics
 from service.front.configuration import Configuration, decode
 from service.front.link import EngineLink, make_options
 from service.front.proxy import EngineProxy
-from service.front.supervisor import DRAIN, LISTENING, REFUSE, REFUSING
+from service.front.supervisor import DRAIN, LISTENING, REFUSE
 from service.logs import set_up
 from service.server import DrainingServer, DrainTimes, HeaderLimits, exit_hard_after, server_config
 
@@ -92,7 +92,6 @@ class FrontServer(DrainingServer):
             elif word == REFUSE and not self.state.refusing:
                 self.state.refusing = True
                 self.begin_drain()
-                say(REFUSING)
         if not self.state.refusing:
             self.state.refusing = True
             self.begin_drain()

@@ -13,7 +13,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 _log = logging.getLogger("service.front")
@@ -24,7 +24,7 @@ DRAIN: Final = "drain"
 REFUSE: Final = "refuse"
 """To a front end: refuse new requests, and end when those in flight are answered."""
 LISTENING: Final = "listening"
-REFUSING: Final = "refusing"
+"""From a front end: it takes connections."""
 
 
 class Gauge(Protocol):
@@ -56,7 +56,7 @@ def restart_delay_s(deaths: int, times: RestartTimes) -> float:
 class _FrontEnd:
     number: int
     process: Process | None = None
-    said: set[str] = field(default_factory=set)
+    is_listening: bool = False
     has_listened: bool = False
 
 
@@ -81,8 +81,10 @@ class FrontEnds:
             yield
         finally:
             self._tell(REFUSE)  # so that none is started again
-            for front_end in self._front_ends:
-                if front_end.process is not None and front_end.process.stdin is not None:
+            for front_end, keeper in zip(self._front_ends, keepers, strict=True):
+                if front_end.process is None:
+                    keeper.cancel()  # it waits before a restart
+                elif front_end.process.stdin is not None:
                     front_end.process.stdin.close()
             _, late = await asyncio.wait(keepers, timeout=self._times.stop_s)
             for keeper in late:
@@ -98,10 +100,6 @@ class FrontEnds:
 
     def refuse(self) -> None:
         self._tell(REFUSE)
-
-    def are_refusing(self) -> bool:
-        """Whether none passes new requests on any more."""
-        return all(front_end.process is None or REFUSING in front_end.said for front_end in self._front_ends)
 
     def have_ended(self) -> bool:
         return all(front_end.process is None for front_end in self._front_ends)
@@ -120,7 +118,7 @@ class FrontEnds:
             started = time.monotonic()
             try:
                 status: int | str = await self._run(front_end)
-            except OSError as error:  # no memory, no process numbers: the next attempt waits longer
+            except (OSError, ValueError) as error:  # no memory, no process numbers, or a line without an end
                 status = str(error)
             if REFUSE in self._words:
                 return
@@ -143,21 +141,20 @@ class FrontEnds:
             for word in self._words:
                 _write(process, word)
             async for line in process.stdout:
-                front_end.said.add(line.decode(errors="replace").strip())
-                front_end.has_listened |= LISTENING in front_end.said
-                self._report()
+                if line.strip() == LISTENING.encode():
+                    front_end.is_listening = front_end.has_listened = True
+                    self._report()
             return await process.wait()
         finally:
             if process.returncode is None:
                 with suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-            front_end.process = None
-            front_end.said.clear()
+            front_end.process, front_end.is_listening = None, False
             self._report()
 
     def _report(self) -> None:
-        self._listening.set(sum(LISTENING in front_end.said for front_end in self._front_ends))
+        self._listening.set(sum(front_end.is_listening for front_end in self._front_ends))
 
 
 def _write(process: Process, word: str) -> None:

@@ -287,7 +287,7 @@ def test_no_request_fails_that_came_before_the_drain_ended(keyed: Server) -> Non
     outcomes: list[Outcome] = []
     is_over = threading.Event()
     key = KEYS["ours"]
-    with ThreadPoolExecutor(THREADS) as clients, Client(keyed.url, key=key) as streaming:
+    with ThreadPoolExecutor(THREADS + 1) as clients, Client(keyed.url, key=key) as streaming:
         dataset = streaming.upload("text,label\n" + "e f,x\ng h,y\n" * 50)["id"]
         events = clients.submit(stream_to_end, streaming, streaming.finetune(dataset, "never", method="baseline"))
         loops = [clients.submit(predict_until_gone, keyed.url, is_over, outcomes, key) for _ in range(THREADS - 1)]
@@ -295,6 +295,8 @@ def test_no_request_fails_that_came_before_the_drain_ended(keyed: Server) -> Non
             until(lambda: len(outcomes) > 5 * THREADS, within_s=30, what="some load")
             pids = front_ends(keyed)
             signalled = time.monotonic()
+            slow = clients.submit(send_slowly, streaming, seconds=DELAY_S + 1)
+            time.sleep(0.2)
             for pid in (*pids, keyed.pid):  # Ctrl-C reaches them all
                 os.kill(pid, signal.SIGINT)
             with httpx.Client(base_url=keyed.url, timeout=10) as probe:
@@ -307,6 +309,7 @@ def test_no_request_fails_that_came_before_the_drain_ended(keyed: Server) -> Non
         for loop in loops:
             loop.result()
         assert events.result()
+        assert slow.result() == 422  # let in before the end of the delay, passed on after it
     drain_began = signalled + DELAY_S
     early = [outcome for outcome in outcomes if outcome.started < drain_began - SENDING_S]
     late = [outcome for outcome in outcomes if outcome.started >= drain_began]
@@ -315,6 +318,17 @@ def test_no_request_fails_that_came_before_the_drain_ended(keyed: Server) -> Non
     assert {(o.status, o.code) for o in late} <= {(200, ""), (503, "draining"), (0, "gone")}
     assert DELAY_S <= ended - signalled < DELAY_S + 5
     assert not any(is_running(pid) for pid in pids)
+
+
+def send_slowly(client: Client, *, seconds: float) -> int:
+    """The status of a request that a front end leaves to the engine process, once all of it is there."""
+
+    def parts() -> Iterator[bytes]:
+        yield b'{"model": "tiny", '
+        time.sleep(seconds)
+        yield b'"inputs": 3}'
+
+    return client.http.post("/predict", content=parts(), headers=JSON).status_code
 
 
 def stream_to_end(client: Client, job: str) -> bool:
