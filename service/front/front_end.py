@@ -78,6 +78,8 @@ class FrontServer(DrainingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
+        self._link.flush()
+        await asyncio.sleep(0.01)  # what is written leaves at the end of the loop's turn
         for task in self._tasks:
             task.cancel()
 

@@ -38,6 +38,8 @@ OVERDUE_S: Final = 5.0
 """The engine process ends a request at its deadline; one that hangs is given up so much later."""
 FIRST_DELAY_S: Final = 0.05
 LONGEST_DELAY_S: Final = 2.0
+COUNT_WITHIN_S: Final = 0.02
+"""A count waits so long for a request to travel with: reading it by itself costs the engine process as much again."""
 _MAX_WAITING_COUNTS: Final = 10_000
 
 
@@ -60,6 +62,7 @@ class EngineLink:
         self._pending: dict[int, asyncio.Future[Result]] = {}
         self._ids = itertools.count(1)
         self._waiting_counts: deque[Count] = deque(maxlen=_MAX_WAITING_COUNTS)
+        self._flush_timer: asyncio.TimerHandle | None = None
         self._open = asyncio.Event()
 
     async def run(self) -> None:
@@ -108,7 +111,8 @@ class EngineLink:
         try:
             await connection.writable()
             remaining_s = deadline - time.monotonic()
-            connection.send(frame(Ask(id_, tenant, ref, list(inputs), options, remaining_s, needs_labels)))
+            ask = frame(Ask(id_, tenant, ref, list(inputs), options, remaining_s, needs_labels))
+            connection.send(self._counts() + ask if self._waiting_counts else ask)
             async with asyncio.timeout(max(0.0, remaining_s) + OVERDUE_S):
                 return await answer
         except asyncio.CancelledError:
@@ -125,18 +129,28 @@ class EngineLink:
         return Asked(tenant, ref)
 
     def count_request(self, labels: Asked | tuple[str, ...], *, status: int, seconds: float) -> None:
-        """As `ServingMetrics.count_request`. While the connection is lost, the latest are kept."""
-        count = Count(labels if isinstance(labels, Asked) else None, status, seconds)
-        if self._connection is None:
-            self._waiting_counts.append(count)
-        else:
-            self._connection.send(frame(count))
+        """As `ServingMetrics.count_request`, a moment later. While the connection is lost, the latest are kept."""
+        self._waiting_counts.append(Count(labels if isinstance(labels, Asked) else None, status, seconds))
+        if self._flush_timer is None:
+            self._flush_timer = asyncio.get_running_loop().call_later(COUNT_WITHIN_S, self.flush)
+
+    def flush(self) -> None:
+        """Sends what is counted and not yet told."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        if self._connection is not None and self._waiting_counts:
+            self._connection.send(self._counts())
+
+    def _counts(self) -> bytes:
+        found = b"".join(map(frame, self._waiting_counts))
+        self._waiting_counts.clear()
+        return found
 
     def _opened(self, connection: FrameConnection) -> None:
         self._connection = connection
         self._open.set()
-        while self._waiting_counts:
-            connection.send(frame(self._waiting_counts.popleft()))
+        self.flush()
 
     def _closed(self) -> None:
         self._connection = None

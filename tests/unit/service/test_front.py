@@ -358,7 +358,7 @@ def test_a_lost_connection_fails_what_is_in_flight_and_is_opened_again(engine: E
             engine.predictor.hold = False
             await until(lambda: link._connection is not None)
             await engine.ask("a")
-            assert engine.counted == [(("", "", ""), 503, 0.1)]
+            await until(lambda: engine.counted == [(("", "", ""), 503, 0.1)])
 
     run(main)
 
@@ -370,6 +370,21 @@ def test_counts_get_their_names_in_the_engine_process(engine: Engine) -> None:
             link.count_request(("", "", ""), status=401, seconds=0.25)
             await until(lambda: len(engine.counted) == 2)
             assert engine.counted == [(LABELS, 200, 0.5), (("", "", ""), 401, 0.25)]
+
+    run(main)
+
+
+def test_counts_travel_with_the_next_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(link_module, "COUNT_WITHIN_S", 60.0)
+        async with engine.serving(), engine.linked() as link:
+            for status in (200, 404):
+                link.count_request(("", "", ""), status=status, seconds=0.5)
+            await engine.ask("a")
+            assert [status for _, status, _ in engine.counted] == [200, 404]
+            link.count_request(("", "", ""), status=503, seconds=0.5)
+            link.flush()
+            await until(lambda: len(engine.counted) == 3)
 
     run(main)
 
