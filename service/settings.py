@@ -60,6 +60,7 @@ class ServingSettings(BaseSettings):
         "auto", description="precision of backbones; auto: whatever the engine's measurement allows"
     )
     allow_int8: bool = Field(False, description="also measure weights in int8; they serve only inside the bound")
+    allow_compile: bool = Field(False, description="also measure torch.compile; on a CPU it needs a C++ compiler")
     engine_trial_stall_s: float = Field(600.0, gt=0, le=3600, description="silence after which a measurement is ended")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where backbones run")
     adapter_slots: int = Field(32, ge=1, le=4096, description="LoRA adapters that one engine run can mix")

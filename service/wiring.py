@@ -89,6 +89,7 @@ def _selector(settings: ServingSettings, database: Database) -> EngineSelector:
     )  # fmt: skip
     policy = SelectionPolicy(
         engine=settings.engine, precision=settings.precision, allow_int8=settings.allow_int8,
+        allow_compile=settings.allow_compile,
         stall_s=settings.engine_trial_stall_s,
     )  # fmt: skip
     return EngineSelector(policy, options, settings.data_dir / "cache" / "graphs", EngineReports(database))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modeling.backbone import Backbone
+from modeling.engines.device import fingerprint, has_vnni
 from modeling.engines.graphs import GraphFiles
 from modeling.errors import EngineFailed
 
@@ -30,9 +31,10 @@ class EngineSpec:
 
     @property
     def needs_graphs(self) -> bool:
-        return self.runtime != "torch"
+        return self.runtime not in {"torch", COMPILED}
 
 
+COMPILED = "torch-compile"
 REFERENCE = EngineSpec("torch", "fp32")
 
 
@@ -46,18 +48,21 @@ class EngineOptions:
     slots_budget_bytes: int = 1 << 40
 
 
-def candidates(device: str, *, allow_int8: bool = False) -> list[EngineSpec]:
+def candidates(device: str, *, allow_int8: bool = False, allow_compile: bool = False) -> list[EngineSpec]:
     """What is installed and makes sense on `device`, the reference first."""
     from modeling.engines import onnx, openvino
 
     if device != "cpu":
         found = [REFERENCE, EngineSpec("torch", "bf16"), EngineSpec("torch", "fp16")]
+        found += [EngineSpec(COMPILED, "bf16"), EngineSpec(COMPILED, "fp16")] if allow_compile else []
         return found + ([EngineSpec("onnx")] if onnx.is_available() else [])
     found = [REFERENCE]
     has_openvino = openvino.is_available()
     is_bf16_fast = has_openvino and openvino.supports_bf16()
     if is_bf16_fast:
         found.append(EngineSpec("torch", "bf16"))
+    if allow_compile:
+        found += [EngineSpec(COMPILED)] + ([EngineSpec(COMPILED, "bf16")] if is_bf16_fast else [])
     if onnx.is_available():
         found += [EngineSpec("onnx")] + ([EngineSpec("onnx", "int8")] if allow_int8 else [])
     if has_openvino:
@@ -67,7 +72,7 @@ def candidates(device: str, *, allow_int8: bool = False) -> list[EngineSpec]:
 
 def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None, options: EngineOptions) -> Engine:
     """Opens the engine. Raises `EngineFailed` where the runtime is missing or refuses the graph."""
-    if spec.runtime == "torch":
+    if spec.runtime in {"torch", COMPILED}:
         import torch
 
         from modeling.engines.torch import TorchEngine
@@ -76,7 +81,7 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
             torch.set_num_threads(options.threads)
         return TorchEngine(
             backbone, device=options.device, precision=spec.precision, adapter_slots=options.adapter_slots,
-            slots_budget_bytes=options.slots_budget_bytes,
+            slots_budget_bytes=options.slots_budget_bytes, is_compiled=spec.runtime == COMPILED,
         )  # fmt: skip
     if files is None or not files.is_complete:
         raise EngineFailed(f"{spec} needs the exported graphs, which are not there")
@@ -84,6 +89,10 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
     if spec.runtime == "onnx":
         from modeling.engines.onnx import onnx_engine
 
+        if spec.precision == "int8":
+            from modeling.quantize import int8_graphs
+
+            files = int8_graphs(files, has_vnni=has_vnni(fingerprint(options.device)))
         return onnx_engine(
             files, precision=spec.precision, device=options.device, threads=options.threads, adapter_slots=slots,
             slots_budget_bytes=budget,

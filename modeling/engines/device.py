@@ -43,6 +43,11 @@ def fingerprint(device: str) -> DeviceFingerprint:
     return DeviceFingerprint("cpu", name or platform.processor(), cores, flags, 0, "", "", libraries)
 
 
+def has_vnni(device: DeviceFingerprint) -> bool:
+    """Whether products of 8-bit numbers are summed in 32 bits by the processor itself."""
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(device.flags)
+
+
 def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     """Model name and kernel flags from Linux's `/proc/cpuinfo` (x86 `flags`; elsewhere there are none)."""
     fields: dict[str, str] = {}

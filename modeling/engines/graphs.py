@@ -26,7 +26,7 @@ from modeling.preprocess import Encoded
 from modeling.weights import FloatArray, IntArray
 
 SLOTS_INPUT = "lora_slots"
-_EXPORT_SCHEMA = 2  # raised when the graphs change for the same weights
+_EXPORT_SCHEMA = 3  # raised when the graphs change for the same weights
 _EXPORTERS = ("torch", "onnx", "onnxscript", "transformers")
 
 
@@ -47,17 +47,24 @@ def graphs_key(digest: str) -> str:
 
 @dataclass(frozen=True)
 class GraphFiles:
-    """A backbone's export: two graphs, and a description that is written last."""
+    """A backbone's export: two graphs, and a description that is written last. `suffix` names a variant of both."""
 
     folder: Path
+    suffix: str = ""
+
+    def variant(self, suffix: str) -> GraphFiles:
+        return GraphFiles(self.folder, suffix)
 
     @property
     def bare(self) -> Path:
-        return self.folder / "backbone.onnx"
+        return self._file("backbone")
 
     @property
     def lora(self) -> Path:
-        return self.folder / "lora.onnx"
+        return self._file("lora")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / (f"{name}.{self.suffix}.onnx" if self.suffix else f"{name}.onnx")
 
     @property
     def description(self) -> Path:

@@ -27,12 +27,11 @@ class TorchEngine:
     With `is_compiled` batches without adapters run through torch.compile with dynamic shapes; the first are slow.
     """
 
-    name = "torch"
-
     def __init__(
         self, backbone: Backbone, *, device: str = "cpu", precision: str = "fp32", adapter_slots: int = 32,
         slots_budget_bytes: int = 1 << 40, is_compiled: bool = False,
     ) -> None:  # fmt: skip
+        self.name = "torch-compile" if is_compiled else "torch"
         self.device = device
         self.precision = precision
         self._pooling = backbone.info.pooling
@@ -57,8 +56,9 @@ class TorchEngine:
         for rows, keys in adapters_first(batch, capacity=self._stacks.capacity):
             try:
                 vectors[rows] = self._run(EngineBatch([batch.inputs[row] for row in rows]), keys)
-            except RuntimeError as error:
-                raise EngineFailed(f"torch could not compute a batch of {len(rows)} ({error})") from error
+            except RuntimeError as error:  # out of memory, and what torch.compile raises, are of this class
+                text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise EngineFailed(f"torch could not compute a batch of {len(rows)} ({text[:300]})") from error
         return vectors
 
     def load_adapter(self, key: str, adapter: Adapter) -> None:

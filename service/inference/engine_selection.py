@@ -20,7 +20,7 @@ from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.errors import DatabaseUnavailable
 from modeling.backbone import Backbone
 from modeling.calibration import TEXTS
-from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine, candidates
+from modeling.engines.build import COMPILED, REFERENCE, EngineOptions, EngineSpec, build_engine, candidates
 from modeling.engines.device import fingerprint
 from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.protocol import Engine
@@ -39,6 +39,7 @@ class SelectionPolicy:
     engine: str = "auto"
     precision: str = "auto"
     allow_int8: bool = False
+    allow_compile: bool = False
     stall_s: float = 600.0
     texts: int = TEXTS
     batch_tokens: int = 1024
@@ -47,10 +48,11 @@ class SelectionPolicy:
 
     @property
     def is_reference_only(self) -> bool:
-        return self.engine == "torch" and self.precision in {"auto", "fp32"}
+        return self.engine == "torch" and self.precision in {"auto", "fp32"} and not self.allow_compile
 
     def admits(self, spec: EngineSpec) -> bool:
-        return self.engine in {"auto", spec.runtime} and self.precision in {"auto", spec.precision}
+        runtime = "torch" if spec.runtime == COMPILED else spec.runtime
+        return self.engine in {"auto", runtime} and self.precision in {"auto", spec.precision}
 
 
 class EngineSelector:
@@ -116,11 +118,12 @@ class EngineSelector:
         return choice if again.engine == str(REFERENCE) else again
 
     def _candidates(self, like: Backbone | None) -> list[str]:
-        admitted = [
-            str(spec)
-            for spec in candidates(self._options.device, allow_int8=self.policy.allow_int8)
-            if self.policy.admits(spec)
-        ]
+        policy = self.policy
+        found = candidates(
+            self._options.device, allow_int8=policy.allow_int8 or policy.precision == "int8",
+            allow_compile=policy.allow_compile,
+        )  # fmt: skip
+        admitted = [str(spec) for spec in found if policy.admits(spec)]
         remembered = None if like is None else self._remembered(like)
         return [name for name in admitted if remembered is None or name == remembered.chosen]
 
@@ -128,7 +131,10 @@ class EngineSelector:
         return GraphFiles(self._cache / graphs_key(backbone.info.digest))
 
     def _device_key(self) -> str:
-        policy = {"engine": self.policy.engine, "precision": self.policy.precision, "int8": self.policy.allow_int8}
+        policy = {
+            "engine": self.policy.engine, "precision": self.policy.precision, "int8": self.policy.allow_int8,
+            "compile": self.policy.allow_compile,
+        }  # fmt: skip
         values = [self._device.key, policy, self._options.threads, self.policy.batch_tokens, asdict(self.policy.bound)]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed
 from modeling.export import export_graphs
 from modeling.preprocess import Encoded, TextPreprocessor
+from modeling.quantize import int8_graphs
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 
 TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull", "oil"]
 SLOTS = 3
-TOLERANCE = {"fp32": 3e-5, "bf16": 0.06}
+TOLERANCE = {"fp32": 3e-5, "bf16": 0.06, "int8": 0.15}
 
 Make = Callable[[], Engine]
 
@@ -42,7 +44,7 @@ def files(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Graph
     return export_graphs(backbone, tmp_path_factory.mktemp("export"))
 
 
-@pytest.fixture(params=["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
+@pytest.fixture(params=["torch", "torch-bf16", "onnx", "onnx-int8", "openvino", "openvino-bf16"])
 def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) -> Make:
     def build() -> Engine:
         match request.param:
@@ -52,6 +54,9 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
                 return TorchEngine(backbone, precision="bf16", adapter_slots=SLOTS)
             case "onnx":
                 return onnx.onnx_engine(files, threads=1, adapter_slots=SLOTS)
+            case "onnx-int8":
+                quantized = int8_graphs(files, has_vnni=True)
+                return onnx.onnx_engine(quantized, precision="int8", threads=1, adapter_slots=SLOTS)
             case "openvino":
                 return openvino.openvino_engine(files, threads=1, adapter_slots=SLOTS)
         return openvino.openvino_engine(files, precision="bf16", threads=1, adapter_slots=SLOTS)
@@ -170,6 +175,18 @@ def test_a_file_that_will_not_load_is_refused(
         broken.bare.write_bytes(content)
         with pytest.raises(EngineFailed, match=r"backbone\.onnx"):
             open_engine(broken)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_compiled_engine_equals_the_plain_one(backbone: Backbone, files: GraphFiles) -> None:
+    engine, encoded, change = TorchEngine(backbone, is_compiled=True), encode(backbone), adapters(files)["all"]
+    engine.load_adapter("a", change)
+    assert engine.name == "torch-compile"
+    for rows in (encoded, encoded[:2]):
+        vectors = engine.run(EngineBatch(rows))
+        for row, item in zip(vectors, rows, strict=True):
+            close(engine, row, merged(backbone, None, item))
+    close(engine, engine.run(EngineBatch(encoded[:1], ["a"]))[0], merged(backbone, change, encoded[0]))
 
 
 def test_no_runtime_writes_or_sends_anything_about_its_use(files: GraphFiles, tmp_path: Path) -> None:
