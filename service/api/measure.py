@@ -12,7 +12,7 @@ PREDICT_WITH: Final = "/v1/models/{model}/predict"
 EMBEDDINGS: Final = "/v1/embeddings"
 
 _PREFIX, _SUFFIX = PREDICT_WITH.split("{model}")
-_NO_MODEL = ("", "", "")
+NO_MODEL: Final = ("", "", "")
 
 
 def inference_route(path: str) -> tuple[str, str | None] | None:
@@ -56,5 +56,5 @@ class RequestMetrics:
         finally:
             state = scope.get("state", {})
             if not state.get("is_counted", False):
-                labels = state.get("metric_labels", _NO_MODEL)
+                labels = state.get("metric_labels", NO_MODEL)
                 self._metrics.count_request(labels, status=status, seconds=time.monotonic() - started)

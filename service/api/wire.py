@@ -2,8 +2,7 @@
 
 `PredictBody` takes no more than `schemas.PredictRequest`, which documents the route and words every refusal, and is
 tried before it (`direct`); so does `EmbeddingsBody` for `openai.EmbeddingsRequest`. The structs of the answer mirror
-`schemas.PredictResponse`. `test_direct.py` holds the two
-sides together.
+`schemas.PredictResponse`. `test_direct.py` holds the two sides together.
 """
 
 from __future__ import annotations

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from service.api.direct import Inference
 from service.api.guard import DrainState
+from service.api.measure import NO_MODEL, Counts
 from service.api.problems import STATUS_BY_ERROR
 from service.front.frames import (
     MAX_ANSWER_BYTES,
@@ -28,13 +30,6 @@ from service.front.frames import (
 from service.inference.errors import InferenceFailed
 
 _log = logging.getLogger("service.front")
-_NO_MODEL = ("", "", "")
-
-
-class Counts(Protocol):
-    """`ServingMetrics`."""
-
-    def count_request(self, labels: tuple[str, str, str], *, status: int, seconds: float) -> None: ...
 
 
 @asynccontextmanager
@@ -100,7 +95,7 @@ class _End(FrameConnection):
                 task_or_none.cancel()
         else:
             asked = message.asked
-            labels = _NO_MODEL if asked is None else self._services.pool.labels_of(asked.tenant, asked.ref)
+            labels = NO_MODEL if asked is None else self._services.pool.labels_of(asked.tenant, asked.ref)
             self._counts.count_request(labels, status=message.status, seconds=message.seconds)
 
     def _ended(self, id_: int) -> None:
@@ -133,6 +128,7 @@ class _End(FrameConnection):
 
 def _failed(id_: int, error: Exception) -> Failed:
     if not any(cls in STATUS_BY_ERROR for cls in type(error).__mro__):
-        _log.error("unexpected error of a prediction", exc_info=cast(Any, error))
-        return Failed(id_)
+        fault = os.urandom(8).hex()  # the front end logs it beside the request's id
+        _log.error("unexpected error of a prediction, fault %s", fault, exc_info=cast(Any, error))
+        return Failed(id_, message=fault)
     return failure(id_, error)

@@ -117,7 +117,7 @@ class Answered(Struct, frozen=True, array_like=True, tag=0):
 
 
 class Failed(Struct, frozen=True, array_like=True, tag=1):
-    """`name` is empty for a fault of ours, which stays in the log of the engine process."""
+    """`name` is empty for a fault of ours: it stays in the log of the engine process, under what `message` says."""
 
     id: int
     name: str = ""
@@ -173,7 +173,7 @@ def failure(id_: int, error: Exception) -> Failed:
 def error_of(failed: Failed) -> Exception:
     cls = ERRORS.get(failed.name)
     if cls is None:
-        return EngineFault("the engine process failed on this request; see its log")
+        return EngineFault(f"the engine process failed on this request; its log names it fault {failed.message}")
     error = cls.__new__(cls, failed.message)  # the constructors differ; what they set is in the attributes
     vars(error).update(failed.attributes)
     return error
@@ -246,6 +246,10 @@ class FrameConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._writable.set()
+
+    @property
+    def is_writable(self) -> bool:
+        return self._writable.is_set()
 
     async def writable(self) -> None:
         """Returns once little is waiting to be written, or the connection is lost."""

@@ -5,7 +5,7 @@ requests by asking the engine process in frames. Everything else goes there as H
 from __future__ import annotations
 
 import asyncio
-import os
+import io
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -109,8 +109,10 @@ def say(word: str) -> None:
 
 
 def run() -> int:
-    # Unbuffered: what comes after the first line is the server's to read.
-    configuration = decode(b"".join(iter(lambda: os.read(0, 1), b"\n")))
+    line = io.FileIO(0, closefd=False).readline()  # unbuffered: what comes after it is the server's to read
+    if not line.endswith(b"\n"):
+        return 1  # the engine process went before it had said anything
+    configuration = decode(line)
     set_up(configuration.log_level)
     drain = DrainState()
     link, proxy = EngineLink(configuration.frames_path), EngineProxy(configuration.http_path)

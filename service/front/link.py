@@ -109,11 +109,11 @@ class EngineLink:
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._pending[id_] = answer
         try:
-            await connection.writable()
-            remaining_s = deadline - time.monotonic()
-            ask = frame(Ask(id_, tenant, ref, list(inputs), options, remaining_s, needs_labels))
-            connection.send(self._counts() + ask if self._waiting_counts else ask)
-            async with asyncio.timeout(max(0.0, remaining_s) + OVERDUE_S):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + OVERDUE_S):
+                await connection.writable()
+                remaining_s = deadline - time.monotonic()
+                ask = frame(Ask(id_, tenant, ref, list(inputs), options, remaining_s, needs_labels))
+                connection.send(self._counts() + ask if self._waiting_counts else ask)
                 return await answer
         except asyncio.CancelledError:
             connection.send(frame(Cancel(id_)))
@@ -129,7 +129,7 @@ class EngineLink:
         return Asked(tenant, ref)
 
     def count_request(self, labels: Asked | tuple[str, ...], *, status: int, seconds: float) -> None:
-        """As `ServingMetrics.count_request`, a moment later. While the connection is lost, the latest are kept."""
+        """As `ServingMetrics.count_request`, a moment later. While the connection takes none, the latest are kept."""
         self._waiting_counts.append(Count(labels if isinstance(labels, Asked) else None, status, seconds))
         if self._flush_timer is None:
             self._flush_timer = asyncio.get_running_loop().call_later(COUNT_WITHIN_S, self.flush)
@@ -139,7 +139,7 @@ class EngineLink:
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
-        if self._connection is not None and self._waiting_counts:
+        if self._connection is not None and self._connection.is_writable and self._waiting_counts:
             self._connection.send(self._counts())
 
     def _counts(self) -> bytes:

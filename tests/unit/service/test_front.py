@@ -310,6 +310,7 @@ def test_a_fault_is_logged_where_it_happened(engine: Engine, caplog: pytest.LogC
             with pytest.raises(EngineFault) as raised:
                 await engine.ask("a")
             assert "secret" not in str(raised.value)
+            assert str(raised.value).split()[-1] in caplog.text  # what joins the two logs
 
     run(main)
     assert "the inner secret" in caplog.text
@@ -337,6 +338,23 @@ def test_an_engine_that_hangs_is_given_up(engine: Engine, monkeypatch: pytest.Mo
             with pytest.raises(DeadlineExceeded):
                 await engine.ask("a", allowed_s=0.01)
             await until(lambda: engine.predictor.cancelled)
+
+    run(main)
+
+
+def test_an_engine_that_does_not_read_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(link_module, "OVERDUE_S", 0.05)
+        with socket.socket(socket.AF_UNIX) as deaf:
+            deaf.bind(engine.path)
+            deaf.listen()
+            async with engine.linked() as link:
+                asked = [engine.ask("a" * 2_000_000, allowed_s=0.01) for _ in range(3)]
+                found = await asyncio.gather(*asked, return_exceptions=True)
+                assert [type(outcome) for outcome in found] == [DeadlineExceeded] * 3
+                link.count_request(("", "", ""), status=504, seconds=0.1)
+                link.flush()
+                assert len(link._waiting_counts) == 1  # kept for later, where their number is bounded
 
     run(main)
 
@@ -477,6 +495,11 @@ def test_a_front_end_is_light() -> None:
     code = f"import sys, service.front.front_end; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_front_end_that_is_told_nothing_ends() -> None:
+    command = [sys.executable, "-m", "service.front"]
+    assert subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, timeout=60).returncode == 1
 
 
 def test_the_delay_before_a_restart_grows_to_a_limit() -> None:
