@@ -130,8 +130,9 @@ def request_headers(scope: Scope, first: Message) -> Headers:
 
 
 def of_the_message(headers: Iterable[tuple[bytes, bytes]], *, also: tuple[bytes, ...] = ()) -> Headers:
-    """Without those of the connection, those that `Connection` names, and `also`; names in lower case."""
-    lowered = [(name.lower(), value) for name, value in headers]
+    """Without those of the connection, those that `Connection` names, and `also`; names in lower case, values without
+    the blanks around them, which parsers leave at the end and h11 does not send."""
+    lowered = [(name.lower(), value.strip(b" \t")) for name, value in headers]
     named = {token.strip().lower() for name, value in lowered if name == b"connection" for token in value.split(b",")}
     dropped = _OF_A_CONNECTION.union(named, also)
     return [(name, value) for name, value in lowered if name not in dropped]

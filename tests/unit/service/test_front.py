@@ -458,7 +458,7 @@ def scope_of(headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
 
 def test_headers_of_a_connection_stay_on_it() -> None:
     given_headers = [
-        (b"Connection", b"close, X-Hop"), (b"x-hop", b"1"), (b"Keep-Alive", b"5"), (b"TE", b"gzip"), (b"A", b"1"),
+        (b"Connection", b"close, X-Hop"), (b"x-hop", b"1"), (b"Keep-Alive", b"5"), (b"TE", b"gzip"), (b"A", b"1 \t"),
         (b"a", b"2"), (b"Transfer-Encoding", b"chunked"), (b"upgrade", b"h2c"),
     ]  # fmt: skip
     assert of_the_message(given_headers) == [(b"a", b"1"), (b"a", b"2")]
