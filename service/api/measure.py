@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Final
+from typing import Any, Final, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from service.metrics import ServingMetrics
 
 PREDICT: Final = "/predict"
 PREDICT_WITH: Final = "/v1/models/{model}/predict"
 EMBEDDINGS: Final = "/v1/embeddings"
 
 _PREFIX, _SUFFIX = PREDICT_WITH.split("{model}")
-_NO_MODEL = ("", "", "")
+NO_MODEL: Final = ("", "", "")
 
 
 def inference_route(path: str) -> tuple[str, str | None] | None:
@@ -28,8 +26,16 @@ def inference_route(path: str) -> tuple[str, str | None] | None:
     return None
 
 
+class Counts(Protocol):
+    """`ServingMetrics`, or what tells it."""
+
+    def count_request(self, labels: Any, *, status: int, seconds: float) -> None: ...
+
+
 class RequestMetrics:
-    def __init__(self, app: ASGIApp, metrics: ServingMetrics) -> None:
+    """A request whose state says `is_counted` is left out: another process counts it."""
+
+    def __init__(self, app: ASGIApp, metrics: Counts) -> None:
         self._app = app
         self._metrics = metrics
 
@@ -48,5 +54,7 @@ class RequestMetrics:
         try:
             await self._app(scope, receive, watch)
         finally:
-            labels = scope.get("state", {}).get("metric_labels", _NO_MODEL)
-            self._metrics.count_request(labels, status=status, seconds=time.monotonic() - started)
+            state = scope.get("state", {})
+            if not state.get("is_counted", False):
+                labels = state.get("metric_labels", NO_MODEL)
+                self._metrics.count_request(labels, status=status, seconds=time.monotonic() - started)

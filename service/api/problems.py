@@ -11,16 +11,20 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from model_registry import errors as registry
+from modeling import errors as modeling
+from service.inference import errors as inference
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
 
 logger = logging.getLogger("service")
 
@@ -36,6 +40,15 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     registry.ArtifactError: (409, "artifact_invalid"),
     registry.StoreFull: (507, "storage_full"),
     registry.DatabaseUnavailable: (503, "database_unavailable"),
+    inference.EmptyInput: (400, "empty_input"),
+    inference.BatchTooLarge: (413, "payload_too_large"),
+    inference.QueueFull: (429, "queue_full"),
+    inference.ModelNotReady: (503, "model_not_ready"),
+    inference.MemoryBudgetExceeded: (409, "memory_budget_exceeded"),
+    inference.DeadlineExceeded: (504, "deadline_exceeded"),
+    inference.NotPredictable: (422, "invalid_request"),
+    inference.InferenceFailed: (500, "inference_failed"),
+    modeling.InputTooLong: (422, "input_too_long"),
 }
 """Status and code by error class; a subclass not listed answers as its nearest listed parent."""
 
@@ -155,6 +168,8 @@ def problem_of_validation(error: RequestValidationError) -> Problem:
 
 def install(app: FastAPI) -> None:
     """Makes every error of `app` a problem document. Call it after `STATUS_BY_ERROR` is complete."""
+    from fastapi.exceptions import RequestValidationError  # a front end answers problems without the framework
+
     mapped: list[type[Exception]] = [Problem, *STATUS_BY_ERROR]
     for cls in mapped:
         app.add_exception_handler(cls, _answer_mapped)
@@ -169,7 +184,7 @@ async def _answer_mapped(request: Request, error: Exception) -> Response:
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:
-    return _respond(request.scope, problem_of_validation(cast(RequestValidationError, error)))
+    return _respond(request.scope, problem_of_validation(cast("RequestValidationError", error)))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

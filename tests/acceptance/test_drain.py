@@ -66,9 +66,9 @@ def test_an_idle_server_without_a_delay_ends_at_once(lone: Service) -> None:
         assert server.terminate(within_s=GRACE_S) == 0
 
 
-def predict_until_gone(url: str, is_over: threading.Event, outcomes: list[Outcome]) -> None:
+def predict_until_gone(url: str, is_over: threading.Event, outcomes: list[Outcome], key: str | None = None) -> None:
     body = {"model": "tiny", "inputs": ["a good film"] * 16, "parameters": {"return_embedding": True}}
-    with Client(url) as client:
+    with Client(url, key=key) as client:
         while not is_over.is_set():
             started = time.monotonic()
             try:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from model_registry.errors import DatabaseUnavailable, ModelNotFound
-from service.api import predict, wire
+from service.api import answers, wire
 from service.api.compat import openai
 from service.api.direct import DirectRoutes
 from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH, inference_route
@@ -316,10 +316,7 @@ def test_requests_are_counted_alike() -> None:
 
 
 class Unwanted:
-    """In the framework's place, with its state."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
+    """In the framework's place."""
 
     async def __call__(self, *_: Any) -> None:
         raise AssertionError("the framework was asked")
@@ -330,7 +327,7 @@ def test_well_formed_bodies_do_not_reach_the_framework(
 ) -> None:
     direct = cast(Any, under_test.app).app._app._app
     assert isinstance(direct, DirectRoutes)
-    monkeypatch.setattr(direct, "_app", Unwanted(direct._app.state))
+    monkeypatch.setattr(direct, "_app", Unwanted())
     for path, body in GOOD.items():
         assert under_test.ask(path, body).status == 200
         assert under_test.ask(path, body, headers={"content-type": "application/json; charset=UTF-8"}).status == 200
@@ -341,8 +338,8 @@ def test_well_formed_bodies_do_not_reach_the_framework(
 @settings(max_examples=1000, deadline=None)
 def test_the_decoders_take_no_more_than_the_models(content: bytes) -> None:
     for decode, parse in (
-        (predict.DIRECT.decode, lambda content: PredictRequest.model_validate(json.loads(content))),
-        (openai.DIRECT.decode, openai._parse),
+        (wire.decode_predict, lambda content: PredictRequest.model_validate(json.loads(content))),
+        (wire.decode_embeddings, openai._parse),
     ):
         try:
             body = decode(content)
@@ -353,12 +350,12 @@ def test_the_decoders_take_no_more_than_the_models(content: bytes) -> None:
 
 @given(good_predicts, st.booleans())
 def test_the_decoder_takes_good_predictions(body: Any, ascii_only: bool) -> None:
-    predict.DIRECT.decode(json.dumps(body, ensure_ascii=ascii_only).encode())
+    wire.decode_predict(json.dumps(body, ensure_ascii=ascii_only).encode())
 
 
 @given(good_embeddings, st.booleans())
 def test_the_decoder_takes_good_embeddings(body: Any, ascii_only: bool) -> None:
-    openai.DIRECT.decode(json.dumps(body, ensure_ascii=ascii_only).encode())
+    wire.decode_embeddings(json.dumps(body, ensure_ascii=ascii_only).encode())
 
 
 def fields(body: Any) -> Any:
@@ -402,7 +399,7 @@ def test_requests_have_one_schema() -> None:
     assert {"type": "string"} in decoded["properties"]["inputs"]["anyOf"]
     del decoded["properties"]["inputs"], documented["properties"]["inputs"]  # a union that msgspec cannot say
     assert decoded == documented
-    decoded, documented = shapes(openai.EmbeddingsBody, openai.EmbeddingsRequest)
+    decoded, documented = shapes(wire.EmbeddingsBody, openai.EmbeddingsRequest)
     del decoded["properties"]["dimensions"], documented["properties"]["dimensions"]
     assert decoded == documented | {"additionalProperties": False}
 
@@ -452,7 +449,7 @@ predictions = st.builds(
 @given(st.lists(predictions, max_size=4), st.none() | st.integers(1, 10**8))
 def test_the_answer_is_the_documented_one(rows: list[Prediction], version: int | None) -> None:
     result = PredictResult("m", version, "task", rows, 5, "torch", 1, Timings(0.0, 0.0, 0.0, 0.0))
-    written = json.loads(predict._encoded(result))
+    written = json.loads(answers._encoded(result))
     assert written["predictions"] == [
         {
             "index": index, "label": row.label, "score": row.score,
@@ -472,7 +469,7 @@ def test_the_answer_is_the_documented_one(rows: list[Prediction], version: int |
 def test_vectors_of_any_layout(dtype: Any) -> None:
     vector = np.arange(8, dtype=dtype)[::2]
     assert json.loads(bytes(wire.decimals(vector))) == [0.0, 2.0, 4.0, 6.0]
-    assert np.frombuffer(base64.b64decode(json.loads(wire.encode(openai._in_base64(vector)))), "<f4").tolist() == [
+    assert np.frombuffer(base64.b64decode(json.loads(wire.encode(wire.in_base64(vector)))), "<f4").tolist() == [
         0.0, 2.0, 4.0, 6.0,
     ]  # fmt: skip
 

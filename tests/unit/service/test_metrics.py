@@ -48,6 +48,8 @@ CONTRACT = {
     "adapter_slots_bytes": ("backbone",),
     "worker_restarts_total": ENGINE_LABELS,
     "finetune_jobs": ("state",),
+    "front_ends": (),
+    "front_end_restarts_total": (),
     "prediction_confidence": REQUEST_LABELS,
 }
 
