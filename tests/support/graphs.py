@@ -66,7 +66,7 @@ def expected(path: Path, inputs: Mapping[str, np.ndarray]) -> FloatArray:
 
 def save(
     path: Path, nodes: Sequence[NodeProto], inputs: Sequence[onnx.ValueInfoProto], weights: Mapping[str, np.ndarray],
-    *, output: Sequence[int | str],
+    *, output: Sequence[int | str | None],
 ) -> Path:  # fmt: skip
     initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
     pooled = helper.make_tensor_value_info("pooled", TensorProto.FLOAT, output)

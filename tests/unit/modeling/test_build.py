@@ -32,6 +32,7 @@ def test_a_gpu_gets_onnx_in_every_precision_where_its_build_is_installed(monkeyp
     assert names("cuda") == ["torch/fp32", "torch/bf16", "torch/fp16"]
     monkeypatch.setattr(onnx, "has_gpu_build", lambda: True)
     assert names("cuda")[3:] == ["onnx/fp32", "onnx/bf16", "onnx/fp16"]
+    assert names("cuda", allow_cuda_graphs=True)[6:] == ["onnx-graphs/bf16", "onnx-graphs/fp16"]
     assert names("cuda", allow_tensorrt=True)[6:] == ["tensorrt/bf16", "tensorrt/fp16"]
     assert names("cuda", allow_int8=True) == names("cuda")
 
@@ -46,6 +47,7 @@ def test_tensorrt_is_never_a_candidate_on_a_cpu() -> None:
     ("spec", "missing"),
     [
         ("onnx/fp32", "no CUDAExecutionProvider"), ("onnx/fp16", "no CUDAExecutionProvider"),
+        ("onnx-graphs/fp16", "no CUDAExecutionProvider"),
         ("onnx/int8", "not converted to int8"), ("tensorrt/fp16", "no TensorrtExecutionProvider"),
         ("tensorrt/int8", "not in int8"),
     ],

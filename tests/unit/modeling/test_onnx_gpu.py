@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modeling.adapters import Adapter
 from modeling.engines import providers
 from modeling.engines.graphs import SLOTS_INPUT, GraphFiles
 from modeling.engines.onnx_gpu import GpuSession, cuda_engine, cuda_session, device_id, pad_to
@@ -188,28 +190,40 @@ def test_a_missing_provider_is_named_with_what_to_install(pooled: Path) -> None:
         cuda_session(pooled, pad_id=0, precision="fp32", device_id=0)
 
 
-@pytest.fixture
-def no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which everything runs but nothing can be captured."""
-    refused = providers.cuda(has_graphs=True)
+def refuse_to_capture(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Everything runs, on the CPU, but only the first sessions can be captured."""
+    refused, captured = providers.cuda(has_graphs=True), itertools.count()
 
     def plan(*, has_graphs: bool, **_: object) -> SessionPlan:
-        return refused if has_graphs else ON_CPU
+        return refused if has_graphs and next(captured) >= after else ON_CPU
 
     monkeypatch.setattr(providers, "cuda", plan)
 
 
-@pytest.mark.usefixtures("no_capture")
-def test_without_capture_the_backbone_is_refused_and_adapters_are_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def files(tmp_path: Path) -> GraphFiles:
     files = GraphFiles(tmp_path)
     graphs.write_pooled(files.bare)
     graphs.write_pooled(files.lora, has_stack=True)
     files.description.write_text('{"layout": {"groups": []}, "pad_id": 0, "hidden_size": 6}')
+    return files
+
+
+def test_a_backbone_that_cannot_be_captured_is_refused(files: GraphFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_capture(monkeypatch, after=0)
     assert cuda_engine(files).name == "onnx"
     with pytest.raises(EngineFailed, match="no CUDAExecutionProvider"):
         cuda_engine(files, ladder=LADDER)
+
+
+def test_adapters_that_cannot_be_captured_run_without(
+    files: GraphFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse_to_capture(monkeypatch, after=1)
+    engine = cuda_engine(files, ladder=LADDER)
+    assert engine.name == "onnx-graphs" and caplog.text == ""
+    engine.load_adapter("a", Adapter(1, {}))
+    assert "adapters run without CUDA graphs" in caplog.text
 
 
 def test_devices_have_numbers() -> None:

@@ -106,7 +106,7 @@ def test_a_cpu_loads_fp16_though_it_gains_nothing(block: Path) -> None:
 
 
 def test_softmax_inside_of_attention_is_float32_too(tmp_path: Path) -> None:
-    shape = ["batch", 2, "length", 8]
+    shape: list[int | str | None] = ["batch", 2, "length", 8]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("q", "k", "v")]
     path = save(
         tmp_path / "a.onnx", [helper.make_node("Attention", ["q", "k", "v"], ["pooled"])], inputs, {}, output=shape
