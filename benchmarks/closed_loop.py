@@ -33,10 +33,10 @@ def run(options: Namespace) -> None:
             for connections, per_request in options.loads:
                 bodies = mixes.embedding_bodies(texts, BACKBONE, per_request=per_request)
                 file = mixes.write_bodies(bodies, Path(folder, f"{mix}-{per_request}"))
-                # A request of many texts takes seconds; what is under way at the end of the run does not count.
-                seconds = options.seconds * (1 if per_request == 1 else 3)
                 for number, server in rounds(servers, options.repeats):
-                    seen = wrk.drive(server.url, file, connections=connections, seconds=seconds, settle=server.settle)
+                    seen = wrk.drive(
+                        server.url, file, connections=connections, seconds=options.seconds, settle=server.settle
+                    )
                     rows.append(
                         {"server": server.label, "mix": mix, "connections": connections, "texts": per_request,
                          "round": number, "texts_per_s": seen.requests_per_s * per_request, **asdict(seen)}

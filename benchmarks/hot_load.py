@@ -11,7 +11,7 @@ import asyncio
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -43,24 +43,34 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    rows = []
-    for kind in options.kinds:
-        every_s = options.full_every if kind == "full" else options.every
-        swaps = max(1, int(options.seconds / every_s))
-        with tempfile.TemporaryDirectory(prefix="polyhead-bench-") as folder:
-            data_dir = Path(folder, "data")
-            _publish(data_dir, kind, versions=1 + swaps * options.repeats)
-            with started_with_data(options.server, data_dir, settings=OPEN_ADMISSION) as server:
-                for mix in options.mixes:
-                    bodies = mixes.predict_bodies(mixes.texts(mix, options.data), [kind])
-                    offered = options.share * peak(server, server.predict_url, bodies, options.seconds)
-                    for number in range(options.repeats):
-                        for count in (0, swaps):
-                            row = _round(server, bodies, offered, options.seconds, _Swaps(server, kind, count, every_s))
-                            rows.append({"kind": kind, "mix": mix, "round": number, **row})
-                            print(rows[-1], flush=True)
-                about = server.describe(Path())
+    every_s = {kind: options.full_every if kind == "full" else options.every for kind in options.kinds}
+    swaps = {kind: max(1, int(options.seconds / every_s[kind])) for kind in options.kinds}
+    with tempfile.TemporaryDirectory(prefix="polyhead-bench-") as folder:
+        data_dir = Path(folder, "data")
+        rounds = options.repeats * len(options.mixes)
+        _publish(data_dir, {kind: 1 + rounds * swaps[kind] for kind in options.kinds})
+        with started_with_data(options.server, data_dir, settings=OPEN_ADMISSION) as server:
+            about = server.describe(Path())
+            rows = [
+                {"kind": kind, "mix": mix, **row}
+                for kind in options.kinds
+                for mix in options.mixes
+                for row in _rounds(server, kind, mix, options, swaps=swaps[kind], every_s=every_s[kind])
+            ]
     write_results(options.name, {"benchmark": "hot_load", "servers": {options.server.label: about}, "rows": rows})
+
+
+def _rounds(
+    server: Server, kind: str, mix: str, options: Namespace, *, swaps: int, every_s: float
+) -> Iterator[dict[str, object]]:
+    """Without swaps and with, in turn. The model has the name of its kind."""
+    bodies = mixes.predict_bodies(mixes.texts(mix, options.data), [kind])
+    offered = options.share * peak(server, server.predict_url, bodies, options.seconds)
+    for number in range(options.repeats):
+        for count in (0, swaps):
+            row = _round(server, bodies, offered, options.seconds, _Swaps(server, kind, count, every_s))
+            print(kind, mix, row, flush=True)
+            yield {"round": number, **row}
 
 
 def stale(samples: Sequence[rate.Sample], promotions: Sequence[tuple[float, int]]) -> int:
@@ -115,8 +125,9 @@ def _round(server: Server, bodies: Sequence[bytes], offered: float, seconds: flo
     }
 
 
-def _publish(data_dir: Path, kind: VersionKind, *, versions: int) -> None:
+def _publish(data_dir: Path, versions: dict[VersionKind, int]) -> None:
     publisher = Publisher(data_dir)
-    for seed in range(versions):
-        publisher.publish(kind, kind, seed=seed)
+    for kind, count in versions.items():
+        for seed in range(count):
+            publisher.publish(kind, kind, seed=seed)
     publisher.close()

@@ -56,7 +56,7 @@ def open_loop(result: Mapping[str, Any]) -> Any:
     figure, axes = _panels(list(dict.fromkeys(row["mix"] for row in rows)))
     for axis, mix in zip(axes, dict.fromkeys(row["mix"] for row in rows), strict=True):
         _lines(axis, [row for row in rows if row["mix"] == mix], "share", "p99_ms")
-        axis.set(title=f"{mix} texts", xlabel="rate offered, as a share of the best peer's most", ylabel="p99, ms")
+        axis.set(title=f"{mix} texts", xlabel="rate offered ÷ best peer's most", ylabel="p99, ms")
         axis.set_yscale("log")
         axis.legend()
     return figure

@@ -11,15 +11,17 @@ from pathlib import Path
 
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 _TIMEOUT_S = 120
+_LONGEST_S = 80.0
+_SPANNED = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class ClosedLoop:
     """What wrk saw. Every request was answered with 2xx.
 
-    `requests_per_s` is connections / mean latency (Little's law): what was under way at the end counts neither as a
-    request nor as time. A plain count is coarse where a batch answers all connections at once: 10 s of batches of a
-    second are 9 or 10 of them. `counted_per_s` is that count.
+    `requests_per_s` is the slope of a line through the answers, their number against their time. A plain count,
+    `counted_per_s`, is coarse where one batch answers all connections at once: ten seconds of batches of 1.1 s hold
+    nine of them, whatever had been done of the tenth.
     """
 
     requests: int
@@ -36,29 +38,54 @@ def drive(
 ) -> ClosedLoop:
     """Exits where any request fails: a server that refuses quickly is not fast.
 
-    `settle` returns once the server has done with what the warm-up left under way.
+    `settle` returns once the server has done with what a run left under way. A run in which there was no answer for
+    a fifth of the time holds too few batches and is repeated at twice the length.
     """
     _run(url, bodies, connections, warm_up_s)
-    settle()
-    return parse(_run(url, bodies, connections, seconds), connections=connections, url=url)
+    while True:
+        settle()
+        figures = read(_run(url, bodies, connections, seconds), url)
+        if spans(figures) or seconds >= _LONGEST_S:
+            return as_closed_loop(figures)
+        seconds *= 2
 
 
-def parse(output: str, *, connections: int, url: str = "") -> ClosedLoop:
+def read(output: str, url: str = "") -> dict[str, float]:
+    """wrk.lua's line among wrk's own."""
     line = next((line for line in output.splitlines() if line.startswith("{")), None)
     if line is None:
         raise SystemExit(f"wrk printed no figures for {url}:\n{output[-2000:]}")
-    figures = json.loads(line)
-    if figures["refused"] or figures["broken"] or not figures["requests"]:
+    figures: dict[str, float] = json.loads(line)
+    if figures["refused"] or figures["broken"]:
         raise SystemExit(
             f"{url}: of {figures['requests']} requests {figures['refused']} were not answered with 2xx, "
             f"{figures['broken']} failed or timed out"
         )
+    return figures
+
+
+def spans(figures: dict[str, float]) -> bool:
+    """Whether answers came over most of the run, from the first to the last."""
+    return figures["t_last"] - figures["t_first"] >= _SPANNED * figures["duration_us"] / 1e6
+
+
+def as_closed_loop(figures: dict[str, float]) -> ClosedLoop:
+    if not figures["requests"]:
+        raise SystemExit(f"not one answer in {figures['duration_us'] / 1e6:.0f} s")
+    counted = figures["requests"] / figures["duration_us"] * 1e6
     return ClosedLoop(
-        figures["requests"],
-        connections / figures["mean_us"] * 1e6,
-        figures["requests"] / figures["duration_us"] * 1e6,
+        int(figures["requests"]),
+        slope(figures) if spans(figures) else counted,
+        counted,
         *(figures[f"{name}_us"] / 1e3 for name in ("p50", "p95", "p99", "max")),
     )
+
+
+def slope(figures: dict[str, float]) -> float:
+    """Least squares of the answers' numbers 1 … n over their times. Bursts of equal size lie on a line exactly."""
+    n, sum_t = figures["n"], figures["sum_t"]
+    sum_i = n * (n + 1) / 2
+    return (n * figures["sum_ti"] - sum_t * sum_i) / (n * figures["sum_tt"] - sum_t**2)
 
 
 def _run(url: str, bodies: Path, connections: int, seconds: float) -> str:

@@ -3,34 +3,68 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import hot_load, rate, replay, wrk
 from benchmarks.rate import Sample
 
-LINE = {
-    "requests": 640, "duration_us": 10_000_000, "mean_us": 900_000.0, "p50_us": 880_000, "p95_us": 950_000,
-    "p99_us": 990_000, "max_us": 1_000_000, "refused": 0, "broken": 0,
-}  # fmt: skip
+
+def figures_of(times: Sequence[float], *, duration_s: float) -> dict[str, float]:
+    """What wrk.lua prints for answers at `times`."""
+    return {
+        "requests": len(times), "duration_us": duration_s * 1e6, "p50_us": 880_000, "p95_us": 950_000,
+        "p99_us": 990_000, "max_us": 1_000_000, "refused": 0, "broken": 0, "n": len(times),
+        "t_first": min(times, default=0), "t_last": max(times, default=0), "sum_t": sum(times),
+        "sum_tt": sum(t * t for t in times), "sum_ti": sum(t * i for i, t in enumerate(times, 1)),
+    }  # fmt: skip
+
+
+def bursts(count: int, *, rows: int, every_s: float) -> list[float]:
+    return [every_s * (1 + number // rows) for number in range(count * rows)]
 
 
 def test_wrk_line_among_its_other_output() -> None:
-    seen = wrk.parse(f"Running 10s test\n  640 requests in 10s\n{json.dumps(LINE)}\n", connections=64)
-    assert (seen.requests, seen.counted_per_s) == (640, 64.0)
-    assert seen.requests_per_s == pytest.approx(64 / 0.9)  # what was under way at the end does not count
+    figures = figures_of([1.0, 9.5], duration_s=10)
+    assert wrk.read(f"Running 10s test\n  2 requests in 10s\n{json.dumps(figures)}\n") == figures
+    seen = wrk.as_closed_loop(figures)
+    assert (seen.requests, seen.counted_per_s) == (2, pytest.approx(0.2))
     assert (seen.p50_ms, seen.p99_ms, seen.max_ms) == (880.0, 990.0, 1000.0)
 
 
-@pytest.mark.parametrize("fault", [{"refused": 1}, {"broken": 2}, {"requests": 0}])
+def test_the_rate_of_bursts_is_exact_where_a_count_is_coarse() -> None:
+    seen = wrk.as_closed_loop(figures_of(bursts(9, rows=64, every_s=1.1), duration_s=10))
+    assert seen.requests_per_s == pytest.approx(64 / 1.1)
+    assert seen.counted_per_s == pytest.approx(57.6)
+
+
+@given(st.integers(2, 500), st.floats(0.01, 5))
+def test_the_rate_of_an_even_stream_is_its_rate(count: int, every_s: float) -> None:
+    figures = figures_of(bursts(count, rows=1, every_s=every_s), duration_s=count * every_s)
+    assert wrk.slope(figures) == pytest.approx(1 / every_s)
+
+
+def test_too_few_batches_are_counted_and_ask_for_a_longer_run() -> None:
+    figures = figures_of([0.1] * 4, duration_s=4)  # a quick first batch, and one that outlasts the run
+    assert not wrk.spans(figures)
+    assert wrk.as_closed_loop(figures).requests_per_s == 1.0
+    assert wrk.spans(figures_of([0.1, 3.9], duration_s=4))
+    with pytest.raises(SystemExit, match="not one answer"):
+        wrk.as_closed_loop(figures_of([], duration_s=4))
+
+
+@pytest.mark.parametrize("fault", [{"refused": 1}, {"broken": 2}])
 def test_a_run_in_which_a_request_failed_is_no_measurement(fault: dict[str, int]) -> None:
     with pytest.raises(SystemExit, match="not answered with 2xx"):
-        wrk.parse(json.dumps(LINE | fault), connections=64)
+        wrk.read(json.dumps(figures_of([1.0], duration_s=1) | fault))
 
 
 def test_wrk_that_printed_nothing() -> None:
     with pytest.raises(SystemExit, match="connection refused"):
-        wrk.parse("connection refused", connections=1)
+        wrk.read("connection refused")
 
 
 def test_requests_are_due_at_even_distances() -> None:
@@ -89,9 +123,9 @@ def test_replayed_batches_have_the_logged_shapes() -> None:
     assert [item.length for item in mixed.inputs] == [8, 6]
     assert (mixed.adapters, bare.adapters) == ((None, "a"), None)
 
-    seen = wrk.parse(json.dumps(LINE | {"mean_us": 16_000_000.0}), connections=64)  # 4 a second
+    seen = wrk.as_closed_loop(figures_of(bursts(40, rows=1, every_s=0.25), duration_s=10))
     figures = replay.figures(batches, seen, replay_s=0.8)
-    assert (figures["http_texts_per_s"], figures["replay_texts_per_s"]) == (4.0, 5.0)
+    assert (figures["http_texts_per_s"], figures["replay_texts_per_s"]) == pytest.approx((4.0, 5.0))
     assert figures["ratio"] == pytest.approx(0.8)
     assert figures["padding"] == pytest.approx(1 - 28 / 32)
     assert figures["engine_busy"] == pytest.approx(1.0)

@@ -29,10 +29,10 @@ print("serving: up", os.getpid(), flush=True)
 Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
 """
 IDLE = """
-import os, signal, sys
+import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("worker: term", flush=True), sys.exit(0)))
 print("worker: up", os.getpid(), flush=True)
-while True: signal.pause()
+while True: time.sleep(0.05)  # not signal.pause(): a signal just before it would wake nobody
 """
 STUBBORN = """
 import signal, subprocess, sys
@@ -44,8 +44,9 @@ while True: signal.pause()
 DYING = "print('line one'); print('the reason it died'); raise SystemExit(3)"
 
 MAIN = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, here and in all that is started
 from polyhead.supervise import Program, Supervisor, Times
 serving, worker, folder, times = json.loads(sys.argv[1])
 programs = tuple(
@@ -147,7 +148,7 @@ def test_a_child_that_dies_is_started_again(start: Callable[..., Up]) -> None:
 
 
 def test_a_restart_waits_longer_each_time(start: Callable[..., Up]) -> None:
-    dies_later = IDLE.replace("while True: signal.pause()", "import time; time.sleep(0.5); sys.exit(4)")
+    dies_later = IDLE.replace("while True: time.sleep(0.05)", "time.sleep(0.5); sys.exit(4)")
     up = start(worker=dies_later)
     up.until(lambda: "starting it again in 0.2 s" in up.said() or up.process.poll() is not None)
     if up.process.poll() is None:
