@@ -42,9 +42,11 @@ def low_precision_graphs(files: GraphFiles, precision: str) -> GraphFiles:
             temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
             try:
                 onnx.save(lower(onnx.load(source), precision), temporary)
+                temporary.replace(target)
             except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
                 raise EngineFailed(f"{source.name} could not be converted to {precision}") from error
-            temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
     return lowered
 
 

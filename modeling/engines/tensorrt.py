@@ -55,6 +55,7 @@ def build_tensorrt(files: GraphFiles, *, digest: str, max_length: int, precision
     Raises `EngineFailed`, with what to install where something is missing.
     """
     plans = _plans(files, digest=digest, max_length=max_length, precision=precision, device=device)
+    low_precision_graphs(files, precision)  # for the adapters, so that none of them waits for it
     return fill_caches(files.bare, plans)
 
 

@@ -195,6 +195,14 @@ def test_serving_compiles_nothing(files: GraphFiles, monkeypatch: pytest.MonkeyP
     assert opened[-2:] == [plan.engine for plan in plans]
 
 
+def test_building_leaves_the_adapters_graph_too(files: GraphFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs.write_pooled(files.lora, has_stack=True)
+    plans = [on_cpu(plan, []) for plan in plans_of(files)]
+    monkeypatch.setattr(tensorrt, "_plans", lambda *_, **__: plans)
+    build_tensorrt(files, digest="d", max_length=256, precision="fp16")
+    assert files.variant("fp16").lora.is_file() and all(plan.engine.is_dir() for plan in plans)
+
+
 def test_the_librarys_number_reads_as_a_version() -> None:
     assert version_text(101601) == "10.16.1"
     assert version_text(110400) == "11.4.0"
