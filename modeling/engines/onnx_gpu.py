@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -81,24 +80,18 @@ class GpuSession:
     """One graph by a plan that begins with a GPU's provider; any other plan takes the same ways through this code.
 
     A batch that fits a bucket of `ladder` is padded to it and runs in the bucket's own buffers; with CUDA graphs that
-    is one launch, captured at the bucket's first batch, in place of hundreds. Other batches run as they are. At most
-    `max_buckets` are kept (default: all of the ladder), the least recently used given up first; ONNX Runtime's CUDA
-    provider may keep what it captured for them until the session ends, so a smaller bound saves buffers only.
+    is one launch, captured at the bucket's first batch, in place of hundreds. Other batches run as they are.
 
     Called from one thread at a time. ONNX Runtime captures per thread: another thread captures anew.
     """
 
-    def __init__(
-        self, model_file: Path, plan: SessionPlan, *, pad_id: int, ladder: Ladder | None = None,
-        max_buckets: int | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model_file: Path, plan: SessionPlan, *, pad_id: int, ladder: Ladder | None = None) -> None:
         self._session = open_session(model_file, plan)
         self._plan, self._pad_id, self._ladder = plan, pad_id, ladder
-        self._max_buckets = max_buckets or (len(ladder) if ladder else 0)
         self._inputs = {node.name for node in self._session.get_inputs()}
         (output,) = self._session.get_outputs()
         self._output, self._hidden_size = output.name, int(output.shape[-1])
-        self._buckets: OrderedDict[Bucket, _Buffers] = OrderedDict()  # oldest use first
+        self._buckets: dict[Bucket, _Buffers] = {}
         # A number is never used again: its graph would replay with the addresses of buffers that are gone.
         self._graph_ids = itertools.count(1)
         self._stacks: dict[str, Any] = {}
@@ -119,8 +112,8 @@ class GpuSession:
         for name, stack in stacks.items():
             kept = self._stacks.get(name)
             if kept is None or tuple(kept.shape()) != stack.shape:
+                self._forget_buckets()
                 self._stacks[name] = kept = self._allocate(stack.shape, stack.dtype)
-                self._forget_all()
             kept.update_inplace(stack)
 
     def memory_bytes(self) -> int:
@@ -147,10 +140,7 @@ class GpuSession:
         """The bucket's, made at its first batch."""
         buffers = self._buckets.get(bucket)
         if buffers is None:
-            while len(self._buckets) >= self._max_buckets:
-                self._forget(next(iter(self._buckets)))
             buffers = self._buckets[bucket] = self._new_buffers(bucket, tokens)
-        self._buckets.move_to_end(bucket)
         return buffers
 
     def _new_buffers(self, bucket: Bucket, tokens: Mapping[str, IntArray]) -> _Buffers:
@@ -163,12 +153,11 @@ class GpuSession:
         graph_id = next(self._graph_ids)
         return _Buffers(graph_id, inputs, output, binding, _run_options(str(graph_id)))
 
-    def _forget_all(self) -> None:
-        for bucket in list(self._buckets):
-            self._forget(bucket)
-
-    def _forget(self, bucket: Bucket) -> None:
-        self._session.release_captured_graph(self._buckets.pop(bucket).graph_id)
+    def _forget_buckets(self) -> None:
+        """What was captured reads the stacks at their old addresses."""
+        for buffers in self._buckets.values():
+            self._session.release_captured_graph(buffers.graph_id)
+        self._buckets.clear()
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         kind = runtime().OrtValue

@@ -15,14 +15,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _ENGINE_SCHEMA = 1  # raised when TensorRT's options change
 
 Options = dict[str, str]
-Shape = tuple[int, ...]
 Bucket = tuple[int, int]  # rows, length
 
 
@@ -40,9 +39,9 @@ class SessionPlan:
     device_id: int = 0
 
 
-def cpu(*, threads: int = 0, has_arena: bool = True) -> SessionPlan:
-    """On the CPU with so many threads, 0 for one per core. Without the arena, memory goes back after each run."""
-    return SessionPlan(((CPU, {}),), _attributes(threads, has_arena=has_arena), _ENTRIES)
+def cpu(*, threads: int = 0) -> SessionPlan:
+    """On the CPU with so many threads, 0 for one per core."""
+    return SessionPlan(((CPU, {}),), _attributes(threads), _ENTRIES)
 
 
 def cuda(*, device_id: int = 0, precision: str = "fp32", has_graphs: bool = False) -> SessionPlan:
@@ -104,11 +103,10 @@ def tensorrt(
 _ENTRIES = {"session.intra_op.allow_spinning": "0"}
 
 
-def _attributes(threads: int, *, has_arena: bool = True) -> dict[str, int | bool]:
+def _attributes(threads: int) -> dict[str, int | bool]:
     return {
         "intra_op_num_threads": threads,
         "inter_op_num_threads": 1,
-        "enable_cpu_mem_arena": has_arena,
         # A pattern is kept for every shape met, and batches come in thousands of them (docs/log.md).
         "enable_mem_pattern": False,
         "log_severity_level": 3,
@@ -147,29 +145,18 @@ def _step(steps: Sequence[int], value: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ShapeProfile:
-    """The shapes of one TensorRT engine, (rows, length): the smallest, the one it is tuned for, the largest.
-
-    `extra` holds the same three for inputs that are dynamic in other ways.
-    """
+    """The shapes of one TensorRT engine, (rows, length): the smallest, the one it is tuned for, the largest."""
 
     min: Bucket
     opt: Bucket
     max: Bucket
-    extra: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
 
     def options(self, inputs: Sequence[str]) -> Options:
         """`inputs` are those with rows and length."""
         names = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
-        tokens = (self.min, self.opt, self.max)
         return {
-            name: ",".join(
-                f"{tensor}:{'x'.join(map(str, shape))}"
-                for tensor, shape in [
-                    *((tensor, tokens[index]) for tensor in inputs),
-                    *((tensor, shapes[index]) for tensor, shapes in self.extra.items()),
-                ]
-            )
-            for index, name in enumerate(names)
+            name: ",".join(f"{tensor}:{rows}x{length}" for tensor in inputs)
+            for name, (rows, length) in zip(names, (self.min, self.opt, self.max), strict=True)
         }
 
 

@@ -127,15 +127,6 @@ def test_a_bucket_keeps_its_number_and_other_shapes_are_not_captured(pooled: Pat
     assert watched.runs == [1, 1, 2, -1, 2, -1]
 
 
-def test_the_bucket_unused_for_longest_is_given_up_and_its_number_with_it(pooled: Path) -> None:
-    session = GpuSession(pooled, ON_CPU, pad_id=0, ladder=LADDER, max_buckets=2)
-    watched = watch(session)
-    for rows in (1, 2, 1, 4, 2):
-        close(session, pooled, graphs.feeds(rows, 4))
-    assert watched.runs == [1, 2, 1, 3, 4]
-    assert watched.released == [2, 1]
-
-
 # Inputs that stay
 
 

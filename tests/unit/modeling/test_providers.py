@@ -49,11 +49,10 @@ def test_no_session_spins_or_keeps_a_pattern_per_shape() -> None:
         assert plan.attributes["enable_mem_pattern"] is False
 
 
-def test_threads_and_arena_are_the_callers_on_a_cpu() -> None:
-    plan = cpu(threads=3, has_arena=False)
+def test_threads_are_the_callers_on_a_cpu() -> None:
+    plan = cpu(threads=3)
     assert [name for name, _ in plan.providers] == [CPU] and plan.device == "cpu"
     assert plan.attributes["intra_op_num_threads"] == 3
-    assert plan.attributes["enable_cpu_mem_arena"] is False
 
 
 def test_fp32_on_a_gpu_means_fp32() -> None:
@@ -91,12 +90,11 @@ def test_tensorrt_computes_in_one_low_precision() -> None:
 
 
 def test_every_dynamic_input_has_its_shapes() -> None:
-    profile = replace(PROFILE, extra={"lora_a.0": ((2, 32, 8), (9, 32, 48), (33, 32, 192))})
-    options = profile.options(["input_ids", "attention_mask"])
+    options = PROFILE.options(["input_ids", "attention_mask"])
     assert options == {
-        "trt_profile_min_shapes": "input_ids:1x2,attention_mask:1x2,lora_a.0:2x32x8",
-        "trt_profile_opt_shapes": "input_ids:8x64,attention_mask:8x64,lora_a.0:9x32x48",
-        "trt_profile_max_shapes": "input_ids:128x128,attention_mask:128x128,lora_a.0:33x32x192",
+        "trt_profile_min_shapes": "input_ids:1x2,attention_mask:1x2",
+        "trt_profile_opt_shapes": "input_ids:8x64,attention_mask:8x64",
+        "trt_profile_max_shapes": "input_ids:128x128,attention_mask:128x128",
     }
 
 
