@@ -16,6 +16,7 @@ from model_registry.store import FileStore
 from modeling.adapters import Adapter, LoraLayout, LoraPair
 from modeling.backbone import Backbone, ingest
 from modeling.engines import onnx, openvino, providers
+from modeling.engines.build import CAPTURED, TENSORRT, EngineOptions, EngineSpec, build_engine
 from modeling.engines.graphs import GraphEngine, GraphFiles
 from modeling.engines.onnx_gpu import GpuSession
 from modeling.engines.protocol import Engine, EngineBatch, pad
@@ -48,11 +49,25 @@ def files(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Graph
     return export_graphs(backbone, tmp_path_factory.mktemp("export"))
 
 
-@pytest.fixture(
-    params=["torch", "torch-bf16", "onnx", "onnx-int8", "onnx-fp16", "onnx-buckets", "openvino", "openvino-bf16"]
-)
+ON_CPU = ["torch", "torch-bf16", "onnx", "onnx-int8", "onnx-fp16", "onnx-buckets", "openvino", "openvino-bf16"]
+ON_GPU = [
+    *(EngineSpec("torch", precision) for precision in ("fp32", "bf16", "fp16")),
+    *(EngineSpec("onnx", precision) for precision in ("fp32", "bf16", "fp16")),
+    *(EngineSpec(runtime, precision) for runtime in (CAPTURED, TENSORRT) for precision in ("bf16", "fp16")),
+]
+PROVIDERS = {"onnx": providers.CUDA, CAPTURED: providers.CUDA, TENSORRT: providers.TENSORRT}
+
+
+@pytest.fixture(params=[*ON_CPU, *(pytest.param(spec, marks=pytest.mark.gpu, id=f"cuda-{spec}") for spec in ON_GPU)])
 def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) -> Make:
+    provider = PROVIDERS.get(request.param.runtime) if isinstance(request.param, EngineSpec) else None
+    if provider is not None and provider not in onnx.runtime().get_available_providers():
+        pytest.skip(f"needs {provider}")
+
     def build() -> Engine:
+        if isinstance(request.param, EngineSpec):
+            options = EngineOptions(device="cuda", adapter_slots=SLOTS, compiles=True)
+            return build_engine(request.param, backbone, files, options)
         match request.param:
             case "torch":
                 return TorchEngine(backbone, adapter_slots=SLOTS)
