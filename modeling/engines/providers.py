@@ -167,7 +167,7 @@ def shape_profiles(max_length: int, *, max_rows: int = 128, max_tokens: int = 16
     profiles = []
     for shorter, length in itertools.pairwise([0, *lengths]):
         rows = max(1, min(max_rows, max_tokens // length))
-        profiles.append(ShapeProfile((1, 2), (min(8, rows), max(2, (shorter + length) // 2)), (rows, length)))
+        profiles.append(ShapeProfile((1, 1), (min(8, rows), max(1, (shorter + length) // 2)), (rows, length)))
     return tuple(profiles)
 
 
