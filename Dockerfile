@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # One image for both processes:
 #   docker build -t polyhead:0.1.0 .
-#   docker build -t polyhead:0.1.0-gpu --build-arg EXTRA=gpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+#   docker build -t polyhead:0.1.0-gpu --build-arg EXTRA=gpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 # For a release give the base by digest: --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:…
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 

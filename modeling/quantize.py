@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from modeling.engines.graphs import GraphFiles
+from modeling.engines.onnx import runtime
 
 SUFFIX = "int8"
 
@@ -29,6 +30,7 @@ def int8_graphs(files: GraphFiles, *, has_vnni: bool) -> GraphFiles:
 
 
 def _quantize(source: Path, target: Path, *, reduce_range: bool) -> None:
+    runtime()  # imported here first, it would be with its telemetry
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")

@@ -113,7 +113,7 @@ def _graphs(backbone: Backbone, request: TrialRequest, say: Callable[[dict[str, 
 def _open(
     backbone: Backbone, files: GraphFiles | None, request: TrialRequest, say: Callable[[dict[str, Any]], None]
 ) -> tuple[list[_Contender], list[EngineReport]]:
-    options = EngineOptions(device=request.device, threads=request.threads)
+    options = EngineOptions(device=request.device, threads=request.threads, compiles=True)
     contenders, reports = [], []
     for spec in dict.fromkeys([REFERENCE, *map(EngineSpec.parse, request.candidates)]):
         say({"engine": str(spec), "stage": "open"})

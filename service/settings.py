@@ -55,7 +55,7 @@ class ServingSettings(BaseSettings):
     )
     offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
     import_root: Path | None = Field(None, description="folder under which POST /models/import may read")
-    engine: Literal["auto", "torch", "onnx", "openvino"] = Field(
+    engine: Literal["auto", "torch", "onnx", "openvino", "tensorrt"] = Field(
         "auto", description="runtime of backbones; auto: the fastest measured here that gives the same answers"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
@@ -63,6 +63,8 @@ class ServingSettings(BaseSettings):
     )
     allow_int8: bool = Field(False, description="also measure weights in int8; they serve only inside the bound")
     allow_compile: bool = Field(False, description="also measure torch.compile; on a CPU it needs a C++ compiler")
+    allow_cuda_graphs: bool = Field(False, description="also measure CUDA graphs; for a process with one backbone")
+    allow_tensorrt: bool = Field(False, description="also build and measure TensorRT's engines, for minutes, on a GPU")
     engine_trial_stall_s: float = Field(600.0, gt=0, le=3600, description="silence after which a measurement is ended")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where backbones run")
     adapter_slots: int = Field(32, ge=1, le=4096, description="LoRA adapters that one engine run can mix")

@@ -94,7 +94,8 @@ def _selector(settings: ServingSettings, database: Database) -> EngineSelector:
     )  # fmt: skip
     policy = SelectionPolicy(
         engine=settings.engine, precision=settings.precision, allow_int8=settings.allow_int8,
-        allow_compile=settings.allow_compile,
+        allow_compile=settings.allow_compile, allow_cuda_graphs=settings.allow_cuda_graphs,
+        allow_tensorrt=settings.allow_tensorrt,
         stall_s=settings.engine_trial_stall_s,
     )  # fmt: skip
     return EngineSelector(policy, options, settings.data_dir / "cache" / "graphs", EngineReports(database))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import uuid
 import warnings
@@ -13,6 +14,18 @@ import sqlalchemy as sa
 
 from model_registry.db import Database
 from model_registry.migrations import migrate
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not _has_gpu():
+        pytest.skip("needs a CUDA device")
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")

@@ -35,27 +35,37 @@ class EngineSpec:
 
 
 COMPILED = "torch-compile"
+CAPTURED = "onnx-graphs"
+TENSORRT = "tensorrt"
 REFERENCE = EngineSpec("torch", "fp32")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What every engine of a process shares. `threads` 0: one per core."""
+    """What every engine of a process shares. `threads` 0: one per core. `compiles`: TensorRT's engines may be built."""
 
     device: str = "cpu"
     threads: int = 0
     adapter_slots: int = 32
     slots_budget_bytes: int = 1 << 40
+    compiles: bool = False
 
 
-def candidates(device: str, *, allow_int8: bool = False, allow_compile: bool = False) -> list[EngineSpec]:
+def candidates(
+    device: str, *, allow_int8: bool = False, allow_compile: bool = False, allow_cuda_graphs: bool = False,
+    allow_tensorrt: bool = False,
+) -> list[EngineSpec]:  # fmt: skip
     """What is installed and makes sense on `device`, the reference first."""
     from modeling.engines import onnx, openvino
 
     if device != "cpu":
         found = [REFERENCE, EngineSpec("torch", "bf16"), EngineSpec("torch", "fp16")]
         found += [EngineSpec(COMPILED, "bf16"), EngineSpec(COMPILED, "fp16")] if allow_compile else []
-        return found + ([EngineSpec("onnx")] if onnx.is_available() else [])
+        if onnx.has_gpu_build():
+            found += [EngineSpec("onnx"), EngineSpec("onnx", "bf16"), EngineSpec("onnx", "fp16")]
+            found += [EngineSpec(CAPTURED, "bf16"), EngineSpec(CAPTURED, "fp16")] if allow_cuda_graphs else []
+            found += [EngineSpec(TENSORRT, "bf16"), EngineSpec(TENSORRT, "fp16")] if allow_tensorrt else []
+        return found
     found = [REFERENCE]
     has_openvino = openvino.is_available()
     is_bf16_fast = has_openvino and openvino.supports_bf16()
@@ -86,6 +96,8 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
     if files is None or not files.is_complete:
         raise EngineFailed(f"{spec} needs the exported graphs, which are not there")
     slots, budget = options.adapter_slots, options.slots_budget_bytes
+    if options.device.startswith("cuda") and spec.runtime in {"onnx", CAPTURED, TENSORRT}:
+        return _build_on_gpu(spec, backbone, files, options)
     if spec.runtime == "onnx":
         from modeling.engines.onnx import onnx_engine
 
@@ -94,9 +106,8 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
 
             files = int8_graphs(files, has_vnni=has_vnni(fingerprint(options.device)))
         return onnx_engine(
-            files, precision=spec.precision, device=options.device, threads=options.threads, adapter_slots=slots,
-            slots_budget_bytes=budget,
-        )  # fmt: skip
+            files, precision=spec.precision, threads=options.threads, adapter_slots=slots, slots_budget_bytes=budget
+        )
     if spec.runtime == "openvino":
         from modeling.engines.openvino import openvino_engine
 
@@ -105,3 +116,26 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
             adapter_slots=slots, slots_budget_bytes=budget,
         )  # fmt: skip
     raise EngineFailed(f"there is no engine {spec}")
+
+
+def _build_on_gpu(spec: EngineSpec, backbone: Backbone, files: GraphFiles, options: EngineOptions) -> Engine:
+    from modeling.engines.onnx_gpu import cuda_engine
+    from modeling.engines.providers import ladder
+    from modeling.engines.tensorrt import build_tensorrt, tensorrt_engine
+    from modeling.precision import low_precision_graphs
+
+    digest, max_length, device = backbone.info.digest, backbone.info.max_length, options.device
+    slots, budget = options.adapter_slots, options.slots_budget_bytes
+    if spec.runtime == TENSORRT:
+        if options.compiles:
+            build_tensorrt(files, digest=digest, max_length=max_length, precision=spec.precision, device=device)
+        return tensorrt_engine(
+            files, digest=digest, max_length=max_length, precision=spec.precision, device=device, adapter_slots=slots,
+            slots_budget_bytes=budget,
+        )  # fmt: skip
+    if spec.precision != "fp32":
+        files = low_precision_graphs(files, spec.precision)
+    captured = ladder(max_length) if spec.runtime == CAPTURED else None
+    return cuda_engine(
+        files, precision=spec.precision, device=device, ladder=captured, adapter_slots=slots, slots_budget_bytes=budget
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Flags that decide which kernels a runtime picks.
 KERNEL_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
-_LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
+_LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "openvino", "numpy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""ONNX Runtime over the exported graphs. The one module that touches onnxruntime."""
+"""ONNX Runtime over the exported graphs: sessions for every provider, and the engine on the CPU."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from typing import Any
 
 import numpy as np
 
+from modeling.engines import providers
 from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.providers import SessionPlan
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
 from modeling.weights import FloatArray, IntArray
 
 
 def onnx_engine(
-    files: GraphFiles, *, precision: str = "fp32", device: str = "cpu", threads: int = 0, adapter_slots: int = 32,
+    files: GraphFiles, *, precision: str = "fp32", threads: int = 0, adapter_slots: int = 32,
     slots_budget_bytes: int = 1 << 40,
 ) -> GraphEngine:  # fmt: skip
     """The backbone in fp32, or with its weights in int8. ONNX Runtime has no bf16 or fp16 products on x86 CPUs."""
     return GraphEngine(
-        "onnx", files, lambda path: OnnxSession(path, device=device, threads=threads), device=device,
-        precision=precision, adapter_slots=adapter_slots, slots_budget_bytes=slots_budget_bytes,
+        "onnx", files, lambda path: OnnxSession(path, threads=threads), device="cpu", precision=precision,
+        adapter_slots=adapter_slots, slots_budget_bytes=slots_budget_bytes,
     )  # fmt: skip
 
 
 class OnnxSession:
-    """One graph on one provider."""
+    """One graph on the CPU."""
 
-    def __init__(self, model_file: Path, *, device: str = "cpu", threads: int = 0) -> None:
-        try:
-            self._session = _session(model_file, device, threads)
-        except Exception as error:  # the runtime's own classes derive from Exception directly
-            raise EngineFailed(f"ONNX Runtime could not load {model_file.name} ({type(error).__name__})") from error
+    def __init__(self, model_file: Path, *, threads: int = 0) -> None:
+        self._session = open_session(model_file, providers.cpu(threads=threads))
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._stacks: dict[str, Any] = {}
         self._bytes = model_file.stat().st_size
@@ -65,7 +64,11 @@ def refuse_both_wheels() -> None:
 
 
 def is_available() -> bool:
-    return _is_installed("onnxruntime") or _is_installed("onnxruntime-gpu")
+    return _is_installed("onnxruntime") or has_gpu_build()
+
+
+def has_gpu_build() -> bool:
+    return _is_installed("onnxruntime-gpu")
 
 
 def _is_installed(distribution: str) -> bool:
@@ -76,7 +79,7 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _onnxruntime() -> Any:
+def runtime() -> Any:
     """The package without its telemetry: from 1.31 on it keeps an identifier and events in the home folder."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # noqa: TID251 - set, not read: it has no other switch
     import onnxruntime
@@ -84,15 +87,38 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _session(model_file: Path, device: str, threads: int) -> Any:
-    onnxruntime = _onnxruntime()
+def open_session(model_file: Path, plan: SessionPlan) -> Any:
+    """An `onnxruntime.InferenceSession`. Raises `EngineFailed`, also where the plan's first provider does not start:
+
+    ONNX Runtime would go on with the next one and say so in its log alone.
+    """
+    onnxruntime = runtime()
+    first = plan.providers[0][0]
+    refuse_without(first)
+    if plan.device == "cuda":
+        onnxruntime.preload_dlls()  # CUDA's libraries from NVIDIA's packages, where torch has not loaded them
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Spinning workers burn seconds of CPU after every run, taken from the event loop in this process.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"]
-    if device.startswith("cuda"):
-        index = int(device.partition(":")[2] or 0)
-        providers = [("CUDAExecutionProvider", {"device_id": index}), *providers]  # type: ignore[list-item]
-    return onnxruntime.InferenceSession(str(model_file), options, providers=providers)
+    for name, value in plan.attributes.items():
+        setattr(options, name, value)
+    for key, entry in plan.entries.items():
+        options.add_session_config_entry(key, entry)
+    try:
+        session = onnxruntime.InferenceSession(str(model_file), options, list(plan.providers), enable_fallback=0)
+    except Exception as error:  # the runtime's own classes derive from Exception directly
+        raise EngineFailed(f"ONNX Runtime could not load {model_file.name} ({type(error).__name__})") from error
+    if session.get_providers()[0] != first:
+        raise EngineFailed(f"{first} did not start; {INSTALL.get(first, '')}")
+    return session
+
+
+def refuse_without(provider: str) -> None:
+    """Raises `EngineFailed` where the installed ONNX Runtime was built without `provider`."""
+    if provider not in runtime().get_available_providers():
+        raise EngineFailed(f"the installed ONNX Runtime has no {provider}; {INSTALL.get(provider, '')}")
+
+
+# Both are built for CUDA 13; the second wants TensorRT 10, from 10.14 on with attention as one operator.
+INSTALL = {
+    providers.CUDA: "install polyhead[gpu] in place of polyhead[cpu], and torch for CUDA 13",
+    providers.TENSORRT: "install polyhead[gpu] in place of polyhead[cpu], and 'tensorrt-cu13>=10.14,<11'",
+}

@@ -149,8 +149,11 @@ def takes_type_ids(config: Any) -> bool:
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Token states [rows, length, hidden] to one vector a row: the first token's, or the mean over unmasked ones."""
+    """Token states [rows, length, hidden] to one vector a row: the first token's, or the mean over unmasked ones.
+
+    The mean is summed in float32: hundreds of tokens can exceed what fp16 holds.
+    """
     if pooling == "cls":
         return states[:, 0]
-    weights = mask.unsqueeze(-1).to(states.dtype)
+    weights = mask.unsqueeze(-1).float()
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)

@@ -20,7 +20,16 @@ from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.errors import DatabaseUnavailable
 from modeling.backbone import Backbone
 from modeling.calibration import TEXTS
-from modeling.engines.build import COMPILED, REFERENCE, EngineOptions, EngineSpec, build_engine, candidates
+from modeling.engines.build import (
+    CAPTURED,
+    COMPILED,
+    REFERENCE,
+    TENSORRT,
+    EngineOptions,
+    EngineSpec,
+    build_engine,
+    candidates,
+)
 from modeling.engines.device import fingerprint
 from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.protocol import Engine
@@ -40,6 +49,8 @@ class SelectionPolicy:
     precision: str = "auto"
     allow_int8: bool = False
     allow_compile: bool = False
+    allow_cuda_graphs: bool = False
+    allow_tensorrt: bool = False
     stall_s: float = 600.0
     texts: int = TEXTS
     batch_tokens: int = 1024
@@ -51,7 +62,7 @@ class SelectionPolicy:
         return self.engine == "torch" and self.precision in {"auto", "fp32"} and not self.allow_compile
 
     def admits(self, spec: EngineSpec) -> bool:
-        runtime = "torch" if spec.runtime == COMPILED else spec.runtime
+        runtime = {COMPILED: "torch", CAPTURED: "onnx"}.get(spec.runtime, spec.runtime)
         return self.engine in {"auto", runtime} and self.precision in {"auto", spec.precision}
 
 
@@ -121,7 +132,8 @@ class EngineSelector:
         policy = self.policy
         found = candidates(
             self._options.device, allow_int8=policy.allow_int8 or policy.precision == "int8",
-            allow_compile=policy.allow_compile,
+            allow_compile=policy.allow_compile, allow_cuda_graphs=policy.allow_cuda_graphs,
+            allow_tensorrt=policy.allow_tensorrt or policy.engine == TENSORRT,
         )  # fmt: skip
         admitted = [str(spec) for spec in found if policy.admits(spec)]
         remembered = None if like is None else self._remembered(like)
@@ -133,7 +145,8 @@ class EngineSelector:
     def _device_key(self) -> str:
         policy = {
             "engine": self.policy.engine, "precision": self.policy.precision, "int8": self.policy.allow_int8,
-            "compile": self.policy.allow_compile,
+            "compile": self.policy.allow_compile, "graphs": self.policy.allow_cuda_graphs,
+            "tensorrt": self.policy.allow_tensorrt,
         }  # fmt: skip
         values = [self._device.key, policy, self._options.threads, self.policy.batch_tokens, asdict(self.policy.bound)]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -11,16 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from model_registry.store import FileStore
 from modeling.adapters import Adapter, LoraLayout, LoraPair
 from modeling.backbone import Backbone, ingest
-from modeling.engines import onnx, openvino
-from modeling.engines.graphs import GraphFiles
-from modeling.engines.protocol import Engine, EngineBatch
+from modeling.engines import onnx, openvino, providers
+from modeling.engines.build import CAPTURED, TENSORRT, EngineOptions, EngineSpec, build_engine
+from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.onnx_gpu import GpuSession
+from modeling.engines.protocol import Engine, EngineBatch, pad
+from modeling.engines.providers import Ladder
 from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed
 from modeling.export import export_graphs
+from modeling.precision import low_precision_graphs
 from modeling.preprocess import Encoded, TextPreprocessor
 from modeling.quantize import int8_graphs
 from modeling.testing import write_tiny_checkpoint
@@ -28,7 +33,7 @@ from modeling.weights import FloatArray
 
 TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull", "oil"]
 SLOTS = 3
-TOLERANCE = {"fp32": 3e-5, "bf16": 0.06, "int8": 0.15}
+TOLERANCE = {"fp32": 3e-5, "bf16": 0.06, "fp16": 0.01, "int8": 0.15}
 
 Make = Callable[[], Engine]
 
@@ -45,9 +50,25 @@ def files(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Graph
     return export_graphs(backbone, tmp_path_factory.mktemp("export"))
 
 
-@pytest.fixture(params=["torch", "torch-bf16", "onnx", "onnx-int8", "openvino", "openvino-bf16"])
+ON_CPU = ["torch", "torch-bf16", "onnx", "onnx-int8", "onnx-fp16", "onnx-buckets", "openvino", "openvino-bf16"]
+ON_GPU = [
+    *(EngineSpec("torch", precision) for precision in ("fp32", "bf16", "fp16")),
+    *(EngineSpec("onnx", precision) for precision in ("fp32", "bf16", "fp16")),
+    *(EngineSpec(runtime, precision) for runtime in (CAPTURED, TENSORRT) for precision in ("bf16", "fp16")),
+]
+PROVIDERS = {"onnx": providers.CUDA, CAPTURED: providers.CUDA, TENSORRT: providers.TENSORRT}
+
+
+@pytest.fixture(params=[*ON_CPU, *(pytest.param(spec, marks=pytest.mark.gpu, id=f"cuda-{spec}") for spec in ON_GPU)])
 def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) -> Make:
+    provider = PROVIDERS.get(request.param.runtime) if isinstance(request.param, EngineSpec) else None
+    if provider is not None and provider not in onnx.runtime().get_available_providers():
+        pytest.skip(f"needs {provider}")
+
     def build() -> Engine:
+        if isinstance(request.param, EngineSpec):
+            options = EngineOptions(device="cuda", adapter_slots=SLOTS, compiles=True)
+            return build_engine(request.param, backbone, files, options)
         match request.param:
             case "torch":
                 return TorchEngine(backbone, adapter_slots=SLOTS)
@@ -58,6 +79,15 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
             case "onnx-int8":
                 quantized = int8_graphs(files, has_vnni=True)
                 return onnx.onnx_engine(quantized, precision="int8", threads=1, adapter_slots=SLOTS)
+            case "onnx-fp16":  # computed in fp32 on a CPU, after rounding
+                return onnx.onnx_engine(
+                    low_precision_graphs(files, "fp16"), precision="fp16", threads=1, adapter_slots=SLOTS
+                )
+            case "onnx-buckets":
+                return GraphEngine(
+                    "onnx", files, lambda path: in_buckets(path, files), device="cpu", precision="fp32",
+                    adapter_slots=SLOTS,
+                )  # fmt: skip
             case name:
                 precision = "bf16" if name == "openvino-bf16" else "fp32"
                 return openvino.openvino_engine(
@@ -65,6 +95,11 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
                 )
 
     return build
+
+
+def in_buckets(path: Path, files: GraphFiles) -> GpuSession:
+    """What a GPU runs, on the CPU's provider: some batches of the tests fit a bucket, some do not."""
+    return GpuSession(path, providers.cpu(threads=1), pad_id=files.pad_id, ladder=Ladder((1, 4), (8, 16)))
 
 
 def adapter(layout: LoraLayout, *, rank: int, seed: int, share: float = 1.0, scale: float = 0.2) -> Adapter:
@@ -176,6 +211,19 @@ def test_memory_is_named_apart_for_weights_slots_and_adapters(
     assert before.weights > 0 and before.slots > 0
     assert engine.adapter_bytes("all") <= known["all"].size_bytes
     assert engine.adapter_bytes("no such") == 0
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.999), ("fp16", 0.99999)])
+def test_graphs_in_low_precision_stay_close(
+    precision: str, bound: float, backbone: Backbone, files: GraphFiles
+) -> None:
+    """By ONNX's reference implementation, since ONNX Runtime computes no bf16 on a CPU."""
+    ids, mask, types = pad(encode(backbone), pad_id=files.pad_id)
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    (vectors,) = ReferenceEvaluator(str(low_precision_graphs(files, precision).bare)).run(None, feeds)
+    expected = onnx.onnx_engine(files, threads=1).run(EngineBatch(encode(backbone)))
+    cosines = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
+    assert vectors.dtype == np.float32 and cosines.min() > bound
 
 
 @pytest.mark.parametrize("open_engine", [onnx.onnx_engine, partial(openvino.openvino_engine, max_length=32)])

@@ -134,3 +134,8 @@ def test_stray_tensors_in_an_adapter_are_refused(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_NAME).write_bytes(weights.to_bytes({"classifier.weight": np.ones((2, 2), np.float32)}))
     with pytest.raises(AdapterMismatch):
         Adapter.read(tmp_path)
+
+
+def test_the_mean_over_many_tokens_does_not_overflow_in_fp16() -> None:
+    states = torch.full((1, 512, 2), 200.0, dtype=torch.float16)
+    assert torch.equal(pool(states, torch.ones(1, 512, dtype=torch.int64), "mean"), torch.full((1, 2), 200.0))
