@@ -36,8 +36,8 @@ class Home:
     def data(self) -> Path:
         return self.folder / "data"
 
-    def server(self, **settings: str) -> Server:
-        return Server(self.settings | settings, self._log("server"))
+    def server(self, *, module: str = "service", **settings: str) -> Server:
+        return Server(self.settings | settings, self._log("server"), module=module)
 
     def worker(self, **settings: str) -> Worker:
         return Worker(self.settings | settings, self._log("worker"))

@@ -89,12 +89,12 @@ class Process:
 
 
 class Server(Process):
-    """The serving process on a free port."""
+    """The serving process on a free port. `module` may be one that starts it with something changed."""
 
-    def __init__(self, settings: Mapping[str, str], log_file: Path) -> None:
+    def __init__(self, settings: Mapping[str, str], log_file: Path, *, module: str = "service") -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        super().__init__("service", {**settings, "POLYHEAD_PORT": str(self.port)}, log_file)
+        super().__init__(module, {**settings, "POLYHEAD_PORT": str(self.port)}, log_file)
 
     def wait_ready(self) -> Server:
         def is_ready() -> bool:

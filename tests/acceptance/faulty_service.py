@@ -1,0 +1,49 @@
+"""`python -m service` with an engine that misbehaves on order: the file named by FAULTS says how, from run to run.
+
+`hang`: a run does not end while the file says so. `raise`, `nan`: what a marked row brings upon its batch, or upon
+itself. `fail`: every run fails. `slow`: each run takes 50 ms longer.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import time
+from pathlib import Path
+
+import numpy as np
+
+from modeling.engines.protocol import EngineBatch
+from modeling.engines.torch import TorchEngine
+from modeling.errors import EngineFailed
+from modeling.preprocess import Encoded
+from modeling.weights import FloatArray
+
+_FAULTS = Path(os.environ["FAULTS"])
+_compute = TorchEngine.run
+
+
+def is_marked(row: Encoded) -> bool:
+    """One word over and over."""
+    return row.length >= 6 and len(set(row.input_ids.tolist())) <= 3
+
+
+def run(engine: TorchEngine, batch: EngineBatch) -> FloatArray:
+    fault = _FAULTS.read_text()
+    if fault == "hang":
+        while _FAULTS.read_text() == "hang":
+            time.sleep(0.02)
+    if fault == "slow":
+        time.sleep(0.05)
+    marked = [number for number, row in enumerate(batch.inputs) if is_marked(row)]
+    if fault == "fail" or (fault == "raise" and marked):
+        raise EngineFailed("on order")
+    vectors = _compute(engine, batch)
+    if fault == "nan":
+        vectors[marked] = np.nan
+    return vectors
+
+
+if __name__ == "__main__":
+    TorchEngine.run = run  # type: ignore[method-assign]
+    runpy.run_module("service", run_name="__main__", alter_sys=True)
