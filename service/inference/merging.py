@@ -55,9 +55,9 @@ class AdapterMerger:
             windows.append(lane.take_rows())
             try:
                 await self._follow(lane, list(windows))
+                self._show(lane)
             except Exception:
                 _log.exception("merging failed", extra={"action": "merge_failed"})
-            self._show(lane)
 
     async def _follow(self, lane: BackboneLane, windows: Sequence[Rows]) -> None:
         engine = lane.engine
@@ -120,7 +120,11 @@ class AdapterMerger:
             if lane.engine is not engine or model not in self._pool.users_of(lane):
                 raise EngineFailed("the engine or the version has changed meanwhile")
             self._check_room(session.memory_bytes())
-            await lane.batcher.call(install)
+            try:
+                await lane.batcher.call(install)
+            except BaseException:  # a run that hangs is given up while it is in `install`
+                engine.unmerge()
+                raise
 
     def _check_room(self, needed: int) -> None:
         free = self._pool.free_bytes()
