@@ -46,6 +46,10 @@ class SlotTable:
                 written[key] = self._slots[key] = self._free(distinct)
         return [self._slots[key] for key in keys], written
 
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Those without a slot, each once."""
+        return [key for key in dict.fromkeys(keys) if key not in self._slots]
+
     def remove(self, key: str) -> None:
         self._slots.pop(key, None)
 
@@ -120,16 +124,18 @@ class AdapterStacks:
             for key in self._stale:
                 self._table.remove(key)
             self._stale.clear()
-            adapters = {key: self._adapters.get(key) for key in dict.fromkeys(keys)}
-        missing = [key for key, adapter in adapters.items() if adapter is None]
-        if missing:
-            raise EngineFailed(f"the adapter {missing[0]!r} is not loaded")
-        self._make_room(len(adapters), [adapter for adapter in adapters.values() if adapter is not None])
+            # Whoever has a slot is loaded, and the stacks have room for its rank.
+            incoming = {key: self._adapters.get(key) for key in self._table.missing(keys)}
+        adapters: dict[str, Adapter] = {}
+        for key, adapter in incoming.items():
+            if adapter is None:
+                raise EngineFailed(f"the adapter {key!r} is not loaded")
+            adapters[key] = adapter
+        if adapters:
+            self._make_room(len(set(keys)), list(adapters.values()))
         slots, written = self._table.assign(keys)
         for key, slot in written.items():
-            adapter = adapters[key]
-            assert adapter is not None
-            self._write(slot, adapter)
+            self._write(slot, adapters[key])
         return np.asarray(slots, dtype=np.int64)
 
     def a(self, group: int) -> Stack:

@@ -17,8 +17,14 @@ _STUCK_S = 120.0
 
 @router.get("/livez", summary="Is the process alive")
 async def livez(services: ServicesDep) -> Response:
-    dead = [lane.batcher.name[0] for lane in services.pool.lanes() if not lane.batcher.is_alive]
-    stuck = [lane.batcher.name[0] for lane in services.pool.lanes() if lane.batcher.busy_for_s() > _STUCK_S]
+    batchers = [lane.batcher for lane in services.pool.lanes()]
+    dead = [batcher.name[0] for batcher in batchers if not batcher.is_alive]
+    stuck = [
+        batcher.name[0]
+        for batcher in batchers
+        # Until then another engine may take over, or the check may pass; after that only a new process helps.
+        if max(batcher.busy_for_s(), batcher.supervisor.unfit_for_s()) > _STUCK_S
+    ]
     status = 503 if dead or stuck or services.pool.has_failed else 200
     return JSONResponse({"status": "ok" if status == 200 else "failing", "dead": dead, "stuck": stuck}, status)
 
@@ -41,8 +47,10 @@ def _unready(services: Services) -> str | None:
     if not services.pool.is_started:
         missing = set(services.settings.backbones) - set(services.pool.backbones())
         return f"loading {', '.join(sorted(missing)) or 'models'}"
-    if not all(lane.batcher.is_alive for lane in services.pool.lanes()):
-        return "an engine's queue is restarting"
+    # A version with weights of its own that is unfit answers 503 for itself; it takes no others along.
+    unfit = [name for name, model in services.pool.backbones().items() if not model.lane.batcher.is_fit]
+    if unfit:
+        return f"the engine of {', '.join(sorted(unfit))} is out of order"
     if not services.is_listening():
         return "front ends are starting"
     return None

@@ -78,7 +78,7 @@ class DynamicBatcher:
         self._lock = self._worker.lock
         self.supervisor = EngineSupervisor(
             check=lambda: self.call(computing.check), on_unfit=lambda: self._fail_waiting(self._unfit()),
-            on_fit=self._wake,
+            on_fit=self._wake, clock=runtime.clock,
         )  # fmt: skip
         self._ahead: asyncio.TimerHandle | None = None
         self._delay: asyncio.TimerHandle | None = None
@@ -183,8 +183,13 @@ class DynamicBatcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread lives and its engine is fit to serve."""
-        return self._worker.is_alive and self.supervisor.failure is None
+        """Whether its thread lives."""
+        return self._worker.is_alive
+
+    @property
+    def is_fit(self) -> bool:
+        """Whether, besides, its engine is fit to serve."""
+        return self.is_alive and self.supervisor.failure is None
 
     # For the worker
 

@@ -25,7 +25,7 @@ from model_registry.store import ArtifactStore, load_manifest
 from modeling.adapters import Adapter
 from modeling.assemble import VersionParts, check_golden, read_adapter, read_version
 from modeling.backbone import Backbone
-from modeling.engines.build import EngineSpec
+from modeling.engines.build import REFERENCE, EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed, ModelingError
 from modeling.preprocess import TextInput
@@ -386,6 +386,7 @@ class ModelPool:
                 record=self._batch_log,
             )  # fmt: skip
             lane.batcher.start()
+            lane.batcher.supervisor.on_engine_failed = lambda reason: self._in_background(self._fall_back(lane, reason))
             await lane.measure()
             self._lanes[digest] = lane
             self._show_engine(lane)
@@ -420,6 +421,23 @@ class ModelPool:
             self._metrics.count_engine_fallback(
                 label, self._selector.policy.engine, to_engine=lane.engine_name, reason=type(error).__name__
             )
+
+    async def _fall_back(self, lane: BackboneLane, reason: str) -> None:
+        """The reference takes over from an engine that fails while it serves. From the reference there is no way on:
+        its check is repeated until it passes."""
+        label, before = lane.batcher.name[0], lane.engine_name
+        if before == str(REFERENCE):
+            return
+        self._metrics.count_engine_fallback(label, before, to_engine=str(REFERENCE), reason="EngineFailed")
+        try:
+            await self._change_engine(lane, REFERENCE)
+        except Exception as error:
+            _log.exception(
+                f"{label} cannot fall back from {before} ({reason}): {error}", extra={"action": "engine_fallback"}
+            )
+            return
+        self._show_engine(lane)
+        _log.warning(f"{label} fell back from {before}: {reason}", extra={"action": "engine_fallback"})
 
     async def _change_engine(self, lane: BackboneLane, spec: EngineSpec) -> None:
         label, before = lane.batcher.name[0], lane.engine_name

@@ -14,22 +14,28 @@ _MAX_PAUSE_S = 30.0
 class EngineSupervisor:
     """`failure` says why the engine is unfit; None while it serves.
 
-    It becomes unfit when one of its runs hangs, or when every row of several batches in a row has failed. Then
-    `on_engine_failed` hears the reason and may bring in another engine and call `resume`, at once or later. Meanwhile
-    `check` decides: where it passes, the inputs were bad and the engine serves on; where it does not, `on_unfit` sends
-    away those who wait, and it is tried again now and then.
+    It becomes unfit when one of its runs hangs, or when every row of several batches in a row has failed. Then `check`
+    decides: where it passes, the inputs were bad and the engine serves on. Where it does not, or a run hangs inside the
+    engine so that no check can enter, `on_engine_failed` hears the reason; it may bring in another engine and call
+    `resume`, at once or later. Until then `on_unfit` sends away those who wait, and the check is repeated now and then.
     """
 
     def __init__(
-        self, *, check: Callable[[], Awaitable[None]], on_unfit: Callable[[], None], on_fit: Callable[[], None]
-    ) -> None:
-        self._check, self._on_unfit, self._on_fit = check, on_unfit, on_fit
+        self, *, check: Callable[[], Awaitable[None]], on_unfit: Callable[[], None], on_fit: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._check, self._on_unfit, self._on_fit, self._clock = check, on_unfit, on_fit, clock
         self.on_engine_failed: Callable[[str], None] = lambda reason: None
         self.failure: str | None = None
+        self._failed_at = 0.0
         self._failed_in_a_row = 0
         self._given_up: set[object] = set()  # runs that hang, until they come back after all
         self._blocking: set[object] = set()  # those of them that are inside the engine which is to serve
         self._recovery: asyncio.Task[None] | None = None
+
+    def unfit_for_s(self) -> float:
+        """0 while it serves."""
+        return 0.0 if self.failure is None else self._clock() - self._failed_at
 
     def batch_ended(self, *, has_result: bool) -> None:
         self._failed_in_a_row = 0 if has_result else self._failed_in_a_row + 1
@@ -69,25 +75,34 @@ class EngineSupervisor:
             await asyncio.gather(self._recovery, return_exceptions=True)
 
     def _fail(self, reason: str) -> None:
-        _log.error(f"the engine is unfit: {reason}", extra={"action": "engine_unfit"})
+        _log.error(f"the engine may be unfit: {reason}", extra={"action": "engine_unfit"})
+        if self.failure is None:
+            self._failed_at = self._clock()
         self.failure, self._failed_in_a_row = reason, 0
-        try:
-            self.on_engine_failed(reason)
-        except Exception:
-            _log.exception("the hook for a failed engine failed itself", extra={"action": "engine_unfit"})
-        if self.failure is not None and (self._recovery is None or self._recovery.done()):
+        if self._recovery is None or self._recovery.done():
             self._recovery = asyncio.create_task(self._recover())
 
     async def _recover(self) -> None:
-        pause_s = 1.0
+        pause_s, is_told = 1.0, False
         while self.failure is not None:
             # While a hung run is still inside the engine, a second thread must not enter it.
             if not self._blocking and await self._passes():
                 self.resume()
                 return
+            if not is_told:
+                is_told = True
+                self._tell(self.failure)
+                if self.failure is None:
+                    return
             self._on_unfit()
             await asyncio.sleep(pause_s)
             pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
+
+    def _tell(self, reason: str) -> None:
+        try:
+            self.on_engine_failed(reason)
+        except Exception:
+            _log.exception("the hook for a failed engine failed itself", extra={"action": "engine_unfit"})
 
     async def _passes(self) -> bool:
         try:

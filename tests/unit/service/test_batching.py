@@ -269,7 +269,7 @@ def test_stop_fails_what_waits_lets_the_run_end_and_refuses_what_comes() -> None
             await lane.batcher.call(lambda: None)
         with pytest.raises(ModelNotReady):
             await call
-        assert not lane.batcher.is_alive
+        assert not lane.batcher.is_fit
         return await answers(tickets)
 
     assert run_virtually(scenario()) == [[7.0], ModelNotReady]
@@ -311,7 +311,7 @@ def test_a_run_that_hangs_is_given_up_and_the_hook_may_bring_in_another_engine()
         tickets = [put(lane, "hang"), put(lane, "waiting")]
         found = await answers(tickets)
         ended = asyncio.get_running_loop().time()
-        assert lane.batcher.is_alive
+        assert lane.batcher.is_fit
         restarts = value(lane, "worker_restarts_total")
         await lane.batcher.stop()
         return found, reasons, ended, restarts
@@ -330,12 +330,12 @@ def test_without_another_engine_the_queue_refuses_until_the_lost_run_returns() -
 
         lane = lane_of(BatchLimits(64, 1, engine_timeout_s=2.0), seconds=late)
         found = await answers([put(lane, "late"), put(lane, "waiting")])
-        states = [lane.batcher.is_alive]
+        states = [lane.batcher.is_fit]
         with pytest.raises(ModelNotReady) as refused:
             put(lane, "refused")
         assert refused.value.retry_after_s
         await asyncio.sleep(60)
-        states.append(lane.batcher.is_alive)
+        states.append(lane.batcher.is_fit)
         found += await answers([put(lane, "again")])
         await lane.batcher.stop()
         return [*found, *states]
@@ -363,12 +363,12 @@ def test_an_engine_that_fails_every_row_of_three_batches_is_reported_and_serves_
         for _ in range(3):
             found += await answers([put(lane, "a"), put(lane, "b")])
         await asyncio.sleep(2)
-        states = [lane.batcher.is_alive]
+        states = [lane.batcher.is_fit]
         with pytest.raises(ModelNotReady):
             put(lane, "refused")
         lane.is_broken = False
         await asyncio.sleep(10)
-        states.append(lane.batcher.is_alive)
+        states.append(lane.batcher.is_fit)
         found += await answers([put(lane, "c")])
         await lane.batcher.stop()
         return found, reasons, states
@@ -390,7 +390,7 @@ def test_bad_inputs_alone_keep_a_sound_engine_from_serving_nobody() -> None:
 
     found, reasons = run_virtually(scenario())
     assert found == [InferenceFailed] * 3 + [[5.0], InferenceFailed]
-    assert len(reasons) == 1
+    assert reasons == []
 
 
 def test_a_good_batch_in_between_and_the_count_starts_anew() -> None:
@@ -417,7 +417,7 @@ def test_a_hook_that_fails_itself_changes_nothing() -> None:
         for _ in range(3):
             await answers([put(lane, POISON)])
         await asyncio.sleep(1)
-        alive = lane.batcher.is_alive
+        alive = lane.batcher.is_fit
         await lane.batcher.stop()
         return alive
 
@@ -437,7 +437,7 @@ def test_a_bug_in_the_queue_fails_those_who_wait_and_a_fresh_thread_goes_on() ->
 
         lane.batcher._form = explode  # type: ignore[method-assign]
         found = await answers([put(lane, "b"), put(lane, "c")])
-        assert not lane.batcher.is_alive
+        assert not lane.batcher.is_fit
         await asyncio.sleep(1)
         found += await answers([put(lane, "d")])
         restarts = value(lane, "worker_restarts_total")

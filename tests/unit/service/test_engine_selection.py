@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +19,16 @@ from model_registry.engine_reports import EngineReports
 from model_registry.migrations import migrate
 from model_registry.refs import ModelRef
 from modeling.backbone import Backbone
-from modeling.engines.build import EngineOptions, EngineSpec
-from modeling.engines.protocol import Engine
+from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
+from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.trial import TrialRequest
+from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
 from service.inference.batching import BatchLimits
 from service.inference.engine_choice import EngineChoice
 from service.inference.engine_selection import EngineSelector, SelectionPolicy, measure
+from service.inference.errors import InferenceError, ModelNotReady
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import PredictOptions, Predictor, PredictResult
 from service.metrics import ServingMetrics
@@ -183,3 +189,105 @@ def test_where_no_engine_comes_about_the_first_goes_on_and_it_is_counted(
     reason = type(failure).__name__ if isinstance(failure, Exception) else "EngineFailed"
     labels = {"backbone": "tiny", "from": "auto", "to": "torch/fp32", "reason": reason}
     assert metrics.registry.get_sample_value("polyhead_engine_fallback_total", labels) == 1
+
+
+class Fragile:
+    """An engine that computes like another until `fault` is set, which then decides what becomes of each run."""
+
+    name = "fragile"
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.fault: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, batch: EngineBatch) -> FloatArray:
+        if self.fault is not None:
+            self.fault()
+        return self._engine.run(batch)
+
+
+class StartsFragile(Scripted):
+    def __init__(self, world: World) -> None:
+        super().__init__(world, "torch/fp32")
+        self.fragile: Fragile | None = None
+
+    def open_first(self, backbone: Backbone) -> tuple[Engine, bool]:
+        self.fragile = Fragile(super().open(REFERENCE, backbone))
+        return self.fragile, True  # type: ignore[return-value]
+
+
+def broken() -> None:
+    raise EngineFailed("the device is gone")
+
+
+@pytest.mark.parametrize("kind", ["fails", "hangs"])
+def test_an_engine_that_fails_while_it_serves_is_replaced_by_the_reference(world: World, kind: str) -> None:
+    world.publish("m", seed=1)
+    metrics, gate = ServingMetrics(), threading.Event()
+
+    async def scenario() -> tuple[PredictResult, PredictResult, list[str]]:
+        selector = StartsFragile(world)
+        limits = BatchLimits(1024, 32, 0.0, engine_timeout_s=0.5)
+        pool = ModelPool(world.store, selector, limits, metrics, memory_budget_bytes=1 << 30)
+        try:
+            await pool.add_backbone("tiny", world.backbone)
+            await pool.apply(world.registry.snapshot())
+            before = await ask(pool, "m")
+            assert selector.fragile is not None
+            selector.fragile.fault = broken if kind == "fails" else lambda: gate.wait(60) and None
+            errors = []
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                try:
+                    after = await ask(pool, "m")
+                    serving = {"backbone": "tiny", "engine": "torch/fp32"}
+                    assert metrics.registry.get_sample_value("polyhead_batch_tokens_limit", serving)
+                    return before, after, errors
+                except InferenceError as error:
+                    errors.append(type(error).__name__)
+                    await asyncio.sleep(0.02)
+            raise AssertionError(f"never served again: {errors}")
+        finally:
+            gate.set()
+            await pool.stop()
+
+    before, after, errors = run(scenario())
+    assert (before.engine, after.engine) == ("fragile/fp32", "torch/fp32")
+    assert before.predictions[0].label == after.predictions[0].label
+    assert set(errors) <= {"InferenceFailed", "ModelNotReady"} and errors
+    labels = {"backbone": "tiny", "from": "fragile/fp32", "to": "torch/fp32", "reason": "EngineFailed"}
+    assert metrics.registry.get_sample_value("polyhead_engine_fallback_total", labels) == 1
+
+
+def test_where_the_reference_itself_fails_the_service_says_so_until_it_passes_again(world: World) -> None:
+    world.publish("m", seed=1)
+
+    async def scenario() -> list[bool]:
+        selector = StartsFragile(world)
+        pool = ModelPool(world.store, selector, BatchLimits(1024, 32), ServingMetrics(), memory_budget_bytes=1 << 30)
+        try:
+            await pool.add_backbone("tiny", world.backbone)
+            await pool.apply(world.registry.snapshot())
+            batcher = pool.lanes()[0].batcher
+            assert selector.fragile is not None
+            selector.fragile.name = "torch"
+            selector.fragile.fault = broken
+            fit = [batcher.is_fit]
+            for _ in range(3):
+                with contextlib.suppress(InferenceError):
+                    await ask(pool, "m")
+            await asyncio.sleep(0.2)
+            fit.append(batcher.is_fit)
+            assert batcher.supervisor.unfit_for_s() > 0
+            with pytest.raises(ModelNotReady):
+                await ask(pool, "m")
+            selector.fragile.fault = None
+            await asyncio.sleep(2)
+            return [*fit, batcher.is_fit, (await ask(pool, "m")).engine == "torch/fp32"]
+        finally:
+            await pool.stop()
+
+    assert run(scenario()) == [True, False, True, True]

@@ -84,11 +84,11 @@ def test_another_engine_takes_over_under_its_own_name_and_ends_an_outage(world: 
     async def scenario() -> tuple[str, bool, bool]:
         async with lane_over(world, lambda batch: None) as lane:
             lane.batcher.supervisor.hangs(object(), "a run has not ended")
-            was_alive = lane.batcher.is_alive
+            was_alive = lane.batcher.is_fit
             engine = FakeEngine(32)
             engine.name = "faster"  # type: ignore[misc]
             await lane.switch(engine, {})
-            return lane.batcher.name[1], was_alive, lane.batcher.is_alive
+            return lane.batcher.name[1], was_alive, lane.batcher.is_fit
 
     assert asyncio.run(scenario()) == ("faster/fp32", False, True)
 
