@@ -7,12 +7,10 @@ stdout; the last line before a crash names the engine that did it. It ends when 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from modeling import calibration
+from modeling.aside import step_aside
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.graphs import GraphFiles
@@ -208,17 +207,9 @@ def _judge(contender: _Contender, reference: _Contender, head: Any, batches: Seq
     report.single_ms = round(statistics.median(singles) * 1000, 2)
 
 
-def _end_with_parent() -> None:
-    while os.read(0, 1024):  # not sys.stdin: its lock would be held for ever
-        pass
-    os._exit(1)
-
-
 def main() -> None:
     request = TrialRequest(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.nice(request.niceness)
+    step_aside(request.niceness)
     # Libraries print to stdout now and then; the lines of the protocol must stay alone there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

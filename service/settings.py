@@ -69,6 +69,9 @@ class ServingSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where backbones run")
     adapter_slots: int = Field(32, ge=1, le=4096, description="LoRA adapters that one engine run can mix")
     adapter_slots_bytes: int = Field(2 << 30, ge=1 << 20, description="memory of a backbone's adapter slots")
+    merge_share: float = Field(
+        0.0, ge=0, le=1, description="share of a backbone's rows that merges an adapter; 0: never"
+    )
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core")
     memory_budget_bytes: int = Field(8 << 30, ge=1 << 20, description="for models loaded on demand; the least used go")
 

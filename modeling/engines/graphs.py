@@ -1,7 +1,8 @@
 """An engine over exported graphs, whatever runtime computes them. No torch.
 
 A runtime is a `Session`: numpy arrays in, the pooled vectors out. `GraphEngine` pads, sends rows with
-adapters through the graph that takes slots and the others through the bare one, and keeps the stacks.
+adapters through the graph that takes slots and the others through the bare one, and keeps the stacks. Rows of one
+adapter may have a bare graph of their own, into whose weights the adapter is merged (`modeling.merge`).
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class GraphFiles:
     def lora(self) -> Path:
         return self._file("lora")
 
+    def merged(self, digest: str) -> Path:
+        """The bare graph with the adapter of this digest in its weights."""
+        return self._file(f"merged-{digest}")
+
     def _file(self, name: str) -> Path:
         return self.folder / (f"{name}.{self.suffix}.onnx" if self.suffix else f"{name}.onnx")
 
@@ -106,8 +111,14 @@ class Session(Protocol):
     def memory_bytes(self) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    key: str
+    session: Session
+
+
 class GraphEngine:
-    """One backbone on one runtime. The adapters' graph is opened with the first adapter."""
+    """One backbone on one runtime. The adapters' graph is opened with the first adapter, at most one is merged."""
 
     def __init__(
         self, name: str, files: GraphFiles, open_session: Callable[[Path], Session], *, device: str, precision: str,
@@ -117,10 +128,11 @@ class GraphEngine:
         """`width` rounds a batch's longest row up, for a runtime that would have few different shapes."""
         self.width = width
         self.name, self.device, self.precision = name, device, precision
-        self._files, self._open = files, open_session
+        self.files, self._open = files, open_session
         self._pad_id, self._hidden_size = files.pad_id, files.hidden_size
         self._bare = open_session(files.bare)
         self._lora: Session | None = None
+        self._merged: _Merged | None = None
         self._layout = files.layout
         self._stacks = AdapterStacks(
             self._layout, capacity=adapter_slots, dtype=stack_dtype, budget_bytes=slots_budget_bytes
@@ -128,6 +140,19 @@ class GraphEngine:
         self._generation = 0
 
     def run(self, batch: EngineBatch) -> FloatArray:
+        merged = self._merged  # another thread may take it away meanwhile
+        if merged is None or batch.adapters is None or merged.key not in batch.adapters:
+            return self._run_unmerged(batch)
+        vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
+        own = [row for row, key in enumerate(batch.adapters) if key == merged.key]
+        others = [row for row, key in enumerate(batch.adapters) if key != merged.key]
+        vectors[own] = merged.session.run(self._feeds([batch.inputs[row] for row in own]))
+        if others:
+            rest = EngineBatch([batch.inputs[row] for row in others], [batch.adapters[row] for row in others])
+            vectors[others] = self._run_unmerged(rest)
+        return vectors
+
+    def _run_unmerged(self, batch: EngineBatch) -> FloatArray:
         if batch.adapters is None or not any(batch.adapters):
             return self._bare.run(self._feeds(batch.inputs))
         vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
@@ -142,22 +167,52 @@ class GraphEngine:
 
     def load_adapter(self, key: str, adapter: Adapter) -> None:
         self._stacks.load(key, adapter)
+        self._forget_merged(key)
         if self._lora is None:
             try:
-                self._lora = self._open(self._files.lora)
+                self._lora = self._open(self.files.lora)
             except EngineFailed:
                 self._stacks.unload(key)
                 raise
 
     def unload_adapter(self, key: str) -> None:
         self._stacks.unload(key)
+        self._forget_merged(key)
+
+    @property
+    def merged_key(self) -> str | None:
+        """The adapter whose rows run on a graph of their own."""
+        merged = self._merged
+        return None if merged is None else merged.key
+
+    @property
+    def merge_bytes(self) -> int:
+        """What a merged graph takes: as much as the bare one."""
+        return self._bare.memory_bytes()
+
+    def open_merged(self, graph: Path) -> Session:
+        """Blocking, for any thread. Raises `EngineFailed`."""
+        return self._open(graph)
+
+    def merge(self, key: str, session: Session) -> None:
+        """Rows of the loaded adapter `key` run on `session` from now on, in the place of any other's."""
+        self._merged = _Merged(key, session)
+
+    def unmerge(self) -> None:
+        """All adapters run from slots. From any thread: a run in progress ends on the graph it began with."""
+        self._merged = None
 
     def memory(self) -> MemoryUse:
         weights = self._bare.memory_bytes() + (self._lora.memory_bytes() if self._lora is not None else 0)
-        return MemoryUse(weights, self._stacks.slot_bytes())
+        merged = self._merged
+        return MemoryUse(weights, self._stacks.slot_bytes(), 0 if merged is None else merged.session.memory_bytes())
 
     def adapter_bytes(self, key: str) -> int:
         return self._stacks.adapter_bytes(key)
+
+    def _forget_merged(self, key: str) -> None:
+        if self.merged_key == key:
+            self.unmerge()
 
     def _run_adapted(self, inputs: Sequence[Encoded], keys: Sequence[str]) -> FloatArray:
         slots = self._stacks.rows(keys)

@@ -26,7 +26,7 @@ from modeling.adapters import Adapter
 from modeling.assemble import VersionParts, check_golden, read_adapter, read_version
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineSpec
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed, ModelingError
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
@@ -157,6 +157,24 @@ class ModelPool:
     def lanes(self) -> list[Lane]:
         return [*self._lanes.values(), *([self._linear] if self._linear else [])]
 
+    # For merging adapters
+
+    @property
+    def steady(self) -> asyncio.Lock:
+        """While it is held, no lane changes its engine and no adapter comes or goes."""
+        return self._loading
+
+    def users_of(self, lane: Lane) -> list[ServedModel]:
+        return [model for model in self._served.values() if model.lane is lane]
+
+    def free_bytes(self) -> int:
+        """What the memory budget leaves, with all that is loaded now."""
+        held = sum(model.own_bytes for model in self._served.values())
+        return self._memory_budget_bytes - held - self._merged_bytes()
+
+    def _merged_bytes(self) -> int:
+        return sum(lane.engine.memory().merged for lane in self._lanes.values())
+
     # Following the registry
 
     async def apply(self, snapshot: RegistrySnapshot) -> None:
@@ -178,7 +196,10 @@ class ModelPool:
             await self._load(key, version)
 
     def _release_unused(self) -> None:
-        """Over the memory budget, what no alias needs goes, the least recently used first."""
+        """Over the memory budget, merged weights go, then what no alias needs, the least recently used first."""
+        if self.free_bytes() < 0:
+            for lane in self._lanes.values():
+                lane.unmerge()
         pinned = self._pinned()
         total = sum(model.own_bytes for model in self._served.values())
         idle = sorted((m for m in self._served.values() if m.key not in pinned), key=lambda model: model.used_at)
@@ -322,26 +343,15 @@ class ModelPool:
             await lane.batcher.call(lambda: check_golden(parts, lambda texts: linear.margins([str(t) for t in texts])))
             return
         assert isinstance(lane, BackboneLane) and parts.head is not None
-        head, backbone_lane = parts.head, lane
-        if head.input_size != lane.backbone.info.hidden_size:
+        if parts.head.input_size != lane.backbone.info.hidden_size:
             raise ArtifactError(
-                f"the head takes {head.input_size} values, the backbone gives {lane.backbone.info.hidden_size}"
+                f"the head takes {parts.head.input_size} values, the backbone gives {lane.backbone.info.hidden_size}"
             )
-
         engine = lane.engine
-
-        def run() -> None:
-            def logits(texts: Sequence[TextInput]) -> FloatArray:
-                work = backbone_lane.preprocess(texts, truncate=True, max_length=model.max_length)
-                keys = [model.adapter_key] * len(work) if model.adapter_key else None
-                return head.logits(engine.run(EngineBatch(work, keys)))
-
-            check_golden(parts, logits, precision=engine.precision)
-
         if adapter is not None and model.adapter_key is not None:
             load = functools.partial(engine.load_adapter, model.adapter_key, adapter)
             await asyncio.get_running_loop().run_in_executor(self._loader, load)
-        await lane.batcher.call(run)
+        await lane.batcher.call(functools.partial(reproduce_golden, model, engine))
 
     async def _discard(self, model: ServedModel) -> None:
         if isinstance(model.lane, BackboneLane):
@@ -466,3 +476,17 @@ class ModelPool:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def reproduce_golden(model: ServedModel, engine: Engine) -> None:
+    """Runs a version's golden rows as `engine` runs requests, on its own thread. Raises `GoldenRowsDiffer`."""
+    parts = model.parts
+    assert parts is not None and parts.head is not None
+    head = parts.head
+
+    def logits(texts: Sequence[TextInput]) -> FloatArray:
+        work = model.lane.preprocess(texts, truncate=True, max_length=model.max_length)
+        keys = [model.adapter_key] * len(work) if model.adapter_key else None
+        return head.logits(engine.run(EngineBatch(work, keys)))
+
+    check_golden(parts, logits, precision=engine.precision)

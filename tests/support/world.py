@@ -15,6 +15,7 @@ import numpy as np
 from model_registry.manifest import MANIFEST_NAME, BackboneRef, ModelManifest
 from model_registry.registry import ModelVersion, Registry
 from model_registry.store import FileStore, put_tree
+from modeling.adapters import Adapter
 from modeling.assemble import GoldenRow, write_version_files
 from modeling.backbone import Backbone
 from modeling.engines.build import EngineOptions, EngineSpec
@@ -26,6 +27,7 @@ from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
 from service.inference.model_pool import ModelPool
 from service.metrics import ServingMetrics
+from tests.support.adapters import write_adapter
 
 GOLDEN = ("a good film", "dull plot", "wheat and oil")
 
@@ -40,27 +42,34 @@ class World:
 
     def publish(
         self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, promote: bool = False,
-        spoil: Callable[[Path], None] | None = None,
+        adapter: Adapter | None = None, spoil: Callable[[Path], None] | None = None,
     ) -> ModelVersion:  # fmt: skip
-        """A linear head with random weights. `spoil` may damage the staged files before they are hashed."""
+        """A linear head with random weights, over the backbone or an `adapter` of it. `spoil` may damage the staged
+        files before they are hashed."""
         random = np.random.default_rng(seed)
         weight = random.normal(size=(len(labels), self.backbone.info.hidden_size)).astype(np.float32)
         head = TaskHead((DenseLayer(weight, np.zeros(len(labels), np.float32)),))
         encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
-        logits = head.logits(self.make_engine(self.backbone).run(EngineBatch(encoded)))
+        engine, kind, method = self.make_engine(self.backbone), "head", "linear_probe"
+        if adapter is not None:
+            engine.load_adapter("adapter", adapter)
+            kind, method = "lora", "lora"
+        logits = head.logits(engine.run(EngineBatch(encoded, None if adapter is None else ["adapter"] * len(encoded))))
         golden = [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
         with self.registry.transaction() as connection:
             version = self.registry.reserve(
-                connection, tenant="default", name=name, task="text-classification", kind="head", method="linear_probe",
+                connection, tenant="default", name=name, task="text-classification", kind=kind, method=method,
                 job_id=None,
             )  # fmt: skip
         staged = self.folder / f"staged-{name}-{version}"
         write_version_files(staged, head=head, labels=labels, max_length=32, temperature=1.0, golden=golden)
+        if adapter is not None:
+            write_adapter(staged / "adapter", adapter)
         if spoil is not None:
             spoil(staged)
         base = BackboneRef(name="tiny", digest=self.backbone.info.digest, source="file:tiny")
         manifest = ModelManifest(
-            tenant="default", name=name, version=version, kind="head", method="linear_probe", labels=labels, base=base,
+            tenant="default", name=name, version=version, kind=kind, method=method, labels=labels, base=base,
             created_at=time.time(), files=(),
         )  # fmt: skip
         manifest = manifest.model_copy(update={"files": put_tree(self.store, manifest.prefix, staged)})
@@ -70,11 +79,12 @@ class World:
         return self.registry.snapshot().versions[("default", name, version)]
 
     @asynccontextmanager
-    async def pool(self, *, memory_budget_bytes: int = 1 << 30) -> Any:
+    async def pool(self, *, memory_budget_bytes: int = 1 << 30, metrics: ServingMetrics | None = None) -> Any:
         selector = _FixedEngine(self)
         pool = ModelPool(
-            self.store, selector, BatchLimits(1024, 32, 0.0), ServingMetrics(), memory_budget_bytes=memory_budget_bytes
-        )
+            self.store, selector, BatchLimits(1024, 32, 0.0), metrics or ServingMetrics(),
+            memory_budget_bytes=memory_budget_bytes,
+        )  # fmt: skip
         await pool.add_backbone("tiny", self.backbone)
         try:
             yield pool
