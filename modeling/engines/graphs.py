@@ -79,6 +79,10 @@ class GraphFiles:
     def is_complete(self) -> bool:
         return self.description.is_file()
 
+    def discard(self) -> None:
+        """The next export is done anew."""
+        self.description.unlink(missing_ok=True)
+
     @cached_property
     def _values(self) -> dict[str, Any]:
         try:

@@ -90,6 +90,7 @@ class EngineSelector:
             except ModelingError as error:
                 _log.warning(f"{remembered.chosen} was chosen earlier but does not open: {error}")
                 self._known.pop(backbone.info.digest, None)
+                self._graphs(backbone).discard()  # they may be damaged
         return self.open(REFERENCE, backbone), self.policy.is_reference_only
 
     async def select(self, backbone: Backbone, *, like: Backbone | None = None) -> EngineChoice:

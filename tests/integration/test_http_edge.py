@@ -649,7 +649,7 @@ def test_an_application_that_does_not_stop_is_left_behind() -> None:
     async def scenario() -> None:
         async with served(delay_s=0.0, grace_s=0.5, within_s=2.0, stop_s=60.0) as (process, _):
             process.send_signal(signal.SIGTERM)
-            assert await ended(process, 2.5) == 0
+            assert await ended(process, 10.0) == 0
 
     asyncio.run(scenario())
 

@@ -26,7 +26,7 @@ def random_adapter(layout: LoraLayout, *, rank: int, seed: int, share: float = 1
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """What `Adapter.read` reads back; the scaling is 1."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, pair in adapter.pairs.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": pair.a, f"base_model.model.{name}.lora_B.weight": pair.b}
     (folder / WEIGHTS_NAME).write_bytes(weights.to_bytes(tensors))

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from model_registry.db import Database
-from model_registry.engine_reports import EngineReports
+from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.migrations import migrate
 from model_registry.refs import ModelRef
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
+from modeling.export import export_graphs
 from modeling.trial import TrialRequest
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
@@ -113,6 +114,20 @@ def test_an_engine_named_by_the_operator_serves_although_it_is_slower(
     assert asked._insist(rows, EngineChoice("torch/fp32", {})).engine == "torch/fp32"
 
 
+def test_a_damaged_graph_leaves_torch_serving_and_is_exported_anew(world: World, reports: EngineReports) -> None:
+    finder = selector(world, reports)
+    digest = world.backbone.info.digest
+    files = export_graphs(world.backbone, finder._graphs(world.backbone).folder)
+    reports.put(EngineMeasurement(digest, finder._device_key(), {}, "onnx/fp32", []))
+    assert selector(world, reports).open_first(world.backbone)[0].name == "onnx"
+    files.bare.write_bytes(files.bare.read_bytes()[:-2000])
+    engine, is_final = selector(world, reports).open_first(world.backbone)
+    assert (engine.name, is_final) == ("torch", False)
+    assert not files.is_complete
+    export_graphs(world.backbone, files.folder)
+    assert selector(world, reports).open_first(world.backbone)[0].name == "onnx"
+
+
 class Scripted(EngineSelector):
     """A selector whose trial is replaced: it answers `choice`, or fails."""
 
@@ -131,8 +146,6 @@ class Scripted(EngineSelector):
         self.opened.append(str(spec))
         if str(spec) == "torch/fp32":
             return super().open(spec, backbone)
-        from modeling.export import export_graphs
-
         export_graphs(backbone, self._graphs(backbone).folder)
         return super().open(spec, backbone)
 

@@ -13,13 +13,17 @@ import pytest
 
 from model_registry.errors import ArtifactError, ModelNotFound
 from model_registry.refs import ModelRef
-from modeling.errors import GoldenRowsDiffer, ModelingError
+from modeling.adapters import Adapter, LoraPair
+from modeling.backbone import load_encoder
+from modeling.errors import AdapterMismatch, GoldenRowsDiffer, ModelingError
 from modeling.preprocess import TextInput
+from modeling.routed import Routing, route
 from service.inference.admission import AdmissionController
 from service.inference.errors import EmptyInput, ModelNotReady, NotPredictable
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import PredictOptions, Predictor, PredictResult
 from service.metrics import ServingMetrics
+from tests.support.adapters import random_adapter, write_adapter
 from tests.support.world import World, run
 
 
@@ -94,6 +98,34 @@ def test_a_version_that_does_not_load_leaves_the_old_one_serving(world: World, s
     version, state, reason = run(scenario())
     assert (version, state) == (1, "failed")
     assert reason
+
+
+def test_an_adapter_that_does_not_fit_is_named_and_leaves_the_old_version_serving(world: World) -> None:
+    layout = route(load_encoder(world.backbone.folder), Routing())
+    fits = random_adapter(layout, rank=4, seed=1)
+    name = layout.groups[1].linears[0][0]
+    wide = LoraPair(np.zeros((4, 99), np.float32), fits.pairs[name].b)
+
+    def misfit(folder: Path) -> None:
+        write_adapter(folder / "adapter", Adapter(4, {**fits.pairs, name: wide}))
+
+    world.publish("m", seed=1, adapter=fits)
+
+    async def scenario() -> tuple[int | None, str, str | None, int | None]:
+        async with world.pool() as pool:
+            await pool.apply(world.registry.snapshot())
+            broken = world.publish("m", seed=1, adapter=fits, promote=True, spoil=misfit)
+            await pool.apply(world.registry.snapshot())
+            with pytest.raises(AdapterMismatch):
+                await pool.ensure("default", "m", broken)
+            serving = await ask(pool, "m", ["a good film"])
+            others = await ask(pool, "tiny", ["a good film"], return_embedding=True)
+            state, reason = pool.state_of("default", "m", 2)
+            return serving.version, state, reason, others.version
+
+    version, state, reason, _ = run(scenario())
+    assert (version, state) == (1, "failed")
+    assert reason is not None and name in reason and "99" in reason
 
 
 def test_a_file_altered_after_registration_is_refused(world: World) -> None:
