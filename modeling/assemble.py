@@ -111,7 +111,12 @@ def read_adapter(store: ArtifactStore, manifest: ModelManifest) -> Adapter:
 def check_golden(
     parts: VersionParts, logits_of: Callable[[Sequence[TextInput]], FloatArray], *, precision: str = "fp32"
 ) -> None:
-    """Runs the golden rows and compares. Raises `GoldenRowsDiffer`.
+    """Runs the golden rows in one go and compares. Raises `GoldenRowsDiffer`."""
+    compare_golden(parts, logits_of([row.text for row in parts.golden]), precision=precision)
+
+
+def compare_golden(parts: VersionParts, got: FloatArray, *, precision: str = "fp32") -> None:
+    """Raises `GoldenRowsDiffer` where the golden rows' logits float32[rows, labels] are not the stored ones.
 
     fp32: within 1e-4 of the stored logits, relative to their size; lower precision: the same answer
     where the margin exceeds 0.05, and no probability further than 0.05.
@@ -119,7 +124,6 @@ def check_golden(
     if not parts.golden:
         raise GoldenRowsDiffer("the version stores no golden rows")
     wanted = np.asarray([row.logits for row in parts.golden], dtype=np.float32)
-    got = logits_of([row.text for row in parts.golden])
     if got.shape != wanted.shape:
         raise GoldenRowsDiffer(f"golden rows give logits of shape {got.shape}, stored are {wanted.shape}")
     if precision == "fp32":

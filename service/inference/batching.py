@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from service.inference.cost import CostModel, DrainRate, Forecast
+from service.inference.cost import CostModel, DrainRate, Forecast, Slippage
 from service.inference.engine_worker import EngineWorker, Work
 from service.inference.entries import BatchFacts, QueueEntry, Ticket
 from service.inference.errors import ModelNotReady
@@ -83,6 +83,7 @@ class DynamicBatcher:
         self._ahead: asyncio.TimerHandle | None = None
         self._delay: asyncio.TimerHandle | None = None
         self._series.follow_queue(self._queue.__len__, lambda: self._queue.tokens)
+        self._slippage = Slippage()
         self.calibrate(CostModel(), limits.max_tokens)
         self._confirmed_at = -math.inf
 
@@ -106,27 +107,35 @@ class DynamicBatcher:
     # For requests
 
     def forecast(self, tokens: int = 0) -> Forecast:
-        """When `tokens` more would start and be done, by all that runs, waits or is being tokenised."""
+        """When `tokens` more would start and be done, by all that runs, waits or is being tokenised, and by how much
+        such forecasts have lately been wrong."""
+        start = self._forecast()
+        if not start.latest_s and self._clock() - self._confirmed_at > _STALE_S:
+            return start
+        latest_s = start.latest_s * self._slippage.factor
+        own_s = self._drain.seconds(tokens, self.cost) + self.cost.fixed_s
+        return Forecast(start.wait_s, latest_s, done_s=latest_s + own_s)
+
+    def _forecast(self) -> Forecast:
+        """For nothing that would itself have to be computed, and by the cost model alone."""
         current, now = self._worker.current, self._clock()
         ahead = self._queue.tokens + self._announced_tokens + sum(entry.length for entry in self._ready)
-        if current is None and not ahead and now - self._confirmed_at > _STALE_S:
-            return Forecast(0.0, 0.0, 0.0)
         left_s = max(0.0, current.started_at + current.predicted_s - now) if isinstance(current, Batch) else 0.0
         ahead_s = self._drain.seconds(ahead, self.cost)
         latest_s = left_s + ahead_s + min(ahead_s, self._window_s())
-        own_s = self._drain.seconds(tokens, self.cost) + self.cost.fixed_s
-        return Forecast(wait_s=left_s + ahead_s, latest_s=latest_s, done_s=latest_s + own_s)
+        return Forecast(wait_s=left_s + ahead_s, latest_s=latest_s, done_s=latest_s)
 
     def announce(self, ticket: Ticket) -> None:
         """Counts a request's estimated tokens until it is put or withdrawn. Raises `ModelNotReady` where it cannot."""
         self._refuse_if_unfit()
         ticket.is_announced = True
+        ticket.admitted_at, ticket.forecast_s = self._clock(), self._forecast().latest_s
         self._announced_tokens += ticket.tokens
 
     def put(self, tickets: Sequence[Ticket]) -> None:
         """Queues the entries of tokenised requests. Raises `ModelNotReady` once stopped or unfit."""
         now = self._clock()
-        due_at = now + self.forecast().wait_s + self._window_s()
+        due_at = now + self._forecast().wait_s + self._window_s()
         for ticket in tickets:
             self._retract(ticket)
             ticket.enqueued_at = now
@@ -317,11 +326,20 @@ class DynamicBatcher:
             return ModelNotReady("the engine is shutting down", retry_after_s=1.0)
         return ModelNotReady(f"{self.name[0]} is out of order and being checked", retry_after_s=_RETRY_S)
 
+    def _observe_waits(self, batch: Batch) -> None:
+        """Of waits that were to be several batches long; a short one is a matter of chance."""
+        floor_s = 4 * self.cost.seconds(self.max_tokens)
+        tickets = [entry.ticket for entry in batch.entries if entry.ticket.forecast_s > floor_s]
+        if tickets:
+            slowest = max(tickets, key=lambda ticket: (batch.started_at - ticket.admitted_at) / ticket.forecast_s)
+            self._slippage.observe(batch.started_at - slowest.admitted_at, slowest.forecast_s)
+
     def _observe(self, batch: Batch, *, is_clean: bool) -> None:
         useful = sum(entry.length for entry in batch.entries)
         if is_clean:  # halving a batch makes it slow
             self.cost.observe(batch.tokens, batch.seconds)
             self._confirmed_at = self._clock()
+            self._observe_waits(batch)
             if batch.is_saturated:
                 self._drain.observe(useful=useful, padded=batch.tokens, fixed_tokens=self.cost.fixed_tokens)
         self._series.observe(

@@ -20,6 +20,7 @@ _HUBER = 1.345  # residuals beyond so many deviations count less (Huber 1964)
 _NOISE = 0.01  # relative deviation below which points agree
 _GAIN = 0.05
 _CLIP = 0.5
+_SLIP_QUANTILE, _SLIP_STEP, _MAX_SLIP = 0.99, 0.02, 2.0
 
 
 @dataclass(slots=True)
@@ -78,6 +79,21 @@ class Forecast(NamedTuple):
     wait_s: float
     latest_s: float
     done_s: float
+
+
+class Slippage:
+    """How many times as long as forecast the slowest have lately waited: a high quantile, followed step by step.
+
+    Forecasts know nothing of what else uses the processor. A wait that was longer than allowed for raises the factor
+    at once, all others let it sink slowly.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def observe(self, waited_s: float, forecast_s: float) -> None:
+        step = _SLIP_QUANTILE if waited_s > self.factor * forecast_s else _SLIP_QUANTILE - 1
+        self.factor = min(_MAX_SLIP, max(1.0, self.factor + _SLIP_STEP * step))
 
 
 class DrainRate:

@@ -16,8 +16,9 @@ from service.inference.errors import DeadlineExceeded
 class Ticket:
     """One admitted request. Its caller waits for `future` alone: done with all entries, or with the first error.
 
-    `deadline` is in seconds of the batcher's clock, `tokens` what the inputs were estimated at before tokenising, and
-    `missing` how many entries have not ended. All of it belongs to the event loop.
+    `deadline` is in seconds of the batcher's clock, `tokens` what the inputs were estimated at before tokenising,
+    `forecast_s` how long it was then to wait at most, and `missing` how many entries have not ended. All of it belongs
+    to the event loop.
     """
 
     model: Any
@@ -29,6 +30,8 @@ class Ticket:
     tokens: int = 0
     is_announced: bool = False
     tokenized_at: float = 0.0
+    admitted_at: float = 0.0
+    forecast_s: float = 0.0
     enqueued_at: float = 0.0
     entries: list[QueueEntry] = field(default_factory=list)
     missing: int = 0

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from model_registry.engine_reports import EngineMeasurement
 from model_registry.errors import ArtifactError, ModelNotFound, RegistryError
 from model_registry.manifest import backbone_prefix
@@ -23,7 +25,7 @@ from model_registry.refs import ModelRef
 from model_registry.registry import ModelVersion, RegistrySnapshot
 from model_registry.store import ArtifactStore, load_manifest
 from modeling.adapters import Adapter
-from modeling.assemble import VersionParts, check_golden, read_adapter, read_version
+from modeling.assemble import VersionParts, check_golden, compare_golden, read_adapter, read_version
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
@@ -351,7 +353,12 @@ class ModelPool:
         if adapter is not None and model.adapter_key is not None:
             load = functools.partial(engine.load_adapter, model.adapter_key, adapter)
             await asyncio.get_running_loop().run_in_executor(self._loader, load)
-        await lane.batcher.call(functools.partial(reproduce_golden, model, engine))
+        logits = [
+            # One at a time: requests wait for no more than one row of it.
+            await lane.batcher.call(functools.partial(_golden_logits, model, engine, [row.text]))
+            for row in parts.golden
+        ]
+        compare_golden(parts, np.concatenate(logits or [np.zeros((0, 0), np.float32)]), precision=engine.precision)
 
     async def _discard(self, model: ServedModel) -> None:
         if isinstance(model.lane, BackboneLane):
@@ -480,13 +487,12 @@ class ModelPool:
 
 def reproduce_golden(model: ServedModel, engine: Engine) -> None:
     """Runs a version's golden rows as `engine` runs requests, on its own thread. Raises `GoldenRowsDiffer`."""
-    parts = model.parts
-    assert parts is not None and parts.head is not None
-    head = parts.head
+    assert model.parts is not None
+    check_golden(model.parts, lambda texts: _golden_logits(model, engine, texts), precision=engine.precision)
 
-    def logits(texts: Sequence[TextInput]) -> FloatArray:
-        work = model.lane.preprocess(texts, truncate=True, max_length=model.max_length)
-        keys = [model.adapter_key] * len(work) if model.adapter_key else None
-        return head.logits(engine.run(EngineBatch(work, keys)))
 
-    check_golden(parts, logits, precision=engine.precision)
+def _golden_logits(model: ServedModel, engine: Engine, texts: Sequence[TextInput]) -> FloatArray:
+    assert model.parts is not None and model.parts.head is not None
+    work = model.lane.preprocess(texts, truncate=True, max_length=model.max_length)
+    keys = [model.adapter_key] * len(work) if model.adapter_key else None
+    return model.parts.head.logits(engine.run(EngineBatch(work, keys)))

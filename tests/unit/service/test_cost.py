@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.inference.cost import CostModel, DrainRate
+from service.inference.cost import CostModel, DrainRate, Slippage
 
 SIZES = (8, 32, 128, 256, 512, 1024)
 fixed = st.floats(1e-5, 1e-1)
@@ -92,3 +92,26 @@ def test_padding_and_small_batches_slow_the_drain_down() -> None:
     for _ in range(200):
         drain.observe(useful=400, padded=500, fixed_tokens=cost.fixed_tokens)
     assert drain.seconds(4000, cost) == pytest.approx(10 * cost.seconds(500), rel=0.01)
+
+
+@given(seeds, st.floats(0.3, 1.9))
+def test_slippage_finds_what_nearly_all_waits_stay_below(seed: int, center: float) -> None:
+    noise = random.Random(seed)
+    slippage = Slippage()
+    waits = [noise.gauss(center, 0.05) for _ in range(4000)]
+    exceeded = 0
+    for number, wait in enumerate(waits):
+        exceeded += number >= 1000 and wait > slippage.factor
+        slippage.observe(wait, 1.0)
+    assert exceeded / 3000 < 0.03
+    assert 1.0 <= slippage.factor <= max(1.0, min(2.0, center + 0.3))
+
+
+def test_slippage_is_bounded_and_forgets() -> None:
+    slippage = Slippage()
+    for _ in range(500):
+        slippage.observe(100.0, 1.0)
+    assert slippage.factor == 2.0
+    for _ in range(5000):
+        slippage.observe(0.5, 1.0)
+    assert slippage.factor == pytest.approx(1.0)
