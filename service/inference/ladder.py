@@ -10,7 +10,7 @@ from service.inference.cost import CostModel, Point
 
 _FIRST_LENGTHS = (8, 32)
 _ROW_LENGTH = 128
-_KNEE = 0.95
+_KNEE = 0.97
 _WORTH = 1.02  # twice the tokens must bring so much more speed, or the ladder has passed the top
 _MIN_POINTS = 6
 
@@ -31,7 +31,7 @@ def ladder(*, max_tokens: int, max_rows: int, max_length: int, seconds: float) -
     """Yields shapes and is sent the seconds of each, or None where the engine could not compute it.
 
     Single rows show what a run costs before its first token; then rows double until speed no longer grows or `seconds`
-    are spent. A batch should hold as much as the smallest run with 95 % of the highest speed: more only adds to the
+    are spent. A batch should hold as much as the smallest run with 97 % of the highest speed: more only adds to the
     wait. What the engine failed at, for want of memory, bounds it from above; last comes a run of the longest rows that
     fill it, which need the most. Raises `EngineFailed` where not even the smallest run succeeds.
     """

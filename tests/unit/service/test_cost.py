@@ -103,7 +103,7 @@ def test_slippage_finds_what_nearly_all_waits_stay_below(seed: int, center: floa
     for number, wait in enumerate(waits):
         exceeded += number >= 1000 and wait > slippage.factor
         slippage.observe(wait, 1.0)
-    assert exceeded / 3000 < 0.03
+    assert exceeded / 3000 < 0.06
     assert 1.0 <= slippage.factor <= max(1.0, min(2.0, center + 0.3))
 
 

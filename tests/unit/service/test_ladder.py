@@ -28,7 +28,7 @@ def climb(seconds: Callable[[int, int], float | None], **limits: Any) -> tuple[M
 
 
 @pytest.mark.parametrize(
-    ("fixed_s", "per_token_s", "expected"), [(1e-3, 1e-4, 256), (1e-3, 2e-5, 1024), (1e-3, 1e-6, 16384)]
+    ("fixed_s", "per_token_s", "expected"), [(1e-3, 1e-4, 256), (1e-3, 2e-5, 2048), (1e-3, 1e-6, 16384)]
 )
 def test_a_batch_holds_what_reaches_nearly_the_highest_speed(fixed_s: float, per_token_s: float, expected: int) -> None:
     measured, shapes = climb(lambda rows, length: fixed_s + per_token_s * rows * length)
