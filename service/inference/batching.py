@@ -28,6 +28,7 @@ _LEAD_S, _LEAD_SHARE = 0.002, 0.1  # the next batch stands ready so long before 
 _STALE_S = 10.0  # a forecast that no batch has confirmed for so long refuses nobody while the engine is idle
 _HUNG_FACTOR = 10  # a run is given up no sooner than after so many times its prediction
 _RETRY_S = 5.0
+_DEMAND_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class DynamicBatcher:
         self._series.follow_queue(self._queue.__len__, lambda: self._queue.tokens)
         self._slippage = Slippage()
         self.calibrate(CostModel(), limits.max_tokens)
-        self._confirmed_at = -math.inf
+        self._confirmed_at = self._batch_ended_at = -math.inf
 
     # Life
 
@@ -183,6 +184,11 @@ class DynamicBatcher:
         """Runs `function` on the engine's thread, between batches. Raises `ModelNotReady` once stopped."""
         return await self._worker.call(function)
 
+    @property
+    def is_in_demand(self) -> bool:
+        """Whether it has lately computed a batch for somebody."""
+        return self._clock() - self._batch_ended_at < _DEMAND_S
+
     # For probes
 
     def busy_for_s(self) -> float:
@@ -248,6 +254,7 @@ class DynamicBatcher:
                 entry.batch = facts
                 if not ticket.missing:
                     ticket.future.set_result(None)
+        self._batch_ended_at = self._clock()
         self._observe(batch, is_clean=not failed)
         self.supervisor.batch_ended(has_result=failed < len(outcomes))
         if self._ahead is not None:  # it went by the run that has ended

@@ -42,6 +42,7 @@ from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.model_pool")
 _RETRY_FAILED_S = 60.0
+_YIELD = 2.0  # while requests come, a load leaves them so many times as long as it takes of the engine
 _BACKBONE_TASK = "feature-extraction"
 
 Key = tuple[str, str, int]
@@ -353,11 +354,12 @@ class ModelPool:
         if adapter is not None and model.adapter_key is not None:
             load = functools.partial(engine.load_adapter, model.adapter_key, adapter)
             await asyncio.get_running_loop().run_in_executor(self._loader, load)
-        logits = [
-            # One at a time: requests wait for no more than one row of it.
-            await lane.batcher.call(functools.partial(_golden_logits, model, engine, [row.text]))
-            for row in parts.golden
-        ]
+        logits = []
+        for row in parts.golden:  # one at a time: requests wait for no more than one row of it
+            started = time.monotonic()
+            logits.append(await lane.batcher.call(functools.partial(_golden_logits, model, engine, [row.text])))
+            if lane.batcher.is_in_demand:
+                await asyncio.sleep(_YIELD * (time.monotonic() - started))
         compare_golden(parts, np.concatenate(logits or [np.zeros((0, 0), np.float32)]), precision=engine.precision)
 
     async def _discard(self, model: ServedModel) -> None:
