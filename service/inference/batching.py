@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from service.inference.cost import CostModel, DrainRate, Forecast, Slippage
 from service.inference.engine_worker import EngineWorker, Work
 from service.inference.entries import BatchFacts, QueueEntry, Ticket
-from service.inference.errors import ModelNotReady
+from service.inference.errors import InferenceFailed, ModelNotReady
 from service.inference.isolation import Outcome, Outputs, compute_isolated
 from service.inference.queue import WINDOW_BATCHES, EntryQueue
 from service.inference.runtime import Runtime
@@ -78,7 +78,7 @@ class DynamicBatcher:
         self._worker = EngineWorker(name[0], self, timeout_s=limits.engine_timeout_s, runtime=runtime)
         self._lock = self._worker.lock
         self.supervisor = EngineSupervisor(
-            check=lambda: self.call(computing.check), on_unfit=lambda: self._fail_waiting(self._unfit()),
+            check=lambda: self._worker.call(computing.check), on_unfit=lambda: self._fail_waiting(self._unfit()),
             on_fit=self._wake, clock=runtime.clock,
         )  # fmt: skip
         self._ahead: asyncio.TimerHandle | None = None
@@ -181,8 +181,18 @@ class DynamicBatcher:
         self._series.tokens_limit.set(self.max_tokens)
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on the engine's thread, between batches. Raises `ModelNotReady` once stopped."""
-        return await self._worker.call(function)
+        """Runs `function` on the engine's thread, between batches. Raises `ModelNotReady` once stopped or unfit."""
+
+        def run() -> Any:
+            if self.supervisor.failure is not None:  # a hung run may still be inside of the engine
+                raise self._unfit()
+            return function()
+
+        return await self._worker.call(run)
+
+    async def exchange(self, install: Callable[[], None]) -> None:
+        """Runs `install`, which brings in another engine and enters none, between batches, fit or unfit."""
+        await self._worker.call(install)
 
     @property
     def is_in_demand(self) -> bool:
@@ -245,7 +255,7 @@ class DynamicBatcher:
             ticket.missing -= 1
             if isinstance(outcome, Exception):
                 failed += 1
-                ticket.fail(outcome)
+                ticket.fail(_named(entry, outcome))
                 self.withdraw(ticket)
             elif ticket.is_over:
                 self._metrics.of_model(ticket.model.metric_labels).cancelled_running.inc()
@@ -355,6 +365,12 @@ class DynamicBatcher:
         )  # fmt: skip
         if self._record is not None:
             self._record(self.name, batch)
+
+
+def _named(entry: QueueEntry, error: InferenceFailed) -> InferenceFailed:
+    """Of several inputs, which one it was."""
+    entries = entry.ticket.entries
+    return error if len(entries) == 1 else InferenceFailed(f"input {entries.index(entry)}: {error}")
 
 
 class Batch:

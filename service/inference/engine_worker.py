@@ -48,7 +48,8 @@ class Takes(Protocol):
         """The next work. On the engine's thread, under the lock."""
 
     def hangs(self, work: Work, reason: str) -> Exception:
-        """`work` was given up while it ran; a fresh thread is there. What it fails with."""
+        """`work` was given up while it ran; a fresh thread comes next, and takes nothing that must not enter the engine
+        meanwhile. What `work` fails with."""
 
     def returned(self, work: Work) -> None:
         """`work` that had been given up has come back."""
@@ -162,9 +163,9 @@ class EngineWorker:
                     continue
                 self.current = None
                 self._thread.retire()
-            self._replace_thread()
             seconds = self._clock() - work.started_at
             self._give_up(work, self._source.hangs(work, f"a run has not ended for {seconds:.0f} s"))
+            self._replace_thread()
 
     def _give_up(self, work: Work, error: Exception) -> None:
         self._given_up.add(work)

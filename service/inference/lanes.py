@@ -91,7 +91,7 @@ class BackboneLane:
                 engine.run(EngineBatch(work, [next(iter(adapters))]))
 
         await asyncio.to_thread(prepare)
-        await self.batcher.call(lambda: setattr(self, "engine", engine))
+        await self.batcher.exchange(lambda: setattr(self, "engine", engine))
         self.batcher.engine_changed()
         self.batcher.supervisor.resume()
 

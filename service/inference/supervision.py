@@ -14,10 +14,10 @@ _MAX_PAUSE_S = 30.0
 class EngineSupervisor:
     """`failure` says why the engine is unfit; None while it serves.
 
-    It becomes unfit when one of its runs hangs, or when every row of several batches in a row has failed. Then `check`
-    decides: where it passes, the inputs were bad and the engine serves on. Where it does not, or a run hangs inside the
-    engine so that no check can enter, `on_engine_failed` hears the reason; it may bring in another engine and call
-    `resume`, at once or later. Until then `on_unfit` sends away those who wait, and the check is repeated now and then.
+    When every row of several batches in a row has failed, `check` decides while the engine serves on: where it passes,
+    the inputs were bad. Where it does not, or a run hangs inside the engine so that no check can enter, the engine is
+    unfit, and `on_engine_failed` hears the reason; it may bring in another engine and call `resume`, at once or later.
+    Until then `on_unfit` sends away those who wait, and the check is repeated now and then.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class EngineSupervisor:
         self._failed_in_a_row = 0
         self._given_up: set[object] = set()  # runs that hang, until they come back after all
         self._blocking: set[object] = set()  # those of them that are inside the engine which is to serve
+        self._suspicion: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
 
     def unfit_for_s(self) -> float:
@@ -39,8 +40,10 @@ class EngineSupervisor:
 
     def batch_ended(self, *, has_result: bool) -> None:
         self._failed_in_a_row = 0 if has_result else self._failed_in_a_row + 1
-        if self._failed_in_a_row >= _FAILED_BATCHES:
-            self._fail(f"every row of {self._failed_in_a_row} batches in a row failed")
+        is_known = self.failure is not None or (self._suspicion is not None and not self._suspicion.done())
+        if self._failed_in_a_row >= _FAILED_BATCHES and not is_known:
+            reason = f"every row of {self._failed_in_a_row} batches in a row failed"
+            self._suspicion = asyncio.create_task(self._look_into(reason))
 
     def hangs(self, work: object, reason: str) -> None:
         """`work` was given up while it ran; `returned` says should it come back after all."""
@@ -70,12 +73,20 @@ class EngineSupervisor:
         self._on_fit()
 
     async def stop(self) -> None:
-        if self._recovery is not None:
-            self._recovery.cancel()
-            await asyncio.gather(self._recovery, return_exceptions=True)
+        tasks = [task for task in (self._suspicion, self._recovery) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _look_into(self, reason: str) -> None:
+        """Others wait in the same queue as the bad inputs: until the check has failed, nobody is sent away."""
+        if await self._passes():
+            self._failed_in_a_row = 0
+        elif self.failure is None:
+            self._fail(reason)
 
     def _fail(self, reason: str) -> None:
-        _log.error(f"the engine may be unfit: {reason}", extra={"action": "engine_unfit"})
+        _log.error(f"the engine is unfit: {reason}", extra={"action": "engine_unfit"})
         if self.failure is None:
             self._failed_at = self._clock()
         self.failure, self._failed_in_a_row = reason, 0
