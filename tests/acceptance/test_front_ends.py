@@ -37,7 +37,7 @@ def fronted(make_home: Callable[..., Home]) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def single(make_home: Callable[..., Home]) -> Iterator[Service]:
+def alone(make_home: Callable[..., Home]) -> Iterator[Service]:
     """The same without front ends, and with nothing that other tests have registered."""
     home = make_home()
     with home.server() as server, Client(server.wait_ready().url) as client:
@@ -121,11 +121,11 @@ def comparable(response: httpx.Response) -> tuple[int, dict[str, str], Any]:
     return response.status_code, headers, body
 
 
-def test_every_answer_is_the_one_of_a_single_process(single: Service, fronted: Service) -> None:
+def test_every_answer_is_the_one_of_a_single_process(alone: Service, fronted: Service) -> None:
     for method, path, request in REQUESTS:
         single, several = (
             client.http.request(method, path, **request, follow_redirects=False)
-            for client in (single.client, fronted.client)
+            for client in (alone.client, fronted.client)
         )
         given = str(request)[:200]
         assert several.headers.get_list("x-request-id") and len(several.headers.get_list("date")) == 1, given
