@@ -7,6 +7,7 @@ bound on the admitted is that delay and one batch. The peers refuse nothing; for
 
 from __future__ import annotations
 
+import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from typing import Any
@@ -41,20 +42,21 @@ def run(options: Namespace) -> None:
             for number, server in rounds(servers, options.repeats):
                 capacity = peak(server, server.url, bodies, options.seconds, connections=options.connections)
                 server.settle()
-                batches = _Batches(server)
+                batches, processor_s, started_at = _Batches(server), time.process_time(), time.monotonic()
                 samples = rate.drive(
                     server.url, bodies, rate=FACTOR * capacity, seconds=RAMP_S + options.seconds,
                     timeout_s=options.timeout,
                 )  # fmt: skip
+                client_cores = (time.process_time() - processor_s) / (time.monotonic() - started_at)
                 seen = rate.summarise(samples, RAMP_S, RAMP_S + options.seconds)
                 rows.append(
                     {"server": server.label, "mix": mix, "round": number, "peak": capacity, **asdict(seen),
-                     **batches.bound()}
+                     "client_cores": client_cores, **batches.bound()}
                 )  # fmt: skip
                 print(
                     f"{mix} {server.label}: peak {capacity:.1f}/s, offered {seen.offered:.1f}/s, "
                     f"goodput {seen.goodput / capacity:.2f} of the peak, p99 {shown(seen.p99_ms)} ms, {seen.outcomes}, "
-                    f"{batches.bound()}",
+                    f"{batches.bound()}, {client_cores:.2f} cores for this client",
                     flush=True,
                 )
         about = describe(servers, options.peers)

@@ -40,14 +40,7 @@ def closed_loop(result: Mapping[str, Any]) -> Any:
     rows = [row for row in result["rows"] if row["texts"] == 1]
     connections = max(row["connections"] for row in rows)
     rows = [row for row in rows if row["connections"] == connections]
-    figure, axes = _panels(list(dict.fromkeys(row["mix"] for row in rows)))
-    for axis, (mix, servers) in zip(axes, _by(rows, "mix", "server", "texts_per_s").items(), strict=True):
-        bars = axis.barh(list(servers), [statistics.median(values) for values in servers.values()], color="tab:blue")
-        axis.bar_label(bars, fmt="%.0f", padding=3)
-        axis.invert_yaxis()
-        axis.set_title(f"{mix} texts, {connections} connections")
-        axis.set_xlabel("texts/s")
-    return figure
+    return _bars(rows, "texts_per_s", title=f"texts, {connections} connections", label="texts/s", fmt="%.0f")
 
 
 def open_loop(result: Mapping[str, Any]) -> Any:
@@ -79,14 +72,9 @@ def length_cost(result: Mapping[str, Any]) -> Any:
 def overload(result: Mapping[str, Any]) -> Any:
     """Goodput at twice the capacity as a share of the peak."""
     rows = [{**row, "share": row["goodput"] / row["peak"]} for row in result["rows"]]
-    figure, axes = _panels(list(dict.fromkeys(row["mix"] for row in rows)))
-    for axis, (mix, servers) in zip(axes, _by(rows, "mix", "server", "share").items(), strict=True):
-        bars = axis.barh(list(servers), [statistics.median(values) for values in servers.values()], color="tab:orange")
-        axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.invert_yaxis()
-        axis.set_title(f"{mix} texts at twice the capacity")
-        axis.set_xlabel("answered in time, as a share of the peak")
-    return figure
+    return _bars(
+        rows, "share", title="texts at twice the capacity", label="answered in time, as a share of the peak", fmt="%.2f"
+    )
 
 
 _PLOTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -99,6 +87,18 @@ def _panels(names: list[Any]) -> tuple[Any, list[Any]]:
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     return figure, list(figure.subplots(1, len(names), squeeze=False)[0])
+
+
+def _bars(rows: list[Any], value: str, *, title: str, label: str, fmt: str) -> Any:
+    """A panel for each mix, in it a bar for each server: the median of its rounds."""
+    mixes = _by(rows, "mix", "server", value)
+    figure, axes = _panels(list(mixes))
+    for axis, (mix, servers) in zip(axes, mixes.items(), strict=True):
+        bars = axis.barh(list(servers), [statistics.median(values) for values in servers.values()], color="tab:blue")
+        axis.bar_label(bars, fmt=fmt, padding=3)
+        axis.invert_yaxis()
+        axis.set(title=f"{mix} {title}", xlabel=label)
+    return figure
 
 
 def _lines(axis: Any, rows: list[Mapping[str, Any]], x: str, y: str) -> None:
