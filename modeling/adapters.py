@@ -110,7 +110,8 @@ def _pairs(tensors: Mapping[str, FloatArray], scaling: float) -> dict[str, LoraP
     pairs = {}
     for module, pair in sides.items():
         if set(pair) != {"A", "B"} or not _fit(pair.values()) or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise AdapterMismatch(f"{WEIGHTS_NAME}: the two halves of {module} do not fit each other")
+            halves = " and ".join(f"{side} {'×'.join(map(str, pair[side].shape))}" for side in sorted(pair))
+            raise AdapterMismatch(f"{WEIGHTS_NAME}: the two halves of {module} do not fit each other: {halves}")
         pairs[module] = LoraPair(pair["A"], (pair["B"] * scaling).astype("float32"))
     if not pairs:
         raise AdapterMismatch(f"{WEIGHTS_NAME} holds no LoRA weights")

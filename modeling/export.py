@@ -6,7 +6,6 @@ weights are inputs, stacked by slot, so one export serves every adapter. No engi
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -41,10 +40,7 @@ def export_graphs(backbone: Backbone, folder: Path) -> GraphFiles:
     adapted = _Pooled(backbone, is_routed=True)
     names, examples, dynamic = _stack_inputs(adapted.layout)
     _export(adapted, files.lora, inputs=list(zip(names, examples, strict=True)), dynamic=dynamic)
-    description = {"pad_id": adapted.pad_id, "hidden_size": backbone.info.hidden_size}
-    temporary = files.description.with_name(f"{files.description.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(description | {"layout": json.loads(adapted.layout.to_json())}))
-    temporary.replace(files.description)
+    files.describe(adapted.layout, pad_id=adapted.pad_id, hidden_size=backbone.info.hidden_size)
     return files
 
 

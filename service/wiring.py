@@ -18,7 +18,7 @@ from model_registry.migrations import migrate
 from model_registry.registry import Registry
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate
-from modeling.engines.build import EngineOptions
+from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from service.api.deps import Services
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
@@ -51,7 +51,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         stack.callback(database.dispose)
         pool = ModelPool(
             store,
-            _selector(settings, database),
+            _selector(settings, database, metrics),
             BatchLimits(
                 settings.max_batch_tokens, settings.max_batch_rows, settings.max_batch_delay_ms / 1000,
                 settings.engine_timeout_s,
@@ -91,7 +91,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         yield services
 
 
-def _selector(settings: ServingSettings, database: Database) -> EngineSelector:
+def _selector(settings: ServingSettings, database: Database, metrics: ServingMetrics) -> EngineSelector:
     device = _resolve_device(settings.device)
     options = EngineOptions(
         device=device, threads=settings.resolved_threads, adapter_slots=settings.adapter_slots,
@@ -103,7 +103,12 @@ def _selector(settings: ServingSettings, database: Database) -> EngineSelector:
         allow_tensorrt=settings.allow_tensorrt,
         stall_s=settings.engine_trial_stall_s,
     )  # fmt: skip
-    return EngineSelector(policy, options, settings.data_dir / "cache" / "graphs", EngineReports(database))
+
+    def count(backbone: str, engine: EngineSpec, error: Exception) -> None:
+        metrics.count_engine_fallback(backbone, str(engine), to_engine=str(REFERENCE), reason=type(error).__name__)
+
+    cache = settings.data_dir / "cache" / "graphs"
+    return EngineSelector(policy, options, cache, EngineReports(database), on_fallback=count)
 
 
 def _resolve_device(device: str) -> str:

@@ -94,7 +94,7 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
             slots_budget_bytes=options.slots_budget_bytes, is_compiled=spec.runtime == COMPILED,
         )  # fmt: skip
     if files is None or not files.is_complete:
-        raise EngineFailed(f"{spec} needs the exported graphs, which are not there")
+        raise EngineFailed(f"{spec} needs the exported graphs, which are missing or damaged")
     slots, budget = options.adapter_slots, options.slots_budget_bytes
     if options.device.startswith("cuda") and spec.runtime in {"onnx", CAPTURED, TENSORRT}:
         return _build_on_gpu(spec, backbone, files, options)

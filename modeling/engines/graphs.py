@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ from modeling.preprocess import Encoded
 from modeling.weights import FloatArray, IntArray
 
 SLOTS_INPUT = "lora_slots"
-_EXPORT_SCHEMA = 3  # raised when the graphs change for the same weights
+_EXPORT_SCHEMA = 4  # raised when the graphs change for the same weights
 _EXPORTERS = ("torch", "onnx", "onnxscript", "transformers")
 
 
@@ -77,11 +78,28 @@ class GraphFiles:
 
     @property
     def is_complete(self) -> bool:
-        return self.description.is_file()
+        """Whether both graphs are there as they were written; a damaged one is not."""
+        try:
+            values = json.loads(self.description.read_bytes())
+            return bool(values["bytes"] == self._sizes())
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def describe(self, layout: LoraLayout, *, pad_id: int, hidden_size: int) -> None:
+        """Written last: from here on the export is complete. Raises `OSError`."""
+        values = {"layout": json.loads(layout.to_json()), "pad_id": pad_id, "hidden_size": hidden_size}
+        temporary = self.description.with_name(f"{self.description.name}.{os.getpid()}.partial")
+        temporary.write_text(json.dumps({**values, "bytes": self._sizes()}))
+        temporary.replace(self.description)
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: (self.folder / name).stat().st_size for name in ("backbone.onnx", "lora.onnx")}
 
     def discard(self) -> None:
-        """The next export is done anew."""
+        """The next export is done anew, and with it what was made of the graphs: other precisions, merged adapters."""
         self.description.unlink(missing_ok=True)
+        for graph in self.folder.glob("*.onnx"):
+            graph.unlink(missing_ok=True)
 
     @cached_property
     def _values(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,12 @@ class EngineSelector:
     """One per process. `open…` block and belong on a loader thread; `select` is for the event loop."""
 
     def __init__(
-        self, policy: SelectionPolicy, options: EngineOptions, cache: Path, reports: EngineReports | None
-    ) -> None:
+        self, policy: SelectionPolicy, options: EngineOptions, cache: Path, reports: EngineReports | None, *,
+        on_fallback: Callable[[str, EngineSpec, Exception], None] = lambda backbone, engine, error: None,
+    ) -> None:  # fmt: skip
+        """`on_fallback` hears of a remembered engine that does not open, on the thread that tried."""
         self.policy, self._options, self._cache, self._reports = policy, options, cache, reports
+        self._on_fallback = on_fallback
         self._device = fingerprint(options.device)
         self._one_trial = asyncio.Lock()
         self._known: dict[str, EngineMeasurement] = {}  # by digest, of this device
@@ -88,7 +91,11 @@ class EngineSelector:
             try:
                 return self.open(EngineSpec.parse(remembered.chosen), backbone), True
             except ModelingError as error:
-                _log.warning(f"{remembered.chosen} was chosen earlier but does not open: {error}")
+                _log.warning(
+                    f"{remembered.chosen} was chosen earlier but does not open: {error}",
+                    extra={"action": "engine_fallback"},
+                )
+                self._on_fallback(backbone.info.name, EngineSpec.parse(remembered.chosen), error)
                 self._known.pop(backbone.info.digest, None)
                 self._graphs(backbone).discard()  # they may be damaged
         return self.open(REFERENCE, backbone), self.policy.is_reference_only
@@ -161,7 +168,7 @@ class EngineSelector:
             return None
         if found is None:
             return None
-        if EngineSpec.parse(found.chosen).needs_graphs and not self._graphs(backbone).is_complete:
+        if EngineSpec.parse(found.chosen).needs_graphs and not self._graphs(backbone).description.is_file():
             return None
         self._known[backbone.info.digest] = found
         return found

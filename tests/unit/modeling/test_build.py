@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling.adapters import LoraLayout
 from modeling.backbone import Backbone
 from modeling.engines import onnx
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine, candidates
@@ -20,7 +21,7 @@ def files(tmp_path: Path) -> GraphFiles:
     files = GraphFiles(tmp_path)
     for path in (files.bare, files.lora):
         graphs.write_pooled(path)
-    files.description.write_text('{"layout": {"groups": []}, "pad_id": 0, "hidden_size": 6}')
+    files.describe(LoraLayout(()), pad_id=0, hidden_size=graphs.HIDDEN)
     return files
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling.adapters import Adapter
+from modeling.adapters import Adapter, LoraLayout
 from modeling.engines import providers
 from modeling.engines.graphs import SLOTS_INPUT, GraphFiles
 from modeling.engines.onnx_gpu import GpuSession, cuda_engine, cuda_session, device_id, pad_to
@@ -196,7 +196,7 @@ def files(tmp_path: Path) -> GraphFiles:
     files = GraphFiles(tmp_path)
     graphs.write_pooled(files.bare)
     graphs.write_pooled(files.lora, has_stack=True)
-    files.description.write_text('{"layout": {"groups": []}, "pad_id": 0, "hidden_size": 6}')
+    files.describe(LoraLayout(()), pad_id=0, hidden_size=graphs.HIDDEN)
     return files
 
 

@@ -5,7 +5,6 @@ Everything but TensorRT itself: sessions run on the CPU's provider, and where Te
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +40,8 @@ def files(tmp_path: Path) -> GraphFiles:
     files = GraphFiles(tmp_path / "graphs" / "key")
     files.folder.mkdir(parents=True)
     graphs.write_pooled(files.bare)
-    description = {"layout": json.loads(LoraLayout(()).to_json()), "pad_id": 0, "hidden_size": graphs.HIDDEN}
-    files.description.write_text(json.dumps(description))
+    files.lora.write_bytes(b"")
+    files.describe(LoraLayout(()), pad_id=0, hidden_size=graphs.HIDDEN)
     return files
 
 

@@ -80,9 +80,9 @@ def reports(tmp_path: Path) -> EngineReports:
     return EngineReports(database)
 
 
-def selector(world: World, reports: EngineReports | None, engine: str = "auto") -> EngineSelector:
+def selector(world: World, reports: EngineReports | None, engine: str = "auto", **options: Any) -> EngineSelector:
     policy = SelectionPolicy(engine=engine, precision="fp32", texts=64, niceness=0)
-    return EngineSelector(policy, EngineOptions(threads=1), world.folder / "graphs", reports)
+    return EngineSelector(policy, EngineOptions(threads=1), world.folder / "graphs", reports, **options)
 
 
 def test_the_choice_is_measured_once_and_remembered(world: World, reports: EngineReports) -> None:
@@ -114,16 +114,24 @@ def test_an_engine_named_by_the_operator_serves_although_it_is_slower(
     assert asked._insist(rows, EngineChoice("torch/fp32", {})).engine == "torch/fp32"
 
 
-def test_a_damaged_graph_leaves_torch_serving_and_is_exported_anew(world: World, reports: EngineReports) -> None:
+@pytest.mark.parametrize("name", ["backbone.onnx", "lora.onnx"])
+def test_a_damaged_graph_leaves_torch_serving_and_is_exported_anew(
+    world: World, reports: EngineReports, name: str
+) -> None:
     finder = selector(world, reports)
     digest = world.backbone.info.digest
     files = export_graphs(world.backbone, finder._graphs(world.backbone).folder)
     reports.put(EngineMeasurement(digest, finder._device_key(), {}, "onnx/fp32", []))
     assert selector(world, reports).open_first(world.backbone)[0].name == "onnx"
-    files.bare.write_bytes(files.bare.read_bytes()[:-2000])
-    engine, is_final = selector(world, reports).open_first(world.backbone)
+    damaged = files.folder / name
+    damaged.write_bytes(damaged.read_bytes()[:-2000])
+    files.variant("int8").bare.write_bytes(b"made of a damaged graph")
+    fallbacks: list[tuple[str, str]] = []
+    finder = selector(world, reports, on_fallback=lambda name, spec, error: fallbacks.append((name, str(spec))))
+    engine, is_final = finder.open_first(world.backbone)
     assert (engine.name, is_final) == ("torch", False)
-    assert not files.is_complete
+    assert fallbacks == [("tiny", "onnx/fp32")]
+    assert not list(files.folder.iterdir()), "what was made of a damaged graph may be damaged too"
     export_graphs(world.backbone, files.folder)
     assert selector(world, reports).open_first(world.backbone)[0].name == "onnx"
 
