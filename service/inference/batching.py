@@ -7,7 +7,6 @@ and hands the results of the last one to the loop in one call. Every entry ends 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from service.inference.runtime import Runtime
 from service.inference.supervision import EngineSupervisor
 from service.metrics import ServingMetrics
 
-_log = logging.getLogger("service.batching")
 _LEAD_S, _LEAD_SHARE = 0.002, 0.1  # the next batch stands ready so long before the run in progress should end
 _STALE_S = 10.0  # a forecast that no batch has confirmed for so long refuses nobody while the engine is idle
 _HUNG_FACTOR = 10  # a run is given up no sooner than after so many times its prediction

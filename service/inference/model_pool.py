@@ -41,7 +41,7 @@ from service.inference.served import ServedModel
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.model_pool")
-_RETRY_FAILED_S = 60.0
+_RETRY_FAILED_S = 60.0  # what keeps a version from loading is seldom gone sooner
 _YIELD = 2.0  # while requests come, a load leaves them so many times as long as it takes of the engine
 _BACKBONE_TASK = "feature-extraction"
 
@@ -64,7 +64,7 @@ class ModelPool:
         self._backbones: dict[str, ServedModel] = {}
         self._served: dict[Key, ServedModel] = {}
         self._aliases: dict[AliasKey, int] = {}
-        self._failed: dict[Key, tuple[str, float]] = {}
+        self._failed: dict[Key, tuple[str, float]] = {}  # why, and when it is worth another try
         self._snapshot = RegistrySnapshot(epoch=-1, aliases={}, versions={})
         self._background: set[asyncio.Task[Any]] = set()
         self.is_started = False  # backbones and the registry's aliased versions are in place
@@ -75,14 +75,13 @@ class ModelPool:
     async def add_backbone(self, name: str, backbone: Backbone) -> None:
         """Loads and warms a backbone, which then answers embeddings. Raises `ModelingError`."""
         lane = await self._lane_of(backbone)
-        memory = lane.engine.memory()
-        self._backbones[name] = ServedModel(
+        model = self._backbones[name] = ServedModel(
             tenant="", name=name, version=None, task=_BACKBONE_TASK, labels=(), lane=lane,
-            normalize_embedding=backbone.info.normalize, own_bytes=memory.weights,
+            normalize_embedding=backbone.info.normalize, owns_weights=True,
         )  # fmt: skip
         self._metrics.start_model(name, "", _BACKBONE_TASK, backbone=name, engine=lane.engine_name)
         self._metrics.set_model_state(name, "", _BACKBONE_TASK, state="ready")
-        self._metrics.model_memory_bytes.labels(name, "", _BACKBONE_TASK).set(memory.weights)
+        self._metrics.model_memory_bytes.labels(name, "", _BACKBONE_TASK).set(model.own_bytes)
 
     async def stop(self) -> None:
         for task in list(self._background):
@@ -127,13 +126,16 @@ class ModelPool:
         key = (tenant, ref.name, version)
         if key in self._served:
             return self._served[key]
-        failure = self._failed.get(key)
-        if failure is not None and time.monotonic() - failure[1] < _RETRY_FAILED_S:
-            raise ModelNotReady(
-                f"{ref.name}:{version} could not be loaded: {failure[0]}", retry_after_s=_RETRY_FAILED_S
-            )
+        reason, pause_s = self._failure(key)
+        if pause_s > 0:
+            raise ModelNotReady(f"{ref.name}:{version} could not be loaded: {reason}", retry_after_s=pause_s)
         self._in_background(self._load_quietly(key))
         raise ModelNotReady(f"{ref.name}:{version} is being loaded", retry_after_s=1.0)
+
+    def _failure(self, key: Key) -> tuple[str, float]:
+        """Why a version did not load, and in how many seconds it is worth another try; 0 or less: now."""
+        reason, retry_at = self._failed.get(key, ("", 0.0))
+        return reason, retry_at - time.monotonic()
 
     # For operators
 
@@ -240,8 +242,7 @@ class ModelPool:
         version = self._snapshot.versions.get(key)
         if key in self._served:
             return True
-        failure = self._failed.get(key)
-        if version is None or (failure is not None and time.monotonic() - failure[1] < _RETRY_FAILED_S):
+        if version is None or self._failure(key)[1] > 0:
             return False
         try:
             await self._load(key, version)
@@ -266,7 +267,9 @@ class ModelPool:
                     if isinstance(error, RegistryError | ModelingError | InferenceError)
                     else type(error).__name__
                 )
-                self._failed[key] = (reason[:500], time.monotonic())
+                # An engine that is out of order says itself how soon to come back.
+                pause_s = (error.retry_after_s if isinstance(error, ModelNotReady) else None) or _RETRY_FAILED_S
+                self._failed[key] = (reason[:500], time.monotonic() + pause_s)
                 self._metrics.set_model_state(*labels, state="failed")
                 if isinstance(error, RegistryError | ModelingError | InferenceError):
                     raise
@@ -302,20 +305,13 @@ class ModelPool:
             tenant=tenant, name=name, version=number, task=parts.manifest.task, labels=parts.manifest.labels, lane=lane,
             # The engine keeps the adapter's weights; a second copy here would only cost memory.
             parts=replace(parts, adapter=None), max_length=parts.max_length, state="warming",
-            own_bytes=replace(parts, adapter=None).own_bytes,
-            adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None,
+            adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None, owns_weights=parts.backbone is not None,
         )  # fmt: skip
         try:
             await self._warm(model, parts.adapter)
         except BaseException:
             await self._discard(model)
             raise
-        if isinstance(lane, BackboneLane):
-            if model.adapter_key is not None:
-                # What the engine keeps, in its own precision, instead of the file's float32.
-                model.own_bytes += lane.engine.adapter_bytes(model.adapter_key)
-            if parts.backbone is not None:
-                model.own_bytes += lane.engine.memory().weights
         model.state = "ready"
         return model
 
@@ -459,6 +455,7 @@ class ModelPool:
             await lane.switch(engine, adapters)
             for model in users:
                 self._metrics.start_model(*model.metric_labels, backbone=label, engine=lane.engine_name)
+                self._metrics.model_memory_bytes.labels(*model.metric_labels).set(model.own_bytes)
         await lane.measure()
         _log.info(f"{spec} serves instead of {before}", extra={"action": "engine_switched", "backbone": label})
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from modeling.assemble import VersionParts
 from modeling.heads import TaskHead
 from modeling.linear_text import LinearText
-from service.inference.lanes import Lane
+from service.inference.lanes import BackboneLane, Lane
 
 
 @dataclass(slots=True, eq=False)
 class ServedModel:
-    """State `loading warming ready draining unloading`. Leases count the requests that use it now."""
+    """State `loading warming ready draining unloading`. Leases count the requests that use it now.
+
+    `owns_weights`: the weights of its lane were loaded for this model, which is a backbone or a full fine-tune.
+    """
 
     tenant: str
     name: str
@@ -27,7 +30,7 @@ class ServedModel:
     max_length: int | None = None
     normalize_embedding: bool = False
     state: str = "ready"
-    own_bytes: int = 0
+    owns_weights: bool = False
     loaded_at: float = field(default_factory=time.time)
     used_at: float = field(default_factory=time.monotonic)
     leases: int = 0
@@ -47,6 +50,17 @@ class ServedModel:
     @property
     def temperature(self) -> float:
         return 1.0 if self.parts is None else self.parts.temperature
+
+    @property
+    def own_bytes(self) -> int:
+        """What it adds to what others need anyhow, on the engine that serves it now."""
+        held = 0 if self.parts is None else self.parts.own_bytes
+        if isinstance(self.lane, BackboneLane):
+            if self.adapter_key is not None:
+                held += self.lane.engine.adapter_bytes(self.adapter_key)
+            if self.owns_weights:
+                held += self.lane.engine.memory().weights
+        return held
 
     @property
     def key(self) -> tuple[str, str, int | None]:

@@ -29,8 +29,7 @@ class EngineSupervisor:
         self.failure: str | None = None
         self._failed_at = 0.0
         self._failed_in_a_row = 0
-        self._given_up: set[object] = set()  # runs that hang, until they come back after all
-        self._blocking: set[object] = set()  # those of them that are inside the engine which is to serve
+        self._blocking: set[object] = set()  # runs that hang inside the engine which is to serve
         self._suspicion: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
 
@@ -47,17 +46,12 @@ class EngineSupervisor:
 
     def hangs(self, work: object, reason: str) -> None:
         """`work` was given up while it ran; `returned` says should it come back after all."""
-        self._given_up.add(work)
         self._blocking.add(work)
         self._fail(reason)
 
-    def returned(self, work: object) -> bool:
-        """Whether `work` had been given up, so that nobody waits for its results."""
-        if work not in self._given_up:
-            return False
-        self._given_up.discard(work)
+    def returned(self, work: object) -> None:
+        """`work`, which had been given up, has come back."""
         self._blocking.discard(work)
-        return True
 
     def resume(self) -> None:
         """Another engine has taken over, or this one has proven fit."""

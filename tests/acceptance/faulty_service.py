@@ -1,13 +1,17 @@
 """`python -m service` with an engine that misbehaves on order: the file named by FAULTS says how, from run to run.
 
 `hang`: a run does not end while the file says so. `raise`, `nan`: what a marked row brings upon its batch, or upon
-itself. `fail`: every run fails. `slow`: each run takes 50 ms longer.
+itself. `fail`: every run fails. `nonsense`: no run gives a number. `slow`: each run takes 50 ms longer.
+
+Files beside the other say what happened: `.hanging` that a run hangs, `.crowded` that a second thread was inside of an
+engine, where only one may be.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from modeling.weights import FloatArray
 
 _FAULTS = Path(os.environ["FAULTS"])
 _compute = TorchEngine.run
+_inside = threading.Semaphore(1)
 
 
 def is_marked(row: Encoded) -> bool:
@@ -29,8 +34,19 @@ def is_marked(row: Encoded) -> bool:
 
 
 def run(engine: TorchEngine, batch: EngineBatch) -> FloatArray:
-    fault = _FAULTS.read_text()
+    is_alone = _inside.acquire(blocking=False)
+    if not is_alone:
+        _FAULTS.with_suffix(".crowded").touch()
+    try:
+        return run_on_order(engine, batch, _FAULTS.read_text())
+    finally:
+        if is_alone:
+            _inside.release()
+
+
+def run_on_order(engine: TorchEngine, batch: EngineBatch, fault: str) -> FloatArray:
     if fault == "hang":
+        _FAULTS.with_suffix(".hanging").touch()
         while _FAULTS.read_text() == "hang":
             time.sleep(0.02)
     if fault == "slow":
@@ -41,6 +57,8 @@ def run(engine: TorchEngine, batch: EngineBatch) -> FloatArray:
     vectors = _compute(engine, batch)
     if fault == "nan":
         vectors[marked] = np.nan
+    if fault == "nonsense":
+        vectors[:] = np.nan
     return vectors
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from model_registry.manifest import MANIFEST_NAME, BackboneRef, ModelManifest
+from model_registry.manifest import MANIFEST_NAME, BackboneRef, ModelManifest, VersionKind
 from model_registry.registry import ModelVersion, Registry
 from model_registry.store import FileStore, put_tree
 from modeling.adapters import Adapter
@@ -22,7 +22,9 @@ from modeling.engines.build import EngineOptions, EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
+from modeling.linear_text import LinearText
 from modeling.preprocess import TextPreprocessor
+from modeling.weights import FloatArray
 from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
 from service.inference.model_pool import ModelPool
@@ -50,24 +52,48 @@ class World:
         weight = random.normal(size=(len(labels), self.backbone.info.hidden_size)).astype(np.float32)
         head = TaskHead((DenseLayer(weight, np.zeros(len(labels), np.float32)),))
         encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
-        engine, kind, method = self.make_engine(self.backbone), "head", "linear_probe"
+        engine = self.make_engine(self.backbone)
+        kind: VersionKind = "head" if adapter is None else "lora"
+        method = "linear_probe" if adapter is None else "lora"
         if adapter is not None:
             engine.load_adapter("adapter", adapter)
-            kind, method = "lora", "lora"
         logits = head.logits(engine.run(EngineBatch(encoded, None if adapter is None else ["adapter"] * len(encoded))))
-        golden = [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
+
+        def write(staged: Path) -> None:
+            write_version_files(
+                staged, head=head, labels=labels, max_length=32, temperature=1.0, golden=_golden(logits)
+            )
+            if adapter is not None:
+                write_adapter(staged / "adapter", adapter)
+            if spoil is not None:
+                spoil(staged)
+
+        base = BackboneRef(name="tiny", digest=self.backbone.info.digest, source="file:tiny")
+        return self._register(name, labels, write, kind=kind, method=method, base=base, promote=promote)
+
+    def publish_baseline(self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0) -> ModelVersion:
+        """A linear model over a few words, with random weights. It needs no backbone."""
+        terms = tuple(sorted({word for text in GOLDEN for word in text.split() if len(word) > 1}))
+        weight = np.random.default_rng(seed).normal(size=(len(labels), len(terms))).astype(np.float32)
+        linear = LinearText(terms, np.ones(len(terms), np.float32), weight, np.zeros(len(labels), np.float32))
+        golden = _golden(linear.margins(GOLDEN))
+
+        def write(staged: Path) -> None:
+            write_version_files(staged, linear=linear, labels=labels, max_length=None, temperature=1.0, golden=golden)
+
+        return self._register(name, labels, write, kind="baseline", method="baseline")
+
+    def _register(
+        self, name: str, labels: tuple[str, ...], write: Callable[[Path], None], *, kind: VersionKind, method: str,
+        base: BackboneRef | None = None, promote: bool = False,
+    ) -> ModelVersion:  # fmt: skip
         with self.registry.transaction() as connection:
             version = self.registry.reserve(
                 connection, tenant="default", name=name, task="text-classification", kind=kind, method=method,
                 job_id=None,
             )  # fmt: skip
         staged = self.folder / f"staged-{name}-{version}"
-        write_version_files(staged, head=head, labels=labels, max_length=32, temperature=1.0, golden=golden)
-        if adapter is not None:
-            write_adapter(staged / "adapter", adapter)
-        if spoil is not None:
-            spoil(staged)
-        base = BackboneRef(name="tiny", digest=self.backbone.info.digest, source="file:tiny")
+        write(staged)
         manifest = ModelManifest(
             tenant="default", name=name, version=version, kind=kind, method=method, labels=labels, base=base,
             created_at=time.time(), files=(),
@@ -101,6 +127,10 @@ class _FixedEngine(EngineSelector):
 
     def open(self, spec: EngineSpec, backbone: Backbone) -> Engine:
         return self._world.make_engine(backbone)
+
+
+def _golden(logits: FloatArray) -> list[GoldenRow]:
+    return [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
 
 
 def run(coroutine: Any) -> Any:

@@ -343,6 +343,25 @@ def test_without_another_engine_the_queue_refuses_until_the_lost_run_returns() -
     assert run_virtually(scenario()) == [ModelNotReady, ModelNotReady, [5.0], False, True]
 
 
+def test_nothing_enters_an_engine_that_a_run_hangs_in_but_another_engine_may_be_installed() -> None:
+    async def scenario() -> tuple[list[Any], list[str]]:
+        lane = lane_of(BatchLimits(64, 1, engine_timeout_s=2.0), seconds=hanging)
+        entered: list[str] = []
+        tickets = [put(lane, "hang"), put(lane, "waiting")]
+        called = asyncio.ensure_future(lane.batcher.call(lambda: entered.append("golden rows")))
+        found = await answers(tickets)
+        with pytest.raises(ModelNotReady):
+            await called
+        with pytest.raises(ModelNotReady):
+            await lane.batcher.call(lambda: entered.append("golden rows"))
+        entered += [text for batch in lane.seen for text in batch]
+        await lane.batcher.exchange(lambda: entered.append("another engine"))
+        await lane.batcher.stop()
+        return found, entered
+
+    assert run_virtually(scenario()) == ([ModelNotReady, ModelNotReady], ["another engine"])
+
+
 def test_a_slow_run_that_was_predicted_to_be_slow_is_not_given_up() -> None:
     async def scenario() -> list[Any]:
         lane = lane_of(BatchLimits(64, 1, engine_timeout_s=0.2), seconds=lambda work: 5 * RUN_S)
@@ -391,6 +410,18 @@ def test_bad_inputs_alone_keep_a_sound_engine_from_serving_nobody() -> None:
     found, reasons = run_virtually(scenario())
     assert found == [InferenceFailed] * 3 + [[5.0], InferenceFailed]
     assert reasons == []
+
+
+def test_while_a_suspected_engine_is_checked_nobody_is_refused() -> None:
+    async def scenario() -> list[Any]:
+        lane = lane_of(BatchLimits(64, 1))
+        found = await answers([put(lane, POISON) for _ in range(3)])
+        assert lane.batcher.is_fit
+        found += await answers([put(lane, "good")])
+        await lane.batcher.stop()
+        return found
+
+    assert run_virtually(scenario()) == [InferenceFailed] * 3 + [[4.0]]
 
 
 def test_a_good_batch_in_between_and_the_count_starts_anew() -> None:

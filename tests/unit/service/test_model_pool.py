@@ -15,11 +15,15 @@ from model_registry.errors import ArtifactError, ModelNotFound
 from model_registry.refs import ModelRef
 from modeling.adapters import Adapter, LoraPair
 from modeling.backbone import load_encoder
-from modeling.errors import AdapterMismatch, GoldenRowsDiffer, ModelingError
+from modeling.engines.protocol import EngineBatch
+from modeling.engines.torch import TorchEngine
+from modeling.errors import AdapterMismatch, EngineFailed, GoldenRowsDiffer, ModelingError
 from modeling.preprocess import TextInput
 from modeling.routed import Routing, route
+from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
-from service.inference.errors import EmptyInput, ModelNotReady, NotPredictable
+from service.inference.errors import EmptyInput, InferenceFailed, ModelNotReady, NotPredictable
+from service.inference.lanes import BackboneLane
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import PredictOptions, Predictor, PredictResult
 from service.metrics import ServingMetrics
@@ -144,6 +148,44 @@ def test_a_file_altered_after_registration_is_refused(world: World) -> None:
                 await ask(pool, "m", ["a good film"])
 
     run(scenario())
+
+
+def test_a_version_that_met_an_engine_out_of_order_loads_once_it_serves_again(world: World) -> None:
+    class OutOfOrder(TorchEngine):
+        is_broken = False
+
+        def run(self, batch: EngineBatch) -> FloatArray:
+            if self.is_broken:
+                raise EngineFailed("on order")
+            return super().run(batch)
+
+    world.make_engine = OutOfOrder
+
+    async def scenario() -> int | None:
+        async with world.pool() as pool:
+            (lane,) = pool.lanes()
+            assert isinstance(lane, BackboneLane) and isinstance(lane.engine, OutOfOrder)
+            lane.engine.is_broken = True
+            for _ in range(3):
+                with pytest.raises(InferenceFailed):
+                    await ask(pool, "tiny", ["a good film"], return_embedding=True)
+            async with asyncio.timeout(5):
+                while lane.batcher.is_fit:
+                    await asyncio.sleep(0.01)
+            world.publish("m", seed=1)
+            await pool.apply(world.registry.snapshot())
+            with pytest.raises(ModelNotReady) as refused:
+                await ask(pool, "m", ["a good film"])
+            assert refused.value.retry_after_s is not None and refused.value.retry_after_s <= 5
+            lane.engine.is_broken = False
+            async with asyncio.timeout(10):
+                while not lane.batcher.is_fit:
+                    await asyncio.sleep(0.01)
+            pool._failed = {key: (reason, retry_at - 5) for key, (reason, retry_at) in pool._failed.items()}
+            await pool.apply(world.registry.snapshot())
+            return (await ask(pool, "m", ["a good film"])).version
+
+    assert run(scenario()) == 1
 
 
 def test_a_version_by_number_loads_on_first_use(world: World) -> None:
