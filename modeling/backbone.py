@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Pooling = Literal["mean", "cls"]
 BACKBONE_FILE = "backbone.json"
+GRAPHS_FOLDER = "graphs"  # of a backbone that came with its export
 
 # Encoders whose output is a row of token states; each was checked against this loader.
 SUPPORTED_MODEL_TYPES = frozenset(

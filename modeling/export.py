@@ -27,8 +27,9 @@ OPSET = 23
 _EXAMPLE_SLOTS, _EXAMPLE_RANK, _EXAMPLE_ROWS, _EXAMPLE_LENGTH = 3, 4, 2, 8
 
 
-def export_graphs(backbone: Backbone, folder: Path) -> GraphFiles:
+def export_graphs(backbone: Backbone, folder: Path, *, has_adapters: bool = True) -> GraphFiles:
     """Writes both graphs into `folder`, with dynamic batch, length, slots and rank; returns at once if they are there.
+    Weights of their own take no adapters: without `has_adapters` that graph, as large as the other, is left out.
 
     The file that `GraphFiles.is_complete` looks for comes last, so that a broken run is done anew.
     """
@@ -38,8 +39,9 @@ def export_graphs(backbone: Backbone, folder: Path) -> GraphFiles:
     folder.mkdir(parents=True, exist_ok=True)
     _export(_Pooled(backbone), files.bare, inputs=[], dynamic=[])
     adapted = _Pooled(backbone, is_routed=True)
-    names, examples, dynamic = _stack_inputs(adapted.layout)
-    _export(adapted, files.lora, inputs=list(zip(names, examples, strict=True)), dynamic=dynamic)
+    if has_adapters:
+        names, examples, dynamic = _stack_inputs(adapted.layout)
+        _export(adapted, files.lora, inputs=list(zip(names, examples, strict=True)), dynamic=dynamic)
     files.describe(adapted.layout, pad_id=adapted.pad_id, hidden_size=backbone.info.hidden_size)
     return files
 

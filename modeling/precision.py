@@ -38,7 +38,7 @@ def low_precision_graphs(files: GraphFiles, precision: str) -> GraphFiles:
         raise EngineFailed(f"graphs are not converted to {precision}")
     lowered = files.variant(precision)
     for source, target in ((files.bare, lowered.bare), (files.lora, lowered.lora)):
-        if not target.is_file():
+        if source.is_file() and not target.is_file():
             temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
             try:
                 onnx.save(lower(onnx.load(source), precision), temporary)

@@ -24,7 +24,7 @@ def int8_graphs(files: GraphFiles, *, has_vnni: bool) -> GraphFiles:
     """
     quantized = files.variant(SUFFIX)
     for source, target in ((files.bare, quantized.bare), (files.lora, quantized.lora)):
-        if not target.is_file():
+        if source.is_file() and not target.is_file():
             _quantize(source, target, reduce_range=not has_vnni)
     return quantized
 

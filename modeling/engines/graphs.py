@@ -11,9 +11,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +50,8 @@ def graphs_key(digest: str) -> str:
 
 @dataclass(frozen=True)
 class GraphFiles:
-    """A backbone's export: two graphs, and a description that is written last. `suffix` names a variant of both."""
+    """A backbone's export: the bare graph, the one that takes adapters unless it was left out, and a description that
+    is written last. `suffix` names a variant of both."""
 
     folder: Path
     suffix: str = ""
@@ -78,22 +80,31 @@ class GraphFiles:
 
     @property
     def is_complete(self) -> bool:
-        """Whether both graphs are there as they were written; a damaged one is not."""
+        """Whether all is there as it was written and as this version reads it; a damaged graph is not."""
         try:
             values = json.loads(self.description.read_bytes())
-            return bool(values["bytes"] == self._sizes())
+            return bool(values["schema"] == _EXPORT_SCHEMA and values["bytes"] == self._sizes())
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def describe(self, layout: LoraLayout, *, pad_id: int, hidden_size: int) -> None:
         """Written last: from here on the export is complete. Raises `OSError`."""
         values = {"layout": json.loads(layout.to_json()), "pad_id": pad_id, "hidden_size": hidden_size}
-        temporary = self.description.with_name(f"{self.description.name}.{os.getpid()}.partial")
-        temporary.write_text(json.dumps({**values, "bytes": self._sizes()}))
-        temporary.replace(self.description)
+        document = json.dumps({**values, "schema": _EXPORT_SCHEMA, "bytes": self._sizes()})
+        _place(self.description, lambda temporary: temporary.write_text(document))
+
+    def adopt(self, origin: GraphFiles) -> None:
+        """Takes over a complete export, as links where the file system allows. Raises `OSError`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in [origin.bare, *([origin.lora] if origin.lora.is_file() else []), origin.description]:
+            _place(self.folder / path.name, partial(_link, path))
 
     def _sizes(self) -> dict[str, int]:
-        return {name: (self.folder / name).stat().st_size for name in ("backbone.onnx", "lora.onnx")}
+        return {
+            path.name: path.stat().st_size
+            for path in (GraphFiles(self.folder).bare, GraphFiles(self.folder).lora)
+            if path.is_file()
+        }
 
     def discard(self) -> None:
         """The next export is done anew, and with it what was made of the graphs: other precisions, merged adapters."""
@@ -119,6 +130,20 @@ class GraphFiles:
     @property
     def hidden_size(self) -> int:
         return int(self._values["hidden_size"])
+
+
+def _place(target: Path, write: Callable[[Path], object]) -> None:
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    temporary.unlink(missing_ok=True)
+    write(temporary)
+    temporary.replace(target)
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(path, target)
 
 
 class Session(Protocol):

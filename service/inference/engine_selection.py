@@ -18,7 +18,7 @@ from typing import Any
 
 from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.errors import DatabaseUnavailable
-from modeling.backbone import Backbone
+from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.calibration import TEXTS
 from modeling.engines.build import (
     CAPTURED,
@@ -84,18 +84,20 @@ class EngineSelector:
         """Raises `EngineFailed`."""
         return build_engine(spec, backbone, self._graphs(backbone), self._options)
 
-    def open_first(self, backbone: Backbone) -> tuple[Engine, bool]:
-        """The engine to start with, and whether it is the final one: what was chosen earlier, else the reference."""
+    def open_first(self, backbone: Backbone, *, like: Backbone | None = None) -> tuple[Engine, bool]:
+        """The engine to start with, and whether it is the final one: what was chosen earlier, else what was chosen for
+        weights of the same shape where its graphs are there already, else the reference."""
         remembered = self._remembered(backbone)
-        if remembered is not None:
+        likely = remembered or (None if like is None else self._remembered(like))
+        if likely is not None and (remembered is not None or self._has_what_it_needs(likely, backbone)):
             try:
-                return self.open(EngineSpec.parse(remembered.chosen), backbone), True
+                return self.open(EngineSpec.parse(likely.chosen), backbone), remembered is not None
             except ModelingError as error:
                 _log.warning(
-                    f"{remembered.chosen} was chosen earlier but does not open: {error}",
+                    f"{likely.chosen} was chosen earlier but does not open: {error}",
                     extra={"action": "engine_fallback"},
                 )
-                self._on_fallback(backbone.info.name, EngineSpec.parse(remembered.chosen), error)
+                self._on_fallback(backbone.info.name, EngineSpec.parse(likely.chosen), error)
                 self._known.pop(backbone.info.digest, None)
                 self._graphs(backbone).discard()  # they may be damaged
         return self.open(REFERENCE, backbone), self.policy.is_reference_only
@@ -148,7 +150,15 @@ class EngineSelector:
         return [name for name in admitted if remembered is None or name == remembered.chosen]
 
     def _graphs(self, backbone: Backbone) -> GraphFiles:
-        return GraphFiles(self._cache / graphs_key(backbone.info.digest))
+        """In the cache; a version that brings its export is not exported here again."""
+        files = GraphFiles(self._cache / graphs_key(backbone.info.digest))
+        brought = GraphFiles(backbone.folder / GRAPHS_FOLDER)
+        if not files.description.is_file() and brought.is_complete:
+            files.adopt(brought)
+        return files
+
+    def _has_what_it_needs(self, found: EngineMeasurement, backbone: Backbone) -> bool:
+        return not EngineSpec.parse(found.chosen).needs_graphs or self._graphs(backbone).description.is_file()
 
     def _device_key(self) -> str:
         policy = {
@@ -168,7 +178,7 @@ class EngineSelector:
             return None
         if found is None:
             return None
-        if EngineSpec.parse(found.chosen).needs_graphs and not self._graphs(backbone).description.is_file():
+        if not self._has_what_it_needs(found, backbone):
             return None
         self._known[backbone.info.digest] = found
         return found

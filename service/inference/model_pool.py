@@ -29,7 +29,7 @@ from modeling.assemble import VersionParts, check_golden, compare_golden, read_a
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
-from modeling.errors import EngineFailed, ModelingError
+from modeling.errors import EngineFailed, GoldenRowsDiffer, ModelingError
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
 from service.inference.batch_log import BatchLog
@@ -308,7 +308,7 @@ class ModelPool:
             adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None, owns_weights=parts.backbone is not None,
         )  # fmt: skip
         try:
-            await self._warm(model, parts.adapter)
+            await self._warm_or_reopen(model, parts.adapter)
         except BaseException:
             await self._discard(model)
             raise
@@ -331,6 +331,24 @@ class ModelPool:
     def _pinned(self) -> set[tuple[str, str, int | None]]:
         """Versions that an alias points at."""
         return {(tenant, name, version) for (tenant, name, _), version in self._aliases.items()}
+
+    async def _warm_or_reopen(self, model: ServedModel, adapter: Adapter | None) -> None:
+        """A version's own weights may begin on an engine that was only measured for their like: where that one gives
+        other answers, the reference serves."""
+        lane = model.lane
+        try:
+            await self._warm(model, adapter)
+        except GoldenRowsDiffer as error:
+            if not (model.owns_weights and isinstance(lane, BackboneLane)) or lane.engine_name == str(REFERENCE):
+                raise
+            _log.warning(f"{model.name}:{model.version}: {error}", extra={"action": "engine_fallback"})
+            self._metrics.count_engine_fallback(
+                lane.batcher.name[0], lane.engine_name, to_engine=str(REFERENCE), reason=type(error).__name__
+            )
+            open_reference = functools.partial(self._selector.open, REFERENCE, lane.backbone)
+            engine = await asyncio.get_running_loop().run_in_executor(self._loader, open_reference)
+            await lane.switch(engine, {})
+            await self._warm(model, adapter)
 
     async def _warm(self, model: ServedModel, adapter: Adapter | None) -> None:
         """Runs the golden rows as requests would run, on the engine's own thread."""
@@ -385,7 +403,10 @@ class ModelPool:
         digest = backbone.info.digest
         if digest not in self._lanes:
             loop = asyncio.get_running_loop()
-            engine, is_final = await loop.run_in_executor(self._loader, self._selector.open_first, backbone)
+            like = self._same_shape(backbone)
+            engine, is_final = await loop.run_in_executor(
+                self._loader, functools.partial(self._selector.open_first, backbone, like=like)
+            )
             lane = BackboneLane(
                 backbone, engine, self._metrics, self._limits, label=label or backbone.info.name,
                 record=self._batch_log,
@@ -396,7 +417,7 @@ class ModelPool:
             self._lanes[digest] = lane
             self._show_engine(lane)
             if not is_final:
-                self._in_background(self._improve(lane, like=self._same_shape(backbone)))
+                self._in_background(self._improve(lane, like=like))
         return self._lanes[digest]
 
     def _same_shape(self, backbone: Backbone) -> Backbone | None:

@@ -18,7 +18,8 @@ from model_registry.db import Database
 from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.migrations import migrate
 from model_registry.refs import ModelRef
-from modeling.backbone import Backbone
+from modeling.backbone import GRAPHS_FOLDER, Backbone, load_encoder
+from modeling.checkpoints import write_encoder
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
@@ -235,7 +236,7 @@ class StartsFragile(Scripted):
         super().__init__(world, "torch/fp32")
         self.fragile: Fragile | None = None
 
-    def open_first(self, backbone: Backbone) -> tuple[Engine, bool]:
+    def open_first(self, backbone: Backbone, *, like: Backbone | None = None) -> tuple[Engine, bool]:
         self.fragile = Fragile(super().open(REFERENCE, backbone))
         return self.fragile, True  # type: ignore[return-value]
 
@@ -312,3 +313,26 @@ def test_where_the_reference_itself_fails_the_service_says_so_until_it_passes_ag
             await pool.stop()
 
     assert run(scenario()) == [True, False, True, True]
+
+
+def test_weights_of_a_known_shape_begin_on_the_engine_that_serves_there(
+    world: World, reports: EngineReports, tmp_path: Path
+) -> None:
+    """With the export that they bring, which is linked into the cache and left as it is."""
+    finder = selector(world, reports)
+    reports.put(EngineMeasurement(world.backbone.info.digest, finder._device_key(), {}, "onnx/fp32", []))
+    export_graphs(world.backbone, finder._graphs(world.backbone).folder)
+    other = write_encoder(
+        tmp_path / "full", load_encoder(world.backbone.folder), like=world.backbone.folder, name="tiny", source="test",
+        pooling="mean", normalize=False, max_length=16,
+    )  # fmt: skip
+    assert other.info.digest != world.backbone.info.digest
+    engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
+    assert (engine.name, is_final) == ("torch", False), "without an export there is nothing to begin on"
+    brought = export_graphs(other, other.folder / GRAPHS_FOLDER, has_adapters=False)
+    before = {path.name: path.stat().st_mtime_ns for path in brought.folder.iterdir()}
+    engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
+    assert (engine.name, is_final) == ("onnx", False)
+    assert {path.name: path.stat().st_mtime_ns for path in brought.folder.iterdir()} == before
+    brought.bare.write_bytes(brought.bare.read_bytes()[:-2000])
+    assert not brought.is_complete
