@@ -27,6 +27,7 @@ COMMANDS = {
     "parity": "answers of an engine against torch in fp32",
     "http": "processor time of a request outside of the model",
     "quality": "accuracy of fine-tuned models on public data",
+    "methods": "accuracy, seconds and memory of every training method on R8",
     "report": "put the results into docs/benchmarks.md",
     "plots": "draw the results into docs/images/",
 }

@@ -12,6 +12,9 @@ from typing import Any
 from benchmarks import datasets
 from benchmarks.service import Service, running, write_results
 
+# Another engine, or another batch on the same one in bf16, may change so many answers.
+_MAX_FLIPS = 0.001
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("data/benchmarks"), help="folder for fetched data")
@@ -74,7 +77,7 @@ def _one(
         answers = service.answers(model, [item["text"] for item in rows])
         right = sum(answer == item["label"] for answer, item in zip(answers, rows, strict=True))
         row["served"] = right / len(rows)
-        if abs(row["served"] - row["report"]) > 1e-9:
+        if abs(row["served"] - row["report"]) > _MAX_FLIPS:
             raise SystemExit(f"{model}: served answers score {row['served']}, the report says {row['report']}")
     print(json.dumps(row), flush=True)
     return row

@@ -58,6 +58,9 @@ class Service:
     def evaluation(self, job: str) -> dict[str, Any]:
         return dict(self.http.get(f"/finetune/{job}/evaluation").raise_for_status().json())
 
+    def version(self, model: str, number: int) -> dict[str, Any]:
+        return dict(self.http.get(f"/models/{model}/versions/{number}").raise_for_status().json())
+
     def answers(self, model: str, texts: Sequence[str], *, batch: int = 64) -> list[str]:
         """Labels by `POST /predict`, in the order of `texts`; waits while the model is still loading."""
         labels: list[str] = []

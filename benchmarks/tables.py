@@ -6,9 +6,12 @@ of two measurements that followed each other.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from scipy.special import stdtrit
 
 from benchmarks.figures import Spread, ratios, shown, spread
 
@@ -177,6 +180,26 @@ def quality(result: Result) -> str:
     return _table(["Method", "Seeds", "Accuracy, mean", "Each", "Seconds"], lines)
 
 
+def methods(result: Result) -> str:
+    heads = ["Method", "Seeds", "Served accuracy, mean", "Request to served, s", "Training, s", "Peak MB", "Version MB"]
+    lines = []
+    for (name,) in _distinct(result["rows"], "name"):
+        these = _where(result["rows"], name=name)
+        accuracy = [row["served"] for row in these]
+        spread = f" ± {_half_width(accuracy):.4f}" if len(accuracy) > 1 else ""
+        lines.append(
+            [name, str(len(these)), f"{statistics.mean(accuracy):.4f}{spread}", _cell(these, "served_s"),
+             _cell(these, "train_s"), _cell(these, "peak_mb", 0), _cell(these, "version_mb")]
+        )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean, by Student's t."""
+    t = float(stdtrit(len(values) - 1, 0.975))
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def http_overhead(result: Result) -> str:
     """With one checkout microseconds alone, with two also those of the other and the ratio."""
     titles = {"base_us": "Before", "us": "Now", "ratio": "Ratio"}
@@ -188,7 +211,7 @@ def http_overhead(result: Result) -> str:
 TABLES: dict[str, Callable[[Result], str]] = {
     function.__name__: function
     for function in (closed_loop, open_loop, overload, replay, many_models, hot_load, cold_start, length_cost, parity,
-                     quality, http_overhead)
+                     quality, methods, http_overhead)
 }  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import logging.config
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from finetune.datasets.store import DatasetStore
@@ -15,9 +17,12 @@ from finetune.jobs.store import JobStore
 from finetune.metrics import WorkerMetrics
 from finetune.plan import WorkerProfile
 from finetune.settings import WorkerSettings, load_worker_settings
+from finetune.spare import SpareChild, child_command
+from finetune.speed import forward_rows_per_s
 from finetune.supervisor import Ledger, Timing
 from finetune.worker import Worker, WorkerFolders
 from model_registry.db import Database
+from model_registry.engine_reports import EngineReports
 from model_registry.errors import DatabaseUnavailable
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
@@ -35,18 +40,21 @@ def main() -> int:
     _migrate_when_there(database)
     store = FileStore(settings.data_dir / "store")
     metrics = WorkerMetrics()
+    backbones = _backbones(settings, store)
     worker = Worker(
         settings.resolved_worker_id,
         Ledger(JobStore(database, max_attempts=settings.max_attempts), Registry(database), store, metrics),
         DatasetStore(database),
-        backbones=_backbones(settings, store),
+        backbones=backbones,
         profile=_profile(settings),
         folders=WorkerFolders(
             datasets=settings.data_dir / "datasets", work=settings.data_dir / "work",
             logs=settings.data_dir / "logs" / "jobs", store=settings.data_dir / "store",
+            features=settings.data_dir / "cache" / "features", graphs=settings.data_dir / "cache" / "graphs",
         ),
         timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
-        poll_s=settings.poll_s,
+        poll_s=settings.poll_s, engines=EngineReports(database), feature_cache_bytes=settings.feature_cache_bytes,
+        spare=_spare(backbones) if settings.spare_process else None,
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
@@ -81,6 +89,11 @@ def _backbones(settings: WorkerSettings, store: FileStore) -> dict[str, Backbone
     return found
 
 
+def _spare(backbones: Mapping[str, Backbone]) -> SpareChild:
+    types = [backbone.info.model_type for backbone in backbones.values()]
+    return SpareChild(child_command(model_types=types, is_ahead=True))
+
+
 def _profile(settings: WorkerSettings) -> WorkerProfile:
     import torch
 
@@ -88,7 +101,12 @@ def _profile(settings: WorkerSettings) -> WorkerProfile:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bf16(torch)
-    return WorkerProfile(device=device, cpu_threads=settings.resolved_cpu_threads, has_bf16=has_bf16)
+    torch.set_num_threads(settings.resolved_cpu_threads)
+    return WorkerProfile(
+        device=device, cpu_threads=settings.resolved_cpu_threads, has_bf16=has_bf16,
+        has_bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None,
+        forward_rows_per_s=forward_rows_per_s(device, has_bf16=has_bf16),
+    )  # fmt: skip
 
 
 def _cpu_has_bf16(torch: Any) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import importlib
 import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -19,6 +23,7 @@ from finetune.events import ChildJob, PipeLink
 from finetune.jobs.records import JobFailure
 from finetune.recipe import run_job
 from model_registry.errors import StoreFull
+from modeling.engines import openvino
 from modeling.errors import BackboneUnavailable
 
 _PR_SET_PDEATHSIG = 1
@@ -29,7 +34,13 @@ def main() -> int:
     """Reads the job from the first line, runs it, reports how it ended; the exit status is 0 if it could report."""
     _die_with_parent()
     sink = _private_stdout()
-    job = ChildJob.model_validate_json(sys.stdin.readline())
+    if sys.argv[1:2] == ["--ahead"]:
+        _import_ahead(sys.argv[2:])
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # it waited for a job, and the worker has gone
+    job = ChildJob.model_validate_json(line)
+    _print_to(job.log_file)
     link = PipeLink(sys.stdin, sink)
     _prepare(job)
     try:
@@ -75,6 +86,27 @@ def _private_stdout() -> IO[str]:
     sink = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return sink
+
+
+def _import_ahead(model_types: Sequence[str]) -> None:
+    """What libraries import only when a job gets that far."""
+    names = [f"transformers.models.{name.replace('-', '_')}.modeling_{name.replace('-', '_')}" for name in model_types]
+    for name in ("transformers.models.auto.modeling_auto", "accelerate", "peft", "sklearn.linear_model", *names):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    if openvino.is_available():
+        openvino.import_runtime()
+
+
+def _print_to(log_file: Path | None) -> None:
+    """One that waited did not know its job's log yet."""
+    if log_file is None:
+        return
+    with contextlib.suppress(OSError):  # a full disk is no reason not to train
+        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 2)
+        os.dup2(descriptor, 1)
+        os.close(descriptor)
 
 
 def _die_with_parent() -> None:

@@ -30,8 +30,19 @@ class DatasetInput(BaseModel):
     rows_file: Path
 
 
+class EmbeddingInput(BaseModel):
+    """How a job gets the frozen backbone's vectors: the engine (`runtime/precision`), the folder of its graphs, and
+    the folder of vectors known already, with its budget in bytes (0: none are kept)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    engine: str = "torch/fp32"
+    graphs: Path | None = None
+    cache: Path | None = None
+    cache_bytes: int = 0
+
+
 class ChildJob(BaseModel):
-    """All that the child is told. Paths are on this host.
+    """All that the child is told. Paths are on this host; what it prints goes to `log_file`.
 
     Each attempt writes into a `work_dir` of its own, so that a run whose lease was taken, but which does
     not know yet, cannot disturb its successor; that one reads from the `earlier_work_dirs`, newest first.
@@ -51,6 +62,8 @@ class ChildJob(BaseModel):
     earlier_work_dirs: tuple[Path, ...] = ()
     worker: WorkerProfile
     elapsed_s: float = 0.0
+    log_file: Path | None = None
+    embedding: EmbeddingInput = EmbeddingInput()
 
 
 class Link(Protocol):

@@ -11,14 +11,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Method = Literal["auto", "baseline", "linear_probe", "lora", "full"]
-SingleMethod = Literal["baseline", "linear_probe", "lora", "full"]
+SingleMethod = Literal[
+    "baseline", "linear_probe", "setfit", "ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"
+]
+Method = Literal["auto"] | SingleMethod
 COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "full")
+FEW_ROWS_PER_CLASS = 32  # up to so many, on average, `auto` also tries `setfit`, after the probe
+_STEPPED = frozenset({"ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"})
+_PAIRS_PER_STEP = 32 * 31 // 2
 Metric = Literal["auto", "macro_f1", "accuracy", "weighted_f1"]
 
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
 NOT_YET = {
-    "momentum", "layer_decay", "unfreeze_layers", "gradient_checkpointing", "focal_gamma", "augment", "oversample",
+    "momentum", "layer_decay", "gradient_checkpointing", "focal_gamma", "augment", "oversample",
     "export", "gate", "trials", "space", "pruner", "search",
 }  # fmt: skip
 SMALL_PARAMETERS = 50_000_000
@@ -43,6 +48,19 @@ class LoraOptions(_Model):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["all-linear", "attention"] = "all-linear"
     rslora: bool = False
+    dora: bool = False
+
+
+class BottleneckOptions(_Model):
+    size: int = Field(64, ge=1, le=4096)
+
+
+class PromptOptions(_Model):
+    tokens: int = Field(16, ge=1, le=256)
+
+
+class SetFitOptions(_Model):
+    max_pairs: int = Field(20_000, ge=1, le=10_000_000)
 
 
 class EarlyStopping(_Model):
@@ -85,7 +103,11 @@ class Hyperparameters(_Model):
     label_smoothing: Literal["auto"] | float = Field("auto")
     dropout: Literal["auto"] | float = Field("auto")
 
+    unfreeze_layers: Literal["all"] | int = "all"
     lora: LoraOptions = LoraOptions()
+    bottleneck: BottleneckOptions = BottleneckOptions()
+    prompt: PromptOptions = PromptOptions()
+    setfit: SetFitOptions = SetFitOptions()
     metric: Metric = "auto"
     eval_every: float = Field(0.5, gt=0, le=100)
     early_stopping: EarlyStopping = EarlyStopping()
@@ -99,12 +121,13 @@ class Hyperparameters(_Model):
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (0.01, 1000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 4096),
             "gradient_accumulation": (1, 1024), "dropout": (0.0, 0.9), "max_length": (8, 8192),
-            "label_smoothing": (0.0, 0.9),
+            "label_smoothing": (0.0, 0.9), "unfreeze_layers": (1, 1000),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if value != "auto" and not low <= value <= high:
-                raise ValueError(f"{name} must be auto or from {low:g} to {high:g}")
+            if not isinstance(value, str) and not low <= value <= high:
+                word = type(self).model_fields[name].default
+                raise ValueError(f"{name} must be {word} or from {low:g} to {high:g}")
         if isinstance(self.class_weights, dict) and not all(
             0 < weight <= 1e6 for weight in self.class_weights.values()
         ):
@@ -128,7 +151,8 @@ class WorkerProfile(_Model):
     device: str = "cpu"
     cpu_threads: int = 1
     has_bf16: bool = False
-    # Rows per second of a forward pass at 128 tokens on a backbone of 10 M encoder parameters; measured at start.
+    has_bitsandbytes: bool = False
+    # Rows of 256 tokens a second through a backbone of 22 M weights, half of them embeddings; measured at start.
     forward_rows_per_s: float = Field(50.0, gt=0)
 
 
@@ -163,7 +187,11 @@ class TrainingPlan(_Model):
     max_grad_norm: float
     class_weights: Literal["none", "balanced"] | dict[str, float]
     label_smoothing: float
+    unfreeze_layers: Literal["all"] | int = "all"
     lora: LoraOptions
+    bottleneck: BottleneckOptions = BottleneckOptions()
+    prompt: PromptOptions = PromptOptions()
+    setfit: SetFitOptions = SetFitOptions()
     eval_every: float
     early_stopping: EarlyStopping
     restore_best: bool
@@ -209,9 +237,11 @@ def _place(item: Any) -> str:
 def resolve(
     wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int, model_max_length: int
 ) -> TrainingPlan:
-    """Every `auto` becomes a number. `parameters` counts the backbone's weights. Pure."""
-    max_length = min(_max_length(wanted, data), model_max_length)
-    names = COST_ORDER if wanted.method == "auto" else (wanted.method,)
+    """Every `auto` becomes a number. `parameters` counts the backbone's weights. Pure. Raises `PlanError`."""
+    refuse_unavailable(wanted, worker)
+    taken = wanted.prompt.tokens if wanted.method == "prompt_tuning" else 0
+    max_length = min(_max_length(wanted, data), max(8, model_max_length - taken))
+    names = _auto_order(data) if wanted.method == "auto" else (wanted.method,)
     return TrainingPlan(
         methods=tuple(
             _plan_method(name, wanted, data=data, worker=worker, parameters=parameters, max_length=max_length)
@@ -231,7 +261,11 @@ def resolve(
         max_grad_norm=wanted.max_grad_norm,
         class_weights=wanted.class_weights,
         label_smoothing=_LABEL_SMOOTHING if wanted.label_smoothing == "auto" else wanted.label_smoothing,
+        unfreeze_layers=wanted.unfreeze_layers,
         lora=wanted.lora,
+        bottleneck=wanted.bottleneck,
+        prompt=wanted.prompt,
+        setfit=wanted.setfit,
         eval_every=wanted.eval_every,
         early_stopping=wanted.early_stopping,
         restore_best=wanted.restore_best,
@@ -240,6 +274,29 @@ def resolve(
         device=worker.device,
         cpu_threads=worker.cpu_threads,
     )
+
+
+def refuse_unavailable(wanted: Hyperparameters, worker: WorkerProfile | None) -> None:
+    """Raises `PlanError` for a method that the worker (None: no worker is known) cannot run."""
+    if wanted.method != "qlora":
+        return
+    if worker is None:
+        lacks = "no worker has been heard from that could run it"
+    elif not worker.device.startswith("cuda"):
+        lacks = f"the worker trains on {worker.device}"
+    elif not worker.has_bitsandbytes:
+        lacks = "the worker has no bitsandbytes"
+    else:
+        return
+    message = f"method qlora needs a GPU with CUDA and the package bitsandbytes: {lacks}; use lora"
+    raise PlanError([{"loc": ["hyperparameters", "method"], "message": message}])
+
+
+def _auto_order(data: DatasetProfile) -> tuple[SingleMethod, ...]:
+    """Cheapest first."""
+    if data.train_rows > FEW_ROWS_PER_CLASS * max(1, data.labels):
+        return COST_ORDER
+    return tuple(name for known in COST_ORDER for name in ((known, "setfit") if known == "linear_probe" else (known,)))
 
 
 def _max_length(wanted: Hyperparameters, data: DatasetProfile) -> int:
@@ -263,9 +320,12 @@ def _plan_method(
     batch_size = 32 if wanted.batch_size == "auto" else wanted.batch_size
     accumulation = 1 if wanted.gradient_accumulation == "auto" else wanted.gradient_accumulation
     epochs = 0.0
-    if method in {"lora", "full"}:
+    if method in _STEPPED:
         epochs = float(_default_epochs(method, data.train_rows) if wanted.epochs == "auto" else wanted.epochs)
     steps_per_epoch = max(1, -(-data.train_rows // (batch_size * accumulation)))
+    steps = max(1, round(steps_per_epoch * epochs)) if epochs else 0
+    if method == "setfit":
+        steps = -(-wanted.setfit.max_pairs // _PAIRS_PER_STEP)
     return MethodPlan(
         method=method,
         epochs=epochs,
@@ -273,16 +333,23 @@ def _plan_method(
         head_learning_rate=_head_learning_rate(method, wanted),
         batch_size=batch_size,
         gradient_accumulation=accumulation,
-        total_steps=max(1, round(steps_per_epoch * epochs)) if epochs else 0,
-        estimated_seconds=_estimate(method, data, worker, parameters, max_length, epochs),
+        total_steps=steps,
+        estimated_seconds=_estimate(method, data, worker, parameters, max_length, epochs, steps),
     )
 
 
 def _default_epochs(method: SingleMethod, rows: int) -> int:
-    """Few rows need more passes: some 400 steps of 32 for LoRA (3 to 12 epochs), 280 for full (2 to 10)."""
-    if method == "lora":
+    """Few rows need more passes: some 280 steps of 32 for full (2 to 10 epochs), 400 for the others (3 to 12)."""
+    if method != "full":
         return min(12, max(3, -(-400 * 32 // max(1, rows))))
     return min(10, max(2, -(-280 * 32 // max(1, rows))))
+
+
+# Below and above `SMALL_PARAMETERS`.
+_LEARNING_RATES: dict[str, tuple[float, float]] = {
+    "setfit": (1e-4, 2e-5), "ia3": (1e-2, 5e-3), "prompt_tuning": (1e-2, 5e-3), "bottleneck": (1e-3, 5e-4),
+    "lora": (5e-4, 2e-4), "qlora": (5e-4, 2e-4), "full": (1e-4, 3e-5),
+}  # fmt: skip
 
 
 def _learning_rate(method: SingleMethod, wanted: Hyperparameters, parameters: int) -> float:
@@ -291,7 +358,8 @@ def _learning_rate(method: SingleMethod, wanted: Hyperparameters, parameters: in
     if wanted.learning_rate != "auto":
         return wanted.learning_rate
     is_small = parameters < SMALL_PARAMETERS
-    return {"lora": 5e-4 if is_small else 2e-4, "full": 1e-4 if is_small else 3e-5}[method]
+    small, large = _LEARNING_RATES[method]
+    return small if is_small else large
 
 
 def _head_learning_rate(method: SingleMethod, wanted: Hyperparameters) -> float:
@@ -302,8 +370,9 @@ def _head_learning_rate(method: SingleMethod, wanted: Hyperparameters) -> float:
 
 
 def _estimate(
-    method: SingleMethod, data: DatasetProfile, worker: WorkerProfile, parameters: int, max_length: int, epochs: float
-) -> float:
+    method: SingleMethod, data: DatasetProfile, worker: WorkerProfile, parameters: int, max_length: int,
+    epochs: float, steps: int,
+) -> float:  # fmt: skip
     rows = data.train_rows + data.validation_rows + data.test_rows
     if method == "baseline":
         return 2.0 + rows / 3000
@@ -311,4 +380,6 @@ def _estimate(
     forward = rows / worker.forward_rows_per_s * (max_length / 256) * max(1.0, parameters / 22_000_000)
     if method == "linear_probe":
         return 5.0 + forward
+    if method == "setfit":  # tuned twice, on 32 rows a step, then the test rows
+        return 10.0 + forward + forward / rows * 2 * 3 * 32 * steps
     return 10.0 + forward * 3 * epochs + forward * 0.3 * epochs

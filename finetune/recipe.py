@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,13 +23,15 @@ from finetune.datasets.findings import inspect_rows
 from finetune.datasets.labelled import LabelledRows, load_labelled
 from finetune.datasets.records import Finding, has_errors
 from finetune.datasets.splits import split_rows, text_digest
+from finetune.embedding import FrozenVectors
 from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.evaluation import report, score, summary
 from finetune.events import ChildJob, Link
+from finetune.features import FeatureCache
 from finetune.jobs.records import JobPhase
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate, Servable
-from finetune.plan import DatasetProfile, TrainingPlan, parse_hyperparameters, resolve
+from finetune.plan import DatasetProfile, PlanError, TrainingPlan, parse_hyperparameters, resolve
 from finetune.run import Rows, Run
 from model_registry.card import render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
@@ -55,7 +58,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     run = Run(
         train=_rows(train, labels), validation=_rows(validation, labels), test=_rows(test, labels), labels=labels,
         plan=plan, backbone=backbone, link=link, work_dir=job.work_dir,
-        earlier_work_dirs=job.earlier_work_dirs, deadline=deadline,
+        earlier_work_dirs=job.earlier_work_dirs, deadline=deadline, vectors=frozen_vectors(job, backbone),
     )  # fmt: skip
 
     candidates = train_methods(run)
@@ -150,7 +153,21 @@ def resolve_plan(
         labels=len(set(train.labels)), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
     )  # fmt: skip
     wanted = parse_hyperparameters(job.spec.hyperparameters)
-    return resolve(wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length)
+    try:
+        return resolve(
+            wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length
+        )
+    except PlanError as error:  # the job was accepted for another worker
+        raise RunError("invalid_hyperparameters", str(error)) from error
+
+
+def frozen_vectors(job: ChildJob, backbone: Backbone) -> FrozenVectors:
+    given = job.embedding
+    cache = None if given.cache is None else FeatureCache(given.cache, budget_bytes=given.cache_bytes)
+    return FrozenVectors(
+        backbone, given.engine, graphs=given.graphs, cache=cache, device=job.worker.device,
+        threads=job.worker.cpu_threads,
+    )  # fmt: skip
 
 
 # 3. and 4. Methods
@@ -173,11 +190,17 @@ def train_methods(run: Run) -> list[Candidate]:
                 raise
             run.is_winding_down = True
             break
+        candidate.details["peak_mb"] = _peak_mb()
         candidates.append(candidate)
         _announce(run, candidate)
         if run.is_winding_down:
             break
     return candidates
+
+
+def _peak_mb() -> int:
+    """The largest resident memory of this process so far, in MB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
 def _must_skip(run: Run, needed_s: float | None) -> bool:
@@ -255,7 +278,7 @@ def write_artefact(
     evaluation: dict[str, Any],
 ) -> None:  # fmt: skip
     texts = _golden_texts(run)
-    logits = servable.logits(texts)
+    logits = (servable.reference_logits or servable.logits)(texts)
     golden = [GoldenRow(text, tuple(float(x) for x in row)) for text, row in zip(texts, logits, strict=True)]
     calibration = {
         "ece_before": evaluation["validation"]["ece_before"],

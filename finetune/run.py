@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
+from finetune.embedding import FrozenVectors, OnBatch, length_batches, run_all
 from finetune.events import Link
 from finetune.jobs.records import JobPhase
 from finetune.plan import MethodPlan, TrainingPlan
 from modeling.backbone import Backbone
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import Engine
 from modeling.engines.torch import TorchEngine
 from modeling.heads import TaskHead
-from modeling.preprocess import Encoded, TextPreprocessor
+from modeling.preprocess import TextPreprocessor
 from modeling.weights import FloatArray, IntArray
 
-_TOKENS_PER_BATCH = 4096
+__all__ = ["Rows", "Run", "embed", "length_batches"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,7 @@ class Run:
     deadline: float | None = None
     probe_head: TaskHead | None = None
     is_winding_down: bool = False
+    vectors: FrozenVectors | None = None
     _features: dict[str, FloatArray] = field(default_factory=dict)
 
     @cached_property
@@ -56,6 +56,7 @@ class Run:
 
     @cached_property
     def engine(self) -> TorchEngine:
+        """The reference: torch in fp32, which golden rows are computed on."""
         self.link.phase(JobPhase.LOADING_BACKBONE)
         return TorchEngine(self.backbone, device=self.plan.device)
 
@@ -65,15 +66,17 @@ class Run:
     def features(self, side: str) -> FloatArray:
         """Pooled vectors float32[rows, hidden] of `train`, `validation` or `test` by the frozen backbone."""
         if side not in self._features:
+            self.link.phase(JobPhase.EMBEDDING)
             texts = {"train": self.train, "validation": self.validation, "test": self.test}[side].texts
-            self._features[side] = self.embed(texts, report=True)
+            self._features[side] = self.embed(texts)
         return self._features[side]
 
-    def embed(self, texts: Sequence[str], *, report: bool = False) -> FloatArray:
-        engine = self.engine
-        if report:
-            self.link.phase(JobPhase.EMBEDDING)
-        return embed(engine, self.preprocessor, texts, on_batch=self._report_embedding if report else None)
+    def embed(self, texts: Sequence[str]) -> FloatArray:
+        """Pooled vectors float32[texts, hidden] by the frozen backbone, on the engine that it is served on."""
+        if self.vectors is None:
+            self.vectors = FrozenVectors(self.backbone, device=self.plan.device)
+        rows = self.preprocessor.encode(texts) if texts else []
+        return self.vectors.of(rows, on_batch=self._report_embedding)
 
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.monotonic()
@@ -85,35 +88,9 @@ class Run:
 
 
 def embed(
-    engine: TorchEngine, preprocessor: TextPreprocessor, texts: Sequence[str], *,
-    on_batch: Callable[[int, int], None] | None = None,
+    engine: Engine, preprocessor: TextPreprocessor, texts: Sequence[str], *, on_batch: OnBatch | None = None,
     adapter: str | None = None,
 ) -> FloatArray:  # fmt: skip
     """Pooled vectors in the order of `texts`, computed in batches of similar length."""
-    encoded = preprocessor.encode(texts) if texts else []
-    pooled = np.zeros((len(encoded), 0), dtype=np.float32)
-    done = 0
-    for indices in length_batches(encoded, tokens=_TOKENS_PER_BATCH):
-        rows = [encoded[index] for index in indices]
-        vectors = engine.run(EngineBatch(rows, [adapter] * len(rows) if adapter else None))
-        if pooled.shape[1] == 0:
-            pooled = np.zeros((len(encoded), vectors.shape[1]), dtype=np.float32)
-        pooled[indices] = vectors
-        done += len(indices)
-        if on_batch is not None:
-            on_batch(done, len(encoded))
-    return pooled
-
-
-def length_batches(encoded: Sequence[Encoded], *, tokens: int) -> list[IntArray]:
-    """Row indices in batches of similar length, each within the token budget, the longest first.
-
-    Longest first, so that a batch too large for the memory fails at once and not at the end.
-    """
-    order = np.argsort([-item.length for item in encoded], kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, tokens // encoded[order[start]].length)
-        batches.append(order[start : start + size].astype(np.int64))
-        start += size
-    return batches
+    rows = preprocessor.encode(texts) if texts else []
+    return run_all(engine, rows, adapter=adapter, on_batch=on_batch)

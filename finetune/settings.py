@@ -37,6 +37,8 @@ class WorkerSettings(BaseSettings):
     offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
     cpu_threads: int = Field(0, ge=0, le=1024, description="threads of a training run; 0: one per core")
+    feature_cache_bytes: int = Field(2 << 30, ge=0, description="vectors of frozen backbones kept on disk; 0: none")
+    spare_process: bool = Field(True, description="while idle, keep a training process waiting with its imports done")
 
     worker_id: str = Field("", max_length=128, description="name in the job table; default: host and process")
     worker_metrics_host: str = Field("127.0.0.1", description="address of the worker's /metrics")

@@ -10,11 +10,9 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from finetune.jobs.records import JobFailure, JobStatus, Lease
 from finetune.jobs.store import JobStore
 from finetune.metrics import WorkerMetrics
 from finetune.settings import child_environment
+from finetune.spare import SpareChild, child_command, close_pipes, end_child, start_child
 from model_registry.errors import ArtifactExists, DatabaseUnavailable
 from model_registry.manifest import MANIFEST_NAME, ModelManifest
 from model_registry.registry import Registry
@@ -58,16 +57,17 @@ class Ledger:
 
 
 class Supervisor:
-    """Runs one job under one lease. `command` starts the child (replaced in tests)."""
+    """Runs one job under one lease, in the `spare` process if one waits. `command` starts another (for tests)."""
 
     def __init__(
         self, ledger: Ledger, lease: Lease, job: ChildJob, timing: Timing, *, should_stop: Callable[[], bool],
-        log_file: Path, command: list[str] | None = None,
+        log_file: Path, command: list[str] | None = None, spare: SpareChild | None = None,
     ) -> None:  # fmt: skip
         self._ledger, self._lease, self._job, self._timing = ledger, lease, job, timing
         self._should_stop = should_stop
         self._log_file = log_file
-        self._command = command or [sys.executable, "-m", "finetune.child"]
+        self._command = command or child_command()
+        self._spare = spare
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._end_requested_at: float | None = None
         self._grace_s = timing.cancel_grace_s
@@ -85,7 +85,7 @@ class Supervisor:
                 _log.warning("lease lost, run abandoned", extra={"action": "lease_lost", "job": self._lease.job_id})
                 self._outcome = "lost"
             finally:
-                _kill(child)
+                end_child(child)
         assert self._outcome is not None
         return self._outcome
 
@@ -127,9 +127,9 @@ class Supervisor:
             self._end_requested_at = now
             _send(child, {"kind": "stop"})
         if self._end_requested_at is not None and now - self._end_requested_at > self._grace_s:
-            _kill(child)
+            end_child(child)
         if now - progressed > self._timing.stall_s:
-            _kill(child)
+            end_child(child)
             reason = f"no sign of progress for {self._timing.stall_s:.0f} s"
             self._requeue(reason, charge_attempt=True)
 
@@ -229,23 +229,24 @@ class Supervisor:
     @contextlib.contextmanager
     def _child(self) -> Any:
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        child = self._start()
+        reader = threading.Thread(target=self._read, args=(child,), daemon=True, name="child-reader")
+        reader.start()
+        _send(child, json.loads(self._job.model_copy(update={"log_file": self._log_file.absolute()}).model_dump_json()))
+        try:
+            yield child
+        finally:
+            end_child(child)
+            reader.join(timeout=5)
+            close_pipes(child)
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = child_environment(self._job.worker.cpu_threads)
+        waiting = None if self._spare is None else self._spare.take(environment)
+        if waiting is not None:
+            return waiting
         with self._log_file.open("a") as log:
-            child = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                start_new_session=True, env=child_environment(self._job.worker.cpu_threads),
-            )  # fmt: skip
-            reader = threading.Thread(target=self._read, args=(child,), daemon=True, name="child-reader")
-            reader.start()
-            _send(child, json.loads(self._job.model_dump_json()))
-            try:
-                yield child
-            finally:
-                _kill(child)
-                reader.join(timeout=5)
-                for pipe in (child.stdin, child.stdout):
-                    with contextlib.suppress(OSError):
-                        assert pipe is not None
-                        pipe.close()
+            return start_child(self._command, environment, log)
 
     def _read(self, child: subprocess.Popen[str]) -> None:
         assert child.stdout is not None
@@ -263,13 +264,6 @@ def _send(child: subprocess.Popen[str], message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError, ValueError):  # it may have just died; its exit is noticed elsewhere
         child.stdin.write(json.dumps(message) + "\n")
         child.stdin.flush()
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    """Ends the child's whole process group and waits until it is really gone."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def _describe(code: int) -> str:

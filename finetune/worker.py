@@ -13,13 +13,19 @@ from finetune.datasets.check import ROWS_FILE
 from finetune.datasets.errors import ColumnMissing, DatasetNotFound
 from finetune.datasets.records import DatasetRecord, DatasetStatus
 from finetune.datasets.store import DatasetStore
-from finetune.events import ChildJob, DatasetInput
+from finetune.embedding import choose_engine
+from finetune.events import ChildJob, DatasetInput, EmbeddingInput
 from finetune.jobs.errors import LeaseLost
 from finetune.jobs.records import FineTuneJob, JobFailure, JobStatus, Lease
 from finetune.plan import WorkerProfile
+from finetune.settings import child_environment
+from finetune.spare import SpareChild
 from finetune.supervisor import Ledger, Supervisor, Timing
+from model_registry.engine_reports import EngineReports
 from model_registry.errors import DatabaseUnavailable
 from modeling.backbone import Backbone
+from modeling.engines.device import fingerprint
+from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.errors import ModelingError
 
 _log = logging.getLogger("finetune.worker")
@@ -29,12 +35,15 @@ _MAX_BACKOFF_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerFolders:
-    """`datasets` holds parsed uploads, `work` the resume state of runs, `logs` their output, `store` the artefacts."""
+    """`datasets` holds parsed uploads, `work` the resume state of runs, `logs` their output, `store` the artefacts,
+    `features` vectors of frozen backbones and `graphs` the server's exports."""
 
     datasets: Path
     work: Path
     logs: Path
     store: Path
+    features: Path
+    graphs: Path
 
 
 class Worker:
@@ -43,10 +52,13 @@ class Worker:
     def __init__(
         self, worker_id: str, ledger: Ledger, datasets: DatasetStore, *, backbones: Mapping[str, Backbone],
         profile: WorkerProfile, folders: WorkerFolders, timing: Timing, poll_s: float,
+        engines: EngineReports | None = None, feature_cache_bytes: int = 0, spare: SpareChild | None = None,
     ) -> None:  # fmt: skip
+        """`engines`: what servers measured; `spare`: a training process to keep waiting while there is no job."""
         self._id, self._ledger, self._datasets = worker_id, ledger, datasets
         self._backbones, self._profile, self._folders, self._timing = backbones, profile, folders, timing
         self._poll_s = poll_s
+        self._engines, self._feature_cache_bytes, self._spare = engines, feature_cache_bytes, spare
         # A plain flag: an Event set by a signal handler can deadlock with the main thread inside its wait.
         self._is_stopping = False
 
@@ -55,6 +67,13 @@ class Worker:
 
     def run_forever(self) -> None:
         """Works until `stop`. A database that is away only delays it."""
+        try:
+            self._follow_queue()
+        finally:
+            if self._spare is not None:
+                self._spare.close()
+
+    def _follow_queue(self) -> None:
         backoff_s, beaten = self._poll_s, 0.0
         is_registered = False
         while not self._is_stopping:
@@ -73,6 +92,8 @@ class Worker:
                 _log.warning("database unavailable", extra={"action": "db_unavailable", "error": str(error)})
                 worked, backoff_s = False, min(_MAX_BACKOFF_S, backoff_s * 2)
             if not worked:
+                if self._spare is not None:
+                    self._spare.prepare(child_environment(self._profile.cpu_threads))
                 self._pause(backoff_s)
 
     def _pause(self, seconds: float) -> None:
@@ -125,7 +146,7 @@ class Worker:
             return "failed"
         supervisor = Supervisor(
             self._ledger, lease, child_job, self._timing, should_stop=lambda: self._is_stopping,
-            log_file=self._folders.logs / f"{job.id}.log",
+            log_file=self._folders.logs / f"{job.id}.log", spare=self._spare,
         )  # fmt: skip
         outcome = supervisor.run()
         if outcome in {"succeeded", "failed", "cancelled"}:
@@ -147,7 +168,22 @@ class Worker:
             store_root=self._folders.store.absolute(),
             work_dir=self._work_dir(job.id, lease.attempt, lease.token), worker=self._profile, elapsed_s=ran_s,
             earlier_work_dirs=self._earlier_work_dirs(job.id, lease.token),
+            embedding=self._embedding(self._backbones[spec.backbone]),
         )  # fmt: skip
+
+    def _embedding(self, backbone: Backbone) -> EmbeddingInput:
+        graphs = GraphFiles(self._folders.graphs.absolute() / graphs_key(backbone.info.digest))
+        measured = [] if self._engines is None else self._engines.of([backbone.info.digest])
+        engine = choose_engine(
+            [{"device": row.device, "chosen": row.chosen} for row in measured], fingerprint(self._profile.device),
+            has_graphs=graphs.is_complete, has_bf16=self._profile.has_bf16,
+        )  # fmt: skip
+        return EmbeddingInput(
+            engine=engine,
+            graphs=graphs.folder,
+            cache=self._folders.features.absolute(),
+            cache_bytes=self._feature_cache_bytes,
+        )
 
     def _work_dir(self, job_id: str, attempt: int, token: int) -> Path:
         return (self._folders.work / job_id / f"attempt-{attempt}-{token}").absolute()

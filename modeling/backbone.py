@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "cls"]
 BACKBONE_FILE = "backbone.json"
 GRAPHS_FOLDER = "graphs"  # of a backbone that came with its export
+# Modules beside the plain weights, see `modeling.composed`; most backbones have none.
+COMPOSITION_FILE = "composition.json"
+COMPOSITION_WEIGHTS = "composition.safetensors"
 
 # Encoders whose output is a row of token states; each was checked against this loader.
 SUPPORTED_MODEL_TYPES = frozenset(
@@ -202,7 +205,12 @@ def _is_refused(key: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards and their index. Raises `BackboneUnavailable`."""
+    """`model.safetensors`, or the shards and their index, and what a composition adds. Raises `BackboneUnavailable`."""
+    composition = [folder / COMPOSITION_FILE, folder / COMPOSITION_WEIGHTS]
+    return [*_plain_weight_files(folder), *(composition if composition[0].is_file() else [])]
+
+
+def _plain_weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if single.is_file():
@@ -294,11 +302,13 @@ def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> torch.nn.
     """
     from transformers import AutoModel
 
+    from modeling.composed import read_composed
+
     encoder = load_pretrained(AutoModel, folder, dtype=dtype, may_lack="pooler.")
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     model: torch.nn.Module = encoder.eval()
-    return model
+    return read_composed(model, folder)
 
 
 def load_pretrained(auto: Any, folder: Path, *, dtype: torch.dtype | None = None, may_lack: str | None = None) -> Any:

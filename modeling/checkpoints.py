@@ -27,6 +27,7 @@ from modeling.backbone import (
     read_config,
     weight_files,
 )
+from modeling.composed import Composition, plain_weights, write_composition
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, takes_type_ids
 from modeling.errors import BackboneUnavailable, GoldenRowsDiffer, UnsupportedArchitecture
@@ -57,13 +58,19 @@ class ImportedClassifier:
 
 def write_encoder(
     target: Path, encoder: nn.Module, *, like: Path, name: str, source: str, pooling: Pooling, normalize: bool,
-    max_length: int,
+    max_length: int, composition: Composition | None = None,
 ) -> Backbone:  # fmt: skip
-    """Writes `encoder` as a backbone folder, with the tokenizer and configuration of the folder `like`."""
+    """Writes `encoder` as a backbone folder, with the tokenizer and configuration of the folder `like`.
+
+    `composition` is what `modeling.composed.compose` made it with, if it did.
+    """
     from safetensors.torch import save_file
 
     target.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().float().contiguous() for key, value in encoder.state_dict().items()}
+    plain = encoder.state_dict() if composition is None else plain_weights(encoder)
+    state = {key: value.detach().cpu().float().contiguous() for key, value in plain.items()}
+    if composition is not None:
+        write_composition(target, encoder, composition)
     save_file(state, str(target / "model.safetensors"), metadata={"format": "pt"})
     shutil.copyfile(like / "tokenizer.json", target / "tokenizer.json")
     config = read_config(like)

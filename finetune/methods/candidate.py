@@ -17,13 +17,15 @@ from modeling.weights import FloatArray
 class Servable:
     """The weights as they will be served: `head` or `linear`, plus whatever `write_extra` puts beside them.
 
-    `logits` runs exactly what the server will run, from raw texts.
+    `logits` runs what the server will run, from raw texts, on the engine that it is likely to run it on;
+    `reference_logits` in torch and fp32, for golden rows. None where the two are the same.
     """
 
     logits: Callable[[Sequence[str]], FloatArray]
     head: TaskHead | None = None
     linear: LinearText | None = None
     write_extra: Callable[[Path], None] | None = None
+    reference_logits: Callable[[Sequence[str]], FloatArray] | None = None
 
 
 @dataclass(frozen=True, slots=True)

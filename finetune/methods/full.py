@@ -1,47 +1,29 @@
-"""Full fine-tuning: every weight of the backbone moves, so the version carries a backbone of its own."""
+"""Full fine-tuning: the backbone's weights move, all or those of its topmost layers, so the version carries its own."""
 
 from __future__ import annotations
-
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from finetune.methods.candidate import Candidate
-from finetune.methods.tuned import Classifier, set_dropout, start_head, train_tuned
+from finetune.methods.layers import freeze_below, set_trunk, unset_trunk
+from finetune.methods.own import Serving, new_classifier, serve_own
+from finetune.methods.tuned import Classifier, start_head, train_tuned
 from finetune.run import Run
-from modeling.backbone import Backbone, load_encoder
-from modeling.checkpoints import write_encoder
-from modeling.engines.torch import TorchEngine
+from modeling.backbone import load_encoder
 
 
 def train(run: Run) -> Candidate:
     torch.manual_seed(run.plan.seed)
-    encoder = load_encoder(run.backbone.folder)
-    set_dropout(encoder, run.plan.dropout)
-    info = run.backbone.info
-    model = Classifier(
-        encoder, pooling=info.pooling, hidden_size=info.hidden_size, labels=len(run.labels), dropout=run.plan.dropout
-    )
+    model = new_classifier(run, load_encoder(run.backbone.folder))
+    if run.plan.unfreeze_layers != "all":
+        freeze_below(model.encoder, run.plan.unfreeze_layers)
+        # With dropout the frozen layers give another answer each time.
+        model.keep_in(set_trunk(model.encoder) if run.plan.dropout == 0 else None)
     # A fresh head, not the probe's: on R8 the probe's head, fitted to the frozen features, cost a point (docs/log.md).
     start_head(model, None)
     return train_tuned(run, "full", "full", model, _serve)
 
 
-def _serve(run: Run, model: Classifier) -> tuple[TorchEngine, str | None, Callable[[Path], None]]:
-    with tempfile.TemporaryDirectory(prefix="polyhead-full-") as temporary:
-        engine = TorchEngine(_write(run, model, Path(temporary)), device=run.plan.device)
-
-    def write(folder: Path) -> None:
-        _write(run, model, folder / "full")
-
-    return engine, None, write
-
-
-def _write(run: Run, model: Classifier, folder: Path) -> Backbone:
-    info = run.backbone.info
-    return write_encoder(
-        folder, model.encoder, like=run.backbone.folder, name=info.name, source=f"full fine-tune of {info.digest}",
-        pooling=info.pooling, normalize=False, max_length=run.plan.max_length,
-    )  # fmt: skip
+def _serve(run: Run, model: Classifier) -> Serving:
+    unset_trunk(model.encoder)
+    return serve_own(run, model.encoder, method="full")

@@ -1,65 +1,103 @@
-"""LoRA on all linear layers (or attention only), with PEFT; the head starts from the probe."""
+"""LoRA on all linear layers (or attention only), with PEFT; the head starts from the probe.
+
+DoRA also learns each column's length, which no low-rank product can carry: it is merged into the weights, and
+its version has weights of its own. QLoRA trains the same adapter on a backbone in 4 bits.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from finetune.methods.candidate import Candidate
-from finetune.methods.tuned import Classifier, set_dropout, start_head, train_tuned
+from finetune.methods.own import Serving, new_classifier, serve_own
+from finetune.methods.tuned import Classifier, start_head, train_tuned
 from finetune.run import Run
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from modeling.backbone import load_encoder
-from modeling.engines.torch import TorchEngine
 
 _ATTENTION = ("query", "key", "value", "q_lin", "k_lin", "v_lin", "q", "k", "v", "query_proj", "key_proj", "value_proj")
 _SERVING_KEY = "candidate"
 
 
-def train(run: Run) -> Candidate:
+def train(run: Run, method: str = "lora") -> Candidate:
     torch.manual_seed(run.plan.seed)
-    encoder = _with_lora(load_encoder(run.backbone.folder), run)
-    info = run.backbone.info
-    model = Classifier(
-        encoder, pooling=info.pooling, hidden_size=info.hidden_size, labels=len(run.labels), dropout=run.plan.dropout
-    )
+    encoder = load_encoder(run.backbone.folder)
+    targets = _targets(encoder, run)
+    if method == "qlora":
+        in_four_bits(encoder)
+    model = new_classifier(run, _with_lora(encoder, targets, run))
     start_head(model, run.probe_head)
-    return train_tuned(run, "lora", "lora", model, _serve)
+    if run.plan.lora.dora:
+        return train_tuned(run, method, "full", model, _serve_merged)
+    return train_tuned(run, method, "lora", model, _serve)
 
 
-def _with_lora(encoder: torch.nn.Module, run: Run) -> torch.nn.Module:
+def train_qlora(run: Run) -> Candidate:
+    return train(run, "qlora")
+
+
+def _targets(encoder: nn.Module, run: Run) -> list[str]:
+    return [
+        name
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear)
+        and (run.plan.lora.targets == "all-linear" or name.rpartition(".")[2] in _ATTENTION)
+    ]
+
+
+def _with_lora(encoder: nn.Module, targets: list[str], run: Run) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     options = run.plan.lora
-    set_dropout(encoder, run.plan.dropout)
-    targets = [
-        name
-        for name, module in encoder.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (options.targets == "all-linear" or name.rpartition(".")[2] in _ATTENTION)
-    ]
     config = LoraConfig(
         r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, use_rslora=options.rslora,
-        target_modules=targets, bias="none",
+        use_dora=options.dora, target_modules=targets, bias="none",
     )  # fmt: skip
-    model: torch.nn.Module = get_peft_model(encoder, config)
+    model: nn.Module = get_peft_model(encoder, config)
     return model
 
 
-def _serve(run: Run, model: Classifier) -> tuple[TorchEngine, str | None, Callable[[Path], None]]:
+def in_four_bits(encoder: nn.Module) -> None:
+    """Every linear layer in NF4 with double quantisation (Dettmers et al., NeurIPS 2023); packed when it is moved to
+    the GPU. PEFT then trains its adapters beside them."""
+    import bitsandbytes  # type: ignore[import-not-found]
+
+    for name, module in list(encoder.named_modules()):
+        if isinstance(module, nn.Linear):
+            packed = bitsandbytes.nn.Linear4bit(
+                module.in_features, module.out_features, bias=module.bias is not None,
+                compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
+            )  # fmt: skip
+            packed.load_state_dict(module.state_dict())
+            packed.requires_grad_(False)
+            encoder.set_submodule(name, packed)
+    encoder.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT looks here
+
+
+def _serve(run: Run, model: Classifier) -> Serving:
     encoder: Any = model.encoder
-
-    def write(folder: Path) -> None:
-        _save_adapter(encoder, folder / "adapter", run)
-
+    write: Callable[[Path], None] = partial(_write_adapter, encoder, run)
     with tempfile.TemporaryDirectory(prefix="polyhead-adapter-") as temporary:
         _save_adapter(encoder, Path(temporary), run)
         run.engine.load_adapter(_SERVING_KEY, Adapter.read(Path(temporary)))
     return run.engine, _SERVING_KEY, write
+
+
+def _serve_merged(run: Run, model: Classifier) -> Serving:
+    encoder: Any = model.encoder
+    model.encoder = encoder.merge_and_unload()
+    return serve_own(run, model.encoder, method="lora")
+
+
+def _write_adapter(encoder: Any, run: Run, folder: Path) -> None:
+    _save_adapter(encoder, folder / "adapter", run)
 
 
 def _save_adapter(encoder: Any, folder: Path, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""What `lora` and `full` share: a trainable classifier on the backbone, starting from the probe's head."""
+"""What methods that train by steps share: a classifier on the backbone, and how it becomes a candidate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.jobs.records import JobPhase
 from finetune.methods.candidate import Candidate, Servable
+from finetune.methods.layers import FrozenTrunk
 from finetune.run import Run, embed
 from finetune.training import Trained, run_training
 from model_registry.manifest import VersionKind
@@ -33,13 +34,27 @@ class Classifier(nn.Module):
         self.head = nn.Linear(hidden_size, labels)
         config: Any = encoder.config
         self.takes_types = takes_type_ids(config)
+        self._trunk: tuple[FrozenTrunk, ...] = ()  # a tuple, or its weights would have two names
+
+    @property
+    def trunk(self) -> FrozenTrunk | None:
+        """The encoder's frozen layers, where they keep what they have computed."""
+        return self._trunk[0] if self._trunk else None
+
+    def keep_in(self, trunk: FrozenTrunk | None) -> None:
+        self._trunk = () if trunk is None else (trunk,)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.dropout(self.pooled(ids, mask, types)))
+        return logits
+
+    def pooled(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """Vectors float32[rows, hidden] of int64[rows, tokens]."""
+        if self.trunk is not None:
+            self.trunk.expect(ids, mask, types)
         extra = {"token_type_ids": types} if self.takes_types else {}
         states = self.encoder(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
-        pooled = pool(states, mask, self.pooling).float()
-        logits: torch.Tensor = self.head(self.dropout(pooled))
-        return logits
+        return pool(states, mask, self.pooling).float()
 
     def task_head(self) -> TaskHead:
         weight, bias = (np.array(p.detach().float().cpu().numpy()) for p in (self.head.weight, self.head.bias))

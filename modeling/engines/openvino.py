@@ -25,6 +25,11 @@ def is_available() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+def import_runtime() -> None:
+    """Imports the package now, for a process that will need it later."""
+    _openvino()
+
+
 def openvino_engine(
     files: GraphFiles, *, max_length: int, precision: str = "fp32", threads: int = 0, adapter_slots: int = 32,
     slots_budget_bytes: int = 1 << 40, cache: Path | None = None,

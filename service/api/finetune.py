@@ -20,7 +20,14 @@ from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
 from finetune.datasets.labelled import load_labelled
 from finetune.datasets.records import DatasetRecord, DatasetStatus
 from finetune.jobs.records import Columns, FineTuneJob, JobEvent, JobSpec, JobStatus
-from finetune.plan import DatasetProfile, Hyperparameters, WorkerProfile, parse_hyperparameters, resolve
+from finetune.plan import (
+    DatasetProfile,
+    Hyperparameters,
+    WorkerProfile,
+    parse_hyperparameters,
+    refuse_unavailable,
+    resolve,
+)
 from model_registry.errors import ModelNotFound
 from service.api.auth import Principal
 from service.api.datasets import take_upload
@@ -115,6 +122,9 @@ def _accept(
 ) -> tuple[JobSpec, dict[str, DatasetRecord], Hyperparameters]:
     """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`."""
     wanted = parse_hyperparameters(body.hyperparameters)
+    if wanted.method == "qlora":
+        profile = services.jobs.live_worker_profile()
+        refuse_unavailable(wanted, WorkerProfile.model_validate(profile) if profile else None)
     backbone = body.backbone or services.settings.resolved_default_backbone
     if backbone not in services.settings.backbones:
         known = ", ".join(sorted(services.settings.backbones))

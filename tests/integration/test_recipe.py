@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import training
+from finetune import embedding, training
 from finetune.datasets.check import ROWS_FILE, write_checked
 from finetune.errors import Cancelled, DatasetInvalid, Stopped
-from finetune.events import ChildJob, DatasetInput
+from finetune.events import ChildJob, DatasetInput, EmbeddingInput
 from finetune.jobs.records import JobSpec
+from finetune.methods import METHODS
 from finetune.plan import WorkerProfile
 from finetune.recipe import run_job
 from model_registry.manifest import MANIFEST_NAME, ModelManifest
@@ -144,11 +145,21 @@ def served_logits(store: FileStore, manifest: ModelManifest) -> Callable[[Any], 
     return logits
 
 
-@pytest.mark.parametrize("method", ["baseline", "linear_probe", "lora", "full"])
+WITHOUT_GPU = sorted(set(METHODS) - {"qlora"})
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in WITHOUT_GPU},
+    "dora": {"method": "lora", "lora": {"dora": True, "r": 4}},
+    "rslora": {"method": "lora", "lora": {"rslora": True}},
+    "top layer": {"method": "full", "unfreeze_layers": 1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_a_method_registers_reproduces_itself_from_the_store(
-    job: Callable[..., ChildJob], store: FileStore, method: str
+    job: Callable[..., ChildJob], store: FileStore, options: dict[str, Any]
 ) -> None:
-    result = finish(job(method=method, epochs=2), RecordingLink())
+    method = options["method"]
+    result = finish(job(epochs=2, setfit={"max_pairs": 2000}, **options), RecordingLink())
     manifest = ModelManifest.model_validate(result["manifest"])
     assert manifest.method == method
     assert not store.exists(f"{manifest.prefix}/{MANIFEST_NAME}"), "only the supervisor may commit a version"
@@ -177,6 +188,50 @@ def test_a_budget_leaves_out_what_does_not_fit_and_still_registers(job: Callable
     assert evaluation["methods"][0]["method"] == "baseline"
     assert len(evaluation["methods"]) < 4
     assert any(event["data"].get("code") == "budget" for event in link.of("data_warning"))
+
+
+def test_a_budget_used_up_before_the_first_method_ends_still_registers_it(job: Callable[..., ChildJob]) -> None:
+    result = finish(job(max_seconds=0.001), RecordingLink())
+    assert [item["method"] for item in result["evaluation"]["methods"]] == ["baseline"]
+    assert result["manifest"]["kind"] == "baseline"
+
+
+@pytest.mark.parametrize("method", sorted({"setfit", "ia3", "prompt_tuning", "bottleneck", "lora", "full"}))
+def test_a_method_alone_with_no_time_left_still_registers(job: Callable[..., ChildJob], method: str) -> None:
+    assert finish(job(method=method, max_seconds=0.001), RecordingLink())["manifest"]["method"] == method
+
+
+def test_auto_tries_pairs_where_rows_are_few(job: Callable[..., ChildJob], tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    texts = [f"{word} film {letter}" for word in (*GOOD, *BAD) for letter in "abcdef"]
+    lines = [{"text": text, "label": "good" if text.split(" film")[0] in GOOD else "bad"} for text in texts]
+    (folder / "raw").write_text("\n".join(json.dumps(line) for line in lines))
+    write_checked(folder / "raw", "jsonl", folder)
+    few = job(rows=folder / ROWS_FILE, epochs=1, setfit={"max_pairs": 2000})
+    evaluation = finish(few, RecordingLink())["evaluation"]
+    assert [item["method"] for item in evaluation["methods"]] == ["baseline", "linear_probe", "setfit", "lora", "full"]
+
+
+def test_a_second_job_on_the_same_rows_computes_no_vectors(
+    job: Callable[..., ChildJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    run_all = embedding.run_all
+
+    def counted(engine: Any, rows: Any, **options: Any) -> Any:
+        computed.append(len(rows))
+        return run_all(engine, rows, **options)
+
+    monkeypatch.setattr(embedding, "run_all", counted)
+    kept = EmbeddingInput(cache=tmp_path / "features", cache_bytes=1 << 20)
+    for seed in (1, 2):
+        spec = job(method="linear_probe", seed=seed, split={"strategy": "random"})
+        result = finish(spec.model_copy(update={"embedding": kept}), RecordingLink())
+        if seed == 1:
+            assert sum(computed) == sum(result["evaluation"]["rows"].values())
+            computed.clear()
+    assert computed == [], "another split of the same texts"
 
 
 def _stop_after(steps: int, error: Exception) -> Callable[[list[dict[str, Any]]], None]:

@@ -113,6 +113,10 @@ def test_other_tables() -> None:
     )
     one = {"method": "auto", "seed": 42, "chosen": "full", "report": 0.98, "seconds": 1444.0}
     assert "| `auto` | 42 | 0.9800 | full 0.9800 | 1,444 |" in tables.quality({"rows": [one]})
+    method = {"name": "lora, dora", "seed": 1, "served": 0.97, "served_s": 100.0, "train_s": 90.0, "peak_mb": 900,
+              "version_mb": 90.1}  # fmt: skip
+    text = tables.methods({"rows": [method, {**method, "seed": 2, "served": 0.98}]})
+    assert "| lora, dora | 2 | 0.9750 ± 0.0635 | 100.0 |" in text  # 12.706 x 0.00707 / sqrt(2)
     cases = {"app": {"base_us": 399.0, "us": 28.0, "ratio": 14.25}}
     assert "| app | 399.0 | 28.0 | 14.2 |" in tables.http_overhead({"cases": cases})
 

@@ -17,6 +17,7 @@ from finetune.plan import (
     TrainingPlan,
     WorkerProfile,
     parse_hyperparameters,
+    refuse_unavailable,
     resolve,
 )
 
@@ -49,7 +50,8 @@ def test_what_is_not_built_yet_is_refused_by_name(name: str) -> None:
     [{"epochs": 0}, {"epochs": "many"}, {"learning_rate": 2}, {"batch_size": 0}, {"seed": -1}, {"max_seconds": 0},
      {"method": "magic"}, {"lora": {"r": 0}}, {"lora": {"rank": 4}}, {"split": {"validation": 0.5, "test": 0.5}},
      {"class_weights": {"a": -1}}, {"class_weights": "heavy"}, {"metric": "vibes"}, {"max_length": 2},
-     {"label_smoothing": 1.0}, {"early_stopping": {"patience": 0}}, {"dropout": float("nan")}],
+     {"label_smoothing": 1.0}, {"unfreeze_layers": 0}, {"unfreeze_layers": "some"}, {"bottleneck": {"size": 0}},
+     {"prompt": {"tokens": 1000}}, {"early_stopping": {"patience": 0}}, {"dropout": float("nan")}],
 )  # fmt: skip
 def test_values_out_of_bounds_are_refused_with_their_place(values: dict[str, Any]) -> None:
     with pytest.raises(PlanError) as refused:
@@ -67,6 +69,50 @@ def test_several_mistakes_are_told_at_once() -> None:
 def test_auto_tries_methods_in_order_of_cost() -> None:
     assert tuple(item.method for item in plan().methods) == COST_ORDER
     assert [item.method for item in plan(method="lora").methods] == ["lora"]
+
+
+def test_auto_adds_pairs_after_the_probe_where_classes_have_few_rows() -> None:
+    wanted = parse_hyperparameters({})
+    for rows, has_pairs in ((4 * 32, True), (4 * 32 + 1, False)):
+        data = DATA.model_copy(update={"train_rows": rows})
+        found = resolve(wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256).methods
+        expected = ["baseline", "linear_probe", *(["setfit"] if has_pairs else []), "lora", "full"]
+        assert [item.method for item in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("worker", "reason"),
+    [(None, "no worker"), (WorkerProfile(), "trains on cpu"), (WorkerProfile(device="cuda"), "no bitsandbytes"),
+     (WorkerProfile(has_bitsandbytes=True), "trains on cpu")],
+)  # fmt: skip
+def test_qlora_is_refused_where_the_worker_cannot_run_it(worker: WorkerProfile | None, reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        refuse_unavailable(Hyperparameters(method="qlora"), worker)
+    refuse_unavailable(Hyperparameters(method="lora"), worker)
+
+
+def test_qlora_is_planned_where_the_worker_can_run_it() -> None:
+    able = WorkerProfile(device="cuda", has_bitsandbytes=True)
+    assert [item.method for item in plan(method="qlora", worker=able).methods] == ["qlora"]
+
+
+def test_virtual_tokens_take_their_place_from_the_text() -> None:
+    assert plan(method="prompt_tuning", max_length=256, prompt={"tokens": 20}).max_length == 236
+    assert plan(method="lora", max_length=256).max_length == 256
+
+
+def test_the_cap_on_pairs_gives_the_steps() -> None:
+    (capped,) = plan(method="setfit", setfit={"max_pairs": 1000}).methods
+    assert capped.total_steps == 3  # of 496 pairs
+    (more,) = plan(method="setfit").methods
+    assert more.total_steps > capped.total_steps
+    assert (more.estimated_seconds or 0) > (capped.estimated_seconds or 0)
+
+
+def test_estimates_follow_the_worker_s_measured_speed() -> None:
+    slow, fast = (plan(worker=WorkerProfile(forward_rows_per_s=speed)) for speed in (10, 100))
+    for ours, theirs in zip(slow.methods[1:], fast.methods[1:], strict=True):
+        assert (ours.estimated_seconds or 0) > (theirs.estimated_seconds or 0)
 
 
 def test_no_auto_is_left() -> None:

@@ -1,0 +1,126 @@
+"""The frozen backbone's vectors for a run: which engine computes them, and when none has to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.features import FeatureCache, row_key, space_name
+from modeling.backbone import Backbone
+from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
+from modeling.engines.device import DeviceFingerprint
+from modeling.engines.graphs import GraphFiles
+from modeling.engines.protocol import Engine, EngineBatch
+from modeling.errors import ModelingError
+from modeling.preprocess import Encoded
+from modeling.weights import FloatArray, IntArray
+
+_TOKENS_PER_BATCH = 4096
+_ROWS_PER_PART = 16384
+# Engines that open in about a second; others wait for a compiler first.
+_RUNTIMES = frozenset({"torch", "onnx", "openvino"})
+
+OnBatch = Callable[[int, int], None]
+
+
+def choose_engine(
+    measured: Sequence[Mapping[str, Any]], device: DeviceFingerprint, *, has_graphs: bool, has_bf16: bool
+) -> str:
+    """`runtime/precision` for embedding: what a server chose on the same kind of device, so that a probe is fitted
+    to the vectors that it will be served with; where none has measured yet, torch.
+
+    `measured` are rows with `device` and `chosen`, the newest first. Pure.
+    """
+    same = json.dumps(asdict(device), sort_keys=True)
+    for row in measured:
+        if json.dumps(row["device"], sort_keys=True) == same:
+            spec = EngineSpec.parse(row["chosen"])
+            if spec.runtime in _RUNTIMES and (has_graphs or not spec.needs_graphs):
+                return str(spec)
+    return str(EngineSpec("torch", "bf16") if has_bf16 else REFERENCE)
+
+
+@dataclass
+class FrozenVectors:
+    """Pooled vectors of one backbone by one engine. The engine is opened for the first row that is not known."""
+
+    backbone: Backbone
+    engine_name: str = str(REFERENCE)
+    graphs: Path | None = None
+    cache: FeatureCache | None = None
+    device: str = "cpu"
+    threads: int = 0
+
+    @cached_property
+    def engine(self) -> Engine:
+        spec = EngineSpec.parse(self.engine_name)
+        files = None if self.graphs is None else GraphFiles(self.graphs)
+        try:
+            return build_engine(spec, self.backbone, files, EngineOptions(self.device, self.threads))
+        except ModelingError:  # the export may have been deleted since it was chosen
+            if spec == REFERENCE:
+                raise
+            self.engine_name = str(REFERENCE)
+            return build_engine(REFERENCE, self.backbone, None, EngineOptions(self.device, self.threads))
+
+    def of(self, rows: Sequence[Encoded], *, on_batch: OnBatch | None = None) -> FloatArray:
+        """float32[rows, hidden] in the order of `rows`; those that the cache lacks are computed and kept."""
+        vectors = np.zeros((len(rows), self.backbone.info.hidden_size), dtype=np.float32)
+        keys = [row_key(item) for item in rows]
+        is_known = np.zeros(len(rows), dtype=np.bool_)
+        if self.cache is not None and len(rows):
+            is_known = self.cache.fill(self._space(), keys, vectors)
+        missing = np.flatnonzero(~is_known)
+        # In parts, so that a run that is stopped on the way finds most of them when it goes on.
+        for start in range(0, len(missing), _ROWS_PER_PART):
+            part = missing[start : start + _ROWS_PER_PART]
+            report = None if on_batch is None else partial(_shifted, on_batch, start, len(missing))
+            vectors[part] = run_all(self.engine, [rows[row] for row in part], on_batch=report)
+            if self.cache is not None:
+                self.cache.add(self._space(), [keys[row] for row in part], vectors[part])
+        return vectors
+
+    def _space(self) -> str:
+        return space_name(self.backbone.info.digest, self.engine_name)
+
+
+def _shifted(on_batch: OnBatch, start: int, total: int, done: int, _: int) -> None:
+    on_batch(start + done, total)
+
+
+def run_all(
+    engine: Engine, rows: Sequence[Encoded], *, adapter: str | None = None, on_batch: OnBatch | None = None
+) -> FloatArray:
+    """Pooled vectors float32[rows, hidden] in the order of `rows`, computed in batches of similar length."""
+    pooled = np.zeros((len(rows), 0), dtype=np.float32)
+    done = 0
+    for indices in length_batches(rows, tokens=_TOKENS_PER_BATCH):
+        batch = [rows[index] for index in indices]
+        vectors = engine.run(EngineBatch(batch, [adapter] * len(batch) if adapter else None))
+        if pooled.shape[1] == 0:
+            pooled = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
+        pooled[indices] = vectors
+        done += len(indices)
+        if on_batch is not None:
+            on_batch(done, len(rows))
+    return pooled
+
+
+def length_batches(encoded: Sequence[Encoded], *, tokens: int) -> list[IntArray]:
+    """Row indices in batches of similar length, each within the token budget, the longest first.
+
+    Longest first, so that a batch too large for the memory fails at once and not at the end.
+    """
+    order = np.argsort([-item.length for item in encoded], kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens // encoded[order[start]].length)
+        batches.append(order[start : start + size].astype(np.int64))
+        start += size
+    return batches

@@ -1,0 +1,12 @@
+"""Bottleneck adapters behind every sublayer (Houlsby et al., ICML 2019); the backbone's weights stay as they are."""
+
+from __future__ import annotations
+
+from finetune.methods.candidate import Candidate
+from finetune.methods.own import train_composed
+from finetune.run import Run
+from modeling.composed import Composition
+
+
+def train(run: Run) -> Candidate:
+    return train_composed(run, "bottleneck", Composition("bottleneck", run.plan.bottleneck.size))

@@ -1,0 +1,76 @@
+"""Logistic regression on pooled vectors, along a path of strengths: what the probe and `setfit` put on top."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from finetune.losses import class_weights
+from finetune.methods.baseline import both_sides
+from finetune.run import Run
+from modeling.heads import DenseLayer, TaskHead
+from modeling.weights import FloatArray, IntArray
+
+# Inverse regularisation on standardised vectors, from strong to weak; each fit starts from the one before.
+STRENGTHS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+# Some dimensions of a backbone are dead (3 of MiniLM's 384 hardly vary): scaled up, they would be noise.
+_LEAST_SPREAD = 0.01
+_ITERATIONS = 500
+_PATIENCE = 3  # strengths without a gain until weaker ones are not tried any more
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A head on raw vectors, the strength it was fitted with, and where the solver ended."""
+
+    head: TaskHead
+    strength: float
+    coefficients: Any
+    intercepts: Any
+
+
+def fit(run: Run, features: FloatArray, labels: IntArray, *, strength: float, start: Fit | None = None) -> Fit:
+    """Multinomial logistic regression on standardised vectors; the standardisation is folded into the head."""
+    mean, spread = features.mean(0), features.std(0)
+    scale = np.maximum(spread, np.float32(max(_LEAST_SPREAD * float(np.median(spread)), 1e-6)))
+    weights = class_weights(run.plan.class_weights, labels, run.labels)
+    by_index = None if weights is None else dict(enumerate(weights.tolist()))
+    model = LogisticRegression(C=strength, class_weight=by_index, max_iter=_ITERATIONS, warm_start=start is not None)
+    if start is not None:
+        model.coef_, model.intercept_ = start.coefficients, start.intercepts
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is good enough to compare
+        model.fit((features - mean) / scale, labels)
+    weight, bias = both_sides(model.coef_, model.intercept_)
+    folded = (weight / scale).astype(np.float32)
+    head = TaskHead((DenseLayer(folded, (bias - folded @ mean).astype(np.float32)),))
+    return Fit(head, strength, model.coef_.copy(), model.intercept_.copy())
+
+
+def path(run: Run, features: FloatArray, labels: IntArray) -> Iterator[Fit]:
+    """Fits from strong to weak regularisation, each started from the last."""
+    last: Fit | None = None
+    for strength in STRENGTHS:
+        last = fit(run, features, labels, strength=strength, start=last)
+        yield last
+
+
+def best_on(fits: Iterator[Fit], score: Callable[[Fit], float]) -> Fit:
+    """The first with the highest score; the path ends where several in a row gained nothing."""
+    best = next(fits)
+    best_score, behind = score(best), 0
+    for candidate in fits:
+        value = score(candidate)
+        if value > best_score:
+            best, best_score, behind = candidate, value, 0
+        elif value < best_score:
+            behind += 1
+        if behind >= _PATIENCE:
+            break
+    return best
