@@ -69,9 +69,34 @@ class EarlyStopping(_Model):
 
 
 class SplitOptions(_Model):
-    strategy: Literal["hash", "stratified", "random"] = "hash"
+    strategy: Literal["hash", "stratified", "random", "group", "time", "predefined"] = "hash"
     validation: float = Field(0.15, gt=0, lt=0.9)
     test: float = Field(0.15, ge=0, lt=0.9)
+    column: str | None = Field(None, min_length=1, max_length=200)
+    group_column: str | None = Field(None, min_length=1, max_length=200)
+    time_column: str | None = Field(None, min_length=1, max_length=200)
+    leaks: Literal["auto", "keep", "drop"] = "auto"
+
+    @property
+    def column_read(self) -> str | None:
+        """The column that the strategy goes by, if any."""
+        return {"predefined": self.column, "group": self.group_column, "time": self.time_column}.get(self.strategy)
+
+    def resolved(self) -> SplitOptions:
+        """Without `auto`: leaks are dropped where we cut by a column, and kept where the sides were given."""
+        if self.leaks != "auto":
+            return self
+        return self.model_copy(update={"leaks": "drop" if self.strategy in {"group", "time"} else "keep"})
+
+    @model_validator(mode="after")
+    def _names_the_column_of_its_strategy(self) -> SplitOptions:
+        for strategy, name in (("predefined", "column"), ("group", "group_column"), ("time", "time_column")):
+            is_given = getattr(self, name) is not None
+            if self.strategy == strategy and not is_given:
+                raise ValueError(f"strategy {strategy} needs {name}")
+            if self.strategy != strategy and is_given:
+                raise ValueError(f"{name} is for strategy {strategy} and would have no effect with {self.strategy}")
+        return self
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> SplitOptions:
@@ -269,7 +294,7 @@ def resolve(
         eval_every=wanted.eval_every,
         early_stopping=wanted.early_stopping,
         restore_best=wanted.restore_best,
-        split=wanted.split,
+        split=wanted.split.resolved(),
         calibration=wanted.calibration,
         device=worker.device,
         cpu_threads=worker.cpu_threads,

@@ -19,20 +19,23 @@ from typing import Any
 import numpy as np
 
 from finetune.calibration import fit_temperature
-from finetune.datasets.findings import inspect_rows
+from finetune.datasets.canonical import column_names
+from finetune.datasets.errors import ColumnMissing
 from finetune.datasets.labelled import LabelledRows, load_labelled
 from finetune.datasets.records import Finding, has_errors
-from finetune.datasets.splits import split_rows, text_digest
+from finetune.datasets.sides import divide, with_extras
+from finetune.datasets.texts import text_digest
 from finetune.embedding import FrozenVectors
 from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.evaluation import report, score, summary
-from finetune.events import ChildJob, Link
+from finetune.events import ChildJob, DatasetInput, Link
 from finetune.features import FeatureCache
 from finetune.jobs.records import JobPhase
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate, Servable
 from finetune.plan import DatasetProfile, PlanError, TrainingPlan, parse_hyperparameters, resolve
 from finetune.run import Rows, Run
+from finetune.suspects import find_suspects
 from model_registry.card import render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, FileStore, put_tree
@@ -49,6 +52,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     started = time.monotonic()
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, link)
+    suspects = find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed)
     labels = tuple(sorted(set(train.labels)))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
@@ -71,7 +75,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     temperature = 1.0
     if plan.calibration == "temperature":
         temperature = fit_temperature(best.validation_logits, run.validation.labels)
-    evaluation = evaluate(run, candidates, best, test_logits, temperature)
+    evaluation = {**evaluate(run, candidates, best, test_logits, temperature), "suspects": suspects}
     link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(evaluation))
 
     link.phase(JobPhase.EXPORTING)
@@ -90,19 +94,14 @@ def run_job(job: ChildJob, link: Link) -> None:
 
 def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, LabelledRows]:
     """Train, validation and test rows; what the request does not bring is split off. Raises `DatasetInvalid`."""
-    split = parse_hyperparameters(job.spec.hyperparameters).split
-    columns = {"text_column": job.spec.columns.text, "label_column": job.spec.columns.label}
-    findings: list[Finding] = []
-    sides: dict[str, LabelledRows | None] = {"train": None, "validation": None, "test": None}
-    for side, given in (("train", job.train), ("validation", job.validation), ("test", job.test)):
-        if given is not None:
-            sides[side], found = load_labelled(given.rows_file, **columns)
-            findings += found
-    everything = sides["train"]
-    assert everything is not None
+    wanted = parse_hyperparameters(job.spec.hyperparameters)
+    inputs = {"train": job.train, "validation": job.validation, "test": job.test}
+    loaded = {side: load_side(job, given, side) for side, given in inputs.items() if given is not None}
+    findings = [finding for _, found in loaded.values() for finding in found]
     if not has_errors(findings):
-        sides_to_cut = 1 + (sides["validation"] is None) + (sides["test"] is None and split.test > 0)
-        findings += inspect_rows(everything, sides["validation"], sides["test"], min_rows_per_class=sides_to_cut)
+        rows = {side: rows for side, (rows, _) in loaded.items()}
+        sides = divide(rows["train"], rows.get("validation"), rows.get("test"), options=wanted.split, seed=wanted.seed)
+        findings += sides.findings
     for finding in findings:
         level = "error" if finding.severity == "error" else "warn" if finding.severity == "warning" else "info"
         link.event("data_warning", f"{finding.code}: {finding.message}", finding.model_dump(mode="json"), level=level)
@@ -110,16 +109,25 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
         errors = [finding for finding in findings if finding.severity == "error"]
         message = "; ".join(finding.message for finding in errors)[:1000]
         raise DatasetInvalid(message, [finding.model_dump(mode="json") for finding in errors])
-    parts = split_rows(
-        everything,
-        strategy=split.strategy,
-        validation=0.0 if sides["validation"] is not None else split.validation,
-        test=0.0 if sides["test"] is not None else split.test,
-        seed=parse_hyperparameters(job.spec.hyperparameters).seed,
-    )
-    validation = sides["validation"] if sides["validation"] is not None else everything.take(parts.validation)
-    test = sides["test"] if sides["test"] is not None else everything.take(parts.test)
-    return everything.take(parts.train), validation, test
+    slices = job.spec.columns.slices
+    return with_extras(sides.train, slices), with_extras(sides.validation, slices), with_extras(sides.test, slices)
+
+
+def load_side(job: ChildJob, given: DatasetInput, side: str) -> tuple[LabelledRows, list[Finding]]:
+    """The rows of one dataset with the columns that its split and its slices ask for."""
+    columns, split = job.spec.columns, parse_hyperparameters(job.spec.hyperparameters).split
+    wanted = [*columns.slices, *([split.column_read] if split.column_read else [])]
+    available = column_names(given.rows_file)
+    # Only the rows to cut need the split's column; data given as a side may lack what it is sliced by.
+    extras = wanted if side == "train" else [name for name in wanted if name in available]
+    try:
+        rows, findings = load_labelled(
+            given.rows_file, text_column=columns.text, label_column=columns.label, extra_columns=extras
+        )
+    except ColumnMissing as error:
+        return LabelledRows(np.zeros(0, np.int64), [], []), [error.as_finding()]
+    lacking = [ColumnMissing(name, available=available).as_finding() for name in columns.slices if name not in extras]
+    return rows, findings + [finding.model_copy(update={"severity": "warning"}) for finding in lacking]
 
 
 def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:
@@ -136,7 +144,8 @@ def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:
 
 def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
     index = {label: position for position, label in enumerate(labels)}
-    return Rows(rows.texts, np.asarray([index[label] for label in rows.labels], dtype=np.int64), rows.row_numbers)
+    positions = np.asarray([index[label] for label in rows.labels], dtype=np.int64)
+    return Rows(rows.texts, positions, rows.row_numbers, rows.extras)
 
 
 # 2. Plan
@@ -147,7 +156,7 @@ def resolve_plan(
 ) -> TrainingPlan:
     info = backbone.info
     tokenizer = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=info.max_length)
-    lengths = [item.length for item in tokenizer.encode(train.texts)]
+    lengths = token_lengths(tokenizer, train.texts)
     data = DatasetProfile(
         train_rows=len(train), validation_rows=len(validation), test_rows=len(test),
         labels=len(set(train.labels)), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
@@ -168,6 +177,12 @@ def frozen_vectors(job: ChildJob, backbone: Backbone) -> FrozenVectors:
         backbone, given.engine, graphs=given.graphs, cache=cache, device=job.worker.device,
         threads=job.worker.cpu_threads,
     )  # fmt: skip
+
+
+def token_lengths(tokenizer: TextPreprocessor, texts: Sequence[str], *, batch: int = 1024) -> list[int]:
+    """Tokens of each text, a batch at a time: all encodings at once would take more memory than the texts."""
+    starts = range(0, len(texts), batch)
+    return [item.length for start in starts for item in tokenizer.encode(texts[start : start + batch])]
 
 
 # 3. and 4. Methods
@@ -355,6 +370,9 @@ def fingerprint(job: ChildJob, run: Run) -> dict[str, Any]:
     inputs = {"train": job.train, "validation": job.validation, "test": job.test}
     return {
         "datasets": {side: {"id": given.id, "sha256": given.sha256} for side, given in inputs.items() if given},
+        "split": run.plan.split.model_dump(mode="json"),
+        "columns": job.spec.columns.model_dump(mode="json"),
+        "rows": {side: len(rows.texts) for side, rows in sides.items()},
         "label_counts": {
             side: dict(zip(run.labels, np.bincount(rows.labels, minlength=len(run.labels)).tolist(), strict=True))
             for side, rows in sides.items()

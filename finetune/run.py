@@ -24,11 +24,15 @@ __all__ = ["Rows", "Run", "embed", "length_batches"]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """One side of a split: `labels[i]` indexes `Run.labels`; `numbers` are the rows' numbers in their file."""
+    """One side of a split: `labels[i]` indexes `Run.labels`; `numbers` are the rows' numbers in their file.
+
+    `extras` holds the columns to slice an evaluation by, a value a row.
+    """
 
     texts: list[str]
     labels: IntArray
     numbers: IntArray
+    extras: dict[str, list[str | None]] = field(default_factory=dict)
 
 
 @dataclass

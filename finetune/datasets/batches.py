@@ -16,7 +16,11 @@ _NAME_CHARACTERS = 256
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of a file is accepted. `row_bytes` bounds one line; `batch_*` bound what stands in memory."""
+    """How much of a file is accepted. `row_bytes` bounds one line; `batch_*` bound what stands in memory.
+
+    An archive may have so many `entries` and bytes of names, and unpack to `unpacked_ratio` times its size plus
+    `unpacked_slack_bytes`, at most to `unpacked_bytes`.
+    """
 
     rows: int = 10_000_000
     columns: int = 2000
@@ -25,6 +29,11 @@ class Limits:
     batch_rows: int = 65_536
     batch_cells: int = 1_000_000
     batch_characters: int = 16 * 1024 * 1024
+    entries: int = 500_000
+    directory_bytes: int = 128 * 1024 * 1024
+    unpacked_bytes: int = 16 * 1024**3
+    unpacked_ratio: int = 100
+    unpacked_slack_bytes: int = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,11 @@ def canonical_writer(path: Path, columns: Sequence[str]) -> Iterator[CanonicalWr
     sync_folder(path.parent)
 
 
+def column_names(path: Path) -> list[str]:
+    with pq.ParquetFile(path) as file:
+        return [name for name in file.schema_arrow.names if name != ROW_COLUMN]
+
+
 def read_batches(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:
     """Batches of the chosen columns. Raises `ColumnMissing`."""
     with pq.ParquetFile(path) as file:

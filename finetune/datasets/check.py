@@ -19,6 +19,7 @@ from typing import cast, get_args
 
 import pyarrow as pa
 
+from finetune.datasets.archive_rows import UNPACKED_PREFIX
 from finetune.datasets.batches import FindingLog, Limits
 from finetune.datasets.canonical import canonical_writer, sync, sync_folder
 from finetune.datasets.errors import DatasetCheckFailed
@@ -46,6 +47,14 @@ def check_upload(
     """
     command = [sys.executable, "-m", "finetune.datasets.check", str(raw.resolve()), file_format, str(out_dir.resolve())]
     command += ["--memory-bytes", str(memory_bytes), "--cpu-seconds", str(math.ceil(timeout_s) + 1)]
+    try:
+        return _checked(command, out_dir, timeout_s=timeout_s, memory_bytes=memory_bytes)
+    finally:
+        for leftover in raw.parent.glob(f"{UNPACKED_PREFIX}*"):  # of a child that was killed
+            leftover.unlink(missing_ok=True)
+
+
+def _checked(command: list[str], out_dir: Path, *, timeout_s: float, memory_bytes: int) -> DatasetReport:
     try:
         # `-m` looks in the working directory first, which makes a checkout work without installing it.
         child = subprocess.run(

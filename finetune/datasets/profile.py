@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
+from finetune.datasets.errors import ColumnMissing
 from finetune.datasets.records import ColumnReport, ColumnType
 
 _DISTINCT_AT_MOST = 1000
 _EXAMPLE_CHARACTERS = 200
+_COUNTED_AT_MOST = 100
+_LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment", "tag", "y")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BOOLEANS = frozenset({"true", "false"})
 
@@ -23,6 +29,7 @@ class ColumnProfile:
         self._may_be_boolean = True
         # Hashes, since a thousand values of a megabyte would not fit; None above the limit.
         self._distinct: set[int] | None = set()
+        self._counts: Counter[str] | None = Counter()  # None above the limit, or where a value is no class name
 
     def add(self, values: list[str | None]) -> None:
         filled = [stripped for value in values if value is not None and (stripped := value.strip())]
@@ -34,6 +41,7 @@ class ColumnProfile:
         self._may_be_number = self._may_be_number and all(_NUMBER.fullmatch(value) for value in filled)
         self._may_be_boolean = self._may_be_boolean and all(value.lower() in _BOOLEANS for value in filled)
         self._count_distinct(filled)
+        self._count_values(filled)
 
     def _count_distinct(self, filled: list[str]) -> None:
         if self._distinct is None:
@@ -42,6 +50,13 @@ class ColumnProfile:
         if len(self._distinct) > _DISTINCT_AT_MOST:
             self._distinct = None
 
+    def _count_values(self, filled: list[str]) -> None:
+        if self._counts is None:
+            return
+        self._counts.update(filled)
+        if len(self._counts) > _COUNTED_AT_MOST or any(len(value) > _EXAMPLE_CHARACTERS for value in self._counts):
+            self._counts = None
+
     def report(self) -> ColumnReport:
         return ColumnReport(
             name=self._name,
@@ -49,6 +64,7 @@ class ColumnProfile:
             empty=self._empty,
             distinct=None if self._distinct is None else len(self._distinct),
             example=self._example,
+            counts=None if self._counts is None else dict(self._counts.most_common()),
         )
 
     def _type(self) -> ColumnType:
@@ -57,3 +73,16 @@ class ColumnProfile:
         if self._may_be_boolean:
             return "boolean"
         return "number" if self._may_be_number else "text"
+
+
+def class_counts(columns: Sequence[ColumnReport], label: str | None) -> dict[str, Any] | None:
+    """The rows of each class of the column `label`; where none is named, of one that is called like a label.
+
+    None where no column is called so; `rows` is None for a column of more than 100 values. Raises `ColumnMissing`.
+    """
+    by_name = {column.name: column for column in columns}
+    if label is not None and label not in by_name:
+        raise ColumnMissing(label, available=list(by_name))
+    folded = {name.casefold(): name for name in reversed(by_name)}
+    name = label or next((folded[guess] for guess in _LABEL_NAMES if guess in folded), None)
+    return None if name is None else {"column": name, "is_guess": label is None, "rows": by_name[name].counts}

@@ -5,14 +5,14 @@ Knows no file format and no SQL. The store, the readers and the HTTP routes all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FileFormat = Literal["csv", "jsonl", "parquet"]
+FileFormat = Literal["csv", "jsonl", "parquet", "zip", "tar"]
 Severity = Literal["info", "warning", "error"]
 ColumnType = Literal["text", "number", "boolean", "other"]
 
@@ -31,8 +31,8 @@ class Finding(BaseModel):
 
     `rows` holds the first 20 row numbers, counted from 1 as a person sees them in the file: for csv,
     row 1 is the first record after the header (blank lines are not counted, a record with quoted line
-    breaks counts once); for jsonl, the line number; for parquet, the row. `count` is the number of
-    occurrences in all.
+    breaks counts once); for jsonl, the line number; for parquet, the row; for an archive of files, the
+    place of the file in it, or the row of its metadata. `count` is the number of occurrences in all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,7 +49,8 @@ class Finding(BaseModel):
 class ColumnReport(BaseModel):
     """One column as its values look: `number` where every value reads as one, `other` where all are empty.
 
-    `empty` counts nulls and values of whitespace only; `distinct` is None above a thousand values.
+    `empty` counts nulls and values of whitespace only; `distinct` is None above a thousand values. `counts` holds
+    the rows of each value, the most frequent first, up to 100 values; None where there are more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,6 +60,7 @@ class ColumnReport(BaseModel):
     empty: int
     distinct: int | None
     example: str | None
+    counts: dict[str, int] | None = None
 
 
 class DatasetReport(BaseModel):
@@ -96,3 +98,13 @@ class DatasetRecord:
 
 def has_errors(findings: Iterable[Finding]) -> bool:
     return any(finding.severity == "error" for finding in findings)
+
+
+def row_finding(
+    *, code: str, severity: Severity, message: str, rows: Sequence[int], fix: str, column: str | None = None,
+    count: int | None = None,
+) -> Finding:  # fmt: skip
+    """A finding about these rows, of which it shows the first; `count` is their number unless given."""
+    total = len(rows) if count is None else count
+    shown = list(rows[:ROWS_SHOWN])
+    return Finding(code=code, severity=severity, message=message, column=column, rows=shown, count=total, fix=fix)

@@ -77,6 +77,12 @@ def note_wide_encoding(log: FindingLog, encoding: str) -> None:
     log.note("encoding", message, code="encoding", fix=_SAVE_AS_UTF8)
 
 
+def note_bad_byte(log: FindingLog, where: str, error: UnicodeDecodeError, *, row: int, column: str) -> None:
+    byte = error.object[error.start]
+    message = f"{where} has byte 0x{byte:02x} at offset {error.start}, which is not UTF-8{_guess(byte)}"
+    log.note("encoding", message, code="encoding", row=row, column=column, fix=_SAVE_AS_UTF8)
+
+
 def _guess(byte: int) -> str:
     # 0x80-0x9f are control characters in Latin-1 and mostly punctuation in Windows-1252, which people mean.
     character = bytes([byte]).decode("cp1252", "ignore")

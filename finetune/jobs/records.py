@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -53,10 +53,11 @@ class _Model(BaseModel):
 
 
 class Columns(_Model):
-    """Which columns of the dataset hold what."""
+    """Which columns of the dataset hold what. `slices` name groups of rows to evaluate apart."""
 
     text: str = Field("text", min_length=1, max_length=200)
     label: str = Field("label", min_length=1, max_length=200)
+    slices: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field((), max_length=5)
 
 
 class JobSpec(_Model):

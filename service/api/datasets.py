@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from finetune.datasets.canonical import read_batches
 from finetune.datasets.check import ROWS_FILE
+from finetune.datasets.profile import class_counts
 from finetune.datasets.records import DatasetRecord, DatasetStatus
 from service.api.deps import Services, ServicesDep, Uploading
 from service.api.problems import Problem
@@ -36,7 +37,9 @@ _UPLOAD_SCHEMA = {
 }
 
 
-@router.post("/datasets", status_code=201, summary="Upload a csv, jsonl or parquet file", openapi_extra=_UPLOAD_SCHEMA)
+@router.post(
+    "/datasets", status_code=201, summary="Upload a table, or an archive of text files", openapi_extra=_UPLOAD_SCHEMA
+)
 async def upload(request: Request, services: ServicesDep, principal: Uploading) -> Response:
     record, _ = await take_upload(request, services, principal.tenant)
     return JSONResponse(document(record), 201, {"Location": f"/datasets/{record.id}"})
@@ -83,10 +86,21 @@ def get_dataset(dataset_id: str, services: ServicesDep, principal: Uploading) ->
 
 
 @router.get("/datasets/{dataset_id}/report", summary="Findings of the check")
-def get_report(dataset_id: str, services: ServicesDep, principal: Uploading) -> dict[str, Any]:
+def get_report(
+    dataset_id: str,
+    services: ServicesDep,
+    principal: Uploading,
+    label: str | None = Query(None, max_length=200, description="column whose classes to count; else guessed by name"),
+) -> dict[str, Any]:
     record = services.datasets.get(principal.tenant, dataset_id)
     report = None if record.report is None else record.report.model_dump(mode="json")
-    return {"object": "dataset.report", "dataset": record.id, "status": record.status, "report": report}
+    return {
+        "object": "dataset.report",
+        "dataset": record.id,
+        "status": record.status,
+        "report": report,
+        "classes": class_counts(record.columns or [], label) if record.columns or label else None,
+    }
 
 
 @router.get("/datasets/{dataset_id}/preview", summary="The first rows as they were read")
@@ -106,7 +120,13 @@ def get_preview(
         ]
         if len(rows) >= limit:
             break
-    return {"object": "dataset.preview", "dataset": record.id, "columns": names, "rows": rows}
+    return {
+        "object": "dataset.preview",
+        "dataset": record.id,
+        "columns": names,
+        "rows": rows,
+        "classes": class_counts(record.columns, None),
+    }
 
 
 @router.delete("/datasets/{dataset_id}", status_code=204, summary="Delete a dataset and its rows")

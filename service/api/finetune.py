@@ -19,7 +19,7 @@ from finetune.datasets.check import ROWS_FILE
 from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
 from finetune.datasets.labelled import load_labelled
 from finetune.datasets.records import DatasetRecord, DatasetStatus
-from finetune.jobs.records import Columns, FineTuneJob, JobEvent, JobSpec, JobStatus
+from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
 from finetune.plan import (
     DatasetProfile,
     Hyperparameters,
@@ -34,7 +34,7 @@ from service.api.datasets import take_upload
 from service.api.deps import Services, ServicesDep, Training, json_body
 from service.api.guard import GuardLimits, check_json
 from service.api.problems import Problem
-from service.api.schemas import CancelRequest, FinetuneRequest
+from service.api.schemas import CancelRequest, FinetuneRequest, inlined_schema
 from service.inference.errors import ModelNotReady
 
 router = APIRouter(tags=["fine-tuning"])
@@ -43,7 +43,7 @@ _CHARACTERS_PER_TOKEN = 4
 _BODY_SCHEMA = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": FinetuneRequest.model_json_schema()}},
+        "content": {"application/json": {"schema": inlined_schema(FinetuneRequest)}},
     }
 }
 
@@ -133,23 +133,24 @@ def _accept(
         raise Problem(422, "invalid_request", f"register_as: {body.register_as!r} is the name of a backbone")
     spec = JobSpec(
         dataset=body.dataset, validation_dataset=body.validation_dataset, test_dataset=body.test_dataset,
-        backbone=backbone, columns=Columns(**body.columns), register_as=body.register_as, promote=body.promote,
+        backbone=backbone, columns=body.columns, register_as=body.register_as, promote=body.promote,
         hyperparameters=body.hyperparameters, metadata=body.metadata, actor=principal.name,
     )  # fmt: skip
     records = {id_: services.datasets.get(principal.tenant, id_) for id_ in spec.datasets}
-    for record in records.values():
-        _check_dataset(record, spec)
+    for id_, record in records.items():
+        _check_dataset(record, spec, split_column=wanted.split.column_read if id_ == spec.dataset else None)
     return spec, records, wanted
 
 
-def _check_dataset(record: DatasetRecord, spec: JobSpec) -> None:
+def _check_dataset(record: DatasetRecord, spec: JobSpec, *, split_column: str | None) -> None:
     if record.status is DatasetStatus.INVALID and record.report is not None:
         errors = [finding for finding in record.report.findings if finding.severity == "error"]
         raise DatasetUnreadable(f"{record.id} cannot be used: {errors[0].message}", findings=errors)
     if record.columns is None:
         return  # still being checked: the worker looks again
     names = [column.name for column in record.columns]
-    for wanted in (spec.columns.text, spec.columns.label):
+    further = [*spec.columns.slices, *([split_column] if split_column else [])] if record.id == spec.dataset else []
+    for wanted in (spec.columns.text, spec.columns.label, *further):
         if wanted not in names:
             error = ColumnMissing(wanted, available=names)
             raise DatasetUnreadable(f"{record.id}: {error}", findings=[error.as_finding()])

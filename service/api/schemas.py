@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from finetune.jobs.records import Columns
 from model_registry.refs import NAME_PATTERN
 
 
@@ -75,7 +76,7 @@ class FinetuneRequest(_Request):
     test_dataset: str | None = Field(None, max_length=64)
     backbone: str | None = Field(None, pattern=NAME_PATTERN)
     task: Literal["auto", "text-classification"] = "auto"
-    columns: dict[Literal["text", "label"], str] = {}
+    columns: Columns = Columns()
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual"] = "manual"
     hyperparameters: dict[str, Any] = {}
@@ -102,3 +103,22 @@ class RollbackRequest(_Request):
 class ImportRequest(_Request):
     name: str = Field(pattern=NAME_PATTERN, description="model to register the checkpoint as")
     source: str = Field(min_length=1, max_length=512, description="folder below import_root, or hub:org/name@revision")
+
+
+def inlined_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's JSON schema without `$defs`, to stand inside another document."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolved(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolved(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            name = node["$ref"].rpartition("/")[2]
+            return resolved({**definitions[name], **{key: value for key, value in node.items() if key != "$ref"}})
+        return {key: resolved(value) for key, value in node.items()}
+
+    inlined: dict[str, Any] = resolved(schema)
+    return inlined

@@ -36,9 +36,9 @@ def test_the_child_writes_rows_and_report_and_prints_nothing(tmp_path: Path) -> 
     report = DatasetReport.model_validate_json((out / "report.json").read_bytes())
     assert (report.rows, report.is_valid) == (3, False)
     assert report.columns == [
-        ColumnReport(name="text", type="text", empty=1, distinct=2, example="a"),
-        ColumnReport(name="label", type="text", empty=0, distinct=2, example="x"),
-        ColumnReport(name="score", type="number", empty=1, distinct=2, example="1"),
+        ColumnReport(name="text", type="text", empty=1, distinct=2, example="a", counts={"a": 1, "b": 1}),
+        ColumnReport(name="label", type="text", empty=0, distinct=2, example="x", counts={"x": 2, "y": 1}),
+        ColumnReport(name="score", type="number", empty=1, distinct=2, example="1", counts={"1": 1, "-2.5e3": 1}),
     ]
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "rows.parquet"]
 

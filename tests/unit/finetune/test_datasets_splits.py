@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.datasets.labelled import LabelledRows
-from finetune.datasets.splits import Split, Strategy, normalise, split_rows, stable_fraction
+from finetune.datasets.splits import Split, Strategy, split_rows
+from finetune.datasets.texts import normalise, stable_fraction
 
 STRATEGIES: list[Strategy] = ["hash", "stratified", "random"]
 SHARES = st.sampled_from([(0.15, 0.15), (0.0, 0.2), (0.2, 0.0), (0.0, 0.0), (0.01, 0.01), (0.45, 0.5)])
