@@ -44,6 +44,7 @@ def main() -> int:
         folders=WorkerFolders(
             datasets=settings.data_dir / "datasets", work=settings.data_dir / "work",
             logs=settings.data_dir / "logs" / "jobs", store=settings.data_dir / "store",
+            graphs=settings.data_dir / "cache" / "graphs",
         ),
         timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
         poll_s=settings.poll_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from finetune.events import Link
 from finetune.jobs.records import JobPhase
 from finetune.plan import MethodPlan, TrainingPlan
 from modeling.backbone import Backbone
+from modeling.engines.graphs import GraphEngine
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import TaskHead
@@ -25,16 +26,23 @@ _TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """One side of a split: `labels[i]` indexes `Run.labels`; `numbers` are the rows' numbers in their file."""
+    """One side of a split: `labels[i]` indexes `Run.labels`; `numbers` are the rows' numbers in their file.
+
+    `extras` holds metadata columns by name, a value or None for each row.
+    """
 
     texts: list[str]
     labels: IntArray
     numbers: IntArray
+    extras: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
 
 @dataclass
 class Run:
-    """A run in progress. `features` of the frozen backbone are computed once and shared by all methods."""
+    """A run in progress. `features` of the frozen backbone are computed once and shared by all methods.
+
+    `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training.
+    """
 
     train: Rows
     validation: Rows
@@ -48,6 +56,7 @@ class Run:
     deadline: float | None = None
     probe_head: TaskHead | None = None
     is_winding_down: bool = False
+    on_evaluation: Callable[[int, float], None] | None = None
     _features: dict[str, FloatArray] = field(default_factory=dict)
 
     @cached_property
@@ -69,6 +78,10 @@ class Run:
             self._features[side] = self.embed(texts, report=True)
         return self._features[side]
 
+    def has_features(self, side: str) -> bool:
+        """Whether `features` of this side are computed already."""
+        return side in self._features
+
     def embed(self, texts: Sequence[str], *, report: bool = False) -> FloatArray:
         engine = self.engine
         if report:
@@ -85,7 +98,7 @@ class Run:
 
 
 def embed(
-    engine: TorchEngine, preprocessor: TextPreprocessor, texts: Sequence[str], *,
+    engine: TorchEngine | GraphEngine, preprocessor: TextPreprocessor, texts: Sequence[str], *,
     on_batch: Callable[[int, int], None] | None = None,
     adapter: str | None = None,
 ) -> FloatArray:  # fmt: skip

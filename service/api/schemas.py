@@ -77,7 +77,7 @@ class FinetuneRequest(_Request):
     task: Literal["auto", "text-classification"] = "auto"
     columns: dict[Literal["text", "label"], str] = {}
     register_as: str = Field(pattern=NAME_PATTERN)
-    promote: Literal["manual"] = "manual"
+    promote: Literal["manual", "if_better"] = "manual"
     hyperparameters: dict[str, Any] = {}
     metadata: dict[
         Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
