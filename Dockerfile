@@ -30,7 +30,7 @@ COPY modeling ./modeling
 COPY finetune ./finetune
 COPY service ./service
 COPY polyhead ./polyhead
-RUN pip --python /opt/venv/bin/python install -c constraints.txt ".[${EXTRA}]"
+RUN pip --python /opt/venv/bin/python install -c constraints.txt ".[${EXTRA},finetune]"
 
 
 FROM ${PYTHON_IMAGE}

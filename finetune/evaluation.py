@@ -9,12 +9,17 @@ import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
 from finetune.calibration import expected_calibration_error, negative_log_likelihood
+from finetune.judgement.intervals import intervals
 from modeling.weights import FloatArray, IntArray
 
 
 def score(metric: str, logits: FloatArray, labels: IntArray) -> float:
     """The named metric of the largest logits: accuracy, macro_f1 or weighted_f1. Higher is better."""
-    answers = logits.argmax(1)
+    return score_answers(metric, logits.argmax(1), labels)
+
+
+def score_answers(metric: str, answers: IntArray, labels: IntArray) -> float:
+    """The same of answers that are chosen already."""
     if metric == "accuracy":
         return float(accuracy_score(labels, answers))
     average = {"macro_f1": "macro", "weighted_f1": "weighted"}[metric]
@@ -39,6 +44,7 @@ def report(
     """One split in full: per class, confusion matrix (rows true, columns answered), intervals, calibration."""
     answers = logits.argmax(1)
     index = list(range(len(names)))
+    found = intervals(labels, answers, seed=seed)
     precision, recall, f1, support = precision_recall_fscore_support(labels, answers, labels=index, zero_division=0.0)
     return {
         **summary(logits, labels),
@@ -53,15 +59,8 @@ def report(
             for i, name in enumerate(names)
         ],
         "confusion_matrix": confusion_matrix(labels, answers, labels=index).tolist(),
-        "accuracy_interval_95": bootstrap_interval(answers == labels, seed=seed),
+        "intervals_95": found,
+        "accuracy_interval_95": found.get("accuracy"),
         "ece_before": expected_calibration_error(logits, labels),
         "ece_after": expected_calibration_error(logits, labels, temperature=temperature),
     }
-
-
-def bootstrap_interval(is_right: Any, *, seed: int = 0, samples: int = 1000) -> list[float]:
-    """95 % percentile interval of the mean, over resampled rows."""
-    rows = len(is_right)
-    # The mean of a resample of right/wrong rows is binomial: no need to draw the rows themselves.
-    means = np.random.default_rng(seed).binomial(rows, float(np.mean(is_right)), size=samples) / rows
-    return [float(value) for value in np.percentile(means, [2.5, 97.5])]

@@ -10,7 +10,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -44,6 +44,7 @@ class EmbeddingInput(BaseModel):
 class ChildJob(BaseModel):
     """All that the child is told. Paths are on this host; what it prints goes to `log_file`.
 
+    `graphs_root` is where servers keep exported graphs; `earlier_events` are those of the job until now.
     Each attempt writes into a `work_dir` of its own, so that a run whose lease was taken, but which does
     not know yet, cannot disturb its successor; that one reads from the `earlier_work_dirs`, newest first.
     """
@@ -64,6 +65,8 @@ class ChildJob(BaseModel):
     elapsed_s: float = 0.0
     log_file: Path | None = None
     embedding: EmbeddingInput = EmbeddingInput()
+    graphs_root: Path | None = None
+    earlier_events: tuple[dict[str, Any], ...] = ()
 
 
 class Link(Protocol):
@@ -81,7 +84,50 @@ class Link(Protocol):
     def reserve(self, *, kind: str, method: str) -> int:
         """The version number to write under; raises if the lease is gone."""
 
+    def champion(self) -> dict[str, Any] | None:
+        """The version and manifest digest that the alias `champion` of the job's model names now, or None."""
+
     def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None: ...
+
+
+class Journal:
+    """A `Link` that passes everything on, and keeps the events in the form that the job's own have."""
+
+    def __init__(self, link: Link, *, job_id: str, attempt: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._link, self._job_id, self._attempt = link, job_id, attempt
+        self.entries: list[dict[str, Any]] = [dict(entry) for entry in earlier]
+
+    def event(
+        self, type_: EventType, message: str, data: Mapping[str, Any] | None = None, *, level: str = "info"
+    ) -> None:
+        self._keep(type_, message, dict(data or {}), level)
+        self._link.event(type_, message, data, level=level)
+
+    def phase(self, phase: JobPhase) -> None:
+        self._keep("phase_changed", phase, {"phase": phase}, "info")
+        self._link.phase(phase)
+
+    def progress(self, **values: Any) -> None:
+        self._link.progress(**values)
+
+    def set(self, **columns: Any) -> None:
+        self._link.set(**columns)
+
+    def check_cancelled(self) -> None:
+        self._link.check_cancelled()
+
+    def reserve(self, *, kind: str, method: str) -> int:
+        return self._link.reserve(kind=kind, method=method)
+
+    def champion(self) -> dict[str, Any] | None:
+        return self._link.champion()
+
+    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
+        self._link.succeed(manifest=manifest, evaluation=evaluation, was_cancelled=was_cancelled)
+
+    def _keep(self, type_: EventType, message: str, data: dict[str, Any], level: str) -> None:
+        values = {"job_id": self._job_id, "attempt": self._attempt, "created_at": time.time(), "level": level}
+        self.entries.append({**values, "type": type_, "message": message, "data": data})
 
 
 class PipeLink:
@@ -121,6 +167,11 @@ class PipeLink:
     def reserve(self, *, kind: str, method: str) -> int:
         self._send({"kind": "reserve", "version_kind": kind, "method": method})
         return int(self._answers.get(timeout=120)["version"])
+
+    def champion(self) -> dict[str, Any] | None:
+        self._send({"kind": "champion"})
+        found: dict[str, Any] | None = self._answers.get(timeout=120)["champion"]
+        return found
 
     def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
         self._send(

@@ -7,9 +7,22 @@ dataset's and the worker's profile. The resolved plan is recorded with the job a
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from finetune.space import (
+    FIXED,
+    MOST_CHOICES,
+    Choices,
+    Range,
+    Space,
+    SpaceField,
+    default_space,
+    samples,
+    with_values,
+)
 
 SingleMethod = Literal[
     "baseline", "linear_probe", "setfit", "ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"
@@ -23,9 +36,9 @@ Metric = Literal["auto", "macro_f1", "accuracy", "weighted_f1"]
 
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
 NOT_YET = {
-    "momentum", "layer_decay", "gradient_checkpointing", "focal_gamma", "augment", "oversample",
-    "export", "gate", "trials", "space", "pruner", "search",
+    "momentum", "layer_decay", "gradient_checkpointing", "focal_gamma", "augment", "oversample", "export", "search",
 }  # fmt: skip
+_NOT_SEARCHED = frozenset({"auto", "baseline", "linear_probe"})  # several methods, or ones without steps
 SMALL_PARAMETERS = 50_000_000
 _LABEL_SMOOTHING = 0.05  # keeps the head from growing without end on rows already right; see docs/log.md
 
@@ -66,6 +79,20 @@ class SetFitOptions(_Model):
 class EarlyStopping(_Model):
     patience: int = Field(3, ge=1, le=1000)
     min_delta: float = Field(0.0, ge=0)
+
+
+class GateOptions(_Model):
+    """What a version must show to take the champion's place (`promote: if_better`)."""
+
+    min_metric: float | None = Field(None, ge=0, le=1)
+    max_class_drop: float = Field(0.05, ge=0, le=1)
+    p_value: float = Field(0.05, gt=0, le=1)
+
+
+class AbstainOptions(_Model):
+    """The accuracy that answers above the abstention threshold should reach."""
+
+    target_accuracy: float | None = Field(None, gt=0, le=1)
 
 
 class SplitOptions(_Model):
@@ -140,6 +167,12 @@ class Hyperparameters(_Model):
     split: SplitOptions = SplitOptions()
     max_length: Literal["auto"] | int = Field("auto")
     calibration: Literal["temperature", "none"] = "temperature"
+    abstain: AbstainOptions = AbstainOptions()
+    gate: GateOptions = GateOptions()
+
+    trials: int = Field(0, ge=0, le=1000)
+    space: Space = SpaceField
+    pruner: Literal["asha", "none"] = "asha"
 
     @model_validator(mode="after")
     def _numbers_in_bounds(self) -> Hyperparameters:
@@ -222,6 +255,11 @@ class TrainingPlan(_Model):
     restore_best: bool
     split: SplitOptions
     calibration: Literal["temperature", "none"]
+    abstain: AbstainOptions = AbstainOptions()
+    gate: GateOptions = GateOptions()
+    trials: int = 0
+    space: Space = SpaceField
+    pruner: Literal["asha", "none"] = "asha"
     device: str
     cpu_threads: int
 
@@ -242,7 +280,7 @@ def parse_hyperparameters(values: dict[str, Any]) -> Hyperparameters:
     if errors:
         raise PlanError(errors)
     try:
-        return Hyperparameters.model_validate(values)
+        wanted = Hyperparameters.model_validate(values)
     except ValidationError as error:
         raise PlanError(
             [
@@ -253,6 +291,41 @@ def parse_hyperparameters(values: dict[str, Any]) -> Hyperparameters:
                 for item in error.errors(include_url=False, include_input=False)
             ]
         ) from error
+    errors = list(_search_errors(wanted, values))
+    if errors:
+        raise PlanError(errors)
+    return wanted
+
+
+def _search_errors(wanted: Hyperparameters, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is wrong with the search that a request asks for: each value of its space must be one that can be asked for
+    by itself."""
+    if wanted.trials and wanted.method in _NOT_SEARCHED:
+        message = f"trials needs one method that is trained step by step; method is {wanted.method}"
+        yield {"loc": ["hyperparameters", "trials"], "message": message}
+    if wanted.space and not wanted.trials:
+        yield {"loc": ["hyperparameters", "space"], "message": "space does nothing without trials"}
+    plain = {name: value for name, value in values.items() if name not in {"trials", "space"}}
+    for name, spec in wanted.space.items():
+        place = ["hyperparameters", "space", name[:60]]
+        if name.partition(".")[0] in FIXED:
+            yield {"loc": place, "message": f"{name} cannot be searched"}
+        elif isinstance(spec, list) and not 1 <= len(spec) <= MOST_CHOICES:
+            yield {"loc": place, "message": f"{name}: from 1 to {MOST_CHOICES} choices"}
+        else:
+            yield from _invalid_samples(name, spec, plain, place)
+
+
+def _invalid_samples(
+    name: str, spec: Range | Choices, plain: dict[str, Any], place: list[str]
+) -> Iterator[dict[str, Any]]:
+    for value in samples(spec):
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+        try:
+            parse_hyperparameters(with_values(plain, {name: number}))
+        except PlanError as error:
+            yield {"loc": place, "message": f"{name} {value!r}: {error}"[:300]}
+            return
 
 
 def _place(item: Any) -> str:
@@ -296,6 +369,11 @@ def resolve(
         restore_best=wanted.restore_best,
         split=wanted.split.resolved(),
         calibration=wanted.calibration,
+        abstain=wanted.abstain,
+        gate=wanted.gate,
+        trials=wanted.trials,
+        space=_space(wanted, parameters),
+        pruner=wanted.pruner,
         device=worker.device,
         cpu_threads=worker.cpu_threads,
     )
@@ -322,6 +400,14 @@ def _auto_order(data: DatasetProfile) -> tuple[SingleMethod, ...]:
     if data.train_rows > FEW_ROWS_PER_CLASS * max(1, data.labels):
         return COST_ORDER
     return tuple(name for known in COST_ORDER for name in ((known, "setfit") if known == "linear_probe" else (known,)))
+
+
+def _space(wanted: Hyperparameters, parameters: int) -> Space:
+    """What the search varies: as asked, else around the method's own values."""
+    if not wanted.trials or wanted.space or wanted.method == "auto":
+        return wanted.space
+    rate = _learning_rate(wanted.method, wanted, parameters)
+    return default_space(wanted.method, rate, given=frozenset(wanted.model_fields_set))
 
 
 def _max_length(wanted: Hyperparameters, data: DatasetProfile) -> int:

@@ -12,7 +12,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,26 @@ from finetune.datasets.sides import divide, with_extras
 from finetune.datasets.texts import text_digest
 from finetune.embedding import FrozenVectors
 from finetune.errors import Cancelled, DatasetInvalid, RunError
-from finetune.evaluation import report, score, summary
-from finetune.events import ChildJob, DatasetInput, Link
+from finetune.evaluation import score, summary
+from finetune.events import ChildJob, DatasetInput, Journal, Link
 from finetune.features import FeatureCache
 from finetune.jobs.records import JobPhase
+from finetune.judgement.plots import draw
+from finetune.judgement.promotion import Contender, judge
+from finetune.judgement.report import Assessment, Outcome, assess
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate, Servable
 from finetune.plan import DatasetProfile, PlanError, TrainingPlan, parse_hyperparameters, resolve
 from finetune.run import Rows, Run
+from finetune.search import Replan, search
+from finetune.space import with_values
 from finetune.suspects import find_suspects
-from model_registry.card import render_card
+from model_registry.card import CardContext, render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, FileStore, put_tree
 from modeling.assemble import GOLDEN_ROWS, GoldenRow, write_version_files
 from modeling.backbone import Backbone
 from modeling.preprocess import TextPreprocessor
-from modeling.weights import FloatArray, IntArray
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "tokenizers", "safetensors")
 
@@ -50,13 +54,15 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "nu
 def run_job(job: ChildJob, link: Link) -> None:
     """Runs one job to its registration. Raises `RunError`, `Cancelled` (nothing to keep), `Stopped`."""
     started = time.monotonic()
+    link = journal = Journal(link, job_id=job.job_id, attempt=job.attempt, earlier=job.earlier_events)
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, link)
     suspects = find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed)
     labels = tuple(sorted(set(train.labels)))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
-    plan = resolve_plan(job, backbone, train, validation, test)
+    replan = planner(job, backbone, train, validation, test)
+    plan = replan({})
     link.set(plan=plan.model_dump(mode="json"))
     deadline = None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s
     run = Run(
@@ -65,7 +71,8 @@ def run_job(job: ChildJob, link: Link) -> None:
         earlier_work_dirs=job.earlier_work_dirs, deadline=deadline, vectors=frozen_vectors(job, backbone),
     )  # fmt: skip
 
-    candidates = train_methods(run)
+    candidates = [search(run, replan)] if plan.trials else train_methods(run)
+    plan = run.plan
     best = choose(candidates, run)
 
     link.phase(JobPhase.EVALUATING)
@@ -75,17 +82,21 @@ def run_job(job: ChildJob, link: Link) -> None:
     temperature = 1.0
     if plan.calibration == "temperature":
         temperature = fit_temperature(best.validation_logits, run.validation.labels)
-    evaluation = {**evaluate(run, candidates, best, test_logits, temperature), "suspects": suspects}
+    assessment = assess(run, Outcome(candidates, best, test_logits, temperature))
+    evaluation = assessment.evaluation
+    evaluation["suspects"] = suspects
     link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(evaluation))
+    store = FileStore(job.store_root)
+    evaluation["promotion"] = judge(job, run, link, store, Contender(best, servable, test_logits, evaluation))
 
     link.phase(JobPhase.EXPORTING)
     with tempfile.TemporaryDirectory(prefix="polyhead-version-", dir=job.work_dir) as folder:
         write_artefact(Path(folder), job, run, best, servable, temperature=temperature, evaluation=evaluation)
+        write_judgement(Path(folder), assessment, run.labels)
         link.phase(JobPhase.REGISTERING)
         version = link.reserve(kind=best.kind, method=best.method)
-        manifest = store_artefact(
-            FileStore(job.store_root), Path(folder), job, run, best, version=version, evaluation=evaluation
-        )
+        write_events(Path(folder), journal.entries)
+        manifest = store_artefact(store, Path(folder), job, run, best, version=version, evaluation=evaluation)
     link.succeed(manifest=manifest.model_dump(mode="json"), evaluation=evaluation, was_cancelled=run.is_winding_down)
 
 
@@ -151,9 +162,10 @@ def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
 # 2. Plan
 
 
-def resolve_plan(
+def planner(
     job: ChildJob, backbone: Backbone, train: LabelledRows, validation: LabelledRows, test: LabelledRows
-) -> TrainingPlan:
+) -> Replan:
+    """Plans of this job, with the hyperparameters of a trial in the place of those asked for."""
     info = backbone.info
     tokenizer = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=info.max_length)
     lengths = token_lengths(tokenizer, train.texts)
@@ -161,13 +173,25 @@ def resolve_plan(
         train_rows=len(train), validation_rows=len(validation), test_rows=len(test),
         labels=len(set(train.labels)), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
     )  # fmt: skip
-    wanted = parse_hyperparameters(job.spec.hyperparameters)
-    try:
-        return resolve(
-            wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length
-        )
-    except PlanError as error:  # the job was accepted for another worker
-        raise RunError("invalid_hyperparameters", str(error)) from error
+
+    def replan(chosen: Mapping[str, Any]) -> TrainingPlan:
+        wanted = parse_hyperparameters(with_values(job.spec.hyperparameters, chosen))
+        try:
+            plan = resolve(
+                wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length
+            )
+        except PlanError as error:  # the job was accepted for another worker
+            raise RunError("invalid_hyperparameters", str(error)) from error
+        return plan if not chosen else keep_head_rate(plan, replan({}))
+
+    return replan
+
+
+def keep_head_rate(plan: TrainingPlan, base: TrainingPlan) -> TrainingPlan:
+    """A search over the backbone's rate leaves the head's alone, where a rate that was asked for holds for both."""
+    rates = {method.method: method.head_learning_rate for method in base.methods}
+    methods = tuple(one.model_copy(update={"head_learning_rate": rates[one.method]}) for one in plan.methods)
+    return plan.model_copy(update={"methods": methods, "space": base.space})
 
 
 def frozen_vectors(job: ChildJob, backbone: Backbone) -> FrozenVectors:
@@ -245,41 +269,12 @@ def choose(candidates: Sequence[Candidate], run: Run) -> Candidate:
 # 5. Evaluation
 
 
-def evaluate(
-    run: Run, candidates: Sequence[Candidate], best: Candidate, test_logits: FloatArray | None, temperature: float
-) -> dict[str, Any]:
-    """The report: every method on validation, the winner on test as it will be served."""
-    document: dict[str, Any] = {
-        "metric": run.plan.metric,
-        "chosen": best.method,
-        "temperature": temperature,
-        "methods": [
-            {
-                "method": candidate.method,
-                "seconds": round(candidate.seconds, 2),
-                "validation": summary(candidate.validation_logits, run.validation.labels),
-                "details": candidate.details,
-            }
-            for candidate in candidates
-        ],
-        "validation": _split_report(run, best.validation_logits, run.validation.labels, temperature),
-        "test": None,
-        "rows": {"train": len(run.train.texts), "validation": len(run.validation.texts), "test": len(run.test.texts)},
-    }
-    if test_logits is not None:
-        document["test"] = _split_report(run, test_logits, run.test.labels, temperature)
-    return document
-
-
-def _split_report(run: Run, logits: FloatArray, labels: IntArray, temperature: float) -> dict[str, Any]:
-    return report(logits, labels, run.labels, temperature=temperature, seed=run.plan.seed)
-
-
 def _headline(evaluation: dict[str, Any]) -> dict[str, Any]:
-    picked = ("accuracy", "macro_f1", "weighted_f1", "loss", "rows", "accuracy_interval_95", "ece_after")
+    picked = ("accuracy", "macro_f1", "weighted_f1", "loss", "rows", "intervals_95", "ece_after")
     sides = {side: evaluation[side] for side in ("validation", "test") if evaluation[side] is not None}
     return {
         "chosen": evaluation["chosen"],
+        "verdict": [judgement["message"] for judgement in evaluation["verdict"]],
         "methods": {item["method"]: item["validation"] for item in evaluation["methods"]},
         **{side: {name: numbers[name] for name in picked} for side, numbers in sides.items()},
     }
@@ -331,6 +326,18 @@ def write_artefact(
     (folder / "eval" / "confusion_matrix.csv").write_text(_csv(matrix))
 
 
+def write_judgement(folder: Path, assessment: Assessment, labels: Sequence[str]) -> None:
+    """The points of the curves, and the pictures of them where matplotlib is installed."""
+    (folder / "eval" / "curves.json").write_text(json.dumps(assessment.curves))
+    for name, content in draw(assessment.evaluation, assessment.curves, labels).items():
+        (folder / "eval" / name).write_bytes(content)
+
+
+def write_events(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """All events of the job up to its registration."""
+    (folder / "train" / "events.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def store_artefact(
     store: ArtifactStore, folder: Path, job: ChildJob, run: Run, best: Candidate, *, version: int,
     evaluation: dict[str, Any],
@@ -345,10 +352,19 @@ def store_artefact(
         metrics={name: side[name] for name in ("accuracy", "macro_f1", "weighted_f1", "loss", "rows")},
         dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train.texts)}, files=(),
     )  # fmt: skip
-    (folder / "MODEL_CARD.md").write_text(render_card(draft, evaluation, metadata=job.spec.metadata))
+    (folder / "MODEL_CARD.md").write_text(render_card(draft, evaluation, _card_context(folder, job.spec.metadata)))
     store.delete_tree(draft.prefix)  # a number is reserved once, so whatever is there was never served
     files: tuple[FileEntry, ...] = put_tree(store, draft.prefix, folder)
     return draft.model_copy(update={"files": files})
+
+
+def _card_context(folder: Path, metadata: dict[str, str]) -> CardContext:
+    return CardContext(
+        metadata=metadata,
+        fingerprint=json.loads((folder / "data" / "fingerprint.json").read_text()),
+        environment=json.loads((folder / "train" / "environment.json").read_text()),
+        files=[path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()],
+    )
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,18 +26,21 @@ __all__ = ["Rows", "Run", "embed", "length_batches"]
 class Rows:
     """One side of a split: `labels[i]` indexes `Run.labels`; `numbers` are the rows' numbers in their file.
 
-    `extras` holds the columns to slice an evaluation by, a value a row.
+    `extras` holds metadata columns by name, a value or None for each row.
     """
 
     texts: list[str]
     labels: IntArray
     numbers: IntArray
-    extras: dict[str, list[str | None]] = field(default_factory=dict)
+    extras: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
 
 @dataclass
 class Run:
-    """A run in progress. `features` of the frozen backbone are computed once and shared by all methods."""
+    """A run in progress. `features` of the frozen backbone are computed once and shared by all methods.
+
+    `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training.
+    """
 
     train: Rows
     validation: Rows
@@ -52,6 +55,7 @@ class Run:
     probe_head: TaskHead | None = None
     is_winding_down: bool = False
     vectors: FrozenVectors | None = None
+    on_evaluation: Callable[[int, float], None] | None = None
     _features: dict[str, FloatArray] = field(default_factory=dict)
 
     @cached_property
@@ -74,6 +78,10 @@ class Run:
             texts = {"train": self.train, "validation": self.validation, "test": self.test}[side].texts
             self._features[side] = self.embed(texts)
         return self._features[side]
+
+    def has_features(self, side: str) -> bool:
+        """Whether `features` of this side are computed already."""
+        return side in self._features
 
     def embed(self, texts: Sequence[str]) -> FloatArray:
         """Pooled vectors float32[texts, hidden] by the frozen backbone, on the engine that it is served on."""

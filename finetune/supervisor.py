@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 from finetune.events import ChildJob
 from finetune.jobs.errors import LeaseLost
 from finetune.jobs.records import JobFailure, JobStatus, Lease
@@ -29,7 +31,7 @@ from finetune.settings import child_environment
 from finetune.spare import SpareChild, child_command, close_pipes, end_child, start_child
 from model_registry.errors import ArtifactExists, DatabaseUnavailable
 from model_registry.manifest import MANIFEST_NAME, ModelManifest
-from model_registry.registry import Registry
+from model_registry.registry import Promotion, Registry
 from model_registry.store import ArtifactStore
 
 _log = logging.getLogger("finetune.supervisor")
@@ -162,6 +164,8 @@ class Supervisor:
             jobs.set_columns(lease, **message["columns"])
         elif kind == "reserve":
             _send(child, {"kind": "reserved", "version": self._reserve(message)})
+        elif kind == "champion":
+            _send(child, {"kind": "champion", "champion": self._champion()})
         elif kind == "succeeded":
             self._publish(message)
         elif kind == "failed":
@@ -200,13 +204,28 @@ class Supervisor:
             with contextlib.suppress(ArtifactExists):
                 key = f"{manifest.prefix}/{MANIFEST_NAME}"
                 self._ledger.store.put_bytes(key, manifest.to_bytes(), create_only=True)
-            actor = self._job.spec.actor
-            self._ledger.registry.publish(connection, manifest, actor=actor)
-            result = {"name": manifest.name, "version": manifest.version}
+            promoted = self._make_ready(connection, manifest, message["evaluation"].get("promotion"))
+            result = {"name": manifest.name, "version": manifest.version, "is_champion": promoted}
             jobs = self._ledger.jobs
             jobs.record_in(connection, self._lease, "model_registered", f"{manifest.name}:{manifest.version}", result)
             jobs.finish_in(connection, self._lease, status, result=result, evaluation=message["evaluation"])
         self._outcome = status.value
+
+    def _champion(self) -> dict[str, Any] | None:
+        found = self._ledger.registry.champion(self._job.tenant, self._job.spec.register_as)
+        return None if found is None else {"version": found.version, "manifest_sha256": found.manifest_sha256}
+
+    def _make_ready(self, connection: sa.Connection, manifest: ModelManifest, judged: dict[str, Any] | None) -> bool:
+        """Registers the version, and makes it champion if the gates say so and the champion is who it was then."""
+        promotion = promotion_of(judged)
+        registry, actor = self._ledger.registry, self._job.spec.actor
+        is_promoted = registry.publish(connection, manifest, actor=actor, promotion=promotion)
+        if promotion is not None and promotion.is_wanted and not is_promoted:
+            against = "no champion" if promotion.over is None else f"version {promotion.over}"
+            message = f"champion_unchanged: the gates were judged against {against}, and the champion is another by now"
+            data = {"gate": "champion_unchanged", "status": "failed", "message": message, "figures": {}}
+            self._ledger.jobs.record_in(connection, self._lease, "gate_failed", message, data, level="warn")
+        return is_promoted
 
     def _lost_child(self, child: subprocess.Popen[str]) -> None:
         child.wait()
@@ -257,6 +276,15 @@ class Supervisor:
                 except json.JSONDecodeError:
                     _log.warning("unreadable line from the child", extra={"action": "child_line"})
         self._lines.put(None)
+
+
+def promotion_of(judged: dict[str, Any] | None) -> Promotion | None:
+    """What the gates' outcome means for the registry; None leaves a name's first version to become its champion."""
+    if judged is None or (judged["wanted"] == "manual" and judged["is_passed"]):
+        return None
+    over = judged["champion"]
+    reason = "first version" if over is None else f"passed every gate against version {over}"
+    return Promotion(is_wanted=judged["is_passed"], over=over, reason=reason)
 
 
 def _send(child: subprocess.Popen[str], message: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ _TEXT_CHARACTERS = 200
 def find_suspects(train: LabelledRows, link: Link, *, seed: int) -> list[dict[str, Any]]:
     """At most 100 rows with given and suggested label, the most suspect first; tells of them by an event.
 
-    Costs some 0.2 ms a row of a hundred words and ten classes. Too large a dataset is not searched, and the event says so.
+    Costs some 0.2 ms a row of a hundred words and ten classes. Too large a dataset is not searched, and an event says
+    so.
     """
     classes = len(set(train.labels))
     if len(train) > MOST_ROWS or len(train) * classes > MOST_ANSWERS:

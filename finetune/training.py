@@ -213,6 +213,8 @@ class _Loop:
             message = f"{self.method}: no gain in {plan.early_stopping.patience} evaluations"
             link.event("early_stopped", message, {"step": progress.step, "best_step": progress.best_step})
         self._save()
+        if self.run.on_evaluation is not None:
+            self.run.on_evaluation(len(progress.history), value)
 
     def finish(self) -> Trained:
         progress = self.progress

@@ -6,8 +6,9 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.datasets.check import ROWS_FILE
 from finetune.datasets.errors import ColumnMissing, DatasetNotFound
@@ -31,6 +32,7 @@ from modeling.errors import ModelingError
 _log = logging.getLogger("finetune.worker")
 _BEAT_EVERY_S = 10.0
 _MAX_BACKOFF_S = 30.0
+_MOST_EVENTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,8 @@ class Worker:
             store_root=self._folders.store.absolute(),
             work_dir=self._work_dir(job.id, lease.attempt, lease.token), worker=self._profile, elapsed_s=ran_s,
             earlier_work_dirs=self._earlier_work_dirs(job.id, lease.token),
-            embedding=self._embedding(self._backbones[spec.backbone]),
+            embedding=self._embedding(self._backbones[spec.backbone]), graphs_root=self._folders.graphs.absolute(),
+            earlier_events=self._events(job),
         )  # fmt: skip
 
     def _embedding(self, backbone: Backbone) -> EmbeddingInput:
@@ -184,6 +187,10 @@ class Worker:
             cache=self._folders.features.absolute(),
             cache_bytes=self._feature_cache_bytes,
         )
+
+    def _events(self, job: FineTuneJob) -> tuple[dict[str, Any], ...]:
+        found = self._ledger.jobs.events(job.tenant, job.id, limit=_MOST_EVENTS)
+        return tuple({key: value for key, value in asdict(event).items() if key != "seq"} for event in found)
 
     def _work_dir(self, job_id: str, attempt: int, token: int) -> Path:
         return (self._folders.work / job_id / f"attempt-{attempt}-{token}").absolute()

@@ -1,37 +1,88 @@
-"""The model card: what a version is, on what data, how good and where its limits are."""
+"""The model card: what a version is, on what data, how good, what to make of it, and where its limits are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from model_registry.manifest import ModelManifest
 
+_MOST_SLICES = 5
+_PICTURES = {
+    "eval/learning_curves.svg": "Learning curves",
+    "eval/confusion_matrix.svg": "Confusion matrix",
+    "eval/precision_recall.svg": "Precision and recall per class",
+    "eval/calibration.svg": "Calibration",
+    "eval/risk_coverage.svg": "Accuracy against the share of rows answered",
+}
 
-def render_card(manifest: ModelManifest, evaluation: dict[str, Any], *, metadata: dict[str, str]) -> str:
+
+@dataclass(frozen=True, slots=True)
+class CardContext:
+    """What stands beside the report: the request's metadata, the version's other documents, the paths of its files."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    files: Sequence[str] = ()
+
+
+def render_card(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardContext) -> str:
     """Markdown. `evaluation` is the report stored beside it."""
     side = "test" if evaluation["test"] else "validation"
-    numbers = evaluation[side]
-    low, high = numbers["accuracy_interval_95"]
-    base = (
-        f"{manifest.base.name} ({manifest.base.source}, sha256 {manifest.base.digest[:16]}…)"
-        if manifest.base
-        else "none"
-    )
-    lines = [
+    parts = [
+        _head(manifest, evaluation, context),
+        _verdict(evaluation.get("verdict") or []),
+        _quality(evaluation, side),
+        _slices(evaluation[side].get("slices") or []),
+        _abstention(evaluation.get("abstention") or {}),
+        _pictures(context.files),
+        _methods(evaluation),
+        _promotion(evaluation.get("promotion")),
+        _data(manifest, evaluation, context.fingerprint),
+        _environment(context.environment),
+        _limits(evaluation, side),
+    ]
+    return "\n".join(line for part in parts for line in part)
+
+
+def _head(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardContext) -> list[str]:
+    base = manifest.base
+    shown = f"{base.name} ({base.source}, sha256 {base.digest[:16]}…)" if base else "none"
+    return [
         f"# {manifest.name}, version {manifest.version}",
         "",
         f"- Task: {manifest.task}, {len(manifest.labels)} labels: {', '.join(manifest.labels[:50])}",
-        f"- Method: {manifest.method}; backbone: {base}",
-        f"- Trained on dataset {manifest.dataset.get('id')} (sha256 {str(manifest.dataset.get('sha256'))[:16]}…), "
-        f"{evaluation['rows']['train']} rows; {evaluation['rows']['validation']} for validation, "
-        f"{evaluation['rows']['test']} for test",
-        *(f"- {key}: {value}" for key, value in metadata.items()),
+        f"- Method: {manifest.method}; backbone: {shown}",
+        f"- Job: {manifest.job_id or 'none'}; chosen by {evaluation.get('metric', 'macro_f1')} on validation",
+        *(f"- {key}: {value}" for key, value in context.metadata.items()),
         "",
+    ]
+
+
+def _verdict(judgements: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not judgements:
+        return []
+    marks = {"warning": "**Warning.** ", "good": "", "info": ""}
+    return ["## Verdict", "", *(f"- {marks[one['severity']]}{one['message']}" for one in judgements), ""]
+
+
+def _quality(evaluation: Mapping[str, Any], side: str) -> list[str]:
+    numbers = evaluation[side]
+    figures = [
+        f"| {name} | {numbers[name]:.4f} | {low:.4f} to {high:.4f} |"
+        for name, (low, high) in numbers["intervals_95"].items()
+    ]
+    return [
         f"## Quality on the {side} rows",
         "",
-        f"Accuracy {numbers['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
-        f"macro F1 {numbers['macro_f1']:.4f}, calibration error {numbers['ece_after']:.4f} "
-        f"after temperature {evaluation['temperature']:.3f}.",
+        "| metric | value | 95 % interval |",
+        "|---|---|---|",
+        *figures,
+        "",
+        f"Calibration error {numbers['ece_after']:.4f} after temperature {evaluation['temperature']:.3f}, "
+        f"{numbers['ece_before']:.4f} before.",
         "",
         "| label | precision | recall | F1 | rows |",
         "|---|---|---|---|---|",
@@ -40,6 +91,48 @@ def render_card(manifest: ModelManifest, evaluation: dict[str, Any], *, metadata
             for row in numbers["per_class"]
         ),
         "",
+    ]
+
+
+def _slices(columns: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for column in columns:
+        metric = column["metric"]
+        lines += [f"## The lowest slices by {column['column']}", "", f"| value | rows | {metric} | 95 % interval |"]
+        lines += ["|---|---|---|---|"]
+        for row in column["values"][:_MOST_SLICES]:
+            low, high = row["interval_95"]
+            lines.append(f"| {row['value']} | {row['rows']} | {row[metric]:.3f} | {low:.3f} to {high:.3f} |")
+        few = column["left_out"]["too_few_rows"]
+        lines += ["", f"{few['values']} values with {few['rows']} rows are too small to show.", ""]
+    return lines
+
+
+def _abstention(found: Mapping[str, Any]) -> list[str]:
+    if found.get("target_accuracy") is None:
+        return []
+    if found["threshold"] is None:
+        told = f"No threshold reaches the accuracy {found['target_accuracy']:g} on the validation rows."
+        return ["## Abstention", "", told, ""]
+    lines = [
+        "## Abstention",
+        "",
+        f"`threshold` {found['threshold']:.4f} for the accuracy {found['target_accuracy']:g}:",
+    ]
+    for side in ("validation", "test"):
+        if found.get(side) and found[side]["accuracy"] is not None:
+            answered, accuracy = found[side]["coverage"], found[side]["accuracy"]
+            lines.append(f"- {side}: {answered:.1%} of the rows are answered, {accuracy:.4f} of them right")
+    return [*lines, ""]
+
+
+def _pictures(files: Sequence[str]) -> list[str]:
+    found = [f"![{title}]({path})" for path, title in _PICTURES.items() if path in files]
+    return ["## Pictures", "", *found, ""] if found else []
+
+
+def _methods(evaluation: Mapping[str, Any]) -> list[str]:
+    return [
         "## Methods compared on validation",
         "",
         "| method | accuracy | macro F1 | seconds |",
@@ -50,10 +143,54 @@ def render_card(manifest: ModelManifest, evaluation: dict[str, Any], *, metadata
             for item in evaluation["methods"]
         ),
         "",
+    ]
+
+
+def _promotion(judged: Mapping[str, Any] | None) -> list[str]:
+    if judged is None:
+        return []
+    against = f"version {judged['champion']}" if judged["champion"] else "no champion"
+    outcome = "all passed" if judged["is_passed"] else "not passed"
+    gates = [f"- {gate['gate']} {gate['status']}: {gate['message']}" for gate in judged["gates"]]
+    return [f"## Gates, against {against}: {outcome}", "", *gates, ""] if gates else []
+
+
+def _data(manifest: ModelManifest, evaluation: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
+    rows = evaluation["rows"]
+    given = fingerprint.get("datasets") or {"train": manifest.dataset}
+    lines = [
+        "## Data",
+        "",
+        f"{rows['train']} rows for training, {rows['validation']} for validation, {rows['test']} for test.",
+        "",
+        *(f"- {side}: {one.get('id')}, sha256 {one.get('sha256')}" for side, one in given.items()),
+    ]
+    return [*lines, "- a hash of every row on each side: `data/fingerprint.json`", ""]
+
+
+def _environment(environment: Mapping[str, Any]) -> list[str]:
+    if not environment:
+        return []
+    libraries = ", ".join(f"{name} {version}" for name, version in environment["libraries"].items())
+    return [
+        "## Environment",
+        "",
+        f"Python {environment['python']} on {environment['machine']}, {environment['device']}, "
+        f"{environment['cpu_threads']} threads, seed {environment['seed']}; {libraries}. "
+        "The resolved plan is `train/params.json`, the events are `train/events.jsonl`.",
+        "",
+    ]
+
+
+def _limits(evaluation: Mapping[str, Any], side: str) -> list[str]:
+    lines = [
         "## Limits",
         "",
         "The figures hold for texts like those it was tested on. Labels with few rows have wide uncertainty. "
         "The backbone's licence and its training data apply to this version too.",
-        "",
     ]
-    return "\n".join(lines)
+    if side == "validation":
+        lines.append("The method and its settings were chosen on these same rows, so the figures flatter it.")
+    if (evaluation.get("abstention") or {}).get("threshold") is not None:
+        lines.append("The abstention threshold was set on the validation rows and drifts with the data.")
+    return [*lines, ""]

@@ -69,6 +69,16 @@ class AliasChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Promotion:
+    """Whether a version becomes champion when it is registered: only in the place of `over`, the champion that it was
+    compared with (None: there was none)."""
+
+    is_wanted: bool
+    over: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RegistrySnapshot:
     """What a server needs to know, as of one epoch."""
 
@@ -122,11 +132,16 @@ class Registry:
         )  # fmt: skip
         return version
 
-    def publish(self, connection: sa.Connection, manifest: ModelManifest, *, actor: str, promote: bool = False) -> None:
-        """Turns a reserved version `ready`. The first version of a name becomes its champion, later ones if `promote`.
+    def publish(
+        self, connection: sa.Connection, manifest: ModelManifest, *, actor: str, promotion: Promotion | None = None
+    ) -> bool:
+        """Turns a reserved version `ready`; True if it became champion.
 
-        The caller has stored the manifest already. Raises `VersionNotServable` where the version is not reserved.
+        Without a `promotion` the first version of a name does. The caller has stored the manifest already.
+        Raises `VersionNotServable` where the version is not reserved.
         """
+        # The lock under which aliases move: what is read of them below stays true until the commit.
+        self._require_model(connection, manifest.tenant, manifest.name, lock=True)
         row = self._row(connection, manifest.tenant, manifest.name, manifest.version)
         if row is None or row.status != "reserved":
             raise VersionNotServable(f"{manifest.name}:{manifest.version} is not reserved")
@@ -145,12 +160,20 @@ class Registry:
         )
         epoch = self._bump(connection)
         champion = self._alias(connection, manifest.tenant, manifest.name, CHAMPION)
-        if champion is None or promote:
-            reason = "first version" if champion is None else "promoted at registration"
+        wanted = promotion or Promotion(is_wanted=champion is None, over=None, reason="first version")
+        is_promoted = wanted.is_wanted and wanted.over == champion
+        if is_promoted:
             self._point(
                 connection, manifest.tenant, manifest.name, CHAMPION, champion, manifest.version,
-                action="publish", actor=actor, reason=reason, epoch=epoch, now=now,
+                action="publish", actor=actor, reason=wanted.reason, epoch=epoch, now=now,
             )  # fmt: skip
+        return is_promoted
+
+    def champion(self, tenant: str, name: str) -> ModelVersion | None:
+        """The version that the alias `champion` points at now; None for a name without one."""
+        with self._database.read() as connection:
+            version = self._alias(connection, tenant, name, CHAMPION)
+            return None if version is None else self._require_ready(connection, tenant, name, version)
 
     # Aliases
 
@@ -360,6 +383,7 @@ def _change(row: Any) -> AliasChange:
 __all__: Sequence[str] = (
     "AliasChange",
     "ModelVersion",
+    "Promotion",
     "RegisteredModel",
     "Registry",
     "RegistrySnapshot",

@@ -125,6 +125,10 @@ def _accept(
     if wanted.method == "qlora":
         profile = services.jobs.live_worker_profile()
         refuse_unavailable(wanted, WorkerProfile.model_validate(profile) if profile else None)
+    if body.promote == "if_better" and not principal.may("models:promote"):
+        raise Problem(
+            403, "forbidden", "promote: 'if_better' moves the champion, so it needs the scope 'models:promote'"
+        )
     backbone = body.backbone or services.settings.resolved_default_backbone
     if backbone not in services.settings.backbones:
         known = ", ".join(sorted(services.settings.backbones))
@@ -183,7 +187,7 @@ def _dry_run(
         worker=WorkerProfile.model_validate(profile) if profile else WorkerProfile(),
         parameters=info.parameters, model_max_length=info.max_length,
     )  # fmt: skip
-    estimate = sum(method.estimated_seconds or 0 for method in plan.methods)
+    estimate = sum(method.estimated_seconds or 0 for method in plan.methods) * max(1, plan.trials)
     return {
         "object": "finetune.plan",
         "plan": plan.model_dump(mode="json"),

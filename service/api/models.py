@@ -21,6 +21,18 @@ from service.model_import import import_checkpoint
 
 router = APIRouter(tags=["models"])
 _MAX_FILE_BYTES = 16 << 20
+_MEDIA_TYPES = {
+    "svg": "image/svg+xml",
+    "json": "application/json",
+    "jsonl": "application/jsonl",
+    "csv": "text/csv; charset=utf-8",
+    "md": "text/markdown; charset=utf-8",
+}
+# Pictures hold labels of the dataset: whatever those are, a browser runs nothing.
+_INERT = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
+}
 
 
 @router.get("/models", summary="Backbones and models")
@@ -50,7 +62,7 @@ def get_version(name: str, version: int, services: ServicesDep, principal: Readi
     model = services.registry.model(principal.tenant, name)
     for found in model.versions:
         if found.version == version:
-            return _version(found, model, services)
+            return _version(found, model, services) | {"files": _files(found, services)}
     raise ModelNotFound(f"{name} has no version {version}")
 
 
@@ -62,7 +74,9 @@ def get_card(name: str, version: int, services: ServicesDep, principal: Reading)
 
 @router.get("/models/{name}/versions/{version}/files/{path:path}", summary="A small file", response_class=Response)
 def get_file(name: str, version: int, path: str, services: ServicesDep, principal: Reading) -> Response:
-    return Response(_file(name, version, path, services, principal), media_type="application/octet-stream")
+    content = _file(name, version, path, services, principal)
+    kind = _MEDIA_TYPES.get(path.rpartition(".")[2], "application/octet-stream")
+    return Response(content, media_type=kind, headers=_INERT)
 
 
 @router.put(
@@ -133,6 +147,14 @@ async def import_model(body: ImportRequest, services: ServicesDep, principal: Ad
     model = await asyncio.to_thread(services.registry.model, principal.tenant, body.name)
     found = next(item for item in model.versions if item.version == version)
     return JSONResponse(_version(found, model, services), 201, {"Location": f"/models/{body.name}/versions/{version}"})
+
+
+def _files(version: ModelVersion, services: Services) -> list[dict[str, Any]]:
+    """What the manifest lists; nothing before the version is ready."""
+    if version.status != "ready":
+        return []
+    manifest = load_manifest(services.store, tenant=version.tenant, name=version.name, version=version.version)
+    return [entry.model_dump() for entry in manifest.files]
 
 
 def _file(name: str, version: int, path: str, services: Services, principal: Principal) -> bytes:

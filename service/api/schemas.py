@@ -78,7 +78,7 @@ class FinetuneRequest(_Request):
     task: Literal["auto", "text-classification"] = "auto"
     columns: Columns = Columns()
     register_as: str = Field(pattern=NAME_PATTERN)
-    promote: Literal["manual"] = "manual"
+    promote: Literal["manual", "if_better"] = "manual"
     hyperparameters: dict[str, Any] = {}
     metadata: dict[
         Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]

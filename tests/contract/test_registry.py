@@ -22,7 +22,7 @@ from model_registry.errors import (
 from model_registry.manifest import ModelManifest
 from model_registry.migrations import current_revision, migrate, newest_revision
 from model_registry.refs import ModelRef
-from model_registry.registry import Registry
+from model_registry.registry import Promotion, Registry
 from model_registry.tables import alias_history, metadata
 
 
@@ -34,6 +34,9 @@ def registry(database: Database) -> Registry:
 def publish(
     registry: Registry, name: str = "m", *, tenant: str = "default", promote: bool = False, job_id: str | None = None
 ) -> int:
+    standing = registry.champion(tenant, name)
+    over = None if standing is None else standing.version
+    promotion = Promotion(is_wanted=True, over=over, reason="promoted at registration") if promote else None
     with registry.transaction() as connection:
         version = registry.reserve(
             connection, tenant=tenant, name=name, task="text-classification", kind="head", method="linear_probe",
@@ -43,7 +46,7 @@ def publish(
             tenant=tenant, name=name, version=version, kind="head", method="linear_probe", labels=("a", "b"),
             created_at=0.0, job_id=job_id, files=(),
         )  # fmt: skip
-        registry.publish(connection, manifest, actor="test", promote=promote)
+        registry.publish(connection, manifest, actor="test", promotion=promotion)
     return version
 
 

@@ -40,6 +40,7 @@ class RecordingLink:
         self.events: list[dict[str, Any]] = []
         self.columns: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
+        self.standing: dict[str, Any] | None = None
         self._interrupt = interrupt
 
     def event(self, type_: str, message: str, data: Mapping[str, Any] | None = None, *, level: str = "info") -> None:
@@ -60,6 +61,9 @@ class RecordingLink:
 
     def reserve(self, *, kind: str, method: str) -> int:
         return 1
+
+    def champion(self) -> dict[str, Any] | None:
+        return self.standing
 
     def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
         self.result = {"manifest": manifest, "evaluation": evaluation, "was_cancelled": was_cancelled}

@@ -1,0 +1,113 @@
+"""Does an engine that serves answer as the reference did? The written weights on an exported graph against torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.judgement.gates import Gate, parity
+from finetune.methods.candidate import Candidate, Servable
+from finetune.run import Run, embed
+from modeling.adapters import Adapter
+from modeling.backbone import Backbone
+from modeling.engines.graphs import GraphEngine, GraphFiles, graphs_key
+from modeling.engines.onnx import is_available, onnx_engine
+from modeling.engines.torch import TorchEngine
+from modeling.errors import ModelingError
+from modeling.weights import FloatArray
+
+MOST_ROWS = 1000
+_KEY = "parity"
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The version's weights as written: its own backbone or the shared one, and its adapter if it has one."""
+
+    backbone: Backbone
+    adapter: Adapter | None
+
+
+def engine_parity(
+    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], *, graphs_root: Path | None
+) -> Gate:
+    """Torch in fp32 against ONNX Runtime in fp32 on up to 1000 of `texts`; skipped where there is no graph at hand.
+
+    A version with a backbone of its own is exported for this; for the others the backbone's export must be
+    in the cache, where a server has put it.
+    """
+    texts = list(texts[:MOST_ROWS])
+    reason = _reason_to_skip(run, best, texts, graphs_root)
+    if reason is not None:
+        return Gate("engine_parity", "skipped", f"skipped: {reason}")
+    with tempfile.TemporaryDirectory(prefix="polyhead-parity-", dir=run.work_dir) as name:
+        try:
+            return _compared(run, best, servable, texts, Path(name), graphs_root)
+        except (ModelingError, OSError) as error:
+            return Gate("engine_parity", "failed", f"the graph could not be run: {error}"[:500])
+
+
+def _reason_to_skip(run: Run, best: Candidate, texts: Sequence[str], graphs_root: Path | None) -> str | None:
+    if best.kind == "baseline":
+        return "the baseline is served by the code that was evaluated"
+    if best.kind not in {"head", "lora", "full"}:
+        return f"versions of kind {best.kind} are served by torch"
+    if not texts:
+        return "there are no rows to compare on"
+    if not is_available():
+        return "onnxruntime is not installed on this worker"
+    if best.kind != "full" and not _cached(run.backbone, graphs_root).is_complete:
+        return "no server has exported this backbone yet, so there is no graph to compare with"
+    return None
+
+
+def _cached(backbone: Backbone, graphs_root: Path | None) -> GraphFiles:
+    return GraphFiles((graphs_root or Path("/nonexistent")) / graphs_key(backbone.info.digest))
+
+
+def _compared(
+    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], folder: Path, graphs_root: Path | None
+) -> Gate:
+    weights = _written(run, best, servable, folder)
+    if best.kind == "full":
+        from modeling.export import export_graphs
+
+        files = export_graphs(weights.backbone, folder / "graphs")
+    else:
+        files = _cached(run.backbone, graphs_root)
+    reference = TorchEngine(weights.backbone) if best.kind == "full" else run.engine
+    other = onnx_engine(files, threads=run.plan.cpu_threads)
+    wanted, got = (_vectors(engine, run, texts, weights.adapter) for engine in (reference, other))
+    assert servable.head is not None
+    flips = int((servable.head.logits(wanted).argmax(1) != servable.head.logits(got).argmax(1)).sum())
+    return parity("onnx/fp32", rows=len(texts), flips=flips, least_cosine=least_cosine(wanted, got))
+
+
+def _written(run: Run, best: Candidate, servable: Servable, folder: Path) -> _Weights:
+    if servable.write_extra is not None:
+        servable.write_extra(folder)
+    return _Weights(
+        backbone=Backbone.open(folder / "full") if best.kind == "full" else run.backbone,
+        adapter=Adapter.read(folder / "adapter") if best.kind == "lora" else None,
+    )
+
+
+def _vectors(engine: TorchEngine | GraphEngine, run: Run, texts: Sequence[str], adapter: Adapter | None) -> FloatArray:
+    if adapter is None:
+        return embed(engine, run.preprocessor, texts)
+    engine.load_adapter(_KEY, adapter)
+    try:
+        return embed(engine, run.preprocessor, texts, adapter=_KEY)
+    finally:
+        engine.unload_adapter(_KEY)
+
+
+def least_cosine(one: FloatArray, other: FloatArray) -> float:
+    """The smallest cosine between rows of two arrays float32[rows, width]; NaN counts as turned away."""
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    cosines = (one * other).sum(1) / np.maximum(lengths, 1e-12)
+    return float(np.nan_to_num(cosines, nan=-1.0).min())
