@@ -20,13 +20,14 @@ import numpy as np
 from finetune.calibration import fit_temperature
 from finetune.datasets.canonical import column_names
 from finetune.datasets.errors import ColumnMissing
+from finetune.datasets.findings import too_long
 from finetune.datasets.labelled import LabelledRows, load_labelled
 from finetune.datasets.records import Finding, has_errors
 from finetune.datasets.sides import divide, with_extras
 from finetune.datasets.texts import text_digest
 from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.evaluation import report, score, summary
-from finetune.events import ChildJob, DatasetInput, Link
+from finetune.events import ChildJob, DatasetInput, Link, tell
 from finetune.jobs.records import JobPhase
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate, Servable
@@ -53,7 +54,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     labels = tuple(sorted(set(train.labels)))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
-    plan = resolve_plan(job, backbone, train, validation, test)
+    plan = resolve_plan(job, backbone, train, validation, test, link)
     link.set(plan=plan.model_dump(mode="json"))
     deadline = None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s
     run = Run(
@@ -99,9 +100,7 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
         rows = {side: rows for side, (rows, _) in loaded.items()}
         sides = divide(rows["train"], rows.get("validation"), rows.get("test"), options=wanted.split, seed=wanted.seed)
         findings += sides.findings
-    for finding in findings:
-        level = "error" if finding.severity == "error" else "warn" if finding.severity == "warning" else "info"
-        link.event("data_warning", f"{finding.code}: {finding.message}", finding.model_dump(mode="json"), level=level)
+    tell(link, findings)
     if has_errors(findings):
         errors = [finding for finding in findings if finding.severity == "error"]
         message = "; ".join(finding.message for finding in errors)[:1000]
@@ -149,7 +148,7 @@ def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
 
 
 def resolve_plan(
-    job: ChildJob, backbone: Backbone, train: LabelledRows, validation: LabelledRows, test: LabelledRows
+    job: ChildJob, backbone: Backbone, train: LabelledRows, validation: LabelledRows, test: LabelledRows, link: Link
 ) -> TrainingPlan:
     info = backbone.info
     tokenizer = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=info.max_length)
@@ -159,13 +158,19 @@ def resolve_plan(
         labels=len(set(train.labels)), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
     )  # fmt: skip
     wanted = parse_hyperparameters(job.spec.hyperparameters)
-    return resolve(wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length)
+    plan = resolve(wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length)
+    tell(link, too_long(train, lengths, plan.max_length))
+    return plan
 
 
 def token_lengths(tokenizer: TextPreprocessor, texts: Sequence[str], *, batch: int = 1024) -> list[int]:
-    """Tokens of each text, a batch at a time: all encodings at once would take more memory than the texts."""
+    """Tokens of each text, one more than the tokenizer's limit where it was cut.
+
+    A batch at a time: all encodings at once would take more memory than the texts.
+    """
     starts = range(0, len(texts), batch)
-    return [item.length for start in starts for item in tokenizer.encode(texts[start : start + batch])]
+    encoded = (item for start in starts for item in tokenizer.encode(texts[start : start + batch]))
+    return [item.length + item.is_truncated for item in encoded]
 
 
 # 3. and 4. Methods

@@ -17,10 +17,9 @@ from sklearn.linear_model import SGDClassifier
 from finetune.calibration import fit_temperature
 from finetune.datasets.label_errors import not_searched, suspect_finding, suspected_label_errors
 from finetune.datasets.labelled import LabelledRows
-from finetune.datasets.records import Finding
 from finetune.datasets.shingles import batches, word_hashes
 from finetune.datasets.texts import text_digest
-from finetune.events import Link
+from finetune.events import Link, tell
 from modeling.heads import softmax
 from modeling.weights import FloatArray, IntArray
 
@@ -43,7 +42,7 @@ def find_suspects(train: LabelledRows, link: Link, *, seed: int) -> list[dict[st
     """
     classes = len(set(train.labels))
     if len(train) > MOST_ROWS or len(train) * classes > MOST_ANSWERS:
-        _tell(link, not_searched(train, classes, most_rows=MOST_ROWS))
+        tell(link, [not_searched(train, classes, most_rows=MOST_ROWS)])
         return []
     names = sorted(set(train.labels))
     index = {label: number for number, label in enumerate(names)}
@@ -64,7 +63,7 @@ def find_suspects(train: LabelledRows, link: Link, *, seed: int) -> list[dict[st
         )
     ]
     if listed:
-        _tell(link, suspect_finding(train, suspects, names))
+        tell(link, [suspect_finding(train, suspects, names)])
     return listed
 
 
@@ -142,8 +141,3 @@ def _scores(features: csr_array, labels: IntArray, held: csr_array, classes: int
     scores = np.full((held.shape[0], classes), decided.min(initial=0.0) - 1, np.float32)
     scores[:, model.classes_] = decided
     return scores
-
-
-def _tell(link: Link, finding: Finding) -> None:
-    level = "warn" if finding.severity == "warning" else "info"
-    link.event("data_warning", f"{finding.code}: {finding.message}", finding.model_dump(mode="json"), level=level)
