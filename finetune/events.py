@@ -10,12 +10,13 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from finetune.datasets.records import Finding
 from finetune.errors import Cancelled, Stopped
 from finetune.jobs.records import EventType, JobPhase, JobSpec
 from finetune.plan import WorkerProfile
@@ -88,6 +89,13 @@ class Link(Protocol):
         """The version and manifest digest that the alias `champion` of the job's model names now, or None."""
 
     def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None: ...
+
+
+def tell(link: Link, findings: Iterable[Finding]) -> None:
+    """An event for each finding."""
+    for finding in findings:
+        level = {"error": "error", "warning": "warn", "info": "info"}[finding.severity]
+        link.event("data_warning", f"{finding.code}: {finding.message}", finding.model_dump(mode="json"), level=level)
 
 
 class Journal:

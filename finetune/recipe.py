@@ -21,6 +21,7 @@ import numpy as np
 from finetune.calibration import fit_temperature
 from finetune.datasets.canonical import column_names
 from finetune.datasets.errors import ColumnMissing
+from finetune.datasets.findings import too_long
 from finetune.datasets.labelled import LabelledRows, load_labelled
 from finetune.datasets.records import Finding, has_errors
 from finetune.datasets.sides import divide, with_extras
@@ -28,7 +29,7 @@ from finetune.datasets.texts import text_digest
 from finetune.embedding import FrozenVectors
 from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.evaluation import score, summary
-from finetune.events import ChildJob, DatasetInput, Journal, Link
+from finetune.events import ChildJob, DatasetInput, Journal, Link, tell
 from finetune.features import FeatureCache
 from finetune.jobs.records import JobPhase
 from finetune.judgement.plots import draw
@@ -61,7 +62,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     labels = tuple(sorted(set(train.labels)))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
-    replan = planner(job, backbone, train, validation, test)
+    replan = planner(job, backbone, train, validation, test, link)
     plan = replan({})
     link.set(plan=plan.model_dump(mode="json"))
     deadline = None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s
@@ -113,9 +114,7 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
         rows = {side: rows for side, (rows, _) in loaded.items()}
         sides = divide(rows["train"], rows.get("validation"), rows.get("test"), options=wanted.split, seed=wanted.seed)
         findings += sides.findings
-    for finding in findings:
-        level = "error" if finding.severity == "error" else "warn" if finding.severity == "warning" else "info"
-        link.event("data_warning", f"{finding.code}: {finding.message}", finding.model_dump(mode="json"), level=level)
+    tell(link, findings)
     if has_errors(findings):
         errors = [finding for finding in findings if finding.severity == "error"]
         message = "; ".join(finding.message for finding in errors)[:1000]
@@ -163,7 +162,7 @@ def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
 
 
 def planner(
-    job: ChildJob, backbone: Backbone, train: LabelledRows, validation: LabelledRows, test: LabelledRows
+    job: ChildJob, backbone: Backbone, train: LabelledRows, validation: LabelledRows, test: LabelledRows, link: Link
 ) -> Replan:
     """Plans of this job, with the hyperparameters of a trial in the place of those asked for."""
     info = backbone.info
@@ -184,6 +183,7 @@ def planner(
             raise RunError("invalid_hyperparameters", str(error)) from error
         return plan if not chosen else keep_head_rate(plan, replan({}))
 
+    tell(link, too_long(train, lengths, replan({}).max_length))
     return replan
 
 
@@ -204,9 +204,13 @@ def frozen_vectors(job: ChildJob, backbone: Backbone) -> FrozenVectors:
 
 
 def token_lengths(tokenizer: TextPreprocessor, texts: Sequence[str], *, batch: int = 1024) -> list[int]:
-    """Tokens of each text, a batch at a time: all encodings at once would take more memory than the texts."""
+    """Tokens of each text, one more than the tokenizer's limit where it was cut.
+
+    A batch at a time: all encodings at once would take more memory than the texts.
+    """
     starts = range(0, len(texts), batch)
-    return [item.length for start in starts for item in tokenizer.encode(texts[start : start + batch])]
+    encoded = (item for start in starts for item in tokenizer.encode(texts[start : start + batch]))
+    return [item.length + item.is_truncated for item in encoded]
 
 
 # 3. and 4. Methods

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import shutil
+import time
 from pathlib import Path
 
 from finetune.datasets.check import check_upload
@@ -18,7 +20,9 @@ from model_registry.errors import DatabaseUnavailable
 
 _log = logging.getLogger("service.dataset_intake")
 RAW_FILE = "raw"
+_INCOMING = ".incoming-"
 _SWEEP_S = 60.0
+_ABANDONED_S = 3600.0  # since the last byte of an upload arrived; servers that share the folder may be receiving
 
 
 class DatasetIntake:
@@ -32,7 +36,7 @@ class DatasetIntake:
 
     def staging(self) -> Path:
         """A fresh folder to receive an upload in, beside the datasets so that moving it is a rename."""
-        folder = self._root / f".incoming-{secrets.token_hex(8)}"
+        folder = self._root / f"{_INCOMING}{secrets.token_hex(8)}"
         folder.mkdir(parents=True)
         return folder
 
@@ -75,9 +79,10 @@ class DatasetIntake:
         await asyncio.to_thread(shutil.rmtree, self.folder(tenant, dataset_id), True)
 
     async def sweep(self) -> None:
-        """Until cancelled: begins the check again of datasets whose server died during it."""
+        """Until cancelled: begins the check again of datasets whose server died during it, and clears up after it."""
         while True:
             try:
+                await asyncio.to_thread(_remove_abandoned, self._root, older_than_s=_ABANDONED_S)
                 for record in await asyncio.to_thread(self._store.stale, self._timeout_s + 30.0):
                     self._begin(record)
             except DatabaseUnavailable as error:
@@ -117,6 +122,16 @@ class DatasetIntake:
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(4096)
+
+
+def _remove_abandoned(root: Path, *, older_than_s: float) -> None:
+    """Removes uploads whose server died while it received them."""
+    latest = time.time() - older_than_s
+    for folder in root.glob(f"{_INCOMING}*"):
+        # Either may vanish meanwhile: its upload has ended.
+        with contextlib.suppress(FileNotFoundError):
+            if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < latest:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take_over(staging: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from finetune.datasets.texts import normalise
 _FEW_ROWS = 10
 _IMBALANCE_RATIO = 20
 _MANY_DUPLICATES = 0.1
+_MANY_CUT = 0.05
 _NAMES_SHOWN = 5
 
 _Keys = list[int]  # a number for each row's text, or for its near duplicates
@@ -58,6 +59,17 @@ def inspect_rows(
         findings += _overlap(name, rows, found, slice(start, start + len(rows)), trained=slice(0, len(train)))
         start += len(rows)
     return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
+
+
+def too_long(rows: LabelledRows, lengths: Sequence[int], max_length: int) -> list[Finding]:
+    """Texts of more tokens than are read of them; `lengths` in tokens, special ones included."""
+    cut = np.flatnonzero(np.asarray(lengths) > max_length)
+    if len(cut) == 0:
+        return []
+    severity: Severity = "warning" if len(cut) > _MANY_CUT * len(rows) else "info"
+    message = f"{len(cut):,} training texts have more than {max_length} tokens; what comes after is not read"
+    fix = "set a larger max_length, if the backbone reads as much, or shorten the texts to what matters"
+    return [_finding("too_long", severity, message, rows=rows.row_numbers[cut].tolist(), fix=fix)]
 
 
 def _no_rows() -> Finding:
