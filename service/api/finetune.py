@@ -20,7 +20,7 @@ from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
 from finetune.datasets.labelled import load_labelled
 from finetune.datasets.records import DatasetRecord, DatasetStatus
 from finetune.jobs.records import Columns, FineTuneJob, JobEvent, JobSpec, JobStatus
-from finetune.plan import DatasetProfile, Hyperparameters, WorkerProfile, parse_hyperparameters, resolve
+from finetune.plan import DatasetProfile, Hyperparameters, WorkerProfile, check_task, parse_hyperparameters, resolve
 from model_registry.errors import ModelNotFound
 from service.api.auth import Principal
 from service.api.datasets import take_upload
@@ -115,6 +115,7 @@ def _accept(
 ) -> tuple[JobSpec, dict[str, DatasetRecord], Hyperparameters]:
     """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`."""
     wanted = parse_hyperparameters(body.hyperparameters)
+    check_task(wanted, "text-classification")
     backbone = body.backbone or services.settings.resolved_default_backbone
     if backbone not in services.settings.backbones:
         known = ", ".join(sorted(services.settings.backbones))
@@ -249,6 +250,16 @@ def cancel(
 ) -> dict[str, Any]:
     keep_best = (body or CancelRequest()).keep_best
     return document(services.jobs.request_cancel(principal.tenant, job_id, keep_best=keep_best), services)
+
+
+@router.post("/finetune/{job_id}/pause", summary="Pause a job; its worker saves and takes the next one")
+def pause(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+    return document(services.jobs.request_pause(principal.tenant, job_id), services)
+
+
+@router.post("/finetune/{job_id}/resume", summary="Put a paused job back into the queue")
+def resume(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+    return document(services.jobs.request_resume(principal.tenant, job_id), services)
 
 
 def document(job: FineTuneJob, services: Services) -> dict[str, Any]:
