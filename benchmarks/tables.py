@@ -200,6 +200,19 @@ def _half_width(values: Sequence[float]) -> float:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def training(result: Result) -> str:
+    ours = _where(result["rows"], run="polyhead")
+    lines = []
+    for (name,) in _distinct(result["rows"], "run"):
+        these = _where(result["rows"], run=name)
+        ratio = "–" if name == "polyhead" else _ratio_cell(_ratios_of(ours, "rows_per_s", these, "rows_per_s"))
+        lines.append(
+            [f"`{name}`", _cell(these, "rows_per_s"), ratio, _cell(these, "accuracy", 4), _cell(these, "peak_mib", 0)]
+        )
+    heads = ["Run", "Rows/s", "Ours, times as fast", "Test accuracy", "Peak memory, MiB"]
+    return f"`{result['method']}`, one epoch of {result['training_rows']:,} rows:\n\n{_table(heads, lines)}"
+
+
 def http_overhead(result: Result) -> str:
     """With one checkout microseconds alone, with two also those of the other and the ratio."""
     titles = {"base_us": "Before", "us": "Now", "ratio": "Ratio"}
@@ -211,7 +224,7 @@ def http_overhead(result: Result) -> str:
 TABLES: dict[str, Callable[[Result], str]] = {
     function.__name__: function
     for function in (closed_loop, open_loop, overload, replay, many_models, hot_load, cold_start, length_cost, parity,
-                     quality, methods, http_overhead)
+                     quality, methods, training, http_overhead)
 }  # fmt: skip
 
 
@@ -291,13 +304,23 @@ def _claims_overload(results: Mapping[str, Result]) -> Iterable[list[str]]:
         ]
 
 
+def _claims_training(results: Mapping[str, Result]) -> Iterable[list[str]]:
+    rows = results["training"]["rows"] if "training" in results else []
+    targets = {"trainer": "≥ 15", "trainer-bf16": "≥ 4"}
+    ours = _where(rows, run="polyhead")
+    for name in (name for (name,) in _distinct(rows, "run") if name in targets):
+        ratio = _ratio_cell(_ratios_of(ours, "rows_per_s", _where(rows, run=name), "rows_per_s"))
+        yield [f"LoRA, rows/s: times as fast as transformers' Trainer (`{name}`)", ratio, targets[name]]
+
+
 def _claims_parity(results: Mapping[str, Result]) -> Iterable[list[str]]:
     for row in results["parity"]["rows"] if "parity" in results else []:
         measured = f"{row['flips'] / row['rows']:.2%}; {row['min_cosine']:.5f}"
         yield [f"Flips; smallest cosine: {row['engine']} against torch in fp32", measured, "≤ 0.10%; ≥ 0.999"]
 
 
-_CLAIMS = (_claims_peers, _claims_replay, _claims_models, _claims_hot_load, _claims_overload, _claims_parity)
+_CLAIMS = (_claims_peers, _claims_replay, _claims_models, _claims_hot_load, _claims_overload, _claims_parity,
+           _claims_training)  # fmt: skip
 
 
 # Rows

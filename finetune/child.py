@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from finetune.errors import Cancelled, RunError, Stopped
 from finetune.events import ChildJob, PipeLink
 from finetune.jobs.records import JobFailure
+from finetune.plan import PlanError
 from finetune.recipe import run_job
+from finetune.training.memory import is_out_of_memory
 from model_registry.errors import StoreFull
 from modeling.engines import openvino
 from modeling.errors import BackboneUnavailable
@@ -60,10 +62,12 @@ def explain(error: Exception) -> JobFailure:
     """A failure a person can act on, by the kind of error."""
     if isinstance(error, RunError):
         return error.failure
+    if isinstance(error, PlanError):
+        return JobFailure(code="invalid_hyperparameters", message=str(error), hint="mend it and submit the job again")
     if _is_disk_full(error):
         hint = "free some space, then submit the job again; nothing incomplete was registered"
         return JobFailure(code="storage_full", message="no space left for the artefact", hint=hint, retryable=True)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         hint = "use a smaller batch_size or max_length"
         return JobFailure(code="out_of_memory", message="the run needs more memory than there is", hint=hint)
     if isinstance(error, BackboneUnavailable):

@@ -11,6 +11,7 @@ Cancelled, Stopped       the run was asked to end, or to make way for a while (n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from finetune.jobs.records import JobFailure
@@ -35,11 +36,16 @@ class DatasetInvalid(RunError):
 
 
 class NonFiniteLoss(RunError):
-    def __init__(self, step: int) -> None:
+    """`rows` are numbers of rows in their file; none where the gradient alone is not finite."""
+
+    def __init__(self, step: int, *, rows: Sequence[int] = (), learning_rate: float = 0.0, precision: str = "") -> None:
+        what = f"the loss of row {', '.join(map(str, rows[:20]))}" if rows else "the gradient"
+        lower = "" if precision == "fp32" else ", or precision fp32"
         super().__init__(
             "non_finite_loss",
-            f"the loss became infinite or NaN at step {step}",
-            hint="use a smaller learning_rate, or precision fp32",
+            f"{what} became infinite or NaN at step {step} (learning rate {learning_rate:.2g}, {precision})",
+            hint=f"use a smaller learning_rate or more warmup_ratio{lower}"
+            + ("; look at these rows, too" if rows else ""),
         )
 
 

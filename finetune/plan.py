@@ -33,14 +33,29 @@ FEW_ROWS_PER_CLASS = 32  # up to so many, on average, `auto` also tries `setfit`
 _STEPPED = frozenset({"ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"})
 _PAIRS_PER_STEP = 32 * 31 // 2
 Metric = Literal["auto", "macro_f1", "accuracy", "weighted_f1"]
+Optimizer = Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"]
+Scheduler = Literal["cosine", "linear", "constant", "plateau", "cyclic"]
+Task = Literal["text-classification", "text-regression", "text-multi-label"]
+Loss = Literal["cross_entropy", "bce", "mse", "huber", "focal", "contrastive", "triplet", "mnrl", "cosent"]
+# They compare the vectors of a pass's rows with each other, so a pass is never divided.
+EMBEDDING_LOSSES: frozenset[str] = frozenset({"contrastive", "triplet", "mnrl", "cosent"})
+LOSSES: dict[Task, tuple[Loss, ...]] = {  # the first is what auto becomes
+    "text-classification": ("cross_entropy", "bce", "focal", "contrastive", "triplet", "mnrl", "cosent"),
+    "text-regression": ("mse", "huber"),
+    "text-multi-label": ("bce",),
+}
 
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
 NOT_YET = {
-    "momentum", "layer_decay", "gradient_checkpointing", "focal_gamma", "augment", "oversample", "export", "search",
+    "augment", "oversample", "export", "search",
 }  # fmt: skip
 _NOT_SEARCHED = frozenset({"auto", "baseline", "linear_probe"})  # several methods, or ones without steps
 SMALL_PARAMETERS = 50_000_000
 _LABEL_SMOOTHING = 0.05  # keeps the head from growing without end on rows already right; see docs/log.md
+
+
+# Steps of SGD are as long as the gradient, which is far below 1 here; the others divide by its size.
+_RATE_FACTOR = {"sgd": 100.0}
 
 
 class PlanError(Exception):
@@ -142,15 +157,19 @@ class Hyperparameters(_Model):
     max_seconds: float | None = Field(None, gt=0, le=7 * 86_400)
     seed: int = Field(42, ge=0, lt=1 << 31)
 
-    optimizer: Literal["adamw"] = "adamw"
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Optimizer = "adamw"
+    momentum: Literal["auto"] | float = Field("auto")
+    scheduler: Scheduler = "cosine"
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    layer_decay: float = Field(1.0, gt=0, le=1)
     gradient_accumulation: Literal["auto"] | int = Field("auto")
+    gradient_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
-    loss: Literal["auto", "cross_entropy"] = "auto"
+    loss: Literal["auto"] | Loss = "auto"
+    focal_gamma: float = Field(2.0, ge=0, le=10)
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     label_smoothing: Literal["auto"] | float = Field("auto")
     dropout: Literal["auto"] | float = Field("auto")
@@ -179,7 +198,7 @@ class Hyperparameters(_Model):
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (0.01, 1000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 4096),
             "gradient_accumulation": (1, 1024), "dropout": (0.0, 0.9), "max_length": (8, 8192),
-            "label_smoothing": (0.0, 0.9), "unfreeze_layers": (1, 1000),
+            "label_smoothing": (0.0, 0.9), "unfreeze_layers": (1, 1000), "momentum": (0.0, 0.999),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -190,6 +209,14 @@ class Hyperparameters(_Model):
             0 < weight <= 1e6 for weight in self.class_weights.values()
         ):
             raise ValueError("class_weights must be above 0 and at most 1e6")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Hyperparameters:
+        if "momentum" in self.model_fields_set and self.optimizer not in {"sgd", "rmsprop"}:
+            raise ValueError(f"momentum has no effect with optimizer {self.optimizer}; use sgd or rmsprop")
+        if "focal_gamma" in self.model_fields_set and self.loss != "focal":
+            raise ValueError(f"focal_gamma has no effect with loss {self.loss}; use loss focal")
         return self
 
 
@@ -223,6 +250,7 @@ class MethodPlan(_Model):
     head_learning_rate: float = 0
     batch_size: int = 32
     gradient_accumulation: int = 1
+    finds_batch_size: bool = False  # try how many rows of a step fit in one pass, and divide the step if not all do
     total_steps: int = 0
     estimated_seconds: float | None = None
 
@@ -238,9 +266,14 @@ class TrainingPlan(_Model):
     max_length: int
     precision: Literal["fp32", "bf16", "fp16"]
     dropout: float
-    loss: Literal["cross_entropy"]
-    scheduler: Literal["cosine", "linear", "constant"]
+    loss: Loss
+    focal_gamma: float
+    optimizer: Optimizer
+    momentum: float
+    scheduler: Scheduler
     warmup_ratio: float
+    layer_decay: float
+    gradient_checkpointing: bool
     weight_decay: float
     max_grad_norm: float
     class_weights: Literal["none", "balanced"] | dict[str, float]
@@ -332,10 +365,29 @@ def _place(item: Any) -> str:
     return f"{'.'.join(str(part) for part in item['loc'])}: " if item["loc"] else ""
 
 
+def check_task(wanted: Hyperparameters, task: Task) -> None:
+    """Raises `PlanError` for what makes no sense with a task."""
+    if wanted.loss != "auto" and wanted.loss not in LOSSES[task]:
+        fitting = ", ".join(LOSSES[task])
+        raise _refusal("loss", f"loss {wanted.loss} does not fit {task}; use one of {fitting}")
+    if task == "text-classification":
+        return
+    if wanted.class_weights != "none" and task == "text-regression":
+        raise _refusal("class_weights", "class_weights need classes; leave them out for text-regression")
+    if wanted.label_smoothing not in {"auto", 0}:
+        raise _refusal("label_smoothing", "label_smoothing is for text-classification; leave it out")
+
+
+def _refusal(name: str, message: str) -> PlanError:
+    return PlanError([{"loc": ["hyperparameters", name], "message": message}])
+
+
 def resolve(
-    wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int, model_max_length: int
-) -> TrainingPlan:
+    wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int, model_max_length: int,
+    task: Task = "text-classification",
+) -> TrainingPlan:  # fmt: skip
     """Every `auto` becomes a number. `parameters` counts the backbone's weights. Pure. Raises `PlanError`."""
+    check_task(wanted, task)
     refuse_unavailable(wanted, worker)
     taken = wanted.prompt.tokens if wanted.method == "prompt_tuning" else 0
     max_length = min(_max_length(wanted, data), max(8, model_max_length - taken))
@@ -352,9 +404,14 @@ def resolve(
         max_length=max_length,
         precision=_precision(wanted, worker),
         dropout=0.0 if wanted.dropout == "auto" else wanted.dropout,
-        loss="cross_entropy",
+        loss=LOSSES[task][0] if wanted.loss == "auto" else wanted.loss,
+        focal_gamma=wanted.focal_gamma,
+        optimizer=wanted.optimizer,
+        momentum=_momentum(wanted),
         scheduler=wanted.scheduler,
         warmup_ratio=wanted.warmup_ratio,
+        layer_decay=wanted.layer_decay,
+        gradient_checkpointing=wanted.gradient_checkpointing,
         weight_decay=wanted.weight_decay,
         max_grad_norm=wanted.max_grad_norm,
         class_weights=wanted.class_weights,
@@ -417,11 +474,19 @@ def _max_length(wanted: Hyperparameters, data: DatasetProfile) -> int:
 
 
 def _precision(wanted: Hyperparameters, worker: WorkerProfile) -> Literal["fp32", "bf16", "fp16"]:
+    if wanted.precision == "fp16" and not worker.device.startswith("cuda"):
+        raise _refusal("precision", "precision fp16 needs a GPU; use bf16, fp32 or auto")
     if wanted.precision != "auto":
         return wanted.precision
     if worker.has_bf16:
         return "bf16"
     return "fp16" if worker.device.startswith("cuda") else "fp32"
+
+
+def _momentum(wanted: Hyperparameters) -> float:
+    if wanted.momentum != "auto":
+        return wanted.momentum
+    return 0.9 if wanted.optimizer == "sgd" else 0.0
 
 
 def _plan_method(
@@ -444,6 +509,7 @@ def _plan_method(
         head_learning_rate=_head_learning_rate(method, wanted),
         batch_size=batch_size,
         gradient_accumulation=accumulation,
+        finds_batch_size=wanted.batch_size == "auto" and worker.device.startswith("cuda"),
         total_steps=steps,
         estimated_seconds=_estimate(method, data, worker, parameters, max_length, epochs, steps),
     )
@@ -470,14 +536,16 @@ def _learning_rate(method: SingleMethod, wanted: Hyperparameters, parameters: in
         return wanted.learning_rate
     is_small = parameters < SMALL_PARAMETERS
     small, large = _LEARNING_RATES[method]
-    return small if is_small else large
+    return (small if is_small else large) * _RATE_FACTOR.get(wanted.optimizer, 1.0)
 
 
 def _head_learning_rate(method: SingleMethod, wanted: Hyperparameters) -> float:
     """The head is small and may move faster, unless the caller set the rate for all."""
     if method in {"baseline", "linear_probe"}:
         return 0.0
-    return 1e-3 if wanted.learning_rate == "auto" else wanted.learning_rate
+    if wanted.learning_rate != "auto":
+        return wanted.learning_rate
+    return 1e-3 * _RATE_FACTOR.get(wanted.optimizer, 1.0)
 
 
 def _estimate(

@@ -36,6 +36,7 @@ from model_registry.store import ArtifactStore
 
 _log = logging.getLogger("finetune.supervisor")
 _DATABASE_RETRY_S = 0.5
+_OUTCOMES = {JobStatus.QUEUED: "requeued", JobStatus.PAUSED: "paused", JobStatus.FAILED: "failed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,13 @@ class Supervisor:
         self._spare = spare
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._end_requested_at: float | None = None
+        self._is_pausing = False
         self._grace_s = timing.cancel_grace_s
         self._best: float | None = None
         self._outcome: str | None = None
 
     def run(self) -> str:
-        """Blocks until the run's end is written. Returns succeeded, failed, cancelled, requeued or lost."""
+        """Blocks until the run's end is written. Returns succeeded, failed, cancelled, requeued, paused or lost."""
         with self._child() as child:
             try:
                 self._watch(child)
@@ -118,6 +120,9 @@ class Supervisor:
     def _renew(self, child: subprocess.Popen[str], has_progressed: bool) -> None:
         beat = self._ledger.jobs.heartbeat(self._lease, lease_s=self._timing.lease_s, has_progressed=has_progressed)
         self._ledger.metrics.beat()
+        if beat.pause_requested and self._end_requested_at is None:
+            self._end_requested_at, self._is_pausing = time.monotonic(), True
+            _send(child, {"kind": "stop"})
         if beat.cancel_requested and self._end_requested_at is None:
             self._end_requested_at = time.monotonic()
             # Keeping the best means evaluating and registering it, which takes as long as it takes.
@@ -175,8 +180,8 @@ class Supervisor:
             jobs.finish(lease, JobStatus.CANCELLED)
             self._outcome = "cancelled"
         elif kind == "stopped":
-            jobs.requeue(lease, "the worker is shutting down; the run goes on elsewhere", charge_attempt=False)
-            self._outcome = "requeued"
+            reason = "the worker is shutting down; the run goes on elsewhere"
+            self._outcome = _OUTCOMES[jobs.requeue(lease, reason, charge_attempt=False)]
 
     def _is_best(self, message: dict[str, Any]) -> bool:
         """Whether an event reports the best so far over all methods of the run."""
@@ -229,7 +234,7 @@ class Supervisor:
 
     def _lost_child(self, child: subprocess.Popen[str]) -> None:
         child.wait()
-        if self._end_requested_at is not None and not self._should_stop():
+        if self._end_requested_at is not None and not self._should_stop() and not self._is_pausing:
             self._persistently(lambda: self._ledger.jobs.finish(self._lease, JobStatus.CANCELLED))
             self._outcome = "cancelled"
             return
@@ -238,8 +243,8 @@ class Supervisor:
 
     def _requeue(self, reason: str, *, charge_attempt: bool) -> None:
         def write() -> None:
-            is_failed = self._ledger.jobs.requeue(self._lease, reason, charge_attempt=charge_attempt)
-            self._outcome = "failed" if is_failed else "requeued"
+            status = self._ledger.jobs.requeue(self._lease, reason, charge_attempt=charge_attempt)
+            self._outcome = _OUTCOMES[status]
 
         self._persistently(write)
 

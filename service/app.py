@@ -9,7 +9,14 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from finetune.datasets.errors import ColumnMissing, DatasetNotFound, DatasetUnreadable
-from finetune.jobs.errors import IdempotencyInProgress, IdempotencyMismatch, JobNotCancellable, JobNotFound
+from finetune.jobs.errors import (
+    IdempotencyInProgress,
+    IdempotencyMismatch,
+    JobNotCancellable,
+    JobNotFound,
+    JobNotPausable,
+    JobNotResumable,
+)
 from finetune.plan import PlanError
 from modeling import errors as modeling
 from service.api import answers, datasets, finetune, health, models, predict
@@ -37,6 +44,8 @@ STATUS_BY_ERROR |= {
     ColumnMissing: (422, "dataset_invalid"),
     JobNotFound: (404, "job_not_found"),
     JobNotCancellable: (409, "job_not_cancellable"),
+    JobNotPausable: (409, "job_not_pausable"),
+    JobNotResumable: (409, "job_not_resumable"),
     IdempotencyMismatch: (422, "idempotency_mismatch"),
     IdempotencyInProgress: (409, "idempotency_in_progress"),
     PlanError: (422, "invalid_request"),

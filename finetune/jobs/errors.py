@@ -3,6 +3,8 @@
 JobError
 ├── JobNotFound            no such job for this tenant
 ├── JobNotCancellable      the job has ended already
+├── JobNotPausable         the job neither waits in the queue nor runs
+├── JobNotResumable        the job is not paused
 ├── LeaseLost              another worker holds the job now; nothing was written
 ├── IdempotencyMismatch    the key was used for another request
 └── IdempotencyInProgress  the first request with this key is still running
@@ -21,6 +23,14 @@ class JobNotFound(JobError):
 
 class JobNotCancellable(JobError):
     """The job has ended already."""
+
+
+class JobNotPausable(JobError):
+    """The job neither waits in the queue nor runs."""
+
+
+class JobNotResumable(JobError):
+    """The job is not paused."""
 
 
 class LeaseLost(JobError):

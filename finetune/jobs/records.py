@@ -27,7 +27,7 @@ class JobStatus(StrEnum):
     QUEUED = "queued"  # waits for a worker
     RUNNING = "running"  # a worker holds the lease
     CANCELLING = "cancelling"  # the worker was told and is winding down
-    PAUSED = "paused"
+    PAUSED = "paused"  # as soon as it was asked for; a worker that holds the lease still saves and then lets go
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -148,3 +148,4 @@ class Heartbeat:
 
     cancel_requested: bool
     keep_best: bool
+    pause_requested: bool = False

@@ -18,6 +18,8 @@ from finetune.jobs.errors import (
     IdempotencyMismatch,
     JobNotCancellable,
     JobNotFound,
+    JobNotPausable,
+    JobNotResumable,
     LeaseLost,
 )
 from finetune.jobs.records import EventType, FineTuneJob, Heartbeat, JobEvent, JobFailure, JobSpec, JobStatus, Lease
@@ -25,7 +27,17 @@ from model_registry.db import Database
 from model_registry.tables import idempotency_keys, job_events, jobs, workers
 
 _HELD = (JobStatus.RUNNING, JobStatus.CANCELLING)
+# A worker may still write to a job that was paused under it, until it lets go; nobody else claims such a job.
+_WRITABLE = (*_HELD, JobStatus.PAUSED)
 IDEMPOTENCY_HOURS = 72
+
+
+_WHY_NOT_PAUSABLE = {
+    JobStatus.VALIDATING_FILES: "wait until its datasets are checked and it is queued, or cancel it",
+    JobStatus.PAUSED: "resume it to go on",
+    JobStatus.CANCELLING: "it is ending",
+    **dict.fromkeys((JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED), "it has ended already"),
+}
 
 
 class JobStore:
@@ -137,6 +149,36 @@ class JobStore:
                 self._append(connection, job_id, "cancelled", "cancelled before it ran", {"status": "cancelled"})
             return self._get(connection, tenant, job_id)
 
+    def request_pause(self, tenant: str, job_id: str) -> FineTuneJob:
+        """Takes a job out of the queue, or tells its worker to save and let go. Raises `JobNotFound`,
+        `JobNotPausable`."""
+        with self._database.write() as connection:
+            job = self._get(connection, tenant, job_id, lock=True)
+            if job.status not in {JobStatus.QUEUED, JobStatus.RUNNING}:
+                raise JobNotPausable(f"{job_id} is {job.status}; {_WHY_NOT_PAUSABLE[job.status]}")
+            self._update(connection, job_id, status=JobStatus.PAUSED)
+            self._append(connection, job_id, "state_changed", "pause was requested", {"status": "paused"})
+            return self._get(connection, tenant, job_id)
+
+    def request_resume(self, tenant: str, job_id: str) -> FineTuneJob:
+        """Puts a paused job back into the queue; a worker that still winds it down loses its lease.
+
+        `started_at` moves by the time that the job was paused, so `max_seconds` counts running alone.
+        Raises `JobNotFound`, `JobNotResumable`.
+        """
+        with self._database.write() as connection:
+            job = self._get(connection, tenant, job_id, lock=True)
+            if job.status is not JobStatus.PAUSED:
+                raise JobNotResumable(f"{job_id} is {job.status}; only a paused job can be resumed")
+            idle_s = self._database.now(connection) - (job.heartbeat_at or 0.0)
+            self._update(
+                connection, job_id, status=JobStatus.QUEUED, phase=None, worker_id=None, lease_expires_at=None,
+                lease_token=job.lease_token + 1,
+                started_at=None if job.started_at is None else job.started_at + max(0.0, idle_s),
+            )  # fmt: skip
+            self._append(connection, job_id, "resumed", "resume was requested", {"status": "queued"})
+            return self._get(connection, tenant, job_id)
+
     # Waiting for data
 
     def waiting_for_data(self) -> list[FineTuneJob]:
@@ -223,7 +265,8 @@ class JobStore:
             self._update(connection, lease.job_id, **values)
             query = sa.select(jobs.c.status, jobs.c.cancel_keep_best).where(jobs.c.id == lease.job_id)
             row = connection.execute(query).one()
-            return Heartbeat(row.status == JobStatus.CANCELLING, bool(row.cancel_keep_best))
+            is_cancelled, is_paused = row.status == JobStatus.CANCELLING, row.status == JobStatus.PAUSED
+            return Heartbeat(is_cancelled, bool(row.cancel_keep_best), is_paused)
 
     @contextlib.contextmanager
     def fenced(self, lease: Lease) -> Iterator[sa.Connection]:
@@ -231,7 +274,7 @@ class JobStore:
         with self._database.write() as connection:
             query = sa.select(jobs.c.lease_token, jobs.c.status).where(jobs.c.id == lease.job_id).with_for_update()
             row = connection.execute(query).one_or_none()
-            if row is None or row.lease_token != lease.token or row.status not in _HELD:
+            if row is None or row.lease_token != lease.token or row.status not in _WRITABLE:
                 raise LeaseLost(f"{lease.job_id} is no longer held under token {lease.token}")
             yield connection
 
@@ -280,22 +323,27 @@ class JobStore:
         with self.fenced(lease) as connection:
             self.finish_in(connection, lease, status, failure=failure, **columns)
 
-    def requeue(self, lease: Lease, reason: str, *, charge_attempt: bool) -> bool:
-        """Gives the job back to the queue; True where it failed instead, having used up its attempts.
+    def requeue(self, lease: Lease, reason: str, *, charge_attempt: bool) -> JobStatus:
+        """Lets go of the job: `queued`, or `paused` where that was asked for, or `failed` with all attempts used up.
 
-        Without `charge_attempt` the try does not count (a planned stop). Raises `LeaseLost`.
+        Without `charge_attempt` the try does not count (a planned stop), nor does one that a pause ended. Raises
+        `LeaseLost`.
         """
         with self.fenced(lease) as connection:
-            attempt = lease.attempt if charge_attempt else lease.attempt - 1
-            if charge_attempt and attempt >= self._max_attempts:
-                job = _job(connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).one())
-                return self._end_hopeless(connection, job, self._database.now(connection))
+            job = _job(connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).one())
+            is_paused = job.status is JobStatus.PAUSED
+            attempt = lease.attempt if charge_attempt and not is_paused else lease.attempt - 1
+            if charge_attempt and not is_paused and attempt >= self._max_attempts:
+                self._end_hopeless(connection, job, self._database.now(connection))
+                return JobStatus.FAILED
+            status = JobStatus.PAUSED if is_paused else JobStatus.QUEUED
             self._update(
-                connection, lease.job_id, status=JobStatus.QUEUED, attempt=attempt, worker_id=None,
+                connection, lease.job_id, status=status, attempt=attempt, worker_id=None,
                 lease_token=lease.token + 1, lease_expires_at=None, phase=None,
             )  # fmt: skip
-            self._append(connection, lease.job_id, "state_changed", reason, {"status": "queued"}, level="warn")
-            return False
+            level, why = ("info", "the worker let go of the paused job") if is_paused else ("warn", reason)
+            self._append(connection, lease.job_id, "state_changed", why, {"status": status}, level=level)
+            return status
 
     # Workers
 

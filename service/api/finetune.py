@@ -24,6 +24,7 @@ from finetune.plan import (
     DatasetProfile,
     Hyperparameters,
     WorkerProfile,
+    check_task,
     parse_hyperparameters,
     refuse_unavailable,
     resolve,
@@ -129,6 +130,7 @@ def _accept(
         raise Problem(
             403, "forbidden", "promote: 'if_better' moves the champion, so it needs the scope 'models:promote'"
         )
+    check_task(wanted, "text-classification")
     backbone = body.backbone or services.settings.resolved_default_backbone
     if backbone not in services.settings.backbones:
         known = ", ".join(sorted(services.settings.backbones))
@@ -264,6 +266,16 @@ def cancel(
 ) -> dict[str, Any]:
     keep_best = (body or CancelRequest()).keep_best
     return document(services.jobs.request_cancel(principal.tenant, job_id, keep_best=keep_best), services)
+
+
+@router.post("/finetune/{job_id}/pause", summary="Pause a job; its worker saves and takes the next one")
+def pause(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+    return document(services.jobs.request_pause(principal.tenant, job_id), services)
+
+
+@router.post("/finetune/{job_id}/resume", summary="Put a paused job back into the queue")
+def resume(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+    return document(services.jobs.request_resume(principal.tenant, job_id), services)
 
 
 def document(job: FineTuneJob, services: Services) -> dict[str, Any]:

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.errors import IdempotencyMismatch, JobNotCancellable, JobNotFound, LeaseLost
+from finetune.jobs.errors import (
+    IdempotencyMismatch,
+    JobNotCancellable,
+    JobNotFound,
+    JobNotPausable,
+    JobNotResumable,
+    LeaseLost,
+)
 from finetune.jobs.records import JobFailure, JobSpec, JobStatus, Lease
 from finetune.jobs.store import JobStore
 from model_registry.db import Database
@@ -127,11 +134,11 @@ def test_a_job_lost_too_often_fails_as_stalled(store: JobStore, clock: Clock) ->
 def test_requeueing_may_or_may_not_charge_an_attempt(store: JobStore, clock: Clock) -> None:
     job_id = enqueue(store, clock)
     for _ in range(5):
-        assert not store.requeue(claim(store), "planned", charge_attempt=False)
+        assert store.requeue(claim(store), "planned", charge_attempt=False) is JobStatus.QUEUED
     assert store.get("default", job_id).attempt == 0
-    assert not store.requeue(claim(store), "lost", charge_attempt=True)
-    assert not store.requeue(claim(store), "lost", charge_attempt=True)
-    assert store.requeue(claim(store), "lost", charge_attempt=True)
+    assert store.requeue(claim(store), "lost", charge_attempt=True) is JobStatus.QUEUED
+    assert store.requeue(claim(store), "lost", charge_attempt=True) is JobStatus.QUEUED
+    assert store.requeue(claim(store), "lost", charge_attempt=True) is JobStatus.FAILED
     assert store.get("default", job_id).status is JobStatus.FAILED
 
 
@@ -156,6 +163,100 @@ def test_a_cancelled_job_whose_worker_died_ends(store: JobStore, clock: Clock) -
     clock.time += LEASE_S + 1
     assert store.claim("w2", lease_s=LEASE_S) is None
     assert store.get("default", job_id).status is JobStatus.CANCELLED
+
+
+def test_a_queued_job_is_paused_out_of_the_queue_and_back(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    assert store.request_pause("default", job_id).status is JobStatus.PAUSED
+    assert store.claim("w1", lease_s=LEASE_S) is None
+    assert store.request_resume("default", job_id).status is JobStatus.QUEUED
+    assert claim(store).job_id == job_id
+
+
+def test_a_running_job_is_paused_by_its_worker_without_losing_an_attempt(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    assert not store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True).pause_requested
+    store.request_pause("default", job_id)
+    assert store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True).pause_requested
+    store.record(lease, "checkpoint_saved", "the worker still writes")
+    assert store.requeue(lease, "stopped", charge_attempt=True) is JobStatus.PAUSED
+    job = store.get("default", job_id)
+    assert (job.status, job.attempt, job.worker_id, job.phase) == (JobStatus.PAUSED, 0, None, None)
+    with pytest.raises(LeaseLost):
+        store.record(lease, "progress", "too late")
+
+
+def test_a_paused_job_whose_worker_died_stays_paused_until_it_is_resumed(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    claim(store)
+    store.request_pause("default", job_id)
+    clock.time += 100 * LEASE_S
+    assert store.claim("w2", lease_s=LEASE_S) is None
+    store.request_resume("default", job_id)
+    assert claim(store, "w2").job_id == job_id
+    assert "resumed" in [event.type for event in store.events("default", job_id)]
+
+
+def test_resuming_takes_the_lease_from_a_worker_that_still_winds_down(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    old = claim(store)
+    store.request_pause("default", job_id)
+    store.request_resume("default", job_id)
+    for write in _writes(store, old):
+        with pytest.raises(LeaseLost):
+            write()
+    assert claim(store, "w2").token > old.token
+
+
+def test_the_time_of_a_pause_does_not_count_as_running(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    clock.time += 5
+    store.request_pause("default", job_id)
+    store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True)
+    store.requeue(lease, "stopped", charge_attempt=False)
+    clock.time += 1000
+    store.request_resume("default", job_id)
+    claim(store)
+    job = store.get("default", job_id)
+    assert job.heartbeat_at is not None and job.started_at is not None
+    assert job.heartbeat_at - job.started_at == pytest.approx(5)
+
+
+def test_a_run_that_ends_before_it_sees_the_pause_succeeds(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    store.request_pause("default", job_id)
+    store.finish(lease, JobStatus.SUCCEEDED, result={"name": "m", "version": 1})
+    assert store.get("default", job_id).status is JobStatus.SUCCEEDED
+
+
+def test_a_paused_job_can_be_cancelled(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    store.request_pause("default", job_id)
+    assert store.request_cancel("default", job_id, keep_best=True).status is JobStatus.CANCELLED
+    with pytest.raises(LeaseLost):
+        store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True)
+
+
+def test_pausing_and_resuming_in_any_other_state_is_refused_with_what_to_do(store: JobStore, clock: Clock) -> None:
+    validating = store.enqueue("default", SPEC, is_data_ready=False).id
+    cancelling, running = enqueue(store, clock), enqueue(store, clock)
+    claim(store)
+    store.request_cancel("default", cancelling, keep_best=True)
+    lease = claim(store)
+    store.finish(lease, JobStatus.SUCCEEDED)
+    for job_id in (validating, cancelling, running):
+        with pytest.raises(JobNotPausable, match="; "):
+            store.request_pause("default", job_id)
+        with pytest.raises(JobNotResumable, match="only a paused job"):
+            store.request_resume("default", job_id)
+    paused = enqueue(store, clock)
+    store.request_pause("default", paused)
+    with pytest.raises(JobNotPausable, match="resume it"):
+        store.request_pause("default", paused)
 
 
 def test_events_are_numbered_without_gaps(store: JobStore, clock: Clock) -> None:
@@ -229,7 +330,13 @@ def test_pages_follow_each_other_without_gaps(store: JobStore, clock: Clock) -> 
 
 def test_tenants_do_not_see_each_other(store: JobStore, clock: Clock) -> None:
     job_id = enqueue(store, clock)
-    for call in (store.get, store.events, lambda tenant, id_: store.request_cancel(tenant, id_, keep_best=True)):
+    for call in (
+        store.get,
+        store.events,
+        store.request_pause,
+        store.request_resume,
+        lambda tenant, id_: store.request_cancel(tenant, id_, keep_best=True),
+    ):
         with pytest.raises(JobNotFound):
             call("other", job_id)
     assert store.page("other") == []

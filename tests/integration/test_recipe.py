@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import embedding, training
+from finetune import embedding
 from finetune.datasets.check import ROWS_FILE, write_checked
 from finetune.errors import Cancelled, DatasetInvalid, Stopped
 from finetune.events import ChildJob, DatasetInput, EmbeddingInput
@@ -289,7 +289,7 @@ def test_a_full_disk_during_a_checkpoint_warns_and_training_goes_on(
     def no_space(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(training, "save_checkpoint", no_space)
+    monkeypatch.setattr("finetune.training.loop.save_checkpoint", no_space)
     link = RecordingLink()
     assert finish(job(method="lora", epochs=1), link)
     assert any(event["data"].get("code") == "checkpoint_not_saved" for event in link.of("data_warning"))

@@ -62,7 +62,7 @@ def test_values_out_of_bounds_are_refused_with_their_place(values: dict[str, Any
 
 def test_several_mistakes_are_told_at_once() -> None:
     with pytest.raises(PlanError) as refused:
-        parse_hyperparameters({"epochz": 1, "momentum": 0.9})
+        parse_hyperparameters({"epochz": 1, "augment": "light"})
     assert len(refused.value.errors) == 2
 
 

@@ -1,0 +1,132 @@
+"""Which rows make a step, and how a step is divided into passes of little padding. Tensors are made on a thread ahead.
+
+A step's rows are a function of seed, epoch and position, so a resumed run sees the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modeling.preprocess import TextPreprocessor
+from modeling.weights import IntArray
+
+_WINDOW_BATCHES = 50
+_ENCODED_AT_ONCE = 1000
+_LONG: Any = np.int64
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Tokenised rows end to end: `ids` int32[tokens], `types` int8[tokens], row i from `starts[i]` to `starts[i + 1]`.
+
+    Some 5 bytes a token, where an array of its own for each row took over a hundred bytes more.
+    """
+
+    ids: npt.NDArray[np.int32]
+    types: npt.NDArray[np.int8]
+    starts: IntArray
+    pad_id: int
+
+    @classmethod
+    def encode(cls, preprocessor: TextPreprocessor, texts: Sequence[str], *, pad_id: int) -> TokenRows:
+        ids, types, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int8)], [0]
+        for start in range(0, len(texts), _ENCODED_AT_ONCE):
+            encoded = preprocessor.encode(texts[start : start + _ENCODED_AT_ONCE])
+            ids.append(np.concatenate([row.input_ids for row in encoded]).astype(np.int32))
+            types.append(np.concatenate([row.type_ids for row in encoded]).astype(np.int8))
+            lengths += [row.length for row in encoded]
+        return cls(np.concatenate(ids), np.concatenate(types), np.cumsum(lengths, dtype=_LONG), pad_id)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> IntArray:
+        return np.diff(self.starts)
+
+    def padded(self, rows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """int64[rows, width] ids, attention mask and type ids, as wide as the longest, padded on the right."""
+        lengths = self.lengths[rows]
+        positions = np.arange(lengths.max())
+        mask = positions < lengths[:, None]
+        places = np.where(mask, self.starts[rows][:, None] + positions, 0)
+        ids = np.where(mask, self.ids[places], self.pad_id)
+        return ids.astype(_LONG), mask.astype(_LONG), np.where(mask, self.types[places], 0).astype(_LONG)
+
+
+def epoch_order(lengths: Sequence[int] | IntArray, *, rows_per_step: int, seed: int, epoch: int) -> Iterator[IntArray]:
+    """The rows of each step of an epoch, of similar length: rows are shuffled, sorted by length within windows, and
+    the steps are shuffled again."""
+    lengths = np.asarray(lengths)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    window = rows_per_step * _WINDOW_BATCHES
+    steps = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        steps += [part[at : at + rows_per_step] for at in range(0, len(part), rows_per_step)]
+    for index in random.permutation(len(steps)):
+        yield steps[index].astype(_LONG)
+
+
+def passes(lengths: IntArray, rows: IntArray, *, most_rows: int, most_tokens: int | None) -> list[IntArray]:
+    """A step's rows in passes, each of at most `most_rows` rows and `most_tokens` tokens with padding (one row at
+    least), the longest first: what does not fit the memory fails at once. Without `most_tokens` the order is kept."""
+    if most_tokens is None:
+        return [rows[at : at + most_rows] for at in range(0, len(rows), most_rows)]
+    order = rows[np.argsort(-lengths[rows], kind="stable")]
+    found, start = [], 0
+    while start < len(order):
+        size = min(most_rows, max(1, most_tokens // int(lengths[order[start]])))
+        found.append(order[start : start + size])
+        start += size
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One pass: its rows, and ids, mask and types int64[rows, width] on the device."""
+
+    rows: IntArray
+    inputs: tuple[torch.Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs[0].numel()
+
+
+def make_batch(tokens: TokenRows, rows: IntArray, device: torch.device) -> Batch:
+    return Batch(rows, tuple(torch.from_numpy(array).to(device) for array in tokens.padded(rows)))
+
+
+class Ahead(Generic[T]):
+    """Calls `make(step)` on a thread for the step after the one that is asked for."""
+
+    def __init__(self, make: Callable[[int], T], *, last: int) -> None:
+        self._make, self._last = make, last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[T]] | None = None
+
+    def get(self, step: int) -> T:
+        expected = self._next
+        made = expected[1].result() if expected is not None and expected[0] == step else self._make(step)
+        self._next = (step + 1, self._thread.submit(self._make, step + 1)) if step + 1 < self._last else None
+        return made
+
+    def forget(self) -> None:
+        """What was made ahead no longer fits."""
+        if self._next is not None:
+            self._next[1].cancel()
+            self._next = None
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,381 @@
+"""The training loop: step, evaluate, checkpoint, emit, stop early, restore the best.
+
+A model is anything whose forward takes ids, mask and types int64[rows, width] and gives the output of its `head`;
+`head` takes the rows' vectors, and `encoder` has a transformers configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from finetune.checkpoints import load_checkpoint, save_checkpoint
+from finetune.errors import Cancelled, NonFiniteLoss, Stopped
+from finetune.evaluation import score, summary
+from finetune.losses import build_loss, class_weights
+from finetune.optimizers import build_optimizer, plateau_factor, schedule
+from finetune.plan import EMBEDDING_LOSSES, MethodPlan
+from finetune.run import Run
+from finetune.training import bf16_cpu
+from finetune.training.batches import Ahead, Batch, TokenRows, epoch_order, make_batch, passes
+from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
+from finetune.training.state import Best, Progress, copied, from_checkpoint, load_weights, to_checkpoint, trainable
+from modeling.weights import FloatArray, IntArray
+
+_CHECKPOINT_EVERY_S = 60.0
+_EVALUATION_TOKENS = 8192
+_CPU_TOKENS = 1024  # of a pass: larger ones only leave the caches (docs/log.md)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The best model is in place; `details` says how the run went."""
+
+    validation_logits: FloatArray
+    details: dict[str, Any]
+
+
+def run_training(run: Run, method: str, model: Any) -> Trained:
+    """Trains `model` in place and leaves its best weights in it (the last ones without `restore_best`).
+
+    Raises `Cancelled` (without keep_best), `Stopped` (after saving a checkpoint), `NonFiniteLoss`, `OutOfMemory`.
+    """
+    loop = _Loop(run, method, model)
+    with loop.prepared():
+        loop.restore()
+        while loop.progress.stopped is None:
+            loop.one_step()
+        return loop.finish()
+
+
+class _Loop:
+    def __init__(self, run: Run, method: str, model: Any) -> None:
+        plan: MethodPlan = run.plan_of(method)
+        self.run, self.plan, self.method = run, plan, method
+        self.folder = run.work_dir / method
+        on_cpu = run.plan.device == "cpu"
+        self.has_own_bf16 = on_cpu and run.plan.precision == "bf16"
+        precision = "no" if self.has_own_bf16 or run.plan.precision == "fp32" else run.plan.precision
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+        self.raw = model
+        encoder: Any = model.encoder
+        self.encoder, self.head = encoder, model.head
+        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, run.plan, plan))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.factor = schedule(
+            run.plan.scheduler, total_steps=plan.total_steps, warmup_ratio=run.plan.warmup_ratio, epochs=plan.epochs
+        )
+        encode = functools.partial(TokenRows.encode, run.preprocessor, pad_id=encoder.config.pad_token_id or 0)
+        self.train_rows, self.validation_rows = encode(run.train.texts), encode(run.validation.texts)
+        self.rows_per_step = plan.batch_size * plan.gradient_accumulation
+        self.steps_per_epoch = max(1, -(-len(self.train_rows) // self.rows_per_step))
+        self.evaluate_every = max(1, round(self.steps_per_epoch * run.plan.eval_every))
+        weights = class_weights(run.plan.class_weights, run.train.labels, run.labels)
+        self.objective = build_loss(
+            run.plan, weight=None if weights is None else torch.from_numpy(weights).to(self.accelerator.device)
+        )
+        # Losses that compare rows need the whole pass that was asked for; on a CPU short passes use the caches better.
+        divides = on_cpu and run.plan.loss not in EMBEDDING_LOSSES
+        self.most = PassSize(plan.batch_size, _CPU_TOKENS if divides else None)
+        self.size = self.most
+        self.progress = Progress()
+        self.best: Best | None = None
+        self.started = self.saved = time.monotonic()
+        self.first_step = 0
+        self.steps_of_epoch: tuple[int, list[IntArray]] | None = None
+        self.after_step: Callable[[], None] = lambda: None
+        self.batches = Ahead(self._batches_of, last=plan.total_steps)
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model as it trains: bf16 where the CPU has it, states recomputed where asked for."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.batches.close)
+            if self.has_own_bf16:
+                copies = stack.enter_context(bf16_cpu.computing(self.encoder))
+                self.after_step = copies.expire
+            if self.run.plan.gradient_checkpointing:
+                stack.enter_context(_recomputing(self.encoder))
+            yield
+
+    # One step
+
+    def one_step(self) -> None:
+        if self._should_end():
+            return
+        progress, started = self.progress, time.monotonic()
+        if progress.step == self.first_step and self.plan.finds_batch_size:
+            self._find_size()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._factor()
+        self._gradients_or_half()
+        self._check_norm(self.accelerator.clip_grad_norm_(self.raw.parameters(), self.run.plan.max_grad_norm))
+        self.optimizer.step()
+        self.after_step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.trained_s += time.monotonic() - started
+        self._report()
+        if progress.step % self.evaluate_every == 0 or progress.step >= self.plan.total_steps:
+            self._evaluate()
+        elif time.monotonic() - self.saved > _CHECKPOINT_EVERY_S:
+            self._save()
+
+    def _factor(self) -> float:
+        factor = self.factor(self.progress.step)
+        return factor * plateau_factor(self.progress.plateaus) if self.run.plan.scheduler == "plateau" else factor
+
+    def _should_end(self) -> bool:
+        left = self.run.seconds_left()
+        if left is not None and left <= 0:
+            self._end("max_seconds is used up")
+        try:
+            self.run.link.check_cancelled()
+        except Stopped:
+            self._save()
+            raise
+        except Cancelled as request:
+            if not request.keep_best:
+                raise
+            self.run.is_winding_down = True
+            self._end("cancelled")
+        return self.progress.stopped is not None
+
+    def _end(self, reason: str) -> None:
+        if self.progress.best_value is None:
+            self._evaluate()
+        self.progress.stopped = reason
+
+    def _gradients_or_half(self) -> None:
+        """The step's gradients; where the memory does not suffice, once more from its beginning in passes of half."""
+        random = torch.get_rng_state()
+        while True:
+            try:
+                return self._gradients()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                half = self.size.half()
+                if self.progress.halved or half is None:
+                    raise OutOfMemory(self.size) from error
+            self.progress.halved += 1
+            self._shrink(half)
+            torch.set_rng_state(random)
+
+    def _shrink(self, size: PassSize) -> None:
+        self.optimizer.zero_grad()
+        self.batches.forget()
+        release()
+        self.size = size
+        message = f"{self.method}: out of memory at step {self.progress.step}; passes have {size.rows} rows from now on"
+        message += ", the step as many as before"
+        data = {"code": "batch_halved", "method": self.method, "step": self.progress.step, "rows": size.rows}
+        self.run.link.event("data_warning", message, data, level="warn")
+
+    def _gradients(self) -> None:
+        """Leaves the gradient of the mean over the step's rows in the parameters."""
+        self.model.train()
+        batches = self.batches.get(self.progress.step)
+        targets = torch.from_numpy(self.run.train.labels)
+        rows = sum(len(batch.rows) for batch in batches)
+        weight = sum(float(self.objective.weights(self._targets(targets, batch)).sum()) for batch in batches)
+        losses = []
+        for batch in batches:
+            of_rows, of_vectors = self._losses(batch, self._targets(targets, batch))
+            loss = of_rows.sum() / weight + of_vectors * (len(batch.rows) / rows)
+            losses.append((batch, of_rows.detach(), loss.detach()))
+            self.accelerator.backward(loss)
+        total = float(torch.stack([loss for _, _, loss in losses]).sum())
+        if not np.isfinite(total):
+            raise self._not_finite([self._broken(batch, values) for batch, values, _ in losses])
+        self.progress.loss_sum += total
+        self.progress.loss_steps += 1
+        self.progress.trained_rows += rows
+
+    def _targets(self, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return targets[torch.from_numpy(batch.rows)].to(self.accelerator.device)
+
+    def _losses(self, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32[rows] of the output, and one value for the pass of the vectors (0 where the loss has none)."""
+        vectors: list[torch.Tensor] = []
+        of_vectors = self.objective.of_vectors
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: vectors.append(inputs[0]))
+        try:
+            output = self.model(*batch.inputs).float()
+        finally:
+            hook.remove()
+        compared = output.new_zeros(()) if of_vectors is None else of_vectors(vectors[0].float(), targets)
+        return self.objective.of_output(output, targets), compared
+
+    def _broken(self, batch: Batch, values: torch.Tensor) -> list[int]:
+        is_broken = ~torch.isfinite(values).cpu().numpy()
+        return [int(number) for number in self.run.train.numbers[batch.rows[is_broken]]]
+
+    def _check_norm(self, norm: Any) -> None:
+        # With a gradient scaler an infinite gradient is expected now and then: it skips the step and scales less.
+        if norm is not None and self.accelerator.scaler is None and not np.isfinite(float(norm)):
+            raise self._not_finite([])
+
+    def _not_finite(self, rows: list[list[int]]) -> NonFiniteLoss:
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        numbers = sorted(number for some in rows for number in some)
+        return NonFiniteLoss(self.progress.step, rows=numbers, learning_rate=rate, precision=self.run.plan.precision)
+
+    # Rows
+
+    def _batches_of(self, step: int) -> list[Batch]:
+        rows = self._rows_of(step)
+        parts = passes(self.train_rows.lengths, rows, most_rows=self.size.rows, most_tokens=self.size.tokens)
+        return [make_batch(self.train_rows, part, self.accelerator.device) for part in parts]
+
+    def _rows_of(self, step: int) -> IntArray:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        known = self.steps_of_epoch
+        if known is None or known[0] != epoch:
+            order = epoch_order(
+                self.train_rows.lengths, rows_per_step=self.rows_per_step, seed=self.run.plan.seed, epoch=epoch
+            )
+            known = self.steps_of_epoch = (epoch, list(order))
+        return known[1][position]
+
+    def _find_size(self) -> None:
+        """The most rows that fit into the device's memory in one pass: tried with the longest rows there are."""
+        longest = np.argsort(-self.train_rows.lengths, kind="stable")[: self.rows_per_step]
+        targets, random = torch.from_numpy(self.run.train.labels), torch.get_rng_state()
+
+        def attempt(size: PassSize) -> None:
+            self.optimizer.zero_grad()
+            self.model.train()
+            batch = make_batch(self.train_rows, longest[: size.rows], self.accelerator.device)
+            of_rows, of_vectors = self._losses(batch, self._targets(targets, batch))
+            self.accelerator.backward(of_rows.mean() + of_vectors)
+            self.optimizer.zero_grad()
+
+        self.size = largest_that_fits(attempt, PassSize(self.rows_per_step))
+        self.optimizer.zero_grad()
+        torch.set_rng_state(random)
+
+    # Evaluation and early stopping
+
+    @torch.no_grad()  # not inference_mode: the bf16 copies made here serve the next step's gradients, too
+    def _validation_logits(self) -> FloatArray:
+        self.model.eval()
+        rows = np.arange(len(self.validation_rows))
+        logits = np.zeros((len(rows), len(self.run.labels)), dtype=np.float32)
+        for part in passes(self.validation_rows.lengths, rows, most_rows=len(rows), most_tokens=_EVALUATION_TOKENS):
+            batch = make_batch(self.validation_rows, part, self.accelerator.device)
+            logits[part] = self.model(*batch.inputs).float().cpu().numpy()
+        return logits
+
+    def _evaluate(self) -> None:
+        progress, plan, link = self.progress, self.run.plan, self.run.link
+        logits = self._validation_logits()
+        value = score(plan.metric, logits, self.run.validation.labels)
+        values = summary(logits, self.run.validation.labels)
+        train_loss = progress.loss_sum / max(1, progress.loss_steps)
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        progress.history.append({"step": progress.step, "epoch": self._epoch(), "train_loss": train_loss, **values})
+        for split, numbers in (("train", {"loss": train_loss}), ("validation", values)):
+            data = {"split": split, "step": progress.step, "epoch": self._epoch(), "values": numbers}
+            link.event("metrics", f"{self.method} step {progress.step}: {split}", {**data, "method": self.method})
+        if progress.observe(value, plan.early_stopping):
+            self.best = Best(copied(trainable(self.raw)), torch.from_numpy(logits))
+            best = {"metric": plan.metric, "value": value, "step": progress.step, "method": self.method}
+            link.event("best_updated", f"{self.method}: {plan.metric} {value:.4f} at step {progress.step}", best)
+        if progress.step >= self.plan.total_steps:
+            progress.stopped = "all epochs are done"
+        elif progress.stopped is not None:
+            message = f"{self.method}: no gain in {plan.early_stopping.patience} evaluations"
+            link.event("early_stopped", message, {"step": progress.step, "best_step": progress.best_step})
+        self._save()
+        if self.run.on_evaluation is not None:
+            self.run.on_evaluation(len(progress.history), value)
+
+    def finish(self) -> Trained:
+        progress = self.progress
+        restores = self.run.plan.restore_best and self.best is not None
+        if restores and self.best is not None:
+            load_weights(self.raw, self.best.weights)
+        logits = self.best.logits.numpy() if restores and self.best is not None else self._validation_logits()
+        self.raw.eval()
+        details = {
+            "steps": progress.step,
+            "epochs": self._epoch(),
+            "best_step": progress.best_step,
+            "stopped": progress.stopped,
+            "rows_per_second": round(progress.trained_rows / max(1e-9, progress.trained_s), 2),
+            "history": progress.history,
+        }
+        return Trained(logits, details)
+
+    # Progress and checkpoints
+
+    def _epoch(self) -> float:
+        return round(self.progress.step / self.steps_per_epoch, 3)
+
+    def _report(self) -> None:
+        progress, total = self.progress, self.plan.total_steps
+        done = progress.step - self.first_step
+        eta_s = (time.monotonic() - self.started) / max(1, done) * (total - progress.step)
+        self.run.link.progress(
+            percent=round(100 * progress.step / total, 1), step=progress.step, total_steps=total, epoch=self._epoch(),
+            eta_seconds=round(eta_s, 1), method=self.method,
+        )  # fmt: skip
+
+    def _identity(self) -> dict[str, Any]:
+        """A checkpoint of another plan or of other rows is not gone on from."""
+        return {
+            "seed": self.run.plan.seed, "rows": len(self.train_rows), "tokens": len(self.train_rows.ids),
+            "rows_per_step": self.rows_per_step, "total_steps": self.plan.total_steps,
+            "trainable": sum(parameter.numel() for parameter in trainable(self.raw).values()),
+            "optimizer": self.run.plan.optimizer,
+        }  # fmt: skip
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        checkpoint = to_checkpoint(
+            self.progress, self.raw, self.optimizer, self.best,
+            scaler=self.accelerator.scaler, identity=self._identity(),
+        )  # fmt: skip
+        try:
+            save_checkpoint(self.folder, checkpoint, step=self.progress.step)
+        except OSError as error:
+            message = (
+                f"the checkpoint at step {self.progress.step} was not written ({error.strerror}); the last is kept"
+            )
+            self.run.link.event("data_warning", message, {"code": "checkpoint_not_saved"}, level="warn")
+        else:
+            data = {"method": self.method, "step": self.progress.step}
+            self.run.link.event("checkpoint_saved", f"{self.method}: step {self.progress.step} saved", data)
+
+    def restore(self) -> None:
+        """Goes on from the newest checkpoint of this run, if there is one."""
+        folders = [self.folder, *(folder / self.method for folder in self.run.earlier_work_dirs)]
+        found = next((checkpoint for folder in folders if (checkpoint := load_checkpoint(folder))), None)
+        if found is None or found.state.get("identity") != self._identity():
+            return
+        self.progress, self.best = from_checkpoint(found, self.raw, self.optimizer, scaler=self.accelerator.scaler)
+        if self.progress.halved:
+            self.size = self.most.half() or self.most
+        self.first_step = self.progress.step
+        message = f"{self.method}: continues from step {self.progress.step}"
+        self.run.link.event("resumed", message, {"method": self.method, "step": self.progress.step})
+
+
+@contextlib.contextmanager
+def _recomputing(encoder: torch.nn.Module) -> Iterator[None]:
+    """Each layer's states are computed again in the backward pass instead of kept."""
+    model: Any = next(module for module in encoder.modules() if hasattr(module, "gradient_checkpointing_enable"))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
