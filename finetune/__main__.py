@@ -16,6 +16,7 @@ from finetune.metrics import WorkerMetrics
 from finetune.plan import WorkerProfile
 from finetune.settings import WorkerSettings, load_worker_settings
 from finetune.supervisor import Ledger, Timing
+from finetune.tracking import MlflowSink
 from finetune.worker import Worker, WorkerFolders
 from model_registry.db import Database
 from model_registry.errors import DatabaseUnavailable
@@ -48,6 +49,7 @@ def main() -> int:
         ),
         timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
         poll_s=settings.poll_s,
+        sink=_sink(settings),
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
@@ -61,6 +63,13 @@ def main() -> int:
             stop_metrics()
         database.dispose()
     return 0
+
+
+def _sink(settings: WorkerSettings) -> MlflowSink | None:
+    if settings.mlflow_tracking_uri is None:
+        return None
+    token = settings.mlflow_token.get_secret_value() if settings.mlflow_token else None
+    return MlflowSink(settings.mlflow_tracking_uri, settings.mlflow_experiment, token=token)
 
 
 def _migrate_when_there(database: Database) -> None:
