@@ -20,6 +20,7 @@ from finetune.settings import WorkerSettings, load_worker_settings
 from finetune.spare import SpareChild, child_command
 from finetune.speed import forward_rows_per_s
 from finetune.supervisor import Ledger, Timing
+from finetune.tracking import MlflowSink
 from finetune.worker import Worker, WorkerFolders
 from model_registry.db import Database
 from model_registry.engine_reports import EngineReports
@@ -54,7 +55,7 @@ def main() -> int:
         ),
         timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
         poll_s=settings.poll_s, engines=EngineReports(database), feature_cache_bytes=settings.feature_cache_bytes,
-        spare=_spare(backbones) if settings.spare_process else None,
+        spare=_spare(backbones) if settings.spare_process else None, sink=_sink(settings),
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
@@ -68,6 +69,13 @@ def main() -> int:
             stop_metrics()
         database.dispose()
     return 0
+
+
+def _sink(settings: WorkerSettings) -> MlflowSink | None:
+    if settings.mlflow_tracking_uri is None:
+        return None
+    token = settings.mlflow_token.get_secret_value() if settings.mlflow_token else None
+    return MlflowSink(settings.mlflow_tracking_uri, settings.mlflow_experiment, token=token)
 
 
 def _migrate_when_there(database: Database) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "POLYHEAD_"
@@ -50,6 +50,11 @@ class WorkerSettings(BaseSettings):
     stall_s: float = Field(900.0, ge=10, description="seconds without any sign of progress until a run is aborted")
     cancel_grace_s: float = Field(30.0, ge=0, description="seconds a run gets to wind down before it is killed")
     max_attempts: int = Field(3, ge=1, le=10, description="runs a job may lose before it fails")
+    mlflow_tracking_uri: str | None = Field(
+        None, pattern=r"^https?://", description="MLflow server that ended jobs are recorded in; default: none"
+    )
+    mlflow_experiment: str = Field("polyhead", min_length=1, max_length=200, description="experiment of those records")
+    mlflow_token: SecretStr | None = Field(None, description="bearer token for that server")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -22,6 +23,7 @@ from finetune.plan import WorkerProfile
 from finetune.settings import child_environment
 from finetune.spare import SpareChild
 from finetune.supervisor import Ledger, Supervisor, Timing
+from finetune.tracking import MlflowSink, TrackingFailed
 from model_registry.engine_reports import EngineReports
 from model_registry.errors import DatabaseUnavailable
 from modeling.backbone import Backbone
@@ -55,11 +57,12 @@ class Worker:
         self, worker_id: str, ledger: Ledger, datasets: DatasetStore, *, backbones: Mapping[str, Backbone],
         profile: WorkerProfile, folders: WorkerFolders, timing: Timing, poll_s: float,
         engines: EngineReports | None = None, feature_cache_bytes: int = 0, spare: SpareChild | None = None,
+        sink: MlflowSink | None = None,
     ) -> None:  # fmt: skip
         """`engines`: what servers measured; `spare`: a training process to keep waiting while there is no job."""
         self._id, self._ledger, self._datasets = worker_id, ledger, datasets
         self._backbones, self._profile, self._folders, self._timing = backbones, profile, folders, timing
-        self._poll_s = poll_s
+        self._poll_s, self._sink = poll_s, sink
         self._engines, self._feature_cache_bytes, self._spare = engines, feature_cache_bytes, spare
         # A plain flag: an Event set by a signal handler can deadlock with the main thread inside its wait.
         self._is_stopping = False
@@ -153,7 +156,22 @@ class Worker:
         outcome = supervisor.run()
         if outcome in {"succeeded", "failed", "cancelled"}:
             shutil.rmtree(self._folders.work / job.id, ignore_errors=True)
+            self._track(lease, job)
         return outcome
+
+    def _track(self, lease: Lease, job: FineTuneJob) -> None:
+        """Records the ended job elsewhere. Whatever comes of it, the job is as it is."""
+        if self._sink is None:
+            return
+        jobs = self._ledger.jobs
+        try:
+            ended, events = jobs.get(job.tenant, job.id), jobs.events(job.tenant, job.id, limit=_MOST_EVENTS)
+            run_id = self._sink.record(ended, events)
+            _log.info("run recorded", extra={"action": "tracked", "job": job.id, "outcome": run_id})
+        except TrackingFailed as error:
+            _log.warning("run not recorded", extra={"action": "tracking_failed", "job": job.id, "error": str(error)})
+            with contextlib.suppress(LeaseLost):
+                jobs.remark(lease, f"the job was not recorded in MLflow: {error}", {"code": "tracking_failed"})
 
     def _child_job(self, lease: Lease, job: FineTuneJob) -> ChildJob:
         spec = job.spec

@@ -295,6 +295,14 @@ class JobStore:
             self._update(connection, lease.job_id, **columns)
         self._append(connection, lease.job_id, type_, message, data or {}, level=level)
 
+    def remark(self, lease: Lease, message: str, data: dict[str, Any]) -> None:
+        """Appends a warning to a job that has ended under this lease. Raises `LeaseLost` where another one came."""
+        with self._database.write() as connection:
+            query = sa.select(jobs.c.lease_token).where(jobs.c.id == lease.job_id).with_for_update()
+            if connection.execute(query).scalar_one_or_none() != lease.token:
+                raise LeaseLost(f"{lease.job_id} is no longer held under token {lease.token}")
+            self._append(connection, lease.job_id, "data_warning", message, data, level="warn")
+
     def set_columns(self, lease: Lease, **columns: Any) -> None:
         """Sets columns without an event. Raises `LeaseLost`."""
         with self.fenced(lease) as connection:

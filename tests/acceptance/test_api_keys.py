@@ -141,6 +141,15 @@ def test_a_key_opens_only_what_its_scopes_name(keyed: Keyed, routes: list[tuple[
                     assert repr(ROUTES[method, path]) in document["detail"]
 
 
+def test_promoting_through_a_job_needs_the_scope_that_promoting_does(keyed: Keyed) -> None:
+    body = {"dataset": "ds_none", "register_as": "m", "promote": "if_better"}
+    with keyed.client("finetune") as client, keyed.client("ours") as admin:
+        refusal = problem(client.http.post("/finetune", json=body), 403, "forbidden")
+        assert "models:promote" in refusal["detail"]
+        problem(client.http.post("/finetune", json=body | {"promote": "manual"}), 404, "dataset_not_found")
+        problem(admin.http.post("/finetune", json=body), 404, "dataset_not_found")
+
+
 def test_a_key_may_come_in_either_header(keyed: Keyed) -> None:
     with Client(keyed.url) as client:
         assert client.http.get("/models", headers={"X-API-Key": keyed.keys["nothing"]}).status_code == 200
