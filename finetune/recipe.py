@@ -29,6 +29,7 @@ from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.evaluation import report, score, summary
 from finetune.events import ChildJob, DatasetInput, Link, tell
 from finetune.jobs.records import JobPhase
+from finetune.memory import release_free_memory
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate, Servable
 from finetune.plan import DatasetProfile, TrainingPlan, parse_hyperparameters, resolve
@@ -51,6 +52,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, link)
     suspects = find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed)
+    release_free_memory()
     labels = tuple(sorted(set(train.labels)))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
