@@ -35,6 +35,7 @@ from finetune.jobs.records import JobPhase
 from finetune.judgement.plots import draw
 from finetune.judgement.promotion import Contender, judge
 from finetune.judgement.report import Assessment, Outcome, assess
+from finetune.memory import release_free_memory
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate, Servable
 from finetune.plan import DatasetProfile, PlanError, TrainingPlan, parse_hyperparameters, resolve
@@ -59,6 +60,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, link)
     suspects = find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed)
+    release_free_memory()
     labels = tuple(sorted(set(train.labels)))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)

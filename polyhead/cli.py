@@ -176,7 +176,7 @@ def predict(
 
 @app.command()
 def upload(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="csv, jsonl or parquet")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="a table or an archive")],
     url: Url = DEFAULT_URL,
 ) -> None:
     """Upload a file with labelled data, wait for its check and print its id."""

@@ -30,7 +30,7 @@ class Limits:
     batch_cells: int = 1_000_000
     batch_characters: int = 16 * 1024 * 1024
     entries: int = 500_000
-    directory_bytes: int = 128 * 1024 * 1024
+    directory_bytes: int = 64 * 1024 * 1024
     unpacked_bytes: int = 16 * 1024**3
     unpacked_ratio: int = 100
     unpacked_slack_bytes: int = 16 * 1024 * 1024

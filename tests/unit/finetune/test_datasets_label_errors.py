@@ -80,6 +80,13 @@ def test_sound_labels_raise_no_warning() -> None:
     assert len(found) <= 4 and all(event["level"] == "info" for event in link.of("data_warning"))
 
 
+def test_a_class_of_one_row_does_not_disturb_the_search() -> None:
+    rows, wrong = corpus()
+    lone = LabelledRows(np.arange(1, 402), [*rows.texts, "something else entirely"], [*rows.labels, "lone"])
+    listed = {item["row"] for item in find_suspects(lone, RecordingLink(), seed=1)}
+    assert len(listed & wrong) >= 0.6 * len(wrong)
+
+
 def test_too_many_rows_are_left_alone_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspects, "MOST_ROWS", 399)
     link = RecordingLink()
