@@ -56,7 +56,17 @@ def _task(
 ) -> dict[str, Any]:
     """What a run gets. The validation rows are for polyhead, which evaluates once an epoch, outside of the figure."""
     shuffled = random.Random(seed).sample(train, len(train))
-    return {"seed": seed, "method": method, "train": shuffled[:rows], "validation": shuffled[rows:][:200], "test": test}
+    labels = {row["label"] for row in shuffled[:rows]}
+    known = {
+        side: [row for row in some if row["label"] in labels] for side, some in (("train", shuffled), ("test", test))
+    }
+    return {
+        "seed": seed,
+        "method": method,
+        "train": shuffled[:rows],
+        "validation": known["train"][-200:],
+        "test": known["test"],
+    }
 
 
 def _measure(name: str, file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.acceptance.conftest import Home, Service
-from tests.acceptance.processes import LEASE_S, Client, Worker, is_running, until
+from tests.acceptance.processes import LEASE_S, Client, Worker, is_running, problem, until
 
 # Some seconds of training with a checkpoint every 20 steps: time enough to disturb it.
 STEPS_BETWEEN = 20
@@ -104,6 +104,30 @@ def test_a_worker_told_to_stop_gives_its_job_back_uncharged(
     assert job["attempt"] == 1
     assert resumed_step(client.events(job_id)) >= STEPS_BETWEEN
     assert_one_version(client, "worker-stopped", job)
+
+
+def test_a_paused_job_frees_its_worker_outlives_it_and_goes_on(
+    lone: Service, lone_words: str, start_worker: Callable[[], Worker]
+) -> None:
+    client, worker = lone.client, start_worker()
+    job_id = client.finetune(lone_words, "paused", **LONG)
+    client.wait_event(job_id, "checkpoint_saved")
+    child = worker.training_child()
+    paused = client.http.post(f"/finetune/{job_id}/pause")
+    assert (paused.status_code, paused.json()["status"]) == (200, "paused")
+    until(lambda: not is_running(child), within_s=30, what="the training process to save and end")
+    client.train(lone_words, "meanwhile", method="baseline")  # by the worker that the pause has freed
+    worker.kill()
+    problem(client.http.post(f"/finetune/{job_id}/pause"), 409, "job_not_pausable")
+    assert (client.job(job_id)["status"], client.job(job_id)["attempt"]) == ("paused", 0)
+    assert client.http.post(f"/finetune/{job_id}/resume").json()["status"] == "queued"
+    problem(client.http.post(f"/finetune/{job_id}/resume"), 409, "job_not_resumable")
+    start_worker()
+    job = client.wait(job_id)
+    assert job["attempt"] == 1
+    assert resumed_step(client.events(job_id)) >= STEPS_BETWEEN
+    assert_one_version(client, "paused", job)
+    problem(client.http.post(f"/finetune/{job_id}/pause"), 409, "job_not_pausable")
 
 
 def test_a_job_that_loses_every_run_fails_and_says_so(
