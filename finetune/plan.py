@@ -47,7 +47,7 @@ LOSSES: dict[Task, tuple[Loss, ...]] = {  # the first is what auto becomes
 
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
 NOT_YET = {
-    "augment", "oversample", "export", "search",
+    "augment", "oversample", "search",
 }  # fmt: skip
 _NOT_SEARCHED = frozenset({"auto", "baseline", "linear_probe"})  # several methods, or ones without steps
 SMALL_PARAMETERS = 50_000_000
@@ -186,6 +186,7 @@ class Hyperparameters(_Model):
     split: SplitOptions = SplitOptions()
     max_length: Literal["auto"] | int = Field("auto")
     calibration: Literal["temperature", "none"] = "temperature"
+    export: tuple[Literal["onnx"], ...] = Field(("onnx",), max_length=1)
     abstain: AbstainOptions = AbstainOptions()
     gate: GateOptions = GateOptions()
 
@@ -288,6 +289,7 @@ class TrainingPlan(_Model):
     restore_best: bool
     split: SplitOptions
     calibration: Literal["temperature", "none"]
+    export: tuple[Literal["onnx"], ...]
     abstain: AbstainOptions = AbstainOptions()
     gate: GateOptions = GateOptions()
     trials: int = 0
@@ -426,6 +428,7 @@ def resolve(
         restore_best=wanted.restore_best,
         split=wanted.split.resolved(),
         calibration=wanted.calibration,
+        export=wanted.export,
         abstain=wanted.abstain,
         gate=wanted.gate,
         trials=wanted.trials,

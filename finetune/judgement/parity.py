@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from finetune.judgement.gates import Gate, parity
 from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run, embed
 from modeling.adapters import Adapter
-from modeling.backbone import Backbone
+from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.engines.graphs import GraphEngine, GraphFiles, graphs_key
 from modeling.engines.onnx import is_available, onnx_engine
 from modeling.engines.torch import TorchEngine
@@ -32,26 +31,24 @@ class _Weights:
     adapter: Adapter | None
 
 
-def engine_parity(
-    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], *, graphs_root: Path | None
-) -> Gate:
-    """Torch in fp32 against ONNX Runtime in fp32 on up to 1000 of `texts`; skipped where there is no graph at hand.
+def engine_parity(run: Run, best: Candidate, servable: Servable, folder: Path, *, graphs_root: Path | None) -> Gate:
+    """Torch in fp32 against ONNX Runtime in fp32 on up to 1000 test rows; skipped where there is no graph at hand.
 
-    A version with a backbone of its own is exported for this; for the others the backbone's export must be
-    in the cache, where a server has put it.
+    `folder` holds the version's weights as written, with the graph of those that are its own; for the others the
+    backbone's export must be in the cache, where a server has put it.
     """
-    texts = list(texts[:MOST_ROWS])
-    reason = _reason_to_skip(run, best, texts, graphs_root)
+    texts = list(run.test.texts[:MOST_ROWS])
+    files = _graphs(run, best, folder, graphs_root)
+    reason = _reason_to_skip(best, texts, files)
     if reason is not None:
         return Gate("engine_parity", "skipped", f"skipped: {reason}")
-    with tempfile.TemporaryDirectory(prefix="polyhead-parity-", dir=run.work_dir) as name:
-        try:
-            return _compared(run, best, servable, texts, Path(name), graphs_root)
-        except (ModelingError, OSError) as error:
-            return Gate("engine_parity", "failed", f"the graph could not be run: {error}"[:500])
+    try:
+        return _compared(run, best, servable, texts, folder, files)
+    except (ModelingError, OSError) as error:
+        return Gate("engine_parity", "failed", f"the graph could not be run: {error}"[:500])
 
 
-def _reason_to_skip(run: Run, best: Candidate, texts: Sequence[str], graphs_root: Path | None) -> str | None:
+def _reason_to_skip(best: Candidate, texts: Sequence[str], files: GraphFiles) -> str | None:
     if best.kind == "baseline":
         return "the baseline is served by the code that was evaluated"
     if best.kind not in {"head", "lora", "full"}:
@@ -60,25 +57,22 @@ def _reason_to_skip(run: Run, best: Candidate, texts: Sequence[str], graphs_root
         return "there are no rows to compare on"
     if not is_available():
         return "onnxruntime is not installed on this worker"
-    if best.kind != "full" and not _cached(run.backbone, graphs_root).is_complete:
-        return "no server has exported this backbone yet, so there is no graph to compare with"
+    if not files.is_complete:
+        of_own = "the version was not exported" if best.kind == "full" else "no server has exported this backbone yet"
+        return f"{of_own}, so there is no graph to compare with"
     return None
 
 
-def _cached(backbone: Backbone, graphs_root: Path | None) -> GraphFiles:
-    return GraphFiles((graphs_root or Path("/nonexistent")) / graphs_key(backbone.info.digest))
+def _graphs(run: Run, best: Candidate, folder: Path, graphs_root: Path | None) -> GraphFiles:
+    if best.kind == "full":
+        return GraphFiles(folder / "full" / GRAPHS_FOLDER)
+    return GraphFiles((graphs_root or Path("/nonexistent")) / graphs_key(run.backbone.info.digest))
 
 
 def _compared(
-    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], folder: Path, graphs_root: Path | None
+    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], folder: Path, files: GraphFiles
 ) -> Gate:
-    weights = _written(run, best, servable, folder)
-    if best.kind == "full":
-        from modeling.export import export_graphs
-
-        files = export_graphs(weights.backbone, folder / "graphs")
-    else:
-        files = _cached(run.backbone, graphs_root)
+    weights = _written(run, best, folder)
     reference = TorchEngine(weights.backbone) if best.kind == "full" else run.engine
     other = onnx_engine(files, threads=run.plan.cpu_threads)
     wanted, got = (_vectors(engine, run, texts, weights.adapter) for engine in (reference, other))
@@ -87,9 +81,7 @@ def _compared(
     return parity("onnx/fp32", rows=len(texts), flips=flips, least_cosine=least_cosine(wanted, got))
 
 
-def _written(run: Run, best: Candidate, servable: Servable, folder: Path) -> _Weights:
-    if servable.write_extra is not None:
-        servable.write_extra(folder)
+def _written(run: Run, best: Candidate, folder: Path) -> _Weights:
     return _Weights(
         backbone=Backbone.open(folder / "full") if best.kind == "full" else run.backbone,
         adapter=Adapter.read(folder / "adapter") if best.kind == "lora" else None,

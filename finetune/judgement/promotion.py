@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.events import ChildJob, Link
@@ -26,10 +27,12 @@ from modeling.weights import FloatArray
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """The version that would be champion: as trained, as served, its answers on the test rows, its report."""
+    """The version that would be champion: as trained, as served, the folder of its weights as written, its answers on
+    the test rows, its report."""
 
     best: Candidate
     servable: Servable
+    folder: Path
     test_logits: FloatArray | None
     evaluation: dict[str, Any]
 
@@ -69,9 +72,7 @@ def _minimum(run: Run, evaluation: dict[str, Any], least: float) -> Gate:
 def _against(
     job: ChildJob, run: Run, store: ArtifactStore, contender: Contender, pointer: dict[str, Any]
 ) -> list[Gate]:
-    parity = engine_parity(
-        run, contender.best, contender.servable, run.test.texts, graphs_root=job.graphs_root
-    )  # fmt: skip
+    parity = engine_parity(run, contender.best, contender.servable, contender.folder, graphs_root=job.graphs_root)
     try:
         champion = read_champion(store, run, pointer, tenant=job.tenant, name=job.spec.register_as)
         return [*_duel(run, contender, champion), parity]

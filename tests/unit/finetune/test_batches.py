@@ -42,6 +42,15 @@ def test_rows_of_similar_length_go_together() -> None:
     assert padded < 1.1 * sizes.sum()
 
 
+def test_epochs_and_seeds_differ() -> None:
+    sizes = np.random.default_rng(0).integers(5, 250, 1000)
+    orders = [
+        np.concatenate(list(epoch_order(sizes, rows_per_step=32, seed=seed, epoch=epoch))).tolist()
+        for seed, epoch in ((1, 0), (1, 1), (2, 0))
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
 def test_token_rows_are_padded_like_the_engines_pad(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "tiny")
     preprocessor = TextPreprocessor(folder / "tokenizer.json", max_length=16)

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from finetune.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
 from finetune.evaluation import report, score
 from finetune.losses import class_weights
 from finetune.optimizers import schedule
-from finetune.training import epoch_order
 from modeling.heads import softmax
 
 
@@ -79,24 +76,3 @@ def test_schedules_warm_up_and_end_where_they_should(name: str) -> None:
     assert values[:10] == sorted(values[:10])
     assert values[10:] == sorted(values[10:], reverse=True)
     assert values[-1] == (1.0 if name == "constant" else pytest.approx(0.0, abs=0.02))
-
-
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=400), st.integers(1, 40), st.integers(0, 5))
-def test_an_epoch_is_a_partition_of_the_rows(lengths: list[int], batch: int, epoch: int) -> None:
-    batches = list(epoch_order(lengths, rows_per_batch=batch, seed=1, epoch=epoch))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    assert max(len(rows) for rows in batches) <= batch
-    again = list(epoch_order(lengths, rows_per_batch=batch, seed=1, epoch=epoch))
-    assert all((one == other).all() for one, other in zip(batches, again, strict=True))
-
-
-def test_epochs_and_seeds_differ_and_batches_are_of_similar_length() -> None:
-    lengths = np.random.default_rng(0).integers(4, 256, size=2000).tolist()
-    orders = [
-        np.concatenate(list(epoch_order(lengths, rows_per_batch=32, seed=seed, epoch=epoch))).tolist()
-        for seed, epoch in ((1, 0), (1, 1), (2, 0))
-    ]
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-    batches = list(epoch_order(lengths, rows_per_batch=32, seed=1, epoch=0))
-    padded = sum(max(lengths[row] for row in rows) * len(rows) for rows in batches)
-    assert sum(lengths) / padded > 0.9
