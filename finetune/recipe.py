@@ -17,16 +17,14 @@ import numpy as np
 
 from finetune.artefact import stage_weights, store_artefact, write_artefact, write_events, write_judgement
 from finetune.calibration import fit_temperature
-from finetune.datasets.canonical import column_names
-from finetune.datasets.errors import ColumnMissing
+from finetune.datasets import load as datasets
 from finetune.datasets.findings import too_long
-from finetune.datasets.labelled import LabelledRows, load_labelled
-from finetune.datasets.records import Finding, has_errors
-from finetune.datasets.sides import divide, with_extras
+from finetune.datasets.labelled import LabelledRows
+from finetune.datasets.records import has_errors
 from finetune.embedding import FrozenVectors
 from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.evaluation import score, summary
-from finetune.events import ChildJob, DatasetInput, Journal, Link, tell
+from finetune.events import ChildJob, Journal, Link, tell
 from finetune.features import FeatureCache
 from finetune.jobs.records import JobPhase
 from finetune.judgement.promotion import Contender, judge
@@ -104,36 +102,14 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
     """Train, validation and test rows; what the request does not bring is split off. Raises `DatasetInvalid`."""
     wanted = parse_hyperparameters(job.spec.hyperparameters)
     inputs = {"train": job.train, "validation": job.validation, "test": job.test}
-    loaded = {side: load_side(job, given, side) for side, given in inputs.items() if given is not None}
-    findings = [finding for _, found in loaded.values() for finding in found]
-    if not has_errors(findings):
-        rows = {side: rows for side, (rows, _) in loaded.items()}
-        sides = divide(rows["train"], rows.get("validation"), rows.get("test"), options=wanted.split, seed=wanted.seed)
-        findings += sides.findings
-    tell(link, findings)
-    if has_errors(findings):
-        errors = [finding for finding in findings if finding.severity == "error"]
+    files = {side: given.rows_file for side, given in inputs.items() if given is not None}
+    sides = datasets.load_sides(files, columns=job.spec.columns, options=wanted.split, seed=wanted.seed)
+    tell(link, sides.findings)
+    if has_errors(sides.findings):
+        errors = [finding for finding in sides.findings if finding.severity == "error"]
         message = "; ".join(finding.message for finding in errors)[:1000]
         raise DatasetInvalid(message, [finding.model_dump(mode="json") for finding in errors])
-    slices = job.spec.columns.slices
-    return with_extras(sides.train, slices), with_extras(sides.validation, slices), with_extras(sides.test, slices)
-
-
-def load_side(job: ChildJob, given: DatasetInput, side: str) -> tuple[LabelledRows, list[Finding]]:
-    """The rows of one dataset with the columns that its split and its slices ask for."""
-    columns, split = job.spec.columns, parse_hyperparameters(job.spec.hyperparameters).split
-    wanted = [*columns.slices, *([split.column_read] if split.column_read else [])]
-    available = column_names(given.rows_file)
-    # Only the rows to cut need the split's column; data given as a side may lack what it is sliced by.
-    extras = wanted if side == "train" else [name for name in wanted if name in available]
-    try:
-        rows, findings = load_labelled(
-            given.rows_file, text_column=columns.text, label_column=columns.label, extra_columns=extras
-        )
-    except ColumnMissing as error:
-        return LabelledRows(np.zeros(0, np.int64), [], []), [error.as_finding()]
-    lacking = [ColumnMissing(name, available=available).as_finding() for name in columns.slices if name not in extras]
-    return rows, findings + [finding.model_copy(update={"severity": "warning"}) for finding in lacking]
+    return sides.train, sides.validation, sides.test
 
 
 def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:

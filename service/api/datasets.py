@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from finetune.datasets.canonical import read_batches
 from finetune.datasets.check import ROWS_FILE
 from finetune.datasets.profile import class_counts
-from finetune.datasets.records import DatasetRecord, DatasetStatus
+from finetune.datasets.records import ColumnReport, DatasetRecord, DatasetStatus
 from service.api.deps import Services, ServicesDep, Uploading
 from service.api.problems import Problem
 from service.api.uploads import receive_multipart
@@ -146,7 +147,7 @@ def document(record: DatasetRecord) -> dict[str, Any]:
         "bytes": record.bytes,
         "sha256": record.sha256,
         "rows": record.rows,
-        "columns": None if record.columns is None else [column.model_dump() for column in record.columns],
+        "columns": None if record.columns is None else _brief(record.columns),
         "findings": {
             severity: sum(finding.severity == severity for finding in findings)
             for severity in ("error", "warning", "info")
@@ -154,3 +155,8 @@ def document(record: DatasetRecord) -> dict[str, Any]:
         "errors": [finding.model_dump() for finding in findings if finding.severity == "error"],
         "created_at": record.created_at,
     }
+
+
+def _brief(columns: Sequence[ColumnReport]) -> list[dict[str, Any]]:
+    """Without the rows of each value, which the report has: a list of datasets would be long."""
+    return [column.model_dump(exclude={"counts"}) for column in columns]

@@ -18,6 +18,7 @@ from sse_starlette.sse import EventSourceResponse
 from finetune.datasets.check import ROWS_FILE
 from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
 from finetune.datasets.labelled import load_labelled
+from finetune.datasets.load import load_sides
 from finetune.datasets.records import DatasetRecord, DatasetStatus
 from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
 from finetune.plan import (
@@ -41,6 +42,7 @@ from service.inference.errors import ModelNotReady
 router = APIRouter(tags=["fine-tuning"])
 _EVENT_POLL_S = 0.3
 _CHARACTERS_PER_TOKEN = 4
+_INSPECTED_ROWS = 50_000  # some 5 s of a thread; a job inspects any number
 _BODY_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -169,13 +171,19 @@ def _dry_run(
     record = records[spec.dataset]
     if record.status is not DatasetStatus.READY:
         raise Problem(409, "dataset_not_ready", f"{record.id} is still {record.status}; ask again in a moment")
-    rows_file = services.intake.folder(principal.tenant, record.id) / ROWS_FILE
+    folders = {id_: services.intake.folder(principal.tenant, id_) for id_ in records}
+    rows_file = folders[record.id] / ROWS_FILE
     rows, findings = load_labelled(rows_file, text_column=spec.columns.text, label_column=spec.columns.label)
     lengths = sorted(len(text) // _CHARACTERS_PER_TOKEN + 2 for text in rows.texts)
     total, split = len(rows), wanted.split
     validation = records[spec.validation_dataset].rows if spec.validation_dataset else round(total * split.validation)
     test = records[spec.test_dataset].rows if spec.test_dataset else round(total * split.test)
     cut = (0 if spec.validation_dataset else validation or 0) + (0 if spec.test_dataset else test or 0)
+    is_ready = all(other.status is DatasetStatus.READY for other in records.values())
+    if is_ready and sum(other.rows or 0 for other in records.values()) <= _INSPECTED_ROWS:
+        named = {"train": spec.dataset, "validation": spec.validation_dataset, "test": spec.test_dataset}
+        files = {side: folders[id_] / ROWS_FILE for side, id_ in named.items() if id_ is not None}
+        findings = load_sides(files, columns=spec.columns, options=split, seed=wanted.seed).findings
     profile = services.jobs.live_worker_profile()
     if spec.backbone not in services.backbones:
         raise ModelNotReady(f"the backbone {spec.backbone} is being loaded", retry_after_s=1.0)

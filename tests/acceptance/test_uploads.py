@@ -142,3 +142,21 @@ def test_columns_that_are_not_there_are_refused_at_once(
         "/finetune", json={"dataset": lone_words, "register_as": "m", "backbone": "tiny", **fields}
     )
     assert answer.status_code == 422 and named in answer.json()["detail"]
+
+
+def test_a_dry_run_tells_what_is_wrong_with_the_rows_before_anything_is_spent(lone: Service) -> None:
+    rows = [f"text number {number} of many,{'ab'[number % 2]}" for number in range(40)]
+    train = lone.client.upload("text,label\n" + "\n".join([*rows, "one of a kind,c"]) + "\n")["id"]
+    test = lone.client.upload("text,label\nText  Number 3 of many,b\nanother text,zebra\n")["id"]
+    body = {"dataset": train, "test_dataset": test, "register_as": "m", "backbone": "tiny"}
+
+    def ask() -> dict[str, object] | None:
+        answer = lone.client.http.post("/finetune", params={"dry_run": True}, json=body)
+        assert answer.status_code in {200, 503}, answer.text
+        return answer.json() if answer.status_code == 200 else None
+
+    found = {(finding["code"], finding["severity"]): finding["rows"] for finding in until(
+        ask, within_s=60, what="the plan")["findings"]}  # type: ignore[attr-defined, union-attr]  # fmt: skip
+    assert found["class_too_small", "error"] == [41]
+    assert found["unknown_label", "error"] == [2]
+    assert found["split_overlap", "warning"] == [1]

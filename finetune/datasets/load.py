@@ -1,0 +1,53 @@
+"""The rows of a job from its files to its three sides: what a run begins with, and what a dry run looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from finetune.datasets.canonical import column_names
+from finetune.datasets.errors import ColumnMissing
+from finetune.datasets.labelled import LabelledRows, load_labelled
+from finetune.datasets.records import Finding, has_errors
+from finetune.datasets.sides import Sides, divide, with_extras
+from finetune.jobs.records import Columns
+from finetune.plan import SplitOptions
+
+NOTHING = LabelledRows(np.zeros(0, np.int64), [], [])
+
+
+def load_sides(files: Mapping[str, Path], *, columns: Columns, options: SplitOptions, seed: int) -> Sides:
+    """The sides out of the tables `train` and perhaps `validation` and `test`; what is not given is split off.
+
+    With an error among the findings the rows mean nothing. Every side has the columns of `columns.slices`.
+    """
+    rows: dict[str, LabelledRows] = {}
+    findings: list[Finding] = []
+    for side, file in files.items():
+        rows[side], found = _load(file, columns, options, is_divided=side == "train")
+        findings += found
+    if has_errors(findings):
+        return Sides(NOTHING, NOTHING, NOTHING, findings)
+    sides = divide(rows["train"], rows.get("validation"), rows.get("test"), options=options, seed=seed)
+    train, validation, test = (
+        with_extras(side, columns.slices) for side in (sides.train, sides.validation, sides.test)
+    )
+    return Sides(train, validation, test, [*findings, *sides.findings])
+
+
+def _load(
+    file: Path, columns: Columns, options: SplitOptions, *, is_divided: bool
+) -> tuple[LabelledRows, list[Finding]]:
+    """The rows of one table with the columns that its split and its slices ask for."""
+    wanted = [*columns.slices, *([options.column_read] if options.column_read else [])]
+    available = column_names(file)
+    # Only the rows to divide need the split's column; data given as a side may lack what it is sliced by.
+    extras = wanted if is_divided else [name for name in wanted if name in available]
+    try:
+        rows, findings = load_labelled(file, text_column=columns.text, label_column=columns.label, extra_columns=extras)
+    except ColumnMissing as error:
+        return NOTHING, [error.as_finding()]
+    lacking = [ColumnMissing(name, available=available).as_finding() for name in columns.slices if name not in extras]
+    return rows, findings + [finding.model_copy(update={"severity": "warning"}) for finding in lacking]
