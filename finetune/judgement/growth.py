@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import RidgeClassifier
 from sklearn.svm import LinearSVC
 
 from finetune.judgement.data_curve import data_curve
@@ -20,7 +20,9 @@ from finetune.run import Run
 from modeling.weights import FloatArray, IntArray
 
 _MOST_ROWS = 20_000
-_PROBE_STRENGTH = 0.02  # of the standardised vectors; a fixed one, so that the points differ in their rows alone
+# Per row, on standardised vectors. On R8 the ridge classifier follows logistic regression (0.879, 0.909, 0.945, 0.953
+# against 0.878, 0.921, 0.946, 0.950 on 200 to 1600 rows) in a thirtieth of its time.
+_RIDGE_STRENGTH = 0.1
 _TEXT_STRENGTH = 1.0
 
 
@@ -44,7 +46,7 @@ def _on_vectors(run: Run) -> tuple[str, Callable[[IntArray], FloatArray]]:
     train, validation = (train - mean) / spread, (validation - mean) / spread
 
     def fit(rows: IntArray) -> FloatArray:
-        model = LogisticRegression(C=_PROBE_STRENGTH, max_iter=100)
+        model = RidgeClassifier(alpha=_RIDGE_STRENGTH * len(rows))
         return _fitted(run, model, train[rows], run.train.labels[rows], validation)
 
     return "a linear model on the backbone's vectors", fit

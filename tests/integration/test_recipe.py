@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import random
@@ -172,9 +173,52 @@ def test_what_a_method_registers_reproduces_itself_from_the_store(
     assert {file.path for file in manifest.files} >= {
         "labels.json", "preprocess.json", "calibration.json", "golden.json", "reference_stats.json", "MODEL_CARD.md",
         "eval/report.json", "eval/confusion_matrix.csv", "train/params.json", "train/environment.json",
-        "train/metrics.jsonl", "data/fingerprint.json",
+        "train/metrics.jsonl", "train/events.jsonl", "data/fingerprint.json", "eval/curves.json",
     }  # fmt: skip
+    assert _events(store, manifest)[0]["type"] == "phase_changed"
+    assert {event["type"] for event in _events(store, manifest)} >= {"evaluation_ready", "phase_changed"}
     assert not any(file.path.endswith((".bin", ".pt", ".pkl", ".pth")) for file in manifest.files)
+
+
+def _events(store: FileStore, manifest: ModelManifest) -> list[dict[str, Any]]:
+    text = store.get_bytes(f"{manifest.prefix}/train/events.jsonl", max_bytes=1 << 20).decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_events_of_earlier_attempts_are_in_the_record(job: Callable[..., ChildJob], store: FileStore) -> None:
+    earlier = {"job_id": "ft_1", "attempt": 1, "created_at": 1.0, "level": "warn", "type": "state_changed"}
+    second = job(method="baseline").model_copy(
+        update={"attempt": 2, "earlier_events": ({**earlier, "message": "the worker died", "data": {}},)}
+    )
+    manifest = ModelManifest.model_validate(finish(second, RecordingLink())["manifest"])
+    events = _events(store, manifest)
+    assert events[0]["message"] == "the worker died"
+    assert [event["attempt"] for event in events] == [1] + [2] * (len(events) - 1)
+
+
+def test_metadata_columns_become_slices_and_the_verdict_stands_in_the_card(
+    job: Callable[..., ChildJob], store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import recipe
+
+    real = recipe._rows
+
+    def with_site(rows: Any, labels: Any) -> Any:
+        found = real(rows, labels)
+        return dataclasses.replace(found, extras={"site": ["north"] * len(found.texts)})
+
+    monkeypatch.setattr(recipe, "_rows", with_site)
+    result = finish(job(method="baseline", abstain={"target_accuracy": 0.9}), RecordingLink())
+    side = result["evaluation"]["test"]
+    (site,) = side["slices"]
+    shown = sum(row["rows"] for row in site["values"])
+    assert (site["column"], shown + site["left_out"]["too_few_rows"]["rows"]) == ("site", side["rows"])
+    card = store.get_bytes("models/default/m/1/MODEL_CARD.md", max_bytes=1 << 20).decode()
+    for heading in ("## Verdict", "## Abstention", "## Data", "## Environment", "## Limits"):
+        assert heading in card
+    for judgement in result["evaluation"]["verdict"]:
+        assert judgement["message"] in card
+    assert result["evaluation"]["abstention"]["target_accuracy"] == 0.9
 
 
 def test_auto_tries_the_methods_by_cost_and_keeps_the_best_on_validation(job: Callable[..., ChildJob]) -> None:
