@@ -32,7 +32,7 @@ from modeling.weights import FloatArray, IntArray
 
 _CHECKPOINT_EVERY_S = 60.0
 _EVALUATION_TOKENS = 8192
-_CPU_TOKENS = 1024  # of a pass: larger ones only leave the caches (docs/log.md)
+_CPU_TOKENS = 2048  # of a pass: larger ones only leave the caches (docs/log.md)
 
 
 @dataclass(frozen=True, slots=True)
