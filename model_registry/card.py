@@ -87,7 +87,8 @@ def _quality(evaluation: Mapping[str, Any], side: str) -> list[str]:
         "| label | precision | recall | F1 | rows |",
         "|---|---|---|---|---|",
         *(
-            f"| {row['label']} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['rows']} |"
+            f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} "
+            f"| {row['rows']} |"
             for row in numbers["per_class"]
         ),
         "",
@@ -102,7 +103,7 @@ def _slices(columns: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += ["|---|---|---|---|"]
         for row in column["values"][:_MOST_SLICES]:
             low, high = row["interval_95"]
-            lines.append(f"| {row['value']} | {row['rows']} | {row[metric]:.3f} | {low:.3f} to {high:.3f} |")
+            lines.append(f"| {_cell(row['value'])} | {row['rows']} | {row[metric]:.3f} | {low:.3f} to {high:.3f} |")
         few = column["left_out"]["too_few_rows"]
         lines += ["", f"{few['values']} values with {few['rows']} rows are too small to show.", ""]
     return lines
@@ -180,6 +181,11 @@ def _environment(environment: Mapping[str, Any]) -> list[str]:
         "The resolved plan is `train/params.json`, the events are `train/events.jsonl`.",
         "",
     ]
+
+
+def _cell(text: str) -> str:
+    """User text inside a table: nothing of it ends the cell or the row."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _limits(evaluation: Mapping[str, Any], side: str) -> list[str]:

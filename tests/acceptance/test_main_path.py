@@ -44,7 +44,7 @@ def test_served_answers_score_what_the_report_says(
 
 
 def test_a_new_version_answers_within_two_seconds_of_success(probe: dict[str, Any]) -> None:
-    assert probe["job"]["result"] == {"name": "movies", "version": 1}
+    assert probe["job"]["result"] == {"name": "movies", "version": 1, "is_champion": True}
     assert (probe["answer"]["model"], probe["answer"]["version"]) == ("movies", 1)
     assert probe["seconds_until_served"] < HOT_LOAD_S + SLACK_S
 
@@ -194,7 +194,7 @@ def test_one_request_may_bring_its_file_and_a_repeat_starts_nothing_new(
     first, second = (client.http.post("/finetune", **sent) for _ in range(2))  # type: ignore[arg-type]
     assert (first.status_code, second.status_code) == (202, 202)
     assert first.json()["id"] == second.json()["id"]
-    assert client.wait(first.json()["id"])["result"] == {"name": "one-shot", "version": 1}
+    assert client.wait(first.json()["id"])["result"] == {"name": "one-shot", "version": 1, "is_champion": True}
 
 
 def test_a_cancelled_job_may_keep_its_best(service: Service, service_words: tuple[str, str]) -> None:
@@ -206,7 +206,7 @@ def test_a_cancelled_job_may_keep_its_best(service: Service, service_words: tupl
     cancelled = client.http.post(f"/finetune/{job_id}/cancel", json={"keep_best": True})
     assert cancelled.json()["status"] == "cancelling"
     job = client.wait(job_id, status="cancelled")
-    assert job["result"] == {"name": "cancelled", "version": 1}
+    assert job["result"] == {"name": "cancelled", "version": 1, "is_champion": True}
     assert client.wait_served("cancelled", "a good film", within_s=30)["version"] == 1
     again = client.http.post(f"/finetune/{job_id}/cancel", json={})
     assert (again.status_code, again.json()["code"]) == (409, "job_not_cancellable")
