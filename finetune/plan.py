@@ -88,7 +88,7 @@ class PromptOptions(_Model):
 
 
 class SetFitOptions(_Model):
-    max_pairs: int = Field(20_000, ge=1, le=10_000_000)
+    max_pairs: int = Field(4_000, ge=1, le=10_000_000)
 
 
 class EarlyStopping(_Model):
@@ -527,7 +527,7 @@ def _default_epochs(method: SingleMethod, rows: int) -> int:
 
 # Below and above `SMALL_PARAMETERS`.
 _LEARNING_RATES: dict[str, tuple[float, float]] = {
-    "setfit": (1e-4, 2e-5), "ia3": (1e-2, 5e-3), "prompt_tuning": (1e-2, 5e-3), "bottleneck": (1e-3, 5e-4),
+    "setfit": (3e-5, 2e-5), "ia3": (1e-2, 5e-3), "prompt_tuning": (1e-2, 5e-3), "bottleneck": (1e-3, 5e-4),
     "lora": (5e-4, 2e-4), "qlora": (5e-4, 2e-4), "full": (1e-4, 3e-5),
 }  # fmt: skip
 

@@ -17,11 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from finetune.errors import Cancelled, NonFiniteLoss
-from finetune.evaluation import score
 from finetune.jobs.records import JobPhase
 from finetune.methods import logistic
 from finetune.methods.candidate import Candidate, Servable
-from finetune.methods.logistic import Fit
 from finetune.methods.own import new_classifier, serve_own
 from finetune.methods.tuned import Classifier
 from finetune.run import Run, embed, length_batches
@@ -42,21 +40,18 @@ def train(run: Run) -> Candidate:
     body, steps = _tuned(run, train_rows, run.train.labels, steps=run.plan_of("setfit").total_steps)
     features, held_out = _vectors(run, body, train_rows), _vectors(run, body, validation_rows)
 
-    def value_of(fit: Fit) -> float:
-        return score(run.plan.metric, fit.head.logits(held_out), run.validation.labels)
-
-    chosen = logistic.best_on(logistic.path(run, features, run.train.labels), value_of)
+    head = logistic.fit_on_directions(run, features, run.train.labels)
 
     def finish() -> Servable:
-        return _servable(run, body, chosen, steps, [*train_rows, *validation_rows])
+        return _servable(run, body, steps, [*train_rows, *validation_rows])
 
     return Candidate(
-        method="setfit", kind="full", validation_logits=chosen.head.logits(held_out), finish=finish,
-        seconds=time.monotonic() - started, details={"steps": steps, "c": chosen.strength},
+        method="setfit", kind="full", validation_logits=head.logits(held_out), finish=finish,
+        seconds=time.monotonic() - started, details={"steps": steps},
     )  # fmt: skip
 
 
-def _servable(run: Run, body: Classifier, chosen: Fit, steps: int, rows: Sequence[Encoded]) -> Servable:
+def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Encoded]) -> Servable:
     """Tuned again on training and validation rows together: with few rows the held-out ones are many."""
     labels = np.concatenate([run.train.labels, run.validation.labels])
     left = run.seconds_left()
@@ -64,7 +59,7 @@ def _servable(run: Run, body: Classifier, chosen: Fit, steps: int, rows: Sequenc
         again, done = _tuned(run, rows, labels, steps=steps)
         body = again if done == steps else body
     # Vectors of validation rows that the body has not been tuned on serve the head as well.
-    head = logistic.fit(run, _vectors(run, body, rows), labels, strength=chosen.strength).head
+    head = logistic.fit_on_directions(run, _vectors(run, body, rows), labels)
     engine, _, write_extra = serve_own(run, body.encoder, method="setfit")
 
     def logits(texts: Sequence[str]) -> FloatArray:
