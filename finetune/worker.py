@@ -86,6 +86,7 @@ class Worker:
                 if not is_registered:
                     self._ledger.jobs.register_worker(self._id, self._profile.model_dump(mode="json"))
                     is_registered = True
+                    self.sweep()
                 if time.monotonic() - beaten > _BEAT_EVERY_S:
                     self._ledger.jobs.worker_alive(self._id)
                     beaten = time.monotonic()
@@ -105,6 +106,12 @@ class Worker:
         until = time.monotonic() + seconds
         while not self._is_stopping and (left := until - time.monotonic()) > 0:
             time.sleep(min(0.2, left))
+
+    def sweep(self) -> None:
+        """Removes resume state of jobs that ended without a worker, such as those cancelled while paused."""
+        if self._folders.work.is_dir():
+            for job_id in self._ledger.jobs.ended([path.name for path in self._folders.work.iterdir()]):
+                shutil.rmtree(self._folders.work / job_id, ignore_errors=True)
 
     def work_once(self) -> bool:
         """Claims and runs one job. False if there was none."""

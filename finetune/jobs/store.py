@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -132,6 +132,13 @@ class JobStore:
         with self._database.read() as connection:
             rows = connection.execute(sa.select(jobs.c.status, sa.func.count()).group_by(jobs.c.status)).all()
         return {status.value: 0 for status in JobStatus} | {row[0]: row[1] for row in rows}
+
+    def ended(self, job_ids: Collection[str]) -> set[str]:
+        """Those of the given jobs, of any tenant, that are over."""
+        over = [status for status in JobStatus if status.is_final]
+        query = sa.select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(over))
+        with self._database.read() as connection:
+            return {row.id for row in connection.execute(query)}
 
     def request_cancel(self, tenant: str, job_id: str, *, keep_best: bool) -> FineTuneJob:
         """Ends a waiting job at once; tells a running one's worker. Raises `JobNotFound`, `JobNotCancellable`."""

@@ -116,8 +116,10 @@ def test_a_paused_job_frees_its_worker_outlives_it_and_goes_on(
     paused = client.http.post(f"/finetune/{job_id}/pause")
     assert (paused.status_code, paused.json()["status"]) == (200, "paused")
     until(lambda: not is_running(child), within_s=30, what="the training process to save and end")
-    client.train(lone_words, "meanwhile", method="baseline")  # by the worker that the pause has freed
+    meanwhile = client.train(lone_words, "meanwhile", method="baseline")  # by the worker that the pause has freed
     worker.kill()
+    leftover = lone.home.data / "work" / meanwhile["id"]
+    leftover.mkdir(exist_ok=True)
     problem(client.http.post(f"/finetune/{job_id}/pause"), 409, "job_not_pausable")
     assert (client.job(job_id)["status"], client.job(job_id)["attempt"]) == ("paused", 0)
     assert client.http.post(f"/finetune/{job_id}/resume").json()["status"] == "queued"
@@ -125,6 +127,7 @@ def test_a_paused_job_frees_its_worker_outlives_it_and_goes_on(
     start_worker()
     job = client.wait(job_id)
     assert job["attempt"] == 1
+    assert not leftover.exists(), "a worker that starts removes what jobs that are over have left"
     assert resumed_step(client.events(job_id)) >= STEPS_BETWEEN
     assert_one_version(client, "paused", job)
     problem(client.http.post(f"/finetune/{job_id}/pause"), 409, "job_not_pausable")

@@ -241,6 +241,13 @@ def test_a_paused_job_can_be_cancelled(store: JobStore, clock: Clock) -> None:
         store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True)
 
 
+def test_jobs_that_are_over_can_be_told_from_others(store: JobStore, clock: Clock) -> None:
+    over, paused, queued = (enqueue(store, clock) for _ in range(3))
+    store.request_cancel("default", over, keep_best=False)
+    store.request_pause("default", paused)
+    assert store.ended([over, paused, queued, "unknown"]) == {over}
+
+
 def test_pausing_and_resuming_in_any_other_state_is_refused_with_what_to_do(store: JobStore, clock: Clock) -> None:
     validating = store.enqueue("default", SPEC, is_data_ready=False).id
     cancelling, running = enqueue(store, clock), enqueue(store, clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +117,19 @@ def test_recomputed_states_give_the_same_gradients(encoder: Any) -> None:
             _, found = gradients(encoder)
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["distilbert", "roberta", "electra", "albert", "mpnet", "deberta-v2", "xlm-roberta"]
+)
+def test_other_architectures_compute_the_same_within_bf16(tmp_path: Path, model_type: str) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", model_type=model_type)
+    backbone = ingest(FileStore(tmp_path / "store"), checkpoint, name="tiny", source="file:tiny")
+    encoder = load_encoder(backbone.folder)
+    pooled, expected = gradients(encoder)
+    with bf16_cpu.computing(encoder):
+        fast, found = gradients(encoder)
+    assert torch.nn.functional.cosine_similarity(fast, pooled).min() > 0.99
+    assert found.keys() == expected.keys()
+    mine, theirs = (torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected))
+    assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.98
