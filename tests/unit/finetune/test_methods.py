@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from finetune.errors import RunError
 from finetune.methods.ia3 import with_ia3
 from finetune.methods.layers import FrozenTrunk, freeze_below, layer_depths, set_trunk, unset_trunk
-from finetune.methods.setfit import draw_rows, pair_loss
+from finetune.methods.setfit import draw_rows, half_way, pair_loss
 from modeling.backbone import load_encoder
 from modeling.testing import write_tiny_checkpoint
 
@@ -184,6 +184,14 @@ def test_the_pair_loss_wants_equal_labels_parallel_and_unequal_ones_orthogonal()
     assert one_class == pytest.approx(0.0, abs=1e-6)
     alone = pair_loss(wanted[:1].requires_grad_(), labels[:1])
     assert alone == 0.0 and alone.requires_grad
+
+
+def test_half_of_the_way_back_is_the_mean_of_the_weights_and_leaves_whole_numbers_alone() -> None:
+    start = {"weight": torch.tensor([0.0, 2.0]), "count": torch.tensor(1)}
+    end = {"weight": torch.tensor([2.0, -2.0]), "count": torch.tensor(7)}
+    found = half_way(start, end)
+    assert found["weight"].tolist() == [1.0, 0.0]
+    assert found["count"].item() == 7
 
 
 # Changes that are merged
