@@ -186,7 +186,7 @@ class Hyperparameters(_Model):
     split: SplitOptions = SplitOptions()
     max_length: Literal["auto"] | int = Field("auto")
     calibration: Literal["temperature", "none"] = "temperature"
-    export: tuple[Literal["onnx"], ...] = Field(("onnx",), max_length=1)
+    export: list[Literal["onnx"]] = Field(["onnx"], max_length=1)
     abstain: AbstainOptions = AbstainOptions()
     gate: GateOptions = GateOptions()
 
@@ -289,7 +289,7 @@ class TrainingPlan(_Model):
     restore_best: bool
     split: SplitOptions
     calibration: Literal["temperature", "none"]
-    export: tuple[Literal["onnx"], ...]
+    export: list[Literal["onnx"]]
     abstain: AbstainOptions = AbstainOptions()
     gate: GateOptions = GateOptions()
     trials: int = 0

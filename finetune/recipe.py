@@ -32,7 +32,7 @@ from finetune.judgement.report import Outcome, assess
 from finetune.memory import release_free_memory
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate
-from finetune.plan import DatasetProfile, PlanError, TrainingPlan, parse_hyperparameters, resolve
+from finetune.plan import DatasetProfile, TrainingPlan, parse_hyperparameters, resolve
 from finetune.run import Rows, Run
 from finetune.search import Replan, search
 from finetune.space import with_values
@@ -147,12 +147,9 @@ def planner(
 
     def replan(chosen: Mapping[str, Any]) -> TrainingPlan:
         wanted = parse_hyperparameters(with_values(job.spec.hyperparameters, chosen))
-        try:
-            plan = resolve(
-                wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length
-            )
-        except PlanError as error:  # the job was accepted for another worker
-            raise RunError("invalid_hyperparameters", str(error)) from error
+        plan = resolve(
+            wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length
+        )
         return plan if not chosen else keep_head_rate(plan, replan({}))
 
     tell(link, too_long(train, lengths, replan({}).max_length))

@@ -320,7 +320,7 @@ def shown(value: Any, *, none: str = "none") -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, float):
         return f"`{value:g}`"
-    return f"`{json.dumps(value)}`" if isinstance(value, dict) else f"`{value}`"
+    return f"`{json.dumps(value)}`" if isinstance(value, dict | list) else f"`{value}`"
 
 
 def without_code(text: str) -> str:

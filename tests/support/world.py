@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from model_registry.manifest import MANIFEST_NAME, BackboneRef, ModelManifest, VersionKind
-from model_registry.registry import ModelVersion, Registry
+from model_registry.registry import ModelVersion, Promotion, Registry
 from model_registry.store import FileStore, put_tree
 from modeling.adapters import Adapter
 from modeling.assemble import GoldenRow, write_version_files
@@ -100,8 +100,10 @@ class World:
         )  # fmt: skip
         manifest = manifest.model_copy(update={"files": put_tree(self.store, manifest.prefix, staged)})
         self.store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
+        champion = self.registry.champion("default", name)
+        promotion = Promotion(is_wanted=True, over=champion and champion.version, reason="a test") if promote else None
         with self.registry.transaction() as connection:
-            self.registry.publish(connection, manifest, actor="test", promote=promote)
+            self.registry.publish(connection, manifest, actor="test", promotion=promotion)
         return self.registry.snapshot().versions[("default", name, version)]
 
     @asynccontextmanager
