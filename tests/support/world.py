@@ -101,7 +101,9 @@ class World:
         manifest = manifest.model_copy(update={"files": put_tree(self.store, manifest.prefix, staged)})
         self.store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
         champion = self.registry.champion("default", name)
-        promotion = Promotion(is_wanted=True, over=champion and champion.version, reason="a test") if promote else None
+        promotion = (
+            Promotion(is_wanted=True, over=champion.version if champion else None, reason="a test") if promote else None
+        )
         with self.registry.transaction() as connection:
             self.registry.publish(connection, manifest, actor="test", promotion=promotion)
         return self.registry.snapshot().versions[("default", name, version)]
