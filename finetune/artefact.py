@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,11 +40,13 @@ def stage_weights(folder: Path, run: Run, best: Candidate, servable: Servable) -
         servable.write_extra(folder)
     if best.kind != "full" or "onnx" not in run.plan.export:
         return
+    graphs = folder / "full" / GRAPHS_FOLDER
     try:
         from modeling.export import export_graphs
 
-        export_graphs(Backbone.open(folder / "full"), folder / "full" / GRAPHS_FOLDER, has_adapters=False)
+        export_graphs(Backbone.open(folder / "full"), graphs, has_adapters=False)
     except Exception as error:  # torch's exporter raises whatever its stages raise; OSError of a full disk is one too
+        shutil.rmtree(graphs, ignore_errors=True)  # half of it may be what fills the disk
         _log.exception("no graph was exported", extra={"action": "export_failed"})
         message = f"the version comes without its ONNX graph, which servers then export themselves: {error}"[:500]
         run.link.event("data_warning", message, {"code": "export_failed"}, level="warn")

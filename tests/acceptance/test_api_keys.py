@@ -34,6 +34,8 @@ ROUTES: dict[tuple[str, str], str | None] = {
     ("get", "/finetune/{job_id}/events"): "finetune",
     ("get", "/finetune/{job_id}/evaluation"): "finetune",
     ("post", "/finetune/{job_id}/cancel"): "finetune",
+    ("post", "/finetune/{job_id}/pause"): "finetune",
+    ("post", "/finetune/{job_id}/resume"): "finetune",
     ("get", "/models"): None,
     ("get", "/v1/models"): None,
     ("get", "/models/{name}"): None,

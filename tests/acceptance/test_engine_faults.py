@@ -282,17 +282,6 @@ def test_exactly_those_who_stay_are_computed(patient: Faulty) -> None:
     assert patient.value("polyhead_queue_tokens") == patient.value("polyhead_requests_in_progress") == 0
 
 
-def test_clients_that_leave_are_not_computed(faulty: Faulty) -> None:
-    asked, computed = "polyhead_cancelled_total", "polyhead_batch_size_sum"
-    left, rows = faulty.value(asked, stage="queued"), faulty.value(computed)
-    with faulty.order("hang"):
-        asyncio.run(_leave(faulty.server.port, 300))
-    until(lambda: faulty.value("polyhead_requests_in_progress") == 0, within_s=60, what="all requests to end")
-    until(faulty.served_again, within_s=90, what="the engine to serve again", every_s=0.2)
-    assert faulty.value(asked, stage="queued") - left > 200
-    assert faulty.value(computed) - rows < 100
-
-
 def _request(*, text: str = GOOD) -> bytes:
     body = json.dumps({"model": "tiny", "inputs": text, "parameters": {"return_embedding": True}}).encode()
     return (
@@ -326,19 +315,6 @@ async def _flood(port: int, clients: int) -> Counter[Any]:
 
     tasks = [asyncio.create_task(client()) for _ in range(clients)]
     return Counter(await asyncio.gather(*tasks))
-
-
-async def _leave(port: int, clients: int) -> None:
-    """As many ask and go before an answer can be there."""
-    writers = []
-    for _ in range(clients):
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(_request())
-        writers.append(writer)
-    await asyncio.sleep(0.5)
-    for writer in writers:
-        writer.close()
-    await asyncio.sleep(0.3)
 
 
 def _connections(wanted: int) -> int:
