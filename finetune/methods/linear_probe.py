@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from finetune.calibration import negative_log_likelihood
 from finetune.evaluation import score
 from finetune.jobs.records import JobPhase
 from finetune.methods import logistic
 from finetune.methods.candidate import Candidate, Servable
-from finetune.methods.logistic import Fit
+from finetune.methods.logistic import Fit, Judged
 from finetune.run import Run, embed
 from modeling.weights import FloatArray
 
@@ -21,11 +22,14 @@ def train(run: Run) -> Candidate:
     train_features, validation_features = run.features("train"), run.features("validation")
     run.link.phase(JobPhase.TRAINING)
 
-    def value_of(fit: Fit) -> float:
+    def judge(fit: Fit) -> Judged:
         run.link.check_cancelled()
-        return score(run.plan.metric, fit.head.logits(validation_features), run.validation.labels)
+        logits = fit.head.logits(validation_features)
+        loss = negative_log_likelihood(logits, run.validation.labels)
+        return Judged(fit, score(run.plan.metric, logits, run.validation.labels), loss)
 
-    chosen = logistic.best_on(logistic.path(run, train_features, run.train.labels), value_of)
+    fits = logistic.path(run, train_features, run.train.labels)
+    chosen = logistic.best_of(fits, judge, rows=len(run.validation.labels))
     run.probe_head = chosen.head
 
     def finish() -> Servable:

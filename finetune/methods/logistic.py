@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,16 +85,30 @@ def path(run: Run, features: FloatArray, labels: IntArray) -> Iterator[Fit]:
         yield last
 
 
-def best_on(fits: Iterator[Fit], score: Callable[[Fit], float]) -> Fit:
-    """The first with the highest score; the path ends where several in a row gained nothing."""
-    best = next(fits)
-    best_score, behind = score(best), 0
-    for candidate in fits:
-        value = score(candidate)
-        if value > best_score:
-            best, best_score, behind = candidate, value, 0
-        elif value < best_score:
-            behind += 1
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A fit by rows held out: the job's metric, and the mean log loss."""
+
+    fit: Fit
+    score: float
+    loss: float
+
+
+def best_of(fits: Iterator[Fit], judge: Callable[[Fit], Judged], *, rows: int) -> Fit:
+    """Of the fits whose score on `rows` rows is within one standard error of the highest, the one with the least loss.
+
+    On some hundred rows the highest score is a matter of chance, the log loss much less. The path ends where several in
+    a row gained in neither.
+    """
+    judged: list[Judged] = []
+    behind = 0
+    for fitted in fits:
+        last = judge(fitted)
+        is_gain = all(last.score > other.score for other in judged) or all(last.loss < other.loss for other in judged)
+        judged.append(last)
+        behind = 0 if is_gain else behind + 1
         if behind >= _PATIENCE:
             break
-    return best
+    highest = max(one.score for one in judged)
+    error = math.sqrt(max(0.0, highest * (1 - highest)) / max(1, rows))
+    return min((one for one in judged if one.score >= highest - error), key=lambda one: one.loss).fit
