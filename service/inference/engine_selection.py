@@ -108,10 +108,11 @@ class EngineSelector:
         Raises `EngineFailed` where no measurement came about.
         """
         names = await asyncio.to_thread(self._candidates, like)
+        files = await asyncio.to_thread(self._graphs, backbone)
         async with self._one_trial:
             reports = await measure(
                 TrialRequest(
-                    backbone=str(backbone.folder), graphs=str(self._graphs(backbone).folder), candidates=tuple(names),
+                    backbone=str(backbone.folder), graphs=str(files.folder), candidates=tuple(names),
                     device=self._options.device, threads=self._options.threads, texts=self.policy.texts,
                     batch_tokens=self.policy.batch_tokens, niceness=self.policy.niceness,
                 ),
@@ -154,7 +155,10 @@ class EngineSelector:
         files = GraphFiles(self._cache / graphs_key(backbone.info.digest))
         brought = GraphFiles(backbone.folder / GRAPHS_FOLDER)
         if not files.description.is_file() and brought.is_complete:
-            files.adopt(brought)
+            try:
+                files.adopt(brought)
+            except OSError as error:  # then it is exported, as if it had not come with one
+                _log.warning(f"the export of {backbone.info.name} was not taken over: {error}")
         return files
 
     def _has_what_it_needs(self, found: EngineMeasurement, backbone: Backbone) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import shutil
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ from model_registry.refs import ModelRef
 from modeling.backbone import GRAPHS_FOLDER, Backbone, load_encoder
 from modeling.checkpoints import write_encoder
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
+from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.export import export_graphs
@@ -315,8 +318,12 @@ def test_where_the_reference_itself_fails_the_service_says_so_until_it_passes_ag
     assert run(scenario()) == [True, False, True, True]
 
 
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "no space left")
+
+
 def test_weights_of_a_known_shape_begin_on_the_engine_that_serves_there(
-    world: World, reports: EngineReports, tmp_path: Path
+    world: World, reports: EngineReports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the export that they bring, which is linked into the cache and left as it is."""
     finder = selector(world, reports)
@@ -334,5 +341,10 @@ def test_weights_of_a_known_shape_begin_on_the_engine_that_serves_there(
     engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
     assert (engine.name, is_final) == ("onnx", False)
     assert {path.name: path.stat().st_mtime_ns for path in brought.folder.iterdir()} == before
+    shutil.rmtree(finder._graphs(other).folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphFiles, "adopt", full_disk)
+        engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
+    assert (engine.name, is_final) == ("torch", False), "without room for the export torch serves"
     brought.bare.write_bytes(brought.bare.read_bytes()[:-2000])
     assert not brought.is_complete
