@@ -50,8 +50,7 @@ def open_loop(result: Mapping[str, Any]) -> Any:
     for axis, mix in zip(axes, dict.fromkeys(row["mix"] for row in rows), strict=True):
         _lines(axis, [row for row in rows if row["mix"] == mix], "share", "p99_ms")
         axis.set(title=f"{mix} texts", xlabel="rate offered ÷ best peer's most", ylabel="p99, ms")
-        axis.set_yscale("log")
-        axis.legend()
+        _logarithmic(axis)
     return figure
 
 
@@ -64,8 +63,8 @@ def length_cost(result: Mapping[str, Any]) -> Any:
         _lines(axis, [row for row in rows if row["connections"] == connections], "tokens", value)
         axis.set(title=f"{connections} connection{'s' * (connections > 1)}", xlabel="tokens a text", ylabel=label)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.legend()
+        axis.set_xticks(sorted({row["tokens"] for row in rows}))
+        _logarithmic(axis)
     return figure
 
 
@@ -80,6 +79,18 @@ def overload(result: Mapping[str, Any]) -> Any:
 _PLOTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "closed-loop": closed_loop, "open-loop": open_loop, "lengths": length_cost, "overload": overload,
 }  # fmt: skip
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic scale whose ticks are plain numbers, and the legend."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_formatter("{x:,g}")
+        scale.set_minor_formatter("")
+    axis.legend()
 
 
 def _panels(names: list[Any]) -> tuple[Any, list[Any]]:

@@ -138,7 +138,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "flags": [flag for flag in known if flag in flags],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "governor": _governor(),
         "python": sys.version.split()[0],
         "gemm_gflops": {precision: _gemm_gflops(precision) for precision in ("float32", "bfloat16")},

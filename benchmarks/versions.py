@@ -23,10 +23,11 @@ from model_registry.store import FileStore, put_tree
 from modeling import weights
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from modeling.assemble import GoldenRow, write_version_files
-from modeling.backbone import Backbone, ingest, load_encoder, locate
+from modeling.backbone import GRAPHS_FOLDER, Backbone, ingest, load_encoder, locate
 from modeling.checkpoints import write_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
+from modeling.export import export_graphs
 from modeling.heads import DenseLayer, TaskHead
 from modeling.preprocess import TextPreprocessor
 from modeling.weights import FloatArray
@@ -104,7 +105,7 @@ class Publisher:
             self._engine.unload_adapter(_ADAPTER)
 
     def _full(self, folder: Path, seed: int) -> FloatArray:
-        """The backbone with every weight moved a little."""
+        """The backbone with every weight moved a little, and its graph, as jobs export it."""
         info = self.backbone.info
         encoder = load_encoder(self.backbone.folder)
         generator = torch.Generator().manual_seed(seed)
@@ -115,6 +116,7 @@ class Publisher:
             folder / "full", encoder, like=self.backbone.folder, name=info.name, source=info.source,
             pooling=info.pooling, normalize=info.normalize, max_length=MAX_LENGTH,
         )  # fmt: skip
+        export_graphs(backbone, folder / "full" / GRAPHS_FOLDER, has_adapters=False)
         return TorchEngine(backbone).run(EngineBatch(self._encoded))
 
 
