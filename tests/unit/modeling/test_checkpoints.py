@@ -72,7 +72,8 @@ def test_a_version_is_read_back_as_it_was_written(version: tuple[FileStore, Mode
 
 def test_a_lower_precision_may_differ_where_the_answer_is_close() -> None:
     golden = (GoldenRow("a", (2.0, 0.0)), GoldenRow("b", (0.02, 0.0)))
-    parts = type("Parts", (), {"golden": golden, "temperature": 1.0})()
+    manifest = type("Manifest", (), {"task": "text-classification"})()
+    parts = type("Parts", (), {"golden": golden, "temperature": 1.0, "manifest": manifest})()
     check_golden(parts, lambda _: np.asarray([[1.9, 0], [0.0, 0.02]], np.float32), precision="bf16")
     with pytest.raises(GoldenRowsDiffer):
         check_golden(parts, lambda _: np.asarray([[0.0, 2.0], [0.02, 0.0]], np.float32), precision="bf16")
