@@ -26,6 +26,7 @@ from modeling.tasks import DEFAULT_THRESHOLD, Task, outputs_of, scores_of
 from modeling.weights import FloatArray
 
 GOLDEN_ROWS = 8
+REFERENCE_STATS = "reference_stats.json"
 _MAX_JSON_BYTES = 4 << 20
 
 
@@ -50,6 +51,9 @@ class VersionParts:
     golden: tuple[GoldenRow, ...]
     thresholds: tuple[float, ...] = ()
     """Of text-multi-label: the probability from which each label is given; else empty."""
+    value_quantiles: tuple[float, ...] = ()
+    """Of text-regression: quantiles of its answers on validation, at equal steps from 0 to 1; empty where the version
+    brings no `reference_stats.json`."""
 
     @property
     def own_bytes(self) -> int:
@@ -115,6 +119,7 @@ def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
         temperature=temperature,
         golden=tuple(_golden(row) for row in _json(store, manifest, "golden.json")["rows"]),
         thresholds=tuple(limits.get("thresholds", ())),
+        value_quantiles=_value_quantiles(store, manifest) if task == "text-regression" else (),
     )
     outputs = parts.head.labels if parts.head else len(parts.linear.bias) if parts.linear else 0
     wanted = outputs_of(task, labels)
@@ -171,6 +176,17 @@ def _is_same_answer(parts: VersionParts, wanted: FloatArray, got: FloatArray) ->
     ordered = np.sort(p, axis=1)
     is_clear = ordered[:, -1] - ordered[:, -2] > 0.05
     return not (p.argmax(1) != q.argmax(1))[is_clear].any()
+
+
+def _value_quantiles(store: ArtifactStore, manifest: ModelManifest) -> tuple[float, ...]:
+    """`value_quantiles` of `reference_stats.json`, where there is one. Raises `WeightsInvalid`."""
+    if not any(entry.path == REFERENCE_STATS for entry in manifest.files):
+        return ()
+    found = _json(store, manifest, REFERENCE_STATS).get("value_quantiles", ())
+    quantiles = np.asarray(found, dtype=np.float64)
+    if len(found) == 1 or quantiles.ndim != 1 or not np.isfinite(quantiles).all() or (np.diff(quantiles) < 0).any():
+        raise WeightsInvalid(f"{REFERENCE_STATS}: value_quantiles must be two or more numbers that never fall")
+    return tuple(quantiles.tolist())
 
 
 def _thresholds(task: Task, labels: Sequence[str], given: Sequence[float] | None) -> dict[str, list[float]]:
