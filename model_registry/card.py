@@ -15,6 +15,7 @@ _PICTURES = {
     "eval/precision_recall.svg": "Precision and recall per class",
     "eval/calibration.svg": "Calibration",
     "eval/risk_coverage.svg": "Accuracy against the share of rows answered",
+    "eval/predicted.svg": "Predicted against true values",
 }
 
 _COMPARED: dict[Task, dict[str, str]] = {
@@ -86,6 +87,7 @@ def _quality(manifest: ModelManifest, evaluation: Mapping[str, Any], side: str) 
         "",
         *_calibration(numbers, evaluation),
         *_per_class(numbers.get("per_class") or []),
+        *_residuals(numbers.get("residuals")),
     ]
 
 
@@ -111,18 +113,24 @@ def _calibration(numbers: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """With the threshold of each label where it has one of its own."""
     if not rows:
         return []
-    return [
-        "| label | precision | recall | F1 | rows |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} "
-            f"| {row['rows']} |"
-            for row in rows
-        ),
-        "",
-    ]
+    has_thresholds = "threshold" in rows[0]
+    lines = ["| label | precision | recall | F1 | rows |", "|---|---|---|---|---|"]
+    if has_thresholds:
+        lines = [f"{lines[0]} threshold |", f"{lines[1]}---|"]
+    for row in rows:
+        line = f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} "
+        lines.append(line + f"| {row['rows']} |" + (f" {row['threshold']:.3f} |" if has_thresholds else ""))
+    return [*lines, ""]
+
+
+def _residuals(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    shown = ", ".join(f"{float(share):.0%}: {value:+.4g}" for share, value in found["quantiles"].items())
+    return [f"Residuals (predicted minus true): mean {found['mean']:+.4g}; quantiles {shown}.", ""]
 
 
 def _slices(columns: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -165,10 +165,9 @@ class ManyLabels:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """text-regression. `quantiles` are those of its answers on validation, at equal steps from 0 to 1; none are kept
-    of an imported version."""
+    """text-regression. `shares` are `VersionParts.value_shares`; an imported version has none."""
 
-    quantiles: FloatArray | None = None
+    shares: tuple[tuple[float, float], ...] = ()
     has_answers: ClassVar[bool] = True
 
     def check(self, options: PredictOptions) -> None:
@@ -189,12 +188,12 @@ class Value:
         return ValuePrediction(value=float(scores[0]), embedding=embedding)
 
     def observe(self, series: ModelSeries, predictions: Sequence[ValuePrediction]) -> None:
-        if self.quantiles is None:
+        if not self.shares:
             return
         (place,) = series.answers
-        levels = np.linspace(0, 1, len(self.quantiles))
-        for quantile in np.interp([prediction.value for prediction in predictions], self.quantiles, levels).tolist():
-            place.observe(quantile)
+        values, shares = zip(*self.shares, strict=True)
+        for share in np.interp([prediction.value for prediction in predictions], values, shares).tolist():
+            place.observe(share)
 
 
 def answering_of(parts: VersionParts) -> Answering:
@@ -205,4 +204,4 @@ def answering_of(parts: VersionParts) -> Answering:
         case "text-multi-label":
             return ManyLabels(parts.manifest.labels, np.asarray(parts.thresholds, np.float32), parts.temperature)
         case "text-regression":
-            return Value(np.asarray(parts.value_quantiles, np.float32) if parts.value_quantiles else None)
+            return Value(parts.value_shares)

@@ -43,7 +43,7 @@ LONG_WAY = {"content-type": "application/json; way=long"}
 TEXTS = ["a good film", "dull plot and a very bad actor", "wheat and oil", "the"]
 LABELS = ("sport", "money", "art")
 THRESHOLDS = (0.4, 0.6, 0.5)
-QUANTILES = [-10.0, -1.0, 0.0, 1.0, 10.0]
+HISTOGRAM = {"edges": [-10.0, -1.0, 0.0, 1.0, 10.0], "counts": [1, 3, 4, 2]}
 
 
 class ServedWorld(AppUnderTest):
@@ -95,7 +95,7 @@ class ServedWorld(AppUnderTest):
 
 
 def _with_reference(folder: Path) -> None:
-    (folder / REFERENCE_STATS).write_text(json.dumps({"rows": 9, "value_quantiles": QUANTILES}))
+    (folder / REFERENCE_STATS).write_text(json.dumps({"rows": 9, "value_histogram": HISTOGRAM}))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,10 @@ def test_gates_and_abstention_are_told() -> None:
 
 
 def test_a_value_has_its_own_figures_and_no_labels() -> None:
-    side = {"rmse": 0.5, "mae": 0.25, "r2": 0.75, "rows": 40.0, "loss": 0.25, "intervals_95": {"rmse": (0.4, 0.6)}}
+    side = {
+        "rmse": 0.5, "mae": 0.25, "r2": 0.75, "rows": 40.0, "loss": 0.25, "intervals_95": {"rmse": (0.4, 0.6)},
+        "residuals": {"mean": 0.125, "quantiles": {"0.05": -1.5, "0.95": 2}},
+    }  # fmt: skip
     evaluation = {
         "metric": "rmse", "validation": side, "test": None, "rows": {"train": 90, "validation": 40, "test": 0},
         "methods": [{"method": "linear_probe", "seconds": 3.0, "validation": side}],
@@ -80,13 +83,14 @@ def test_a_value_has_its_own_figures_and_no_labels() -> None:
     assert "- Task: text-regression\n" in text and "chosen by rmse" in text
     assert "| rmse | 0.5000 | 0.4000 to 0.6000 |\n| mae | 0.2500 | – |\n| r2 | 0.7500 | – |" in text
     assert "| linear_probe | 0.5000 | 0.2500 | 0.7500 | 3.0 |" in text
+    assert "mean +0.125; quantiles 5%: -1.5, 95%: +2." in text
     assert "extrapolated" in text and "| rows |" not in text
     for absent in ("Calibration error", "precision", "macro", "Labels with few rows"):
         assert absent not in text
 
 
 def test_several_labels_have_a_table_of_each() -> None:
-    row = {"label": "a|b", "precision": 0.5, "recall": 0.25, "f1": 0.333, "rows": 12}
+    row = {"label": "a|b", "precision": 0.5, "recall": 0.25, "f1": 0.333, "rows": 12, "threshold": 0.3}
     side = {"micro_f1": 0.5, "macro_f1": 0.4, "per_class": [row]}
     evaluation = {
         "metric": "micro_f1", "validation": side, "test": side, "rows": {"train": 90, "validation": 40, "test": 40},
@@ -95,5 +99,5 @@ def test_several_labels_have_a_table_of_each() -> None:
     metrics = {"micro_f1": 0.5, "subset_accuracy": 0.3, "rows": 40.0}
     text = render_card(manifest(task="text-multi-label", metrics=metrics), evaluation, CONTEXT)
     assert "| micro_f1 | 0.5000 | – |\n| subset_accuracy | 0.3000 | – |" in text
-    assert "| a\\|b | 0.500 | 0.250 | 0.333 | 12 |" in text
+    assert "| a\\|b | 0.500 | 0.250 | 0.333 | 12 | 0.300 |" in text
     assert "| linear_probe | 0.5000 | – | 3.0 |" in text

@@ -107,7 +107,7 @@ def test_labels_are_counted_with_the_confidence_of_the_best(metrics: ServingMetr
 def test_values_are_counted_by_their_place_among_those_of_validation(metrics: ServingMetrics) -> None:
     labels = ("m", "1", "text-regression")
     metrics.start_model(*labels)
-    answering = Value(np.asarray([10, 20, 40, 80, 160], np.float32))
+    answering = Value(((10, 0.0), (20, 0.25), (40, 0.5), (80, 0.75), (160, 1.0)))
     for value in (-5.0, 10.0, 30.0, 79.0, 160.0, 1e9):
         answering.observe(metrics.of_model(labels), [ValuePrediction(value, None)])
     counted = samples(metrics, "prediction_quantile")
