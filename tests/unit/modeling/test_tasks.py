@@ -119,7 +119,11 @@ def test_files_of_another_task_are_refused(tmp_path: Path) -> None:
 
 def test_values_may_differ_by_their_own_size_alone(tmp_path: Path) -> None:
     parts = parts_of(tmp_path, "text-regression", [(2000.0,), (2010.0,)])
-    compare_golden(parts, np.asarray([[2000.5], [2010.0]], np.float32))
+    compare_golden(parts, np.asarray([[2000.1], [2010.0]], np.float32))
+    close = np.asarray([[2000.5], [2010.0]], np.float32)
+    compare_golden(parts, close, precision="bf16")
+    with pytest.raises(GoldenRowsDiffer):
+        compare_golden(parts, close)
     for precision in ("fp32", "bf16"):
         with pytest.raises(GoldenRowsDiffer):
             compare_golden(parts, np.asarray([[2010.0], [2000.0]], np.float32), precision=precision)
