@@ -23,6 +23,7 @@ from finetune.space import (
     samples,
     with_values,
 )
+from model_registry.manifest import Task as Task
 
 SingleMethod = Literal[
     "baseline", "linear_probe", "setfit", "ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"
@@ -35,7 +36,6 @@ _PAIRS_PER_STEP = 32 * 31 // 2
 Metric = Literal["auto", "macro_f1", "accuracy", "weighted_f1"]
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"]
 Scheduler = Literal["cosine", "linear", "constant", "plateau", "cyclic"]
-Task = Literal["text-classification", "text-regression", "text-multi-label"]
 Loss = Literal["cross_entropy", "bce", "mse", "huber", "focal", "contrastive", "triplet", "mnrl", "cosent"]
 # They compare the vectors of a pass's rows with each other, so a pass is never divided.
 EMBEDDING_LOSSES: frozenset[str] = frozenset({"contrastive", "triplet", "mnrl", "cosent"})

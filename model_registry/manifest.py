@@ -7,9 +7,9 @@ not exist. Nothing here opens a model.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_registry.errors import ManifestUnsupported
 from model_registry.refs import NAME_PATTERN
@@ -19,7 +19,12 @@ MAX_MANIFEST_BYTES = 1_000_000
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 VersionKind = Literal["baseline", "head", "lora", "full"]
-Task = Literal["text-classification"]
+Task = Literal["text-classification", "text-multi-label", "text-regression"]
+Problem = Literal["single_label", "multi_label", "regression"]
+PROBLEMS: Final[dict[Task, Problem]] = {
+    "text-classification": "single_label", "text-multi-label": "multi_label", "text-regression": "regression",
+}  # fmt: skip
+TASKS: Final = tuple(PROBLEMS)
 
 
 class _Model(BaseModel):
@@ -47,6 +52,8 @@ class ModelManifest(_Model):
 
     baseline: `baseline.safetensors` + `vocabulary.json`; head: `head.safetensors`;
     lora: `head.safetensors` + `adapter/`; full: `head.safetensors` + `full/`.
+
+    `task` says what its outputs mean, `problem` the same in the words of older readers. Regression has no labels.
     """
 
     schema_version: Literal[1] = 1
@@ -55,7 +62,7 @@ class ModelManifest(_Model):
     version: int = Field(ge=1)
     kind: VersionKind
     task: Task = "text-classification"
-    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    problem: Problem = "single_label"
     method: str
     labels: tuple[str, ...]
     base: BackboneRef | None = None
@@ -65,6 +72,21 @@ class ModelManifest(_Model):
     metrics: dict[str, float] = {}
     dataset: dict[str, Any] = {}
     files: tuple[FileEntry, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_problem(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "problem" not in values and values.get("task") in PROBLEMS:
+            return values | {"problem": PROBLEMS[values["task"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_its_task(self) -> ModelManifest:
+        if self.problem != PROBLEMS[self.task]:
+            raise ValueError(f"problem {self.problem} contradicts task {self.task}")
+        if self.task == "text-regression" and self.labels:
+            raise ValueError("a version for text-regression has no labels")
+        return self
 
     @property
     def prefix(self) -> str:

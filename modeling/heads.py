@@ -34,7 +34,8 @@ class DenseLayer:
 
 @dataclass(frozen=True, slots=True)
 class TaskHead:
-    """Layers from the pooled vector float32[rows, hidden] to logits float32[rows, labels].
+    """Layers from the pooled vector float32[rows, hidden] to logits float32[rows, outputs]; `modeling.tasks` says what
+    they mean.
 
     With `normalize` the pooled vector is first scaled to length 1, as sentence encoders publish it.
     `temperature` divides the logits before the softmax (Guo et al., 2017); it never changes the answer.
@@ -106,6 +107,13 @@ def softmax(logits: FloatArray) -> FloatArray:
     """Along the last axis, stable for large logits."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: FloatArray = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result
+
+
+def sigmoid(logits: FloatArray) -> FloatArray:
+    """Of each logit by itself; the exponential is only taken of what is not positive, so none is too large."""
+    small = np.exp(-np.abs(logits))
+    result: FloatArray = np.where(logits >= 0, np.ones_like(small), small) / (1 + small)
     return result
 
 

@@ -15,8 +15,13 @@ class _Request(BaseModel):
 
 
 class PredictParameters(_Request):
-    top_k: int | None = Field(None, ge=1, description="return only the best so many scores")
-    threshold: float | None = Field(None, ge=0, le=1, description="below it the label is null: the model abstains")
+    top_k: int | None = Field(None, ge=1, description="return only the best so many scores; not for regression")
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="one label a text: below it the label is null; several: from it on a label is given",
+    )
     truncate: bool = Field(True, description="cut over-long inputs; otherwise they are refused with 422")
     max_length: int | None = Field(None, ge=4, le=100_000, description="tokens to keep, special ones included")
     return_embedding: bool = Field(False, description="add each input's vector")
@@ -43,6 +48,8 @@ class LabelScore(BaseModel):
 
 
 class PredictionOut(BaseModel):
+    """text-classification: one label, null where the model abstains. Of a backbone label and score are null."""
+
     index: int
     label: str | None
     score: float | None
@@ -50,16 +57,49 @@ class PredictionOut(BaseModel):
     embedding: list[float] | None = None
 
 
+class LabelsOut(BaseModel):
+    """text-multi-label: any number of labels, none included, most probable first."""
+
+    index: int
+    labels: list[str]
+    scores: list[LabelScore]
+    embedding: list[float] | None = None
+
+
+class ValueOut(BaseModel):
+    """text-regression: a number in the units of the training data."""
+
+    index: int
+    value: float
+    embedding: list[float] | None = None
+
+
 class Usage(BaseModel):
     input_tokens: int
 
 
+def _example(model: str, **prediction: Any) -> dict[str, Any]:
+    return {
+        "id": "pred_…", "object": "predictions", "model": model, "version": 1,
+        "predictions": [{"index": 0, **prediction}], "usage": {"input_tokens": 7},
+    }  # fmt: skip
+
+
 class PredictResponse(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                _example("reviews", label="good", score=0.61, scores=[{"label": "good", "score": 0.61}]),
+                _example("topics", labels=["sport"], scores=[{"label": "sport", "score": 0.93}]),
+                _example("stars", value=3.42),
+            ]
+        }
+    )
     id: str
     object: Literal["predictions"] = "predictions"
     model: str
     version: int | None
-    predictions: list[PredictionOut]
+    predictions: list[PredictionOut] | list[LabelsOut] | list[ValueOut]
     usage: Usage
 
 
