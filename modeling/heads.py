@@ -113,7 +113,7 @@ def softmax(logits: FloatArray) -> FloatArray:
 def sigmoid(logits: FloatArray) -> FloatArray:
     """Of each logit by itself; the exponential is only taken of what is not positive, so none is too large."""
     small = np.exp(-np.abs(logits))
-    result: FloatArray = np.where(logits >= 0, np.float32(1), small) / (np.float32(1) + small)
+    result: FloatArray = np.where(logits >= 0, np.ones_like(small), small) / (1 + small)
     return result
 
 
