@@ -27,6 +27,7 @@ from finetune.jobs.errors import LeaseLost
 from finetune.jobs.records import JobFailure, JobStatus, Lease
 from finetune.jobs.store import JobStore
 from finetune.metrics import WorkerMetrics
+from finetune.quality import metric_of
 from finetune.settings import child_environment
 from finetune.spare import SpareChild, child_command, close_pipes, end_child, start_child
 from model_registry.errors import ArtifactExists, DatabaseUnavailable
@@ -76,6 +77,8 @@ class Supervisor:
         self._is_pausing = False
         self._grace_s = timing.cancel_grace_s
         self._best: float | None = None
+        # What `auto` comes to, the plan says.
+        self._task = job.spec.task if job.spec.task != "auto" else "text-classification"
         self._outcome: str | None = None
 
     def run(self) -> str:
@@ -166,6 +169,7 @@ class Supervisor:
         elif kind == "progress":
             jobs.set_columns(lease, progress=message["values"])
         elif kind == "set":
+            self._task = message["columns"].get("plan", {}).get("task", self._task)
             jobs.set_columns(lease, **message["columns"])
         elif kind == "reserve":
             _send(child, {"kind": "reserved", "version": self._reserve(message)})
@@ -188,7 +192,8 @@ class Supervisor:
         if message["type"] != "best_updated":
             return False
         value = float(message["data"]["value"])
-        if self._best is not None and value <= self._best:
+        gain = metric_of(message["data"]["metric"]).gain
+        if self._best is not None and gain(value) <= gain(self._best):
             return False
         self._best = value
         return True
@@ -196,7 +201,7 @@ class Supervisor:
     def _reserve(self, message: dict[str, Any]) -> int:
         with self._ledger.jobs.fenced(self._lease) as connection:
             return self._ledger.registry.reserve(
-                connection, tenant=self._job.tenant, name=self._job.spec.register_as, task=self._job.spec.task,
+                connection, tenant=self._job.tenant, name=self._job.spec.register_as, task=self._task,
                 kind=message["version_kind"], method=message["method"], job_id=self._job.job_id,
             )  # fmt: skip
 

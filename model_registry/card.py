@@ -15,6 +15,7 @@ _PICTURES = {
     "eval/precision_recall.svg": "Precision and recall per class",
     "eval/calibration.svg": "Calibration",
     "eval/risk_coverage.svg": "Accuracy against the share of rows answered",
+    "eval/predicted.svg": "Predicted against true values",
 }
 
 
@@ -53,12 +54,16 @@ def _head(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardC
     return [
         f"# {manifest.name}, version {manifest.version}",
         "",
-        f"- Task: {manifest.task}, {len(manifest.labels)} labels: {', '.join(manifest.labels[:50])}",
+        f"- Task: {manifest.task}{_labels(manifest)}",
         f"- Method: {manifest.method}; backbone: {shown}",
         f"- Job: {manifest.job_id or 'none'}; chosen by {evaluation.get('metric', 'macro_f1')} on validation",
         *(f"- {key}: {value}" for key, value in context.metadata.items()),
         "",
     ]
+
+
+def _labels(manifest: ModelManifest) -> str:
+    return f", {len(manifest.labels)} labels: {', '.join(manifest.labels[:50])}" if manifest.labels else ""
 
 
 def _verdict(judgements: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -81,18 +86,42 @@ def _quality(evaluation: Mapping[str, Any], side: str) -> list[str]:
         "|---|---|---|",
         *figures,
         "",
-        f"Calibration error {numbers['ece_after']:.4f} after temperature {evaluation['temperature']:.3f}, "
+        *_calibration(numbers, evaluation["temperature"]),
+        *_per_class(numbers.get("per_class") or []),
+        *_residuals(numbers.get("residuals")),
+    ]
+
+
+def _calibration(numbers: Mapping[str, Any], temperature: float) -> list[str]:
+    if "ece_after" not in numbers:
+        return []
+    return [
+        f"Calibration error {numbers['ece_after']:.4f} after temperature {temperature:.3f}, "
         f"{numbers['ece_before']:.4f} before.",
         "",
-        "| label | precision | recall | F1 | rows |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} "
-            f"| {row['rows']} |"
-            for row in numbers["per_class"]
-        ),
-        "",
     ]
+
+
+def _per_class(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """With the threshold of each label where it has one of its own."""
+    if not rows:
+        return []
+    has_thresholds = "threshold" in rows[0]
+    lines = ["| label | precision | recall | F1 | rows |", "|---|---|---|---|---|"]
+    if has_thresholds:
+        lines = ["| label | precision | recall | F1 | rows | threshold |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        line = f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} "
+        line += f"| {row['rows']} |"
+        lines.append(line + (f" {row['threshold']:.3f} |" if has_thresholds else ""))
+    return [*lines, ""]
+
+
+def _residuals(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    shown = ", ".join(f"{float(share):.0%}: {value:+.4g}" for share, value in found["quantiles"].items())
+    return [f"Residuals (predicted minus true): mean {found['mean']:+.4g}; quantiles {shown}.", ""]
 
 
 def _slices(columns: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -133,13 +162,17 @@ def _pictures(files: Sequence[str]) -> list[str]:
 
 
 def _methods(evaluation: Mapping[str, Any]) -> list[str]:
+    shown = {
+        "text-multi-label": {"micro_f1": "micro F1", "macro_f1": "macro F1"},
+        "text-regression": {"rmse": "rmse", "r2": "r2"},
+    }.get(evaluation.get("task", ""), {"accuracy": "accuracy", "macro_f1": "macro F1"})
     return [
         "## Methods compared on validation",
         "",
-        "| method | accuracy | macro F1 | seconds |",
+        f"| method | {' | '.join(shown.values())} | seconds |",
         "|---|---|---|---|",
         *(
-            f"| {item['method']} | {item['validation']['accuracy']:.4f} | {item['validation']['macro_f1']:.4f} "
+            f"| {item['method']} | {' | '.join(format(item['validation'][name], '.4f') for name in shown)} "
             f"| {item['seconds']} |"
             for item in evaluation["methods"]
         ),
