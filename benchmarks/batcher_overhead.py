@@ -37,8 +37,9 @@ from modeling.engines.protocol import EngineBatch
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
+from service.inference.answering import PredictOptions
 from service.inference.model_pool import ModelPool
-from service.inference.predictor import PredictOptions, Predictor
+from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
 from tests.support.world import World
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from model_registry.manifest import ModelManifest
+from model_registry.manifest import ModelManifest, Task
 
 _MOST_SLICES = 5
 _PICTURES = {
@@ -16,6 +16,12 @@ _PICTURES = {
     "eval/calibration.svg": "Calibration",
     "eval/risk_coverage.svg": "Accuracy against the share of rows answered",
     "eval/predicted.svg": "Predicted against true values",
+}
+
+_COMPARED: dict[Task, dict[str, str]] = {
+    "text-classification": {"accuracy": "accuracy", "macro_f1": "macro F1"},
+    "text-multi-label": {"micro_f1": "micro F1", "macro_f1": "macro F1"},
+    "text-regression": {"rmse": "RMSE", "mae": "MAE", "r2": "R²"},
 }
 
 
@@ -30,20 +36,20 @@ class CardContext:
 
 
 def render_card(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardContext) -> str:
-    """Markdown. `evaluation` is the report stored beside it."""
+    """Markdown. `evaluation` is the report stored beside it; what it does not hold for a task has no section."""
     side = "test" if evaluation["test"] else "validation"
     parts = [
         _head(manifest, evaluation, context),
         _verdict(evaluation.get("verdict") or []),
-        _quality(evaluation, side),
+        _quality(manifest, evaluation, side),
         _slices(evaluation[side].get("slices") or []),
         _abstention(evaluation.get("abstention") or {}),
         _pictures(context.files),
-        _methods(evaluation),
+        _methods(manifest, evaluation),
         _promotion(evaluation.get("promotion")),
         _data(manifest, evaluation, context.fingerprint),
         _environment(context.environment),
-        _limits(evaluation, side),
+        _limits(manifest, evaluation, side),
     ]
     return "\n".join(line for part in parts for line in part)
 
@@ -51,19 +57,16 @@ def render_card(manifest: ModelManifest, evaluation: Mapping[str, Any], context:
 def _head(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardContext) -> list[str]:
     base = manifest.base
     shown = f"{base.name} ({base.source}, sha256 {base.digest[:16]}…)" if base else "none"
+    labels = f", {len(manifest.labels)} labels: {', '.join(manifest.labels[:50])}" if manifest.labels else ""
     return [
         f"# {manifest.name}, version {manifest.version}",
         "",
-        f"- Task: {manifest.task}{_labels(manifest)}",
+        f"- Task: {manifest.task}{labels}",
         f"- Method: {manifest.method}; backbone: {shown}",
         f"- Job: {manifest.job_id or 'none'}; chosen by {evaluation.get('metric', 'macro_f1')} on validation",
         *(f"- {key}: {value}" for key, value in context.metadata.items()),
         "",
     ]
-
-
-def _labels(manifest: ModelManifest) -> str:
-    return f", {len(manifest.labels)} labels: {', '.join(manifest.labels[:50])}" if manifest.labels else ""
 
 
 def _verdict(judgements: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -73,30 +76,37 @@ def _verdict(judgements: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["## Verdict", "", *(f"- {marks[one['severity']]}{one['message']}" for one in judgements), ""]
 
 
-def _quality(evaluation: Mapping[str, Any], side: str) -> list[str]:
+def _quality(manifest: ModelManifest, evaluation: Mapping[str, Any], side: str) -> list[str]:
     numbers = evaluation[side]
-    figures = [
-        f"| {name} | {numbers[name]:.4f} | {low:.4f} to {high:.4f} |"
-        for name, (low, high) in numbers["intervals_95"].items()
-    ]
     return [
         f"## Quality on the {side} rows",
         "",
         "| metric | value | 95 % interval |",
         "|---|---|---|",
-        *figures,
+        *_figures(manifest, numbers),
         "",
-        *_calibration(numbers, evaluation["temperature"]),
+        *_calibration(numbers, evaluation),
         *_per_class(numbers.get("per_class") or []),
         *_residuals(numbers.get("residuals")),
     ]
 
 
-def _calibration(numbers: Mapping[str, Any], temperature: float) -> list[str]:
+def _figures(manifest: ModelManifest, numbers: Mapping[str, Any]) -> list[str]:
+    """Those with an interval first. Where there is one label a text, they say all; else what the manifest has, too."""
+    intervals = numbers.get("intervals_95") or {}
+    more = {} if manifest.task == "text-classification" else manifest.metrics
+    values = {name: numbers.get(name, more.get(name)) for name in [*intervals, *more] if name != "rows"}
+    ranges = {name: f"{low:.4f} to {high:.4f}" for name, (low, high) in intervals.items()}
+    return [
+        f"| {name} | {value:.4f} | {ranges.get(name, '–')} |" for name, value in values.items() if value is not None
+    ]
+
+
+def _calibration(numbers: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
     if "ece_after" not in numbers:
         return []
     return [
-        f"Calibration error {numbers['ece_after']:.4f} after temperature {temperature:.3f}, "
+        f"Calibration error {numbers['ece_after']:.4f} after temperature {evaluation['temperature']:.3f}, "
         f"{numbers['ece_before']:.4f} before.",
         "",
     ]
@@ -109,11 +119,10 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     has_thresholds = "threshold" in rows[0]
     lines = ["| label | precision | recall | F1 | rows |", "|---|---|---|---|---|"]
     if has_thresholds:
-        lines = ["| label | precision | recall | F1 | rows | threshold |", "|---|---|---|---|---|---|"]
+        lines = [f"{lines[0]} threshold |", f"{lines[1]}---|"]
     for row in rows:
         line = f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} "
-        line += f"| {row['rows']} |"
-        lines.append(line + (f" {row['threshold']:.3f} |" if has_thresholds else ""))
+        lines.append(line + f"| {row['rows']} |" + (f" {row['threshold']:.3f} |" if has_thresholds else ""))
     return [*lines, ""]
 
 
@@ -157,27 +166,31 @@ def _abstention(found: Mapping[str, Any]) -> list[str]:
 
 
 def _pictures(files: Sequence[str]) -> list[str]:
-    found = [f"![{title}]({path})" for path, title in _PICTURES.items() if path in files]
+    """Those with a title of their own in its order, then the others under their names."""
+    others = sorted(path for path in files if path.startswith("eval/") and path.endswith(".svg"))
+    titles = {path: path.removeprefix("eval/").removesuffix(".svg").replace("_", " ").capitalize() for path in others}
+    found = [f"![{title}]({path})" for path, title in (_PICTURES | titles | _PICTURES).items() if path in files]
     return ["## Pictures", "", *found, ""] if found else []
 
 
-def _methods(evaluation: Mapping[str, Any]) -> list[str]:
-    shown = {
-        "text-multi-label": {"micro_f1": "micro F1", "macro_f1": "macro F1"},
-        "text-regression": {"rmse": "rmse", "r2": "r2"},
-    }.get(evaluation.get("task", ""), {"accuracy": "accuracy", "macro_f1": "macro F1"})
+def _methods(manifest: ModelManifest, evaluation: Mapping[str, Any]) -> list[str]:
+    columns = _COMPARED[manifest.task]
     return [
         "## Methods compared on validation",
         "",
-        f"| method | {' | '.join(shown.values())} | seconds |",
-        "|---|---|---|---|",
+        f"| method | {' | '.join(columns.values())} | seconds |",
+        "|---|" + "---|" * (len(columns) + 1),
         *(
-            f"| {item['method']} | {' | '.join(format(item['validation'][name], '.4f') for name in shown)} "
+            f"| {item['method']} | {' | '.join(_figure(item['validation'].get(name)) for name in columns)} "
             f"| {item['seconds']} |"
             for item in evaluation["methods"]
         ),
         "",
     ]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _promotion(judged: Mapping[str, Any] | None) -> list[str]:
@@ -221,11 +234,14 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _limits(evaluation: Mapping[str, Any], side: str) -> list[str]:
+def _limits(manifest: ModelManifest, evaluation: Mapping[str, Any], side: str) -> list[str]:
+    few = "Labels with few rows have wide uncertainty."
+    if manifest.task == "text-regression":
+        few = "Values beyond those of the training rows are extrapolated."
     lines = [
         "## Limits",
         "",
-        "The figures hold for texts like those it was tested on. Labels with few rows have wide uncertainty. "
+        f"The figures hold for texts like those it was tested on. {few} "
         "The backbone's licence and its training data apply to this version too.",
     ]
     if side == "validation":

@@ -40,6 +40,7 @@ class ModelVersion:
     bytes: int | None
     created_at: float
     ready_at: float | None
+    task: str  # that of its name: all versions of a name have one
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,10 @@ class Registry:
         method: str,
         job_id: str | None,
     ) -> int:
-        """Takes the next version number of `name`. Earlier reservations of the same job are abandoned."""
+        """Takes the next version number of `name`. Earlier reservations of the same job are abandoned.
+
+        Raises `InvalidReference` where the name's versions are for another task.
+        """
         now = self._database.now(connection)
         check_name(name)
         row = connection.execute(_of_model(sa.select(models), models, tenant, name).with_for_update()).first()
@@ -118,6 +122,8 @@ class Registry:
                 models.insert().values(tenant=tenant, name=name, task=task, last_version=version, created_at=now)
             )
         else:
+            if row.task != task:
+                self._take_task(connection, tenant, name, task)
             connection.execute(_of_model(models.update(), models, tenant, name).values(last_version=version))
         if job_id is not None:
             stale = model_versions.update().where(
@@ -138,13 +144,16 @@ class Registry:
         """Turns a reserved version `ready`; True if it became champion.
 
         Without a `promotion` the first version of a name does. The caller has stored the manifest already.
-        Raises `VersionNotServable` where the version is not reserved.
+        Raises `VersionNotServable` where the version is not reserved, `InvalidReference` where the name's versions are
+        for another task.
         """
         # The lock under which aliases move: what is read of them below stays true until the commit.
         self._require_model(connection, manifest.tenant, manifest.name, lock=True)
         row = self._row(connection, manifest.tenant, manifest.name, manifest.version)
         if row is None or row.status != "reserved":
             raise VersionNotServable(f"{manifest.name}:{manifest.version} is not reserved")
+        if row.task != manifest.task:  # since it was reserved, another job took the name for its own
+            self._take_task(connection, manifest.tenant, manifest.name, manifest.task)
         now = self._database.now(connection)
         connection.execute(
             _of_version(model_versions.update(), manifest.tenant, manifest.name, manifest.version).values(
@@ -217,6 +226,12 @@ class Registry:
 
     # Looking up
 
+    def check_task(self, *, tenant: str, name: str, task: str) -> None:
+        """A name stands for one task: whoever calls it need not expect another kind of answer. Raises
+        `InvalidReference` where `name` has a version for another one."""
+        with self._database.read() as connection:
+            self._require_task(connection, tenant, name, task)
+
     def epoch(self) -> int:
         with self._database.read() as connection:
             return int(connection.execute(sa.select(registry_state.c.epoch)).scalar_one())
@@ -226,7 +241,7 @@ class Registry:
         with self._database.read() as connection:
             epoch = int(connection.execute(sa.select(registry_state.c.epoch)).scalar_one())
             pointers = connection.execute(sa.select(aliases)).all()
-            ready = connection.execute(sa.select(model_versions).where(model_versions.c.status == "ready")).all()
+            ready = connection.execute(_with_task().where(model_versions.c.status == "ready")).all()
         return RegistrySnapshot(
             epoch=epoch,
             aliases={(row.tenant, row.name, row.alias): row.version for row in pointers},
@@ -255,7 +270,8 @@ class Registry:
     def models(self, tenant: str, *, name: str | None = None) -> list[RegisteredModel]:
         """All models of a tenant by name, each with its aliases and its versions, newest first."""
         with self._database.read() as connection:
-            mine = [_of_tenant(sa.select(table), table, tenant, name) for table in (models, aliases, model_versions)]
+            queries = ((sa.select(models), models), (sa.select(aliases), aliases), (_with_task(), model_versions))
+            mine = [_of_tenant(query, table, tenant, name) for query, table in queries]
             model_rows, alias_rows, version_rows = (connection.execute(query).all() for query in mine)
         pointers: dict[str, dict[str, int]] = {row.name: {} for row in model_rows}
         versions: dict[str, list[ModelVersion]] = {row.name: [] for row in model_rows}
@@ -334,12 +350,23 @@ class Registry:
         return connection.execute(query).scalar_one_or_none()
 
     def _row(self, connection: sa.Connection, tenant: str, name: str, version: int) -> sa.Row[Any] | None:
-        return connection.execute(_of_version(sa.select(model_versions), tenant, name, version)).first()
+        return connection.execute(_of_version(_with_task(), tenant, name, version)).first()
 
     def _require_model(self, connection: sa.Connection, tenant: str, name: str, *, lock: bool = False) -> None:
         query = _of_model(sa.select(models.c.name), models, tenant, name)
         if connection.execute(query.with_for_update() if lock else query).first() is None:
             raise ModelNotFound(f"there is no model {name[:70]!r}")
+
+    def _require_task(self, connection: sa.Connection, tenant: str, name: str, task: str) -> None:
+        query = _of_tenant(_with_task(), model_versions, tenant, name)
+        row = connection.execute(query.where(model_versions.c.status == "ready").limit(1)).first()
+        if row is not None and row.task != task:
+            raise InvalidReference(f"the versions of {name} are for {row.task}; register {task} under another name")
+
+    def _take_task(self, connection: sa.Connection, tenant: str, name: str, task: str) -> None:
+        """The name stands for `task` from now on, as long as no version of it is ready. Under the model's row lock."""
+        self._require_task(connection, tenant, name, task)
+        connection.execute(_of_model(models.update(), models, tenant, name).values(task=task))
 
     def _require_ready(self, connection: sa.Connection, tenant: str, name: str, version: int) -> ModelVersion:
         row = self._row(connection, tenant, name, version)
@@ -368,6 +395,12 @@ def _of_model(query: Any, table: sa.Table, tenant: str, name: str) -> Any:
 
 def _of_version(query: Any, tenant: str, name: str, version: int) -> Any:
     return _of_tenant(query, model_versions, tenant, name).where(model_versions.c.version == version)
+
+
+def _with_task() -> sa.Select[Any]:
+    """Rows of `model_versions` with the task of their name."""
+    is_same = sa.and_(models.c.tenant == model_versions.c.tenant, models.c.name == model_versions.c.name)
+    return sa.select(model_versions, models.c.task).join(models, is_same)
 
 
 def _version(row: Any) -> ModelVersion:

@@ -26,6 +26,7 @@ from modeling.tasks import DEFAULT_THRESHOLD, Task, outputs_of, scores_of
 from modeling.weights import FloatArray
 
 GOLDEN_ROWS = 8
+REFERENCE_STATS = "reference_stats.json"
 _MAX_JSON_BYTES = 4 << 20
 
 
@@ -50,6 +51,9 @@ class VersionParts:
     golden: tuple[GoldenRow, ...]
     thresholds: tuple[float, ...] = ()
     """Of text-multi-label: the probability from which each label is given; else empty."""
+    value_shares: tuple[tuple[float, float], ...] = ()
+    """Of text-regression: values in order, each with the share of its answers on validation that lie below; empty where
+    the version brings no `reference_stats.json`."""
 
     @property
     def own_bytes(self) -> int:
@@ -115,6 +119,7 @@ def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
         temperature=temperature,
         golden=tuple(_golden(row) for row in _json(store, manifest, "golden.json")["rows"]),
         thresholds=tuple(limits.get("thresholds", ())),
+        value_shares=_value_shares(store, manifest) if task == "text-regression" else (),
     )
     outputs = parts.head.labels if parts.head else len(parts.linear.bias) if parts.linear else 0
     wanted = outputs_of(task, labels)
@@ -171,6 +176,21 @@ def _is_same_answer(parts: VersionParts, wanted: FloatArray, got: FloatArray) ->
     ordered = np.sort(p, axis=1)
     is_clear = ordered[:, -1] - ordered[:, -2] > 0.05
     return not (p.argmax(1) != q.argmax(1))[is_clear].any()
+
+
+def _value_shares(store: ArtifactStore, manifest: ModelManifest) -> tuple[tuple[float, float], ...]:
+    """From `value_histogram` of `reference_stats.json`, where there is one. Raises `WeightsInvalid`."""
+    if not any(entry.path == REFERENCE_STATS for entry in manifest.files):
+        return ()
+    found = _json(store, manifest, REFERENCE_STATS).get("value_histogram")
+    if found is None or not sum(found["counts"]):
+        return ()
+    edges, counts = np.asarray(found["edges"], np.float64), np.asarray(found["counts"], np.float64)
+    is_ordered = np.isfinite(edges).all() and (np.diff(edges) > 0).all() and (counts >= 0).all()
+    if edges.shape != (len(counts) + 1,) or not is_ordered:
+        raise WeightsInvalid(f"{REFERENCE_STATS}: value_histogram needs rising edges and a count between each two")
+    shares = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
+    return tuple(zip(edges.tolist(), shares.tolist(), strict=True))
 
 
 def _thresholds(task: Task, labels: Sequence[str], given: Sequence[float] | None) -> dict[str, list[float]]:

@@ -322,7 +322,10 @@ def load_pretrained(auto: Any, folder: Path, *, dtype: torch.dtype | None = None
 
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    config = transformers.AutoConfig.for_model(**read_config(folder))
+    try:
+        config = transformers.AutoConfig.for_model(**read_config(folder))
+    except ValueError as error:  # values that contradict each other
+        raise BackboneUnavailable(f"config.json of {folder.name}: {str(error)[:300]}") from error
     weight_files(folder)
     try:
         model, report = auto.from_pretrained(

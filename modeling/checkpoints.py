@@ -33,6 +33,7 @@ from modeling.engines.torch import TorchEngine, takes_type_ids
 from modeling.errors import BackboneUnavailable, GoldenRowsDiffer, UnsupportedArchitecture
 from modeling.heads import Activation, DenseLayer, TaskHead
 from modeling.preprocess import TextPreprocessor
+from modeling.tasks import Task
 
 # Where a sequence classifier of each model type keeps the layers between token state and logits.
 _HEAD_LAYERS: dict[str, tuple[tuple[str, Activation], ...]] = {
@@ -53,6 +54,7 @@ _PROBES = ("a short text", "Another, rather longer text: it has numbers (42), pu
 class ImportedClassifier:
     backbone: Backbone
     head: TaskHead
+    task: Task
     labels: tuple[str, ...]
 
 
@@ -87,12 +89,13 @@ def write_encoder(
 def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> ImportedClassifier:
     """Takes a Hugging Face sequence classifier apart into an encoder (written to `target`) and a head.
 
-    The parts must reproduce the original's logits on probe texts, or nothing is imported.
+    The parts must reproduce the original's logits on probe texts, or nothing is imported. `problem_type` says the task.
     Raises `BackboneUnavailable`, `ConfigRefused`, `UnsupportedArchitecture`, `GoldenRowsDiffer`.
     """
     config = read_config(folder)
     original = _load_classifier(folder)
-    labels = _labels(original.config)
+    task = _task(original.config)
+    labels = _labels(original.config, task)
     head = _extract_head(original, config["model_type"])
     info = describe(folder, config, name=name, source=source, digest="0" * 64)
     original.base_model.pooler = None
@@ -101,7 +104,7 @@ def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> 
         max_length=info.max_length,
     )  # fmt: skip
     _check_reproduces(_load_classifier(folder), backbone, head)
-    return ImportedClassifier(backbone, head, labels)
+    return ImportedClassifier(backbone, head, task, labels)
 
 
 def _load_classifier(folder: Path) -> Any:
@@ -112,9 +115,25 @@ def _load_classifier(folder: Path) -> Any:
     return load_pretrained(AutoModelForSequenceClassification, folder)
 
 
-def _labels(config: Any) -> tuple[str, ...]:
-    if config.num_labels < 2 or config.problem_type in {"multi_label_classification", "regression"}:
-        raise UnsupportedArchitecture("only single-label classifiers with at least two labels can be imported yet")
+def _task(config: Any) -> Task:
+    """What the checkpoint was trained for, as transformers reads it: by `problem_type`, and where there is none, one
+    output is a value and several are labels of which one is right."""
+    outputs, problem = config.num_labels, config.problem_type
+    if problem == "multi_label_classification":
+        return "text-multi-label"
+    if outputs == 1 and problem in {None, "regression"}:
+        return "text-regression"
+    if outputs > 1 and problem in {None, "single_label_classification"}:
+        return "text-classification"
+    raise UnsupportedArchitecture(
+        f"problem_type {problem} with {outputs} outputs cannot be imported; regression has one output, a classifier "
+        "with one label a text at least two"
+    )
+
+
+def _labels(config: Any, task: Task) -> tuple[str, ...]:
+    if task == "text-regression":
+        return ()
     return tuple(str(config.id2label[index]) for index in range(config.num_labels))
 
 

@@ -164,11 +164,14 @@ def predict(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="one prediction for each")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Predict the label of each text."""
+    """Predict the label, the labels or the value of each text."""
     with connected(url) as client:
         answer = client.predict(model, texts)
-    rows = zip(answer["predictions"], texts, strict=True)
-    show(("label", "score", "text"), [(row["label"] or "(none)", _number(row["score"]), text) for row, text in rows])
+    rows = list(zip(answer["predictions"], texts, strict=True))
+    if "value" in answer["predictions"][0]:
+        show(("value", "text"), [(f"{row['value']:.7g}", text) for row, text in rows])
+        return
+    show(("label", "score", "text"), [(*_best(row), text) for row, text in rows])
 
 
 # Fine-tuning
@@ -329,6 +332,14 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _plain(text: str) -> str:
     """On one line, without what a terminal would obey: labels and messages come from whoever made the data."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _best(row: dict[str, Any]) -> tuple[str, str]:
+    """The label with its score; of several labels all, with the score of each."""
+    if "labels" not in row:
+        return row["label"] or "(none)", _number(row["score"])
+    scores = [_number(one["score"]) for one in row["scores"] if one["label"] in row["labels"]]
+    return ", ".join(row["labels"]) or "(none)", ", ".join(scores)
 
 
 def _number(value: Any) -> str:

@@ -52,15 +52,20 @@ BATCH_SIZE_BUCKETS: Final = tuple(2**power for power in range(0, 11))
 BATCH_TOKENS_BUCKETS: Final = tuple(2**power for power in range(4, 18))
 PADDING_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
 CONFIDENCE_BUCKETS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+LABEL_COUNT_BUCKETS: Final = (0, 1, 2, 3, 4, 5, 7, 10, 20, 50)
+QUANTILE_BUCKETS: Final = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.999, 1)  # the ends: beyond all seen before
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSeries:
-    """The series that a request to one model touches. Looking one up by its labels costs more than what it is for."""
+    """The series that a request to one model touches. Looking one up by its labels costs more than what it is for.
+
+    `answers` describe what was answered: the confidence; with several labels also how many; of values their quantile.
+    """
 
     in_progress: Gauge
     tokenize_duration: Histogram
-    confidence: Histogram
+    answers: tuple[Histogram, ...]
     rejected: Mapping[str, Counter]
     cancelled_queued: Counter
     cancelled_running: Counter
@@ -143,6 +148,15 @@ class ServingMetrics:
             *REQUEST_LABELS,
             buckets=CONFIDENCE_BUCKETS,
         )
+        self.prediction_labels = self._histogram(
+            "prediction_labels", "Labels given to a text", *REQUEST_LABELS, buckets=LABEL_COUNT_BUCKETS
+        )
+        self.prediction_quantile = self._histogram(
+            "prediction_quantile",
+            "Place of the answered value among the version's answers on validation",
+            *REQUEST_LABELS,
+            buckets=QUANTILE_BUCKETS,
+        )
 
         # Queue, batches and engines: backbone, engine
         self.queue_requests = self._gauge("queue_requests", "Entries waiting for a batch", *ENGINE_LABELS)
@@ -223,8 +237,11 @@ class ServingMetrics:
         self._request_histograms = (
             self.request_duration_seconds,
             self.tokenize_duration_seconds,
-            self.prediction_confidence,
         )
+        self._answer_histograms = {
+            "text-multi-label": (self.prediction_confidence, self.prediction_labels),
+            "text-regression": (self.prediction_quantile,),
+        }  # other tasks have the confidence alone
         self._engine_metrics = (
             self.queue_requests,
             self.queue_tokens,
@@ -271,6 +288,7 @@ class ServingMetrics:
         self._of_model.pop((model, version, task), None)
         for metric in (
             *self._request_histograms,
+            *self._answers_of(task),
             self.requests_total,
             self.requests_in_progress,
             self.rejected_total,
@@ -289,7 +307,7 @@ class ServingMetrics:
             series = self._of_model[labels] = ModelSeries(
                 in_progress=self.requests_in_progress.labels(*labels),
                 tokenize_duration=self.tokenize_duration_seconds.labels(*labels),
-                confidence=self.prediction_confidence.labels(*labels),
+                answers=tuple(histogram.labels(*labels) for histogram in self._answers_of(labels[2])),
                 rejected={reason: self.rejected_total.labels(*labels, reason) for reason in REJECT_REASONS},
                 cancelled_queued=self.cancelled_total.labels(*labels, "queued"),
                 cancelled_running=self.cancelled_total.labels(*labels, "running"),
@@ -365,7 +383,7 @@ class ServingMetrics:
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def _start_requests(self, model: str, version: str, task: str) -> None:
-        for histogram in self._request_histograms:
+        for histogram in (*self._request_histograms, *self._answers_of(task)):
             histogram.labels(model, version, task)
         self.requests_in_progress.labels(model, version, task)
         for code in REQUEST_CODES:
@@ -374,6 +392,9 @@ class ServingMetrics:
             self.rejected_total.labels(model, version, task, reason)
         for stage in CANCEL_STAGES:
             self.cancelled_total.labels(model, version, task, stage)
+
+    def _answers_of(self, task: str) -> tuple[Histogram, ...]:
+        return self._answer_histograms.get(task, (self.prediction_confidence,))
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(name, documentation, labels, namespace=NAMESPACE, registry=self.registry)

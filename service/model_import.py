@@ -42,6 +42,7 @@ def import_checkpoint(
     with tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
         staged = Path(temporary)
         parts = import_classifier(folder, staged / "full", name=name, source=source)
+        registry.check_task(tenant=tenant, name=name, task=parts.task)
         tokenizer = TextPreprocessor(staged / "full" / "tokenizer.json", max_length=parts.backbone.info.max_length)
         pooled = TorchEngine(parts.backbone).run(EngineBatch(tokenizer.encode(_GOLDEN_TEXTS)))
         golden = [
@@ -50,17 +51,17 @@ def import_checkpoint(
         ]
         write_version_files(
             staged, head=parts.head, labels=parts.labels, max_length=parts.backbone.info.max_length, temperature=1.0,
-            golden=golden,
+            golden=golden, task=parts.task,
         )  # fmt: skip
         (staged / "MODEL_CARD.md").write_text(f"# {name}\n\nImported from {source}; not evaluated here.\n")
         with registry.transaction() as connection:
             version = registry.reserve(
-                connection, tenant=tenant, name=name, task="text-classification", kind="full", method="import",
+                connection, tenant=tenant, name=name, task=parts.task, kind="full", method="import",
                 job_id=None,
             )  # fmt: skip
         draft = ModelManifest(
-            tenant=tenant, name=name, version=version, kind="full", method="import", labels=parts.labels,
-            created_at=time.time(), files=(),
+            tenant=tenant, name=name, version=version, kind="full", task=parts.task, method="import",
+            labels=parts.labels, created_at=time.time(), files=(),
         )  # fmt: skip
         manifest = draft.model_copy(update={"files": put_tree(store, draft.prefix, staged)})
     store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)

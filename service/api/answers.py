@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import starmap
 from typing import Any, Final, Protocol
 
@@ -168,17 +168,46 @@ def _allowed_s(call: Call, timeout_ms: int | None) -> float:
 
 def _encoded(result: PredictResult) -> bytes:
     """`schemas.PredictResponse` as JSON; no member `embedding` where none was asked for."""
-    rows = [
-        wire.Row(
-            index, prediction.label, prediction.score, list(starmap(wire.Score, prediction.scores)),
-            UNSET if prediction.embedding is None else wire.decimals(prediction.embedding),
-        )
-        for index, prediction in enumerate(result.predictions)
-    ]  # fmt: skip
+    rows = _ROWS.get(result.task, _rows)(result.predictions)
     usage = wire.Usage(result.input_tokens)
     return wire.encode(
         wire.Predictions(f"pred_{os.urandom(16).hex()}", "predictions", result.model, result.version, rows, usage)
     )
+
+
+def _rows(predictions: Sequence[Any]) -> Any:
+    return [
+        wire.Row(
+            index, prediction.label, prediction.score, list(starmap(wire.Score, prediction.scores)),
+            UNSET if prediction.embedding is None else wire.decimals(prediction.embedding),
+        )
+        for index, prediction in enumerate(predictions)
+    ]  # fmt: skip
+
+
+def _label_rows(predictions: Sequence[Any]) -> Any:
+    return [
+        wire.LabelsRow(
+            index, prediction.labels, list(starmap(wire.Score, prediction.scores)),
+            UNSET if prediction.embedding is None else wire.decimals(prediction.embedding),
+        )
+        for index, prediction in enumerate(predictions)
+    ]  # fmt: skip
+
+
+def _value_rows(predictions: Sequence[Any]) -> Any:
+    return [
+        wire.ValueRow(
+            index, prediction.value, UNSET if prediction.embedding is None else wire.decimals(prediction.embedding)
+        )
+        for index, prediction in enumerate(predictions)
+    ]
+
+
+# What is not listed has one label a text, or no label at all.
+_ROWS: Final[Mapping[str, Callable[[Sequence[Any]], Any]]] = {
+    "text-multi-label": _label_rows, "text-regression": _value_rows,
+}  # fmt: skip
 
 
 def _openai_error(problem: Problem) -> Response:

@@ -19,8 +19,9 @@ from service.api.auth import Principal, require
 from service.api.guard import DrainState
 from service.api.problems import Problem
 from service.dataset_intake import DatasetIntake
+from service.inference.answering import PredictOptions
 from service.inference.model_pool import ModelPool
-from service.inference.predictor import PredictOptions, Predictor
+from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
 from service.settings import ServingSettings

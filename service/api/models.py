@@ -232,6 +232,7 @@ def _version(version: ModelVersion, model: RegisteredModel, services: Services) 
         "parent": version.backbone,
         "root": version.backbone_digest,
         "kind": version.kind,
+        "task": version.task,
         "method": version.method,
         "job_id": version.job_id,
         "state": state,

@@ -47,6 +47,7 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     inference.MemoryBudgetExceeded: (409, "memory_budget_exceeded"),
     inference.DeadlineExceeded: (504, "deadline_exceeded"),
     inference.NotPredictable: (422, "invalid_request"),
+    inference.ParameterUnfit: (422, "invalid_request"),
     inference.InferenceFailed: (500, "inference_failed"),
     modeling.InputTooLong: (422, "input_too_long"),
 }

@@ -16,8 +16,13 @@ class _Request(BaseModel):
 
 
 class PredictParameters(_Request):
-    top_k: int | None = Field(None, ge=1, description="return only the best so many scores")
-    threshold: float | None = Field(None, ge=0, le=1, description="below it the label is null: the model abstains")
+    top_k: int | None = Field(None, ge=1, description="return only the best so many scores; not for regression")
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="one label a text: below it the label is null; several: from it on a label is given",
+    )
     truncate: bool = Field(True, description="cut over-long inputs; otherwise they are refused with 422")
     max_length: int | None = Field(None, ge=4, le=100_000, description="tokens to keep, special ones included")
     return_embedding: bool = Field(False, description="add each input's vector")
@@ -44,10 +49,29 @@ class LabelScore(BaseModel):
 
 
 class PredictionOut(BaseModel):
+    """text-classification: one label, null where the model abstains. Of a backbone label and score are null."""
+
     index: int
     label: str | None
     score: float | None
     scores: list[LabelScore]
+    embedding: list[float] | None = None
+
+
+class LabelsOut(BaseModel):
+    """text-multi-label: any number of labels, none included, most probable first."""
+
+    index: int
+    labels: list[str]
+    scores: list[LabelScore]
+    embedding: list[float] | None = None
+
+
+class ValueOut(BaseModel):
+    """text-regression: a number in the units of the training data."""
+
+    index: int
+    value: float
     embedding: list[float] | None = None
 
 
@@ -60,7 +84,7 @@ class PredictResponse(BaseModel):
     object: Literal["predictions"] = "predictions"
     model: str
     version: int | None
-    predictions: list[PredictionOut]
+    predictions: list[PredictionOut] | list[LabelsOut] | list[ValueOut]
     usage: Usage
 
 

@@ -50,10 +50,25 @@ class Score(Struct, gc=False):
 
 
 class Row(Struct, omit_defaults=True):
+    """One label a text; also a backbone's, with nothing but an embedding."""
+
     index: int
     label: str | None
     score: float | None
     scores: list[Score]
+    embedding: Raw | UnsetType = UNSET
+
+
+class LabelsRow(Struct, omit_defaults=True):
+    index: int
+    labels: list[str]
+    scores: list[Score]
+    embedding: Raw | UnsetType = UNSET
+
+
+class ValueRow(Struct, omit_defaults=True):
+    index: int
+    value: float
     embedding: Raw | UnsetType = UNSET
 
 
@@ -66,7 +81,7 @@ class Predictions(Struct):
     object: str
     model: str
     version: int | None
-    predictions: list[Row]
+    predictions: list[Row] | list[LabelsRow] | list[ValueRow]
     usage: Usage
 
 

@@ -76,12 +76,15 @@ class Count(Struct, frozen=True, array_like=True, tag=2):
 
 
 class Row(Struct, rename={"vector": "embedding"}):
-    """As `Prediction`; `vector` is little-endian float32."""
+    """As `Prediction`, `LabelsPrediction` or `ValuePrediction`, whose fields it has; `vector` is little-endian
+    float32."""
 
-    label: str | None
-    score: float | None
-    scores: list[tuple[str, float]]
     vector: bytes | None
+    label: str | None = None
+    score: float | None = None
+    scores: list[tuple[str, float]] = []
+    labels: list[str] = []
+    value: float = 0.0
 
     @property
     def embedding(self) -> npt.NDArray[np.float32] | None:

@@ -258,7 +258,7 @@ class DynamicBatcher:
             elif ticket.is_over:
                 self._metrics.of_model(ticket.model.metric_labels).cancelled_running.inc()
             else:
-                entry.vector, entry.probabilities = outcome
+                entry.vector, entry.scores = outcome
                 entry.batch = facts
                 if not ticket.missing:
                     ticket.future.set_result(None)

@@ -66,7 +66,7 @@ class QueueEntry:
     due_at: float = 0.0
     is_ended: bool = False
     vector: FloatArray | None = None
-    probabilities: FloatArray | None = None
+    scores: FloatArray | None = None
     batch: BatchFacts | None = None
 
     @property

@@ -8,10 +8,13 @@ InferenceError
 ├── MemoryBudgetExceeded it does not fit beside the models that must stay
 ├── DeadlineExceeded     the caller's time ran out before the answer was there
 ├── NotPredictable       a backbone was asked for labels
+├── ParameterUnfit       a parameter that means nothing for the model's task
 └── InferenceFailed      the engine failed for this input
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class InferenceError(Exception):
@@ -52,6 +55,19 @@ class DeadlineExceeded(InferenceError):
 
 class NotPredictable(InferenceError):
     """A backbone was asked for labels; it only has embeddings."""
+
+
+class ParameterUnfit(InferenceError):
+    """A parameter of the request means nothing for the model's task."""
+
+    def __init__(self, message: str, *, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+    @property
+    def errors(self) -> list[dict[str, Any]]:
+        """The place in the request, as a problem document lists it."""
+        return [{"loc": ["body", "parameters", self.parameter], "message": str(self)}]
 
 
 class InferenceFailed(InferenceError):

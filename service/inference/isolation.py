@@ -16,16 +16,17 @@ _log = logging.getLogger("service.isolation")
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Vectors float32[rows, width], probabilities per row where the model has labels, and which rows are finite."""
+    """Vectors float32[rows, width], scores float32[outputs] per row where the model has a head, and which rows are
+    finite."""
 
     vectors: FloatArray
-    probabilities: Sequence[FloatArray | None]
+    scores: Sequence[FloatArray | None]
     is_finite: Sequence[bool]
 
 
 Compute = Callable[[Sequence[QueueEntry]], Outputs]
 Outcome = tuple[FloatArray, FloatArray | None] | InferenceFailed
-"""Of a row: its vector and its probabilities, or the error that it alone met."""
+"""Of a row: its vector and its scores, or the error that it alone met."""
 
 
 def compute_isolated(compute: Compute, entries: Sequence[QueueEntry]) -> list[Outcome]:
@@ -40,10 +41,8 @@ def compute_isolated(compute: Compute, entries: Sequence[QueueEntry]) -> list[Ou
             _log.exception("inference failed", extra={"action": "inference_failed"})
         return [InferenceFailed("the engine failed for this input")]
     return [
-        (vector, probabilities)
+        (vector, scores)
         if is_finite
         else InferenceFailed(str(NonFiniteOutput("the model gave values that are not finite for this input")))
-        for vector, probabilities, is_finite in zip(
-            outputs.vectors, outputs.probabilities, outputs.is_finite, strict=True
-        )
+        for vector, scores, is_finite in zip(outputs.vectors, outputs.scores, outputs.is_finite, strict=True)
     ]

@@ -20,7 +20,6 @@ from modeling.engines.build import EngineSpec
 from modeling.engines.graphs import GraphEngine
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
-from modeling.heads import softmax
 from modeling.preprocess import Encoded, TextInput, TextPreprocessor
 from modeling.weights import FloatArray
 from service.inference.batching import BatchLimits, DynamicBatcher, Record
@@ -203,19 +202,19 @@ def apply_heads(entries: Sequence[QueueEntry], vectors: FloatArray) -> Outputs:
 def _answers(
     entries: Sequence[QueueEntry], vectors: FloatArray, logits_of: Callable[[Any, list[int]], FloatArray | None]
 ) -> Outputs:
-    """Probabilities at each model's temperature, for all of its rows at once."""
-    probabilities: list[FloatArray | None] = [None] * len(entries)
+    """Each model's scores, as its task makes them of logits, for all of its rows at once."""
+    scores: list[FloatArray | None] = [None] * len(entries)
     is_finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
     with np.errstate(invalid="ignore", over="ignore"):  # such rows fail below
         for model, rows in rows_by_model(entries):
             logits = logits_of(model, rows)
             if logits is None:
                 continue
-            values = softmax(logits / np.float32(model.temperature))
+            values = model.answering.scores(logits)
             is_finite[rows] &= np.isfinite(values).all(axis=1)
             for row, of_row in zip(rows, values, strict=True):
-                probabilities[row] = of_row
-    return Outputs(vectors, probabilities, is_finite.tolist())
+                scores[row] = of_row
+    return Outputs(vectors, scores, is_finite.tolist())
 
 
 def rows_by_model(entries: Sequence[QueueEntry]) -> list[tuple[Any, list[int]]]:

@@ -32,6 +32,7 @@ from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed, GoldenRowsDiffer, ModelingError
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
+from service.inference.answering import answering_of
 from service.inference.batch_log import BatchLog
 from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector
@@ -255,7 +256,7 @@ class ModelPool:
         async with self._loading:
             if key in self._served:
                 return
-            labels = (key[1], str(key[2]), "text-classification")
+            labels = (key[1], str(key[2]), version.task)
             started = time.monotonic()
             self._metrics.start_model(*labels)
             self._metrics.set_model_state(*labels, state="loading")
@@ -304,8 +305,9 @@ class ModelPool:
         model = ServedModel(
             tenant=tenant, name=name, version=number, task=parts.manifest.task, labels=parts.manifest.labels, lane=lane,
             # The engine keeps the adapter's weights; a second copy here would only cost memory.
-            parts=replace(parts, adapter=None), max_length=parts.max_length, state="warming",
-            adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None, owns_weights=parts.backbone is not None,
+            parts=replace(parts, adapter=None), answering=answering_of(parts), max_length=parts.max_length,
+            state="warming", adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None,
+            owns_weights=parts.backbone is not None,
         )  # fmt: skip
         try:
             await self._warm_or_reopen(model, parts.adapter)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from model_registry.refs import ModelRef
 from modeling.heads import normalized
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
+from service.inference.answering import PredictOptions
 from service.inference.entries import QueueEntry, Ticket
 from service.inference.errors import (
     BatchTooLarge,
@@ -33,27 +33,6 @@ from service.metrics import ServingMetrics
 
 
 @dataclass(frozen=True, slots=True)
-class PredictOptions:
-    """`top_k` bounds the scores returned; below `threshold` the model abstains; embeddings only if asked for."""
-
-    top_k: int | None = None
-    threshold: float | None = None
-    truncate: bool = True
-    max_length: int | None = None
-    return_embedding: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """`label` is None where the model abstains or has no labels. `scores` stand best first."""
-
-    label: str | None
-    score: float | None
-    scores: list[tuple[str, float]]
-    embedding: FloatArray | None
-
-
-@dataclass(frozen=True, slots=True)
 class Timings:
     """Seconds, the longest over the request's inputs."""
 
@@ -68,7 +47,8 @@ class PredictResult:
     model: str
     version: int | None
     task: str
-    predictions: list[Prediction]
+    predictions: list[Any]
+    """One for each input: `Prediction`, `LabelsPrediction` or `ValuePrediction`, as `task` says."""
     input_tokens: int
     engine: str
     batch_rows: int
@@ -94,15 +74,16 @@ class Predictor:
         """Answers for `inputs`, in their order. `deadline` is in `time.monotonic` seconds.
 
         Raises `ModelNotFound`, `ModelNotReady`, `EmptyInput`, `BatchTooLarge`, `QueueFull`, `InputTooLong`,
-        `DeadlineExceeded`, `NotPredictable`, `InferenceFailed`.
+        `DeadlineExceeded`, `NotPredictable`, `ParameterUnfit`, `InferenceFailed`.
         """
         started = self._clock()
         check_inputs(inputs, self._max_inputs)
         with self._pool.lease(tenant, ref) as model:
-            if needs_labels and not model.labels and not options.return_embedding:
+            if needs_labels and not model.answering.has_answers and not options.return_embedding:
                 raise NotPredictable(
                     f"{model.name} is a backbone without labels; set parameters.return_embedding or use /v1/embeddings"
                 )
+            model.answering.check(options)
             series = self._metrics.of_model(model.metric_labels)
             series.in_progress.inc()
             try:
@@ -119,10 +100,8 @@ class Predictor:
                 raise
             finally:
                 series.in_progress.dec()
-            predictions = [answer(model, entry, options) for entry in ticket.entries]
-            for prediction in predictions:
-                if prediction.scores:
-                    series.confidence.observe(prediction.scores[0][1])
+            predictions = answers(model, ticket.entries, options)
+            model.answering.observe(series, predictions)
             series.tokenize_duration.observe(ticket.tokenized_at - started)
             return _result(ticket, predictions, started=started, ended=self._clock())
 
@@ -169,25 +148,20 @@ def check_inputs(inputs: Sequence[TextInput], max_inputs: int) -> None:
             raise EmptyInput(f"input {index} is empty; leave it out or give it a text")
 
 
-def answer(model: ServedModel, entry: QueueEntry, options: PredictOptions) -> Prediction:
-    """One row's vector and probabilities as the caller sees them. Pure."""
-    embedding = None
-    if options.return_embedding:
-        assert entry.vector is not None
-        embedding = normalized(entry.vector[None])[0] if model.normalize_embedding else entry.vector
-    if entry.probabilities is None:
-        return Prediction(label=None, score=None, scores=[], embedding=embedding)
-    order = np.argsort(-entry.probabilities, kind="stable")[: options.top_k]
-    labels = model.labels
-    scores = [
-        (labels[index], value) for index, value in zip(order.tolist(), entry.probabilities[order].tolist(), strict=True)
-    ]
-    label, score = scores[0]
-    is_unsure = options.threshold is not None and score < options.threshold
-    return Prediction(label=None if is_unsure else label, score=score, scores=scores, embedding=embedding)
+def answers(model: ServedModel, entries: Sequence[QueueEntry], options: PredictOptions) -> list[Any]:
+    """Each row as the caller sees it, by the model's task. Pure."""
+    answer = model.answering.answer
+    if not options.return_embedding:
+        return [answer(entry.scores, options, None) for entry in entries]
+    return [answer(entry.scores, options, _embedding(model, entry)) for entry in entries]
 
 
-def _result(ticket: Ticket, predictions: list[Prediction], *, started: float, ended: float) -> PredictResult:
+def _embedding(model: ServedModel, entry: QueueEntry) -> FloatArray:
+    assert entry.vector is not None
+    return normalized(entry.vector[None])[0] if model.normalize_embedding else entry.vector
+
+
+def _result(ticket: Ticket, predictions: list[Any], *, started: float, ended: float) -> PredictResult:
     model, entries = ticket.model, ticket.entries
     batches = {id(entry.batch): entry.batch for entry in entries if entry.batch is not None}.values()
     return PredictResult(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from modeling.assemble import VersionParts
 from modeling.heads import TaskHead
 from modeling.linear_text import LinearText
+from service.inference.answering import VECTORS, Answering
 from service.inference.lanes import BackboneLane, Lane
 
 
@@ -25,6 +26,7 @@ class ServedModel:
     task: str
     labels: tuple[str, ...]
     lane: Lane
+    answering: Answering = VECTORS
     parts: VersionParts | None = None
     adapter_key: str | None = None
     max_length: int | None = None
@@ -46,10 +48,6 @@ class ServedModel:
     @property
     def linear(self) -> LinearText | None:
         return None if self.parts is None else self.parts.linear
-
-    @property
-    def temperature(self) -> float:
-        return 1.0 if self.parts is None else self.parts.temperature
 
     @property
     def own_bytes(self) -> int:

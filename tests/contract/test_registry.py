@@ -19,7 +19,7 @@ from model_registry.errors import (
     ModelNotFound,
     VersionNotServable,
 )
-from model_registry.manifest import ModelManifest
+from model_registry.manifest import ModelManifest, Task
 from model_registry.migrations import current_revision, migrate, newest_revision
 from model_registry.refs import ModelRef
 from model_registry.registry import Promotion, Registry
@@ -48,6 +48,49 @@ def publish(
         )  # fmt: skip
         registry.publish(connection, manifest, actor="test", promotion=promotion)
     return version
+
+
+def test_a_name_stands_for_one_task_once_a_version_is_ready(registry: Registry) -> None:
+    def reserve(task: str) -> int:
+        with registry.transaction() as connection:
+            return registry.reserve(
+                connection, tenant="default", name="m", task=task, kind="head", method="x", job_id=None
+            )
+
+    def publish_as(version: int, task: Task) -> None:
+        manifest = ModelManifest(
+            tenant="default", name="m", version=version, kind="head", task=task, method="x",
+            labels=() if task == "text-regression" else ("a",), created_at=0.0, files=(),
+        )  # fmt: skip
+        with registry.transaction() as connection:
+            registry.publish(connection, manifest, actor="test")
+
+    first, second, third = reserve("text-multi-label"), reserve("text-regression"), reserve("text-regression")
+    registry.check_task(tenant="default", name="m", task="text-classification")  # nothing is ready yet
+    publish_as(second, "text-regression")
+    assert registry.model("default", "m").task == "text-regression"
+    for refused in (lambda: reserve("text-multi-label"), lambda: publish_as(first, "text-multi-label")):
+        with pytest.raises(InvalidReference, match="text-regression"):
+            refused()
+    with pytest.raises(InvalidReference, match="another name"):
+        registry.check_task(tenant="default", name="m", task="text-classification")
+    publish_as(third, "text-regression")
+    versions = registry.snapshot().versions
+    assert {key[2]: found.task for key, found in versions.items()} == dict.fromkeys((second, third), "text-regression")
+    assert registry.resolve("default", ModelRef("m")).task == "text-regression"
+
+
+def test_the_first_version_that_is_ready_says_the_task(registry: Registry) -> None:
+    with registry.transaction() as connection:
+        take = {"tenant": "default", "name": "m", "kind": "head", "method": "x", "job_id": None}
+        version = registry.reserve(connection, task="text-multi-label", **take)  # type: ignore[arg-type]
+        registry.reserve(connection, task="text-regression", **take)  # type: ignore[arg-type]
+        manifest = ModelManifest(
+            tenant="default", name="m", version=version, kind="head", task="text-multi-label", method="x",
+            labels=("a",), created_at=0.0, files=(),
+        )  # fmt: skip
+        registry.publish(connection, manifest, actor="test")
+    assert registry.model("default", "m").task == "text-multi-label"
 
 
 def champion(registry: Registry, name: str = "m", tenant: str = "default") -> int:

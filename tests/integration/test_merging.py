@@ -28,11 +28,12 @@ from modeling.merge import MergeRequest, adapter_digest
 from modeling.testing import write_tiny_checkpoint
 from service.inference import merging
 from service.inference.admission import AdmissionController
+from service.inference.answering import PredictOptions
 from service.inference.lanes import BackboneLane
 from service.inference.merge_choice import MergePolicy
 from service.inference.merging import AdapterMerger, write_graph
 from service.inference.model_pool import ModelPool
-from service.inference.predictor import PredictOptions, Predictor
+from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
 from tests.support.adapters import random_adapter
 from tests.support.world import World, run

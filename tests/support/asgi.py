@@ -19,8 +19,9 @@ from modeling.preprocess import TextInput
 from service.api.deps import Services
 from service.api.guard import DrainState
 from service.app import create_app
+from service.inference.answering import Prediction, PredictOptions
 from service.inference.errors import EmptyInput
-from service.inference.predictor import Prediction, PredictOptions, PredictResult, Timings
+from service.inference.predictor import PredictResult, Timings
 from service.metrics import ServingMetrics
 from service.settings import ServingSettings
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from modeling.errors import EngineFailed, InputTooLong
+from service.inference.answering import OneLabel
 from service.inference.batching import BatchLimits, DynamicBatcher
 from service.inference.entries import QueueEntry
 from service.inference.isolation import Outputs
@@ -58,8 +59,8 @@ class WordLane:
         if self.is_broken or any(POISON in text for text in texts):
             raise EngineFailed("a poisoned row")
         vectors = np.asarray([[len(text)] for text in texts], dtype=np.float32)
-        probabilities = [np.asarray([0.25, 0.75], dtype=np.float32)] * len(texts)
-        return Outputs(vectors, probabilities, [NOT_A_NUMBER not in text for text in texts])
+        scores = [np.asarray([0.25, 0.75], dtype=np.float32)] * len(texts)
+        return Outputs(vectors, scores, [NOT_A_NUMBER not in text for text in texts])
 
     def check(self) -> None:
         if self.is_broken:
@@ -71,6 +72,7 @@ class WordModel:
 
     name, version, task = "m", 1, "text-classification"
     labels = ("a", "b")
+    answering = OneLabel(("a", "b"))
     metric_labels = ("m", "1", "text-classification")
     normalize_embedding = False
     adapter_key: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText
 from modeling.preprocess import TextPreprocessor
+from modeling.tasks import Task, outputs_of
 from modeling.weights import FloatArray
 from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
@@ -45,12 +46,15 @@ class World:
     def publish(
         self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, promote: bool = False,
         adapter: Adapter | None = None, spoil: Callable[[Path], None] | None = None,
+        task: Task = "text-classification", thresholds: Sequence[float] | None = None,
     ) -> ModelVersion:  # fmt: skip
         """A linear head with random weights, over the backbone or an `adapter` of it. `spoil` may damage the staged
-        files before they are hashed."""
+        files, or add to them, before they are hashed."""
         random = np.random.default_rng(seed)
-        weight = random.normal(size=(len(labels), self.backbone.info.hidden_size)).astype(np.float32)
-        head = TaskHead((DenseLayer(weight, np.zeros(len(labels), np.float32)),))
+        labels = () if task == "text-regression" else labels
+        outputs = outputs_of(task, labels)
+        weight = random.normal(size=(outputs, self.backbone.info.hidden_size)).astype(np.float32)
+        head = TaskHead((DenseLayer(weight, np.zeros(outputs, np.float32)),))
         encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
         engine = self.make_engine(self.backbone)
         kind: VersionKind = "head" if adapter is None else "lora"
@@ -61,41 +65,49 @@ class World:
 
         def write(staged: Path) -> None:
             write_version_files(
-                staged, head=head, labels=labels, max_length=32, temperature=1.0, golden=_golden(logits)
-            )
+                staged, head=head, labels=labels, max_length=32, temperature=1.0, golden=_golden(logits), task=task,
+                thresholds=thresholds,
+            )  # fmt: skip
             if adapter is not None:
                 write_adapter(staged / "adapter", adapter)
             if spoil is not None:
                 spoil(staged)
 
         base = BackboneRef(name="tiny", digest=self.backbone.info.digest, source="file:tiny")
-        return self._register(name, labels, write, kind=kind, method=method, base=base, promote=promote)
+        return self._register(name, labels, write, kind=kind, method=method, base=base, promote=promote, task=task)
 
-    def publish_baseline(self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0) -> ModelVersion:
+    def publish_baseline(
+        self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, task: Task = "text-classification",
+        thresholds: Sequence[float] | None = None,
+    ) -> ModelVersion:  # fmt: skip
         """A linear model over a few words, with random weights. It needs no backbone."""
+        labels = () if task == "text-regression" else labels
+        outputs = outputs_of(task, labels)
         terms = tuple(sorted({word for text in GOLDEN for word in text.split() if len(word) > 1}))
-        weight = np.random.default_rng(seed).normal(size=(len(labels), len(terms))).astype(np.float32)
-        linear = LinearText(terms, np.ones(len(terms), np.float32), weight, np.zeros(len(labels), np.float32))
+        weight = np.random.default_rng(seed).normal(size=(outputs, len(terms))).astype(np.float32)
+        linear = LinearText(terms, np.ones(len(terms), np.float32), weight, np.zeros(outputs, np.float32))
         golden = _golden(linear.margins(GOLDEN))
 
         def write(staged: Path) -> None:
-            write_version_files(staged, linear=linear, labels=labels, max_length=None, temperature=1.0, golden=golden)
+            write_version_files(
+                staged, linear=linear, labels=labels, max_length=None, temperature=1.0, golden=golden, task=task,
+                thresholds=thresholds,
+            )  # fmt: skip
 
-        return self._register(name, labels, write, kind="baseline", method="baseline")
+        return self._register(name, labels, write, kind="baseline", method="baseline", task=task)
 
     def _register(
         self, name: str, labels: tuple[str, ...], write: Callable[[Path], None], *, kind: VersionKind, method: str,
-        base: BackboneRef | None = None, promote: bool = False,
+        base: BackboneRef | None = None, promote: bool = False, task: Task = "text-classification",
     ) -> ModelVersion:  # fmt: skip
         with self.registry.transaction() as connection:
             version = self.registry.reserve(
-                connection, tenant="default", name=name, task="text-classification", kind=kind, method=method,
-                job_id=None,
-            )  # fmt: skip
+                connection, tenant="default", name=name, task=task, kind=kind, method=method, job_id=None
+            )
         staged = self.folder / f"staged-{name}-{version}"
         write(staged)
         manifest = ModelManifest(
-            tenant="default", name=name, version=version, kind=kind, method=method, labels=labels, base=base,
+            tenant="default", name=name, version=version, kind=kind, task=task, method=method, labels=labels, base=base,
             created_at=time.time(), files=(),
         )  # fmt: skip
         manifest = manifest.model_copy(update={"files": put_tree(self.store, manifest.prefix, staged)})

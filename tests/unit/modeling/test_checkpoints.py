@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from modeling.backbone import SUPPORTED_MODEL_TYPES
 from modeling.checkpoints import import_classifier
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, takes_type_ids
-from modeling.errors import GoldenRowsDiffer, ModelingError, UnsupportedArchitecture
+from modeling.errors import GoldenRowsDiffer, ModelingError
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText, new_vectorizer
 from modeling.preprocess import TextPreprocessor
@@ -40,9 +41,26 @@ def test_the_parts_give_the_logits_of_the_whole(model_type: str, tmp_path: Path)
         np.testing.assert_allclose(ours[row], expected, atol=1e-4)
 
 
-def test_a_regression_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "one", labels=["only"])
-    with pytest.raises(UnsupportedArchitecture):
+@pytest.mark.parametrize(
+    ("labels", "problem", "task"),
+    [(2, None, "text-classification"), (2, "single_label_classification", "text-classification"),
+     (2, "multi_label_classification", "text-multi-label"), (1, "multi_label_classification", "text-multi-label"),
+     (1, None, "text-regression"), (1, "regression", "text-regression")],
+)  # fmt: skip
+def test_the_problem_type_says_the_task(tmp_path: Path, labels: int, problem: str | None, task: str) -> None:
+    names = [f"l{index}" for index in range(labels)]
+    folder = write_tiny_checkpoint(tmp_path / "whole", labels=names, problem_type=problem)
+    parts = import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+    assert (parts.task, parts.head.labels) == (task, labels)
+    assert parts.labels == (() if task == "text-regression" else tuple(names))
+
+
+@pytest.mark.parametrize(("labels", "problem"), [(2, "regression"), (1, "single_label_classification"), (2, "ranking")])
+def test_outputs_that_fit_no_task_are_refused(tmp_path: Path, labels: int, problem: str) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "w", labels=[f"l{i}" for i in range(labels)])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": problem}))
+    with pytest.raises(ModelingError, match=problem):
         import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
 
 

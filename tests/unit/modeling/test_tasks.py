@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from model_registry.errors import ManifestUnsupported
-from model_registry.manifest import TASKS, ModelManifest, Task
+from model_registry.manifest import TASKS, FileEntry, ModelManifest, Task, sha256_hex
 from model_registry.store import FileStore, put_tree
-from modeling.assemble import GoldenRow, VersionParts, compare_golden, read_version, write_version_files
+from modeling.assemble import (
+    REFERENCE_STATS,
+    GoldenRow,
+    VersionParts,
+    compare_golden,
+    read_version,
+    write_version_files,
+)
 from modeling.errors import GoldenRowsDiffer, WeightsInvalid
 from modeling.heads import DenseLayer, TaskHead
 from modeling.tasks import answers_of, link_of, outputs_of, reached, scores_of
@@ -128,6 +136,28 @@ def test_in_lower_precision_no_probability_moves_far(tmp_path: Path) -> None:
     for wrong in ([[-2.0, -2.0], [0.9, 0.0]], [[2.0, 2.0], [0.9, 0.0]], [[2.0, -2.0], [0.9, np.nan]]):
         with pytest.raises(GoldenRowsDiffer):
             compare_golden(parts, np.asarray(wrong, np.float32), precision="bf16")
+
+
+def reference(folder: Path, document: dict[str, Any]) -> VersionParts:
+    store, manifest = staged(folder, "text-regression", [(1.0,)])
+    store.put_bytes(f"{manifest.prefix}/{REFERENCE_STATS}", json.dumps(document).encode())
+    content = json.dumps(document).encode()
+    entry = FileEntry(path=REFERENCE_STATS, size=len(content), sha256=sha256_hex(content))
+    return read_version(store, manifest.model_copy(update={"files": (*manifest.files, entry)}))
+
+
+def test_the_values_of_validation_come_as_shares(tmp_path: Path) -> None:
+    found = reference(tmp_path / "a", {"value_histogram": {"edges": [-1.0, 0.0, 2.0], "counts": [1, 3]}})
+    assert found.value_shares == ((-1.0, 0.0), (0.0, 0.25), (2.0, 1.0))
+    assert reference(tmp_path / "b", {"rows": 0}).value_shares == ()
+    assert reference(tmp_path / "c", {"value_histogram": {"edges": [0.0, 1.0], "counts": [0]}}).value_shares == ()
+    assert parts_of(tmp_path / "d", "text-regression", [(1.0,)]).value_shares == ()
+
+
+@pytest.mark.parametrize("edges", [[0.0], [0.0, 1.0, 1.0], [0.0, float("nan"), 2.0], [2.0, 1.0, 0.0]])
+def test_a_histogram_that_does_not_rise_is_refused(tmp_path: Path, edges: list[float]) -> None:
+    with pytest.raises(WeightsInvalid, match="rising edges"):
+        reference(tmp_path, {"value_histogram": {"edges": edges, "counts": [1, 3]}})
 
 
 # Manifests

@@ -46,6 +46,15 @@ def test_predict(service: Service) -> None:
     assert service.asked[0].json["inputs"] == ["fine", "so\tso"]
 
 
+def test_predict_with_several_labels_and_with_a_value(service: Service) -> None:
+    scores = [{"label": "sport", "score": 0.9}, {"label": "money", "score": 0.75}, {"label": "art", "score": 0.1}]
+    rows = [{"labels": ["sport", "money"], "scores": scores}, {"labels": [], "scores": scores}]
+    service.on("POST /predict", (200, {"predictions": rows}), (200, {"predictions": [{"value": 1234567.8}]}))
+    result = run(service, "predict", "topics", "fine", "so")
+    assert result.stdout == "label\tscore\ttext\nsport, money\t0.9000, 0.7500\tfine\n(none)\t\tso\n"
+    assert run(service, "predict", "price", "x").stdout == "value\ttext\n1234568\tx\n"
+
+
 def test_a_label_cannot_drive_the_terminal(service: Service) -> None:
     service.on("POST /predict", (200, {"predictions": [{"label": "\x1b[2Jgood", "score": 1}]}))
     assert "\x1b" not in run(service, "predict", "reviews", "x").stdout

@@ -16,11 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from model_registry.refs import ModelRef
 from modeling.errors import InputTooLong
 from service.inference.admission import AdmissionController
+from service.inference.answering import PredictOptions
 from service.inference.batching import Batch, BatchLimits
 from service.inference.cost import CostModel
 from service.inference.entries import QueueEntry, Ticket
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady, QueueFull
-from service.inference.predictor import PredictOptions, Predictor
+from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
 from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel, WordPool
 from tests.support.virtual import VirtualLoop, virtual_runtime

@@ -22,10 +22,12 @@ from service.api import answers, wire
 from service.api.compat import openai
 from service.api.direct import DirectRoutes
 from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH, inference_route
-from service.api.schemas import PredictRequest, PredictResponse
-from service.inference.errors import DeadlineExceeded, InferenceFailed, QueueFull
-from service.inference.predictor import Prediction, PredictOptions, PredictResult, Timings
+from service.api.schemas import LabelsOut, PredictionOut, PredictRequest, PredictResponse, ValueOut
+from service.inference.answering import LabelsPrediction, PredictOptions, ValuePrediction
+from service.inference.errors import DeadlineExceeded, InferenceFailed, ParameterUnfit, QueueFull
+from service.inference.predictor import PredictResult, Timings
 from service.settings import ApiKey, ServingSettings
+from tests.support.answered import rows_of_one_task
 from tests.support.asgi import Answered, AppUnderTest, result_for
 
 LONG_WAY = {"content-type": "application/json; way=long"}
@@ -209,6 +211,7 @@ def test_good_embeddings_are_answered_alike(under_test: AppUnderTest, body: Any)
         (DeadlineExceeded("late"), 504, None),
         (InferenceFailed("the engine failed"), 500, None),
         (DatabaseUnavailable("table secrets is locked"), 503, "1"),
+        (ParameterUnfit("top_k is for labels", parameter="top_k"), 422, None),
         (RuntimeError("the inner secret"), 500, None),
     ],
 )
@@ -435,28 +438,33 @@ def without_nulls(schema: Any) -> Any:
 # Answers
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
-predictions = st.builds(
-    Prediction,
-    label=st.none() | texts,
-    score=st.none() | finite,
-    scores=st.lists(st.tuples(texts, finite), max_size=3),
-    embedding=st.none() | st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1).map(
-        lambda values: np.array(values, dtype=np.float32)
-    ),
-)  # fmt: skip
+vectors = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1).map(
+    lambda values: np.array(values, dtype=np.float32)
+)
+DOCUMENTED = {"text-multi-label": LabelsOut, "text-regression": ValueOut}
 
 
-@given(st.lists(predictions, max_size=4), st.none() | st.integers(1, 10**8))
-def test_the_answer_is_the_documented_one(rows: list[Prediction], version: int | None) -> None:
-    result = PredictResult("m", version, "task", rows, 5, "torch", 1, Timings(0.0, 0.0, 0.0, 0.0))
+def documented_row(index: int, row: Any) -> dict[str, Any]:
+    """As the contract has it, without the embedding."""
+    if isinstance(row, ValuePrediction):
+        return {"index": index, "value": row.value}
+    scores = {"scores": [{"label": label, "score": score} for label, score in row.scores]}
+    if isinstance(row, LabelsPrediction):
+        return {"index": index, "labels": row.labels} | scores
+    return {"index": index, "label": row.label, "score": row.score} | scores
+
+
+@given(rows_of_one_task(texts=texts, numbers=finite, vectors=vectors), st.none() | st.integers(1, 10**8))
+def test_the_answer_is_the_documented_one(answered: tuple[str, list[Any]], version: int | None) -> None:
+    task, rows = answered
+    result = PredictResult("m", version, task, rows, 5, "torch", 1, Timings(0.0, 0.0, 0.0, 0.0))
     written = json.loads(answers._encoded(result))
     assert written["predictions"] == [
-        {
-            "index": index, "label": row.label, "score": row.score,
-            "scores": [{"label": label, "score": score} for label, score in row.scores],
-        } | ({} if row.embedding is None else {"embedding": next_row["embedding"]})
+        documented_row(index, row) | ({} if row.embedding is None else {"embedding": next_row["embedding"]})
         for index, (row, next_row) in enumerate(zip(rows, written["predictions"], strict=True))
-    ]  # fmt: skip
+    ]
+    for row in written["predictions"]:
+        DOCUMENTED.get(task, PredictionOut).model_validate(row, extra="forbid")
     for row, read in zip(rows, PredictResponse.model_validate(written, extra="forbid").predictions, strict=True):
         if row.embedding is not None:
             assert np.array_equal(np.array(read.embedding, dtype=np.float32), row.embedding)

@@ -30,12 +30,13 @@ from modeling.export import export_graphs
 from modeling.trial import TrialRequest
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
+from service.inference.answering import PredictOptions
 from service.inference.batching import BatchLimits
 from service.inference.engine_choice import EngineChoice
 from service.inference.engine_selection import EngineSelector, SelectionPolicy, measure
 from service.inference.errors import InferenceError, ModelNotReady
 from service.inference.model_pool import ModelPool
-from service.inference.predictor import PredictOptions, Predictor, PredictResult
+from service.inference.predictor import Predictor, PredictResult
 from service.metrics import ServingMetrics
 from tests.support.world import World, run
 

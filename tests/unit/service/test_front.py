@@ -56,9 +56,11 @@ from service.front.frames import (
 from service.front.link import EngineLink, make_options
 from service.front.proxy import of_the_message, request_headers
 from service.front.supervisor import FrontEnds, RestartTimes, restart_delay_s
-from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady, QueueFull
-from service.inference.predictor import Prediction, PredictOptions, PredictResult, Timings
+from service.inference.answering import LabelsPrediction, Prediction, PredictOptions, ValuePrediction
+from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady, ParameterUnfit, QueueFull
+from service.inference.predictor import PredictResult, Timings
 from service.settings import ServingSettings
+from tests.support.answered import rows_of_one_task
 from tests.support.asgi import RecordingPredictor
 
 REPOSITORY = Path(__file__).parents[3]
@@ -72,18 +74,14 @@ texts = st.text(st.characters(codec="utf-8"), max_size=8)
 floats = st.floats(0, 1)
 refs = st.builds(ModelRef, texts, alias=st.none() | texts, version=st.none() | st.integers(1, 10**9))
 vectors = st.lists(st.floats(width=32, allow_nan=False), max_size=5).map(lambda values: np.array(values, np.float32))
-results = st.builds(
-    PredictResult,
-    model=texts, version=st.none() | st.integers(1, 10**9), task=texts,
-    predictions=st.lists(
-        st.builds(
-            Prediction, label=st.none() | texts, score=st.none() | floats, scores=st.lists(st.tuples(texts, floats)),
-            embedding=st.none() | vectors,
-        ),
-        max_size=3,
-    ),
-    input_tokens=st.integers(0, 2**40), engine=texts, batch_rows=st.integers(0, 4096),
-    timings=st.builds(Timings, floats, floats, floats, floats),
+results = rows_of_one_task(texts=texts, numbers=floats, vectors=vectors).flatmap(
+    lambda answered: st.builds(
+        PredictResult,
+        model=texts, version=st.none() | st.integers(1, 10**9), task=st.just(answered[0]),
+        predictions=st.just(answered[1]),
+        input_tokens=st.integers(0, 2**40), engine=texts, batch_rows=st.integers(0, 4096),
+        timings=st.builds(Timings, floats, floats, floats, floats),
+    )
 )  # fmt: skip
 requests = st.one_of(
     st.builds(
@@ -136,15 +134,22 @@ def test_numbers_of_numpy_become_plain() -> None:
 
 
 def test_the_structs_have_the_fields_of_what_they_mirror() -> None:
-    for mirror, original in ((Result, PredictResult), (Row, Prediction), (Stages, Timings), (Options, PredictOptions)):
-        fields = [field.name for field in dataclasses.fields(original)]
-        assert [field.encode_name for field in msgspec.structs.fields(mirror)] == fields
+    for mirror, original in ((Result, PredictResult), (Stages, Timings), (Options, PredictOptions)):
+        assert fields_of(mirror) == [field.name for field in dataclasses.fields(original)]
+    answered = (Prediction, LabelsPrediction, ValuePrediction)
+    assert set(fields_of(Row)) == {field.name for original in answered for field in dataclasses.fields(original)}
+
+
+def fields_of(struct: Any) -> list[str]:
+    return [field.encode_name for field in msgspec.structs.fields(struct)]
 
 
 def instances() -> Iterator[Exception]:
     for cls in ERRORS.values():
         if cls.__name__ == "QueueFull":
             yield QueueFull("full", reason="token_budget", retry_after_s=2.5)
+        elif cls.__name__ == "ParameterUnfit":
+            yield ParameterUnfit("not here", parameter="top_k")
         elif cls.__name__ == "InputTooLong":
             yield InputTooLong("long", index=3)
         elif cls.__name__ == "AliasConflict":

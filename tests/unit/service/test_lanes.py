@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from modeling.engines.fake import FakeEngine
 from modeling.engines.protocol import EngineBatch
 from modeling.errors import EngineFailed
 from modeling.heads import DenseLayer, TaskHead, softmax
+from service.inference.answering import ManyLabels, OneLabel, Value, Vectors
 from service.inference.batching import BatchLimits
 from service.inference.entries import QueueEntry, Ticket
 from service.inference.errors import InferenceFailed
@@ -99,7 +103,7 @@ def test_another_engine_takes_over_under_its_own_name_and_ends_an_outage(world: 
 @dataclass(eq=False)
 class Headed:
     head: TaskHead | None
-    temperature: float = 1.0
+    answering: Any = field(default_factory=lambda: OneLabel(()))
     metric_labels: tuple[str, str, str] = ("m", "1", "t")
     adapter_key: str | None = None
     lane: Any = None
@@ -116,26 +120,59 @@ def entries_of(models: Sequence[Any]) -> list[QueueEntry]:
 
 
 def test_each_row_goes_through_its_models_head_at_its_temperature() -> None:
-    first, second, bare = Headed(head(2, 1), 0.5), Headed(head(5, 2)), Headed(None)
+    first, second, bare = Headed(head(2, 1), OneLabel((), 0.5)), Headed(head(5, 2)), Headed(None, Vectors())
     vectors = np.random.default_rng(3).normal(size=(5, 4)).astype(np.float32)
     models = [first, second, first, bare, second]
     outputs = apply_heads(entries_of(models), vectors)
-    for model, vector, probabilities in zip(models, vectors, outputs.probabilities, strict=True):
+    for model, vector, scores in zip(models, vectors, outputs.scores, strict=True):
         if model.head is None:
-            assert probabilities is None
+            assert scores is None
         else:
-            assert probabilities is not None
-            expected = softmax(model.head.logits(vector[None])[0] / np.float32(model.temperature))
-            np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+            assert scores is not None
+            expected = softmax(model.head.logits(vector[None])[0] / np.float32(model.answering.temperature))
+            np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert list(outputs.is_finite) == [True] * 5
 
 
-def test_rows_that_are_not_finite_are_told_from_the_others() -> None:
-    weight = np.asarray([[np.float32(3e38)] * 4], dtype=np.float32)
-    overflowing = Headed(TaskHead((DenseLayer(weight, np.zeros(1, np.float32)),)))
+TASKS: tuple[Any, ...] = (
+    OneLabel(("a",), 0.7),
+    ManyLabels(("a",), np.asarray([0.5], np.float32), 0.7),
+    Value(),
+)
+
+
+@given(
+    order=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    values=arrays(np.float32, (12, 4), elements=st.floats(-3, 3, width=32)),
+)
+def test_a_batch_of_several_tasks_answers_each_row_as_alone(order: list[int], values: Any) -> None:
+    models = [
+        Headed(head(3, 1), OneLabel(("a", "b", "c"), 0.5)),
+        Headed(head(3, 2), ManyLabels(("a", "b", "c"), np.asarray([0.5, 0.2, 0.9], np.float32), 2.0)),
+        Headed(head(1, 3), Value()),
+        Headed(None, Vectors()),
+        Headed(head(2, 4), ManyLabels(("x", "y"), np.asarray([0.5, 0.5], np.float32))),
+    ]
+    rows, vectors = [models[index] for index in order], values[: len(order)]
+    together = apply_heads(entries_of(rows), vectors)
+    assert all(together.is_finite)
+    for row, model in enumerate(rows):
+        alone = apply_heads(entries_of([model]), vectors[row : row + 1]).scores[0]
+        mixed = together.scores[row]
+        assert (mixed is None) == (alone is None) == (model.head is None)
+        if alone is not None and mixed is not None:
+            np.testing.assert_allclose(mixed, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("answering", TASKS, ids=lambda answering: type(answering).__name__)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rows_that_are_not_finite_are_told_from_the_others(answering: Any, sign: int) -> None:
+    weight = np.asarray([[np.float32(sign * 3e38)] * 4], dtype=np.float32)
+    overflowing = Headed(TaskHead((DenseLayer(weight, np.zeros(1, np.float32)),)), answering)
+    fine = Headed(TaskHead((DenseLayer(weight * np.float32(1e-38), np.zeros(1, np.float32)),)), answering)
     vectors = np.ones((4, 4), dtype=np.float32)
     vectors[1, 2] = np.nan
-    outputs = apply_heads(entries_of([Headed(None), Headed(None), overflowing, Headed(head(2, 1))]), vectors)
+    outputs = apply_heads(entries_of([Headed(None), Headed(None), overflowing, fine]), vectors)
     assert list(outputs.is_finite) == [True, False, False, True]
 
 
@@ -144,7 +181,7 @@ class Linear:
     """As much of a served baseline as its lane needs; `words` counts as margins."""
 
     metric_labels: tuple[str, str, str] = ("m", "1", "t")
-    temperature: float = 1.0
+    answering: Any = field(default_factory=lambda: OneLabel(("many", "none")))
     adapter_key: str | None = None
     lane: Any = None
     seen: list[list[str]] = field(default_factory=list)
@@ -173,7 +210,7 @@ def test_baselines_share_a_queue_and_a_bad_text_fails_alone() -> None:
         lane.batcher.put(tickets)
         await asyncio.gather(*(ticket.future for ticket in tickets), return_exceptions=True)
         await lane.batcher.stop()
-        return [ticket.future.exception() or ticket.entries[0].probabilities for ticket in tickets]
+        return [ticket.future.exception() or ticket.entries[0].scores for ticket in tickets]
 
     first, failed, last = asyncio.run(scenario())
     assert isinstance(failed, InferenceFailed)

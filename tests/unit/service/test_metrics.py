@@ -52,6 +52,8 @@ CONTRACT = {
     "front_ends": (),
     "front_end_restarts_total": (),
     "prediction_confidence": REQUEST_LABELS,
+    "prediction_labels": REQUEST_LABELS,
+    "prediction_quantile": REQUEST_LABELS,
 }
 
 

@@ -22,10 +22,11 @@ from modeling.preprocess import TextInput
 from modeling.routed import Routing, route
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
+from service.inference.answering import PredictOptions
 from service.inference.errors import EmptyInput, InferenceFailed, ModelNotReady, NotPredictable
 from service.inference.lanes import BackboneLane
 from service.inference.model_pool import ModelPool
-from service.inference.predictor import PredictOptions, Predictor, PredictResult
+from service.inference.predictor import Predictor, PredictResult
 from service.metrics import ServingMetrics
 from tests.support.adapters import random_adapter, write_adapter
 from tests.support.world import World, run

@@ -11,10 +11,11 @@ import pytest
 
 from model_registry.refs import ModelRef
 from service.inference.admission import AdmissionController
+from service.inference.answering import PredictOptions
 from service.inference.batching import Batch, BatchLimits
 from service.inference.cost import CostModel
 from service.inference.errors import DeadlineExceeded, QueueFull
-from service.inference.predictor import PredictOptions, Predictor
+from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
 from tests.support.lanes import WordLane, WordModel, WordPool
 from tests.support.virtual import run_virtually, virtual_runtime
