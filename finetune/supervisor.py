@@ -30,8 +30,8 @@ from finetune.metrics import WorkerMetrics
 from finetune.quality import metric_of
 from finetune.settings import child_environment
 from finetune.spare import SpareChild, child_command, close_pipes, end_child, start_child
-from model_registry.errors import ArtifactExists, DatabaseUnavailable
-from model_registry.manifest import MANIFEST_NAME, ModelManifest
+from model_registry.errors import ArtifactExists, DatabaseUnavailable, InvalidReference
+from model_registry.manifest import MANIFEST_NAME, ModelManifest, Task
 from model_registry.registry import Promotion, Registry
 from model_registry.store import ArtifactStore
 
@@ -77,8 +77,7 @@ class Supervisor:
         self._is_pausing = False
         self._grace_s = timing.cancel_grace_s
         self._best: float | None = None
-        # What `auto` comes to, the plan says.
-        self._task = job.spec.task if job.spec.task != "auto" else "text-classification"
+        self._task: Task = "text-classification"  # until the child's plan says
         self._outcome: str | None = None
 
     def run(self) -> str:
@@ -158,6 +157,15 @@ class Supervisor:
     # What the child says
 
     def _write(self, child: subprocess.Popen[str], message: dict[str, Any]) -> None:
+        try:
+            self._take(child, message)
+        except InvalidReference as error:  # another job took the name for its task
+            hint = "choose another name in register_as, and submit the job again"
+            failure = JobFailure(code="name_has_another_task", message=str(error), hint=hint)
+            self._ledger.jobs.finish(self._lease, JobStatus.FAILED, failure=failure)
+            self._outcome = "failed"
+
+    def _take(self, child: subprocess.Popen[str], message: dict[str, Any]) -> None:
         jobs, lease = self._ledger.jobs, self._lease
         kind = message["kind"]
         if kind == "event":
@@ -169,7 +177,8 @@ class Supervisor:
         elif kind == "progress":
             jobs.set_columns(lease, progress=message["values"])
         elif kind == "set":
-            self._task = message["columns"].get("plan", {}).get("task", self._task)
+            if "plan" in message["columns"]:
+                self._require_task(message["columns"]["plan"]["task"])
             jobs.set_columns(lease, **message["columns"])
         elif kind == "reserve":
             _send(child, {"kind": "reserved", "version": self._reserve(message)})
@@ -186,6 +195,11 @@ class Supervisor:
         elif kind == "stopped":
             reason = "the worker is shutting down; the run goes on elsewhere"
             self._outcome = _OUTCOMES[jobs.requeue(lease, reason, charge_attempt=False)]
+
+    def _require_task(self, task: Task) -> None:
+        """Before hours of training, not after. Raises `InvalidReference`."""
+        self._task = task
+        self._ledger.registry.check_task(tenant=self._job.tenant, name=self._job.spec.register_as, task=task)
 
     def _is_best(self, message: dict[str, Any]) -> bool:
         """Whether an event reports the best so far over all methods of the run."""

@@ -123,7 +123,8 @@ def _validated(values: Any) -> FinetuneRequest:
 def _accept(
     body: FinetuneRequest, services: Services, principal: Principal
 ) -> tuple[JobSpec, dict[str, DatasetRecord], Hyperparameters]:
-    """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`."""
+    """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`, and
+    `InvalidReference` for a name whose versions are for another task."""
     wanted = parse_hyperparameters(body.hyperparameters)
     if wanted.method == "qlora":
         profile = services.jobs.live_worker_profile()
@@ -142,6 +143,7 @@ def _accept(
     task = body.task if body.task != "auto" else _task_of(records[body.dataset], body.columns.label)
     if task != "auto":
         check_task(wanted, task)
+        services.registry.check_task(tenant=principal.tenant, name=body.register_as, task=task)
     spec = JobSpec(
         dataset=body.dataset, validation_dataset=body.validation_dataset, test_dataset=body.test_dataset,
         backbone=backbone, task=task, columns=body.columns, register_as=body.register_as, promote=body.promote,
