@@ -62,7 +62,8 @@ def load_labelled(
     names = list(dict.fromkeys([text_column, label_column, *extra_columns]))
     row_numbers: list[int] = []
     labels: list[str] = []
-    held: dict[str, list[str | None]] = {name: [] for name in names}
+    held: dict[str, list[str | None]] = {name: [] for name in dict.fromkeys([text_column, *extra_columns])}
+    known: dict[str, str] = {}  # one object for equal values: labels and extras repeat, texts seldom do
     cells = _Cells(text_column, label_column, target)
     for batch in read_batches(rows_parquet, names):
         columns = dict(zip(names, batch.columns, strict=True))
@@ -71,14 +72,12 @@ def load_labelled(
             label = cells.label(row, columns[text_column][place], columns[label_column][place])
             if label is not None:
                 kept.append(place)
-                labels.append(label)
+                labels.append(_shared(known, label))
         row_numbers += [batch.row_numbers[place] for place in kept]
-        for name, column in columns.items():
-            held[name] += [column[place] for place in kept]
+        for name, values in held.items():
+            values += [columns[name][place] for place in kept]
     texts = [text for text in held[text_column] if text is not None]
-    known: dict[str, str] = {}  # one object for equal values: labels and extras repeat, texts seldom do
     extras = {name: [_filled(known, cell) for cell in held[name]] for name in dict.fromkeys(extra_columns)}
-    labels = [_shared(known, label) for label in labels]
     rows = LabelledRows(np.array(row_numbers, dtype=np.int64), texts, labels, extras, target)
     findings = cells.log.findings()
     if texts:
