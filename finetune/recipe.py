@@ -50,7 +50,8 @@ def run_job(job: ChildJob, link: Link) -> None:
     task = train.target.task
     suspects = suspects_of(train, job, link) if task == "text-classification" else []
     release_free_memory()
-    labels = tuple(sorted(train.names()))
+    # Where near duplicates differ in their labels, a rare one may stand on a later side alone; it is then never given.
+    labels = tuple(sorted(train.names() | validation.names() | test.names()))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
     replan = planner(job, backbone, train, validation, test, link)

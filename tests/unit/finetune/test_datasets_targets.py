@@ -18,6 +18,7 @@ from finetune.datasets.check import ROWS_FILE, write_checked
 from finetune.datasets.labelled import LabelledRows
 from finetune.datasets.load import load_sides
 from finetune.datasets.sides import Sides, divide
+from finetune.datasets.splits import split_rows
 from finetune.datasets.targets import LabelSets, Numbers, parse_list
 from finetune.jobs.records import Columns
 from finetune.plan import SplitOptions
@@ -199,6 +200,14 @@ def test_a_stratum_is_one_of_the_rows_labels_and_the_rarest_keeps_all_of_its_row
     if present:
         rarest = min(present, key=lambda name: (counts[name], name))
         assert strata.count(rarest) == counts[rarest]
+
+
+@pytest.mark.parametrize("strategy", ["hash", "random", "stratified"])
+@given(st.lists(st.sets(st.sampled_from("abcdef"), max_size=4), min_size=6, max_size=25), st.integers(0, 99))
+def test_every_label_stands_in_training_however_rare(strategy: Any, sets: list[set[str]], seed: int) -> None:
+    rows = rows_of([json.dumps(sorted(own)) for own in sets], LabelSets())
+    split = split_rows(rows, strategy=strategy, validation=0.3, test=0.3, seed=seed)
+    assert rows.take(split.train).names() == rows.names()
 
 
 def test_numbers_are_spread_over_the_sides_by_their_size() -> None:
