@@ -1,7 +1,7 @@
 """The baseline that can be served: tf-idf and a linear model, stored as JSON and safetensors.
 
-It needs no backbone, so it is an engine of its own. Margins become probabilities by a temperature
-fitted on validation rows; the answer itself is the largest margin.
+It needs no backbone, so it is an engine of its own. Margins stand where a head's logits stand: `modeling.tasks` makes
+probabilities of them, at a temperature fitted on validation rows, or takes them as values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OPTIONS: dict[str, Any] = {"lowercase": True, "ngram_range": (1, 2), "sublinear
 
 @dataclass(frozen=True)
 class LinearText:
-    """`terms` in column order, `idf` float32[terms], `weight` float32[labels, terms], `bias` float32[labels]."""
+    """`terms` in column order, `idf` float32[terms], `weight` float32[outputs, terms], `bias` float32[outputs]."""
 
     terms: tuple[str, ...]
     idf: FloatArray
@@ -45,7 +45,7 @@ class LinearText:
         return self.weight.nbytes + self.idf.nbytes + self.bias.nbytes + sum(len(term) for term in self.terms)
 
     def margins(self, texts: Sequence[str]) -> FloatArray:
-        """Decision values float32[rows, labels]."""
+        """Decision values float32[rows, outputs]."""
         vectorizer: Any = self.__dict__["_vectorizer"]
         return np.asarray(vectorizer.transform(texts) @ self.weight.T + self.bias, dtype=np.float32)
 

@@ -79,7 +79,23 @@ class Usage(BaseModel):
     input_tokens: int
 
 
+def _example(model: str, **prediction: Any) -> dict[str, Any]:
+    return {
+        "id": "pred_…", "object": "predictions", "model": model, "version": 1,
+        "predictions": [{"index": 0, **prediction}], "usage": {"input_tokens": 7},
+    }  # fmt: skip
+
+
 class PredictResponse(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                _example("reviews", label="good", score=0.61, scores=[{"label": "good", "score": 0.61}]),
+                _example("topics", labels=["sport"], scores=[{"label": "sport", "score": 0.93}]),
+                _example("stars", value=3.42),
+            ]
+        }
+    )
     id: str
     object: Literal["predictions"] = "predictions"
     model: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -34,6 +35,29 @@ def test_an_imported_classifier_answers_as_transformers_does(
         scores = {item["label"]: item["score"] for item in answer["scores"]}
         assert [scores[label] for label in LABELS] == pytest.approx(row, abs=1e-4)
     assert len({answer["label"] for answer in answers}) > 1 or max(map(max, expected)) < 0.9
+
+
+@pytest.mark.parametrize(("labels", "problem"), [(["a", "b"], "multi_label_classification"), (["value"], "regression")])
+def test_an_imported_checkpoint_of_another_task(
+    service: Service, import_root: Path, labels: list[str], problem: str
+) -> None:
+    name = f"imported-{len(labels)}"
+    write_tiny_checkpoint(import_root / name, labels=labels, seed=3, problem_type=problem)
+    response = service.client.http.post("/models/import", json={"name": name, "source": name})
+    assert response.status_code == 201, response.text
+    is_value = problem == "regression"
+    task = "text-regression" if is_value else "text-multi-label"
+    assert (response.json()["task"], response.json()["labels"]) == (task, [] if is_value else labels)
+    service.client.wait_served(name, "a good film", within_s=30)
+    (answer,) = service.client.predict(name, ["a good film"]).json()["predictions"]
+    assert set(answer) == ({"index", "value"} if is_value else {"index", "labels", "scores"})
+    write_tiny_checkpoint(import_root / f"{name}-one-label", labels=LABELS)
+    clash = service.client.http.post("/models/import", json={"name": name, "source": f"{name}-one-label"})
+    assert "another name" in problem_detail(clash)
+
+
+def problem_detail(response: httpx.Response) -> str:
+    return str(problem(response, 422, "invalid_request")["detail"])
 
 
 def test_nothing_outside_the_import_root_is_read(service: Service, import_root: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.multiclass import OneVsRestClassifier
 
 from model_registry.errors import ManifestUnsupported
 from model_registry.manifest import TASKS, FileEntry, ModelManifest, Task, sha256_hex
@@ -27,6 +29,7 @@ from modeling.assemble import (
 )
 from modeling.errors import GoldenRowsDiffer, WeightsInvalid
 from modeling.heads import DenseLayer, TaskHead
+from modeling.linear_text import LinearText, new_vectorizer
 from modeling.tasks import answers_of, link_of, outputs_of, reached, scores_of
 from modeling.weights import FloatArray
 
@@ -66,6 +69,30 @@ def test_each_task_has_an_answer_of_its_own() -> None:
 def test_a_probability_reaches_a_threshold_of_the_same_size(value: float) -> None:
     assert reached(np.asarray([[value]], np.float32), value).all()
     assert reached(np.asarray([[value]], np.float32), [float(f"{value:.9g}")]).all()  # as JSON would carry it
+
+
+def test_the_baselines_margins_are_probabilities_and_values_of_scikit_learn() -> None:
+    texts = [f"{'good' if i % 2 else 'bad'} {'film' if i % 3 else 'play'} number {i}" for i in range(24)]
+    targets = np.asarray([[i % 2, i % 3 == 0] for i in range(24)])
+    values = np.asarray([1000.0 + i % 2 * 50 for i in range(24)])
+    vectorizer = new_vectorizer()
+    features = vectorizer.fit_transform(texts)
+    several = OneVsRestClassifier(LogisticRegression(C=100)).fit(features, targets)
+    ridge = Ridge(alpha=0.1).fit(features, values)
+    weight = np.concatenate([one.coef_ for one in several.estimators_])
+    bias = np.concatenate([one.intercept_ for one in several.estimators_])
+
+    def margins(weight: Any, bias: Any) -> FloatArray:
+        terms = tuple(vectorizer.get_feature_names_out())
+        idf, plain = vectorizer.idf_.astype(np.float32), np.atleast_1d(bias).astype(np.float32)
+        return LinearText(terms, idf, np.atleast_2d(weight).astype(np.float32), plain).margins(texts)
+
+    probabilities = scores_of("text-multi-label", margins(weight, bias))
+    np.testing.assert_allclose(probabilities, several.predict_proba(features), atol=1e-5)
+    np.testing.assert_array_equal(answers_of("text-multi-label", probabilities), several.predict(features))
+    answered = answers_of("text-regression", scores_of("text-regression", margins(ridge.coef_, ridge.intercept_)))
+    np.testing.assert_allclose(answered, ridge.predict(features), rtol=1e-5)
+    assert np.ptp(answered) > 10
 
 
 # Files
@@ -119,7 +146,11 @@ def test_files_of_another_task_are_refused(tmp_path: Path) -> None:
 
 def test_values_may_differ_by_their_own_size_alone(tmp_path: Path) -> None:
     parts = parts_of(tmp_path, "text-regression", [(2000.0,), (2010.0,)])
-    compare_golden(parts, np.asarray([[2000.5], [2010.0]], np.float32))
+    compare_golden(parts, np.asarray([[2000.1], [2010.0]], np.float32))
+    close = np.asarray([[2000.5], [2010.0]], np.float32)
+    compare_golden(parts, close, precision="bf16")
+    with pytest.raises(GoldenRowsDiffer):
+        compare_golden(parts, close)
     for precision in ("fp32", "bf16"):
         with pytest.raises(GoldenRowsDiffer):
             compare_golden(parts, np.asarray([[2010.0], [2000.0]], np.float32), precision=precision)
