@@ -14,20 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from finetune.datasets.texts import text_digest
 from finetune.events import ChildJob
 from finetune.judgement.plots import draw
 from finetune.judgement.report import Assessment
 from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run
+from finetune.tasks.rules import Answering
 from model_registry.card import CardContext, render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, put_tree
 from modeling.assemble import GOLDEN_ROWS, GoldenRow, write_version_files
 from modeling.backbone import GRAPHS_FOLDER, Backbone
-from modeling.heads import softmax
 
 _log = logging.getLogger("finetune.artefact")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "tokenizers", "safetensors")
@@ -53,27 +51,26 @@ def stage_weights(folder: Path, run: Run, best: Candidate, servable: Servable) -
 
 
 def write_artefact(
-    folder: Path, job: ChildJob, run: Run, best: Candidate, servable: Servable, *, temperature: float,
+    folder: Path, job: ChildJob, run: Run, best: Candidate, servable: Servable, *, answering: Answering,
     evaluation: dict[str, Any],
 ) -> None:  # fmt: skip
     texts = _golden_texts(run)
     logits = (servable.reference_logits or servable.logits)(texts)
     golden = [GoldenRow(text, tuple(float(x) for x in row)) for text, row in zip(texts, logits, strict=True)]
-    calibration = {
-        "ece_before": evaluation["validation"]["ece_before"],
-        "ece_after": evaluation["validation"]["ece_after"],
-    }
+    held_out = evaluation["validation"]
+    calibration = {name: held_out[name] for name in ("ece_before", "ece_after") if name in held_out}
     write_version_files(
         folder, head=servable.head, linear=servable.linear, labels=run.labels,
         max_length=None if best.kind == "baseline" else run.plan.max_length,
-        temperature=temperature, calibration=calibration, golden=golden,
+        temperature=answering.temperature, calibration=calibration, golden=golden, task=run.plan.task,
+        thresholds=answering.thresholds,
     )  # fmt: skip
     documents = {
         "eval/report.json": evaluation,
         "train/params.json": run.plan.model_dump(mode="json"),
         "train/environment.json": environment(run),
         "data/fingerprint.json": fingerprint(job, run),
-        "reference_stats.json": reference_stats(run, best, temperature),
+        "reference_stats.json": run.rules.reference(best.validation_logits, run.labels, answering),
     }
     for name, document in documents.items():
         path = folder / name
@@ -86,11 +83,8 @@ def write_artefact(
             for entry in candidate["details"].get("history", [])
         )
     )
-    matrix: list[list[Any]] = [
-        ["", *run.labels],
-        *([label, *row] for label, row in zip(run.labels, _matrix(evaluation), strict=True)),
-    ]
-    (folder / "eval" / "confusion_matrix.csv").write_text(_csv(matrix))
+    for name, rows in run.rules.tables(evaluation["test"] or evaluation["validation"], run.labels).items():
+        (folder / "eval" / f"{name}.csv").write_text(_csv(rows))
 
 
 def write_judgement(folder: Path, assessment: Assessment, labels: Sequence[str]) -> None:
@@ -114,9 +108,10 @@ def store_artefact(
     info = run.backbone.info
     draft = ModelManifest(
         tenant=job.tenant, name=job.spec.register_as, version=version, kind=best.kind, method=best.method,
-        labels=run.labels, base=BackboneRef(name=job.spec.backbone, digest=info.digest, source=info.source),
-        job_id=job.job_id, created_at=time.time(),
-        metrics={name: side[name] for name in ("accuracy", "macro_f1", "weighted_f1", "loss", "rows")},
+        task=run.plan.task, labels=run.labels,
+        base=BackboneRef(name=job.spec.backbone, digest=info.digest, source=info.source), job_id=job.job_id,
+        created_at=time.time(),
+        metrics={name: side[name] for name in run.rules.figures},
         dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train.texts)}, files=(),
     )  # fmt: skip
     (folder / "MODEL_CARD.md").write_text(render_card(draft, evaluation, _card_context(folder, job.spec.metadata)))
@@ -156,38 +151,19 @@ def fingerprint(job: ChildJob, run: Run) -> dict[str, Any]:
         "split": run.plan.split.model_dump(mode="json"),
         "columns": job.spec.columns.model_dump(mode="json"),
         "rows": {side: len(rows.texts) for side, rows in sides.items()},
-        "label_counts": {
-            side: dict(zip(run.labels, np.bincount(rows.labels, minlength=len(run.labels)).tolist(), strict=True))
-            for side, rows in sides.items()
+        "targets" if run.plan.task == "text-regression" else "label_counts": {
+            side: run.rules.counts(rows.labels, run.labels) for side, rows in sides.items()
         },
         "row_hashes": {side: [text_digest(text).hex()[:16] for text in rows.texts] for side, rows in sides.items()},
     }
 
 
-def reference_stats(run: Run, best: Candidate, temperature: float) -> dict[str, Any]:
-    """The baseline for drift: shares of answers and of confidence on the validation rows."""
-    probabilities = softmax(best.validation_logits / np.float32(temperature))
-    answers = np.bincount(probabilities.argmax(1), minlength=len(run.labels)) / max(1, len(probabilities))
-    confidence, edges = np.histogram(probabilities.max(1), bins=10, range=(0.0, 1.0))
-    return {
-        "rows": len(probabilities),
-        "answer_shares": dict(zip(run.labels, answers.tolist(), strict=True)),
-        "confidence_histogram": {"edges": edges.tolist(), "counts": confidence.tolist()},
-        "mean_confidence": float(probabilities.max(1).mean()),
-    }
-
-
 def _golden_texts(run: Run) -> list[str]:
-    """Rows of every class first, then more, from those held out."""
+    """Rows of every kind first, then more, from those held out."""
     rows = run.validation
-    firsts = [int(np.flatnonzero(rows.labels == label)[0]) for label in np.unique(rows.labels)]
+    firsts = run.rules.golden(rows.labels)
     rest = [row for row in range(len(rows.texts)) if row not in set(firsts)]
     return [rows.texts[row] for row in [*firsts, *rest][:GOLDEN_ROWS]]
-
-
-def _matrix(evaluation: dict[str, Any]) -> list[list[int]]:
-    matrix: list[list[int]] = (evaluation["test"] or evaluation["validation"])["confusion_matrix"]
-    return matrix
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

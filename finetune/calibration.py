@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 
-from modeling.heads import softmax
+from modeling.heads import sigmoid, softmax
 from modeling.weights import FloatArray, IntArray
 
 
@@ -25,8 +27,32 @@ def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
         likely, uniform = negative_log_likelihood(scaled, labels), _uniform_negative_log_likelihood(scaled)
         return (1 - smoothing) * likely + smoothing * uniform
 
+    return _best_temperature(loss)
+
+
+def fit_binary_temperature(logits: FloatArray, targets: FloatArray) -> float:
+    """The same for labels that are decided one by one: one temperature for all, targets float32[rows, labels]."""
+    if targets.size == 0:
+        return 1.0
+    smoothing = 1.0 / (targets.size + 2)
+    smoothed = targets * np.float32(1 - smoothing) + np.float32(smoothing / 2)
+
+    def loss(log_temperature: float) -> float:
+        return mean_binary_log_loss(logits / np.float32(np.exp(log_temperature)), smoothed)
+
+    return _best_temperature(loss)
+
+
+def _best_temperature(loss: Callable[[float], float]) -> float:
+    """Of a loss by the temperature's logarithm; 1.0 where none is better."""
     found = minimize_scalar(loss, bounds=(np.log(0.01), np.log(100.0)), method="bounded")
     return float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
+
+
+def mean_binary_log_loss(logits: FloatArray, targets: FloatArray) -> float:
+    """Binary cross-entropy, the mean over rows and labels."""
+    wide = logits.astype(np.float64)
+    return float(np.mean(np.logaddexp(0.0, wide) - wide * targets)) if wide.size else 0.0
 
 
 def negative_log_likelihood(logits: FloatArray, labels: IntArray) -> float:
@@ -55,3 +81,13 @@ def expected_calibration_error(
         if (index == bin_).any()
     ]
     return float(sum(gaps))
+
+
+def binary_calibration_error(
+    logits: FloatArray, targets: FloatArray, *, temperature: float = 1.0, bins: int = 15
+) -> float:  # fmt: skip
+    """Mean gap between probability and frequency over equal-width bins of all rows and labels, weighted by size."""
+    probabilities = sigmoid(logits / np.float32(temperature)).ravel().astype(np.float64)
+    index = np.minimum((probabilities * bins).astype(int), bins - 1)
+    sums = np.bincount(index, weights=probabilities - targets.ravel(), minlength=bins)
+    return float(np.abs(sums).sum() / max(1, len(probabilities)))

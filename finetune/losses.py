@@ -20,6 +20,7 @@ from modeling.weights import FloatArray, IntArray
 
 # Margins in cosine distance: contrastive as sentence-transformers has it, triplet as FaceNet on vectors of length 1.
 CONTRASTIVE_MARGIN, TRIPLET_MARGIN = 0.5, 0.2
+_LEAST_WEIGHT = 1e-3  # of a label that every row has
 _SCALE = 20.0  # of cosines before a softmax: a temperature of 0.05, as MNRL and CoSENT are trained with
 
 
@@ -32,6 +33,18 @@ def class_weights(wanted: Any, labels: IntArray, names: Sequence[str]) -> FloatA
         return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
     chosen = np.asarray([float(wanted.get(name, 1.0)) for name in names], dtype=np.float32)
     return np.asarray(chosen * (len(labels) / float((chosen * counts).sum())), dtype=np.float32)
+
+
+def positive_weights(wanted: Any, targets: FloatArray, names: Sequence[str]) -> FloatArray | None:
+    """Weight of each label's positive rows float32[labels] for several labels a row, or None: `balanced` gives them as
+    much as the rows without the label; a map gives weights by label."""
+    if wanted == "none":
+        return None
+    if wanted == "balanced":
+        due = targets.sum(0)
+        ratios = np.where(due > 0, (len(targets) - due) / np.maximum(due, 1), 1)
+        return np.maximum(ratios, _LEAST_WEIGHT).astype(np.float32)
+    return np.asarray([float(wanted.get(name, 1.0)) for name in names], dtype=np.float32)
 
 
 # The choice
@@ -53,7 +66,7 @@ class Objective:
 def build_loss(
     plan: TrainingPlan, *, task: Task = "text-classification", weight: torch.Tensor | None = None
 ) -> Objective:
-    """The plan's loss for a task. `weight` is float32[classes] or None.
+    """The plan's loss for a task. `weight` is float32[classes], of several labels that of their positives, or None.
 
     Targets are class indices int64[rows] of text-classification, values float[rows] of text-regression, or
     float[rows, labels] of zeros and ones of text-multi-label. Losses of vectors are added to cross-entropy, in equal
@@ -63,7 +76,8 @@ def build_loss(
         of_values = {"mse": mse, "huber": huber}[plan.loss]
         return Objective(lambda output, targets: of_values(output.squeeze(-1), targets.float()), _ones)
     if task == "text-multi-label":
-        return Objective(partial(bce, weight=weight), _ones)
+        of_labels = partial(focal_of_labels, gamma=plan.focal_gamma) if plan.loss == "focal" else bce
+        return Objective(partial(of_labels, weight=weight), _ones)
     smoothing = plan.label_smoothing
     name = "cross_entropy" if plan.loss in EMBEDDING_LOSSES else plan.loss
     of_output: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = {
@@ -108,8 +122,18 @@ def focal(
 
 
 def bce(output: torch.Tensor, targets: torch.Tensor, *, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Binary cross-entropy float32[rows], the mean over the labels; `weight` is one a label."""
-    return F.binary_cross_entropy_with_logits(output, targets.float(), weight=weight, reduction="none").mean(-1)
+    """Binary cross-entropy float32[rows], the mean over the labels; `weight` is one a label, of its positives."""
+    return F.binary_cross_entropy_with_logits(output, targets.float(), pos_weight=weight, reduction="none").mean(-1)
+
+
+def focal_of_labels(
+    output: torch.Tensor, targets: torch.Tensor, *, gamma: float, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The focal loss as Lin et al. have it, of each label by itself; the mean over the labels."""
+    targets = targets.float()
+    log_p = F.logsigmoid(torch.where(targets > 0, output, -output))
+    terms = -((1 - log_p.exp()).clamp(min=0) ** gamma) * log_p
+    return (terms if weight is None else terms * torch.where(targets > 0, weight, 1.0)).mean(-1)
 
 
 def one_versus_rest(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from finetune.quality import METRICS, Metric, MetricName, metric_of
 from finetune.space import (
     FIXED,
     MOST_CHOICES,
@@ -33,7 +34,6 @@ COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "ful
 FEW_ROWS_PER_CLASS = 32  # up to so many, on average, `auto` also tries `setfit`, after the probe
 _STEPPED = frozenset({"ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"})
 _PAIRS_PER_STEP = 32 * 31 // 2
-Metric = Literal["auto", "macro_f1", "accuracy", "weighted_f1"]
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"]
 Scheduler = Literal["cosine", "linear", "constant", "plateau", "cyclic"]
 Loss = Literal["cross_entropy", "bce", "mse", "huber", "focal", "contrastive", "triplet", "mnrl", "cosent"]
@@ -42,8 +42,10 @@ EMBEDDING_LOSSES: frozenset[str] = frozenset({"contrastive", "triplet", "mnrl", 
 LOSSES: dict[Task, tuple[Loss, ...]] = {  # the first is what auto becomes
     "text-classification": ("cross_entropy", "bce", "focal", "contrastive", "triplet", "mnrl", "cosent"),
     "text-regression": ("mse", "huber"),
-    "text-multi-label": ("bce",),
+    "text-multi-label": ("bce", "focal"),
 }
+# The methods of the other tasks; text-classification has all.
+METHODS_OF_OTHER_TASKS: frozenset[str] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
 
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
 NOT_YET = {
@@ -99,7 +101,7 @@ class EarlyStopping(_Model):
 class GateOptions(_Model):
     """What a version must show to take the champion's place (`promote: if_better`)."""
 
-    min_metric: float | None = Field(None, ge=0, le=1)
+    min_metric: float | None = Field(None, allow_inf_nan=False)
     max_class_drop: float = Field(0.05, ge=0, le=1)
     p_value: float = Field(0.05, gt=0, le=1)
 
@@ -179,7 +181,7 @@ class Hyperparameters(_Model):
     bottleneck: BottleneckOptions = BottleneckOptions()
     prompt: PromptOptions = PromptOptions()
     setfit: SetFitOptions = SetFitOptions()
-    metric: Metric = "auto"
+    metric: Literal["auto"] | MetricName = "auto"
     eval_every: float = Field(0.5, gt=0, le=100)
     early_stopping: EarlyStopping = EarlyStopping()
     restore_best: bool = True
@@ -261,8 +263,9 @@ class TrainingPlan(_Model):
 
     methods: tuple[MethodPlan, ...]
     is_auto: bool
+    task: Task = "text-classification"
     seed: int
-    metric: Literal["macro_f1", "accuracy", "weighted_f1"]
+    metric: MetricName
     max_seconds: float | None
     max_length: int
     precision: Literal["fp32", "bf16", "fp16"]
@@ -297,6 +300,11 @@ class TrainingPlan(_Model):
     pruner: Literal["asha", "none"] = "asha"
     device: str
     cpu_threads: int
+
+    @property
+    def deciding(self) -> Metric:
+        """The metric that decides between methods, checkpoints, trials and versions."""
+        return metric_of(self.metric)
 
 
 def parse_hyperparameters(values: dict[str, Any]) -> Hyperparameters:
@@ -372,12 +380,31 @@ def check_task(wanted: Hyperparameters, task: Task) -> None:
     if wanted.loss != "auto" and wanted.loss not in LOSSES[task]:
         fitting = ", ".join(LOSSES[task])
         raise _refusal("loss", f"loss {wanted.loss} does not fit {task}; use one of {fitting}")
+    names = [metric.name for metric in METRICS[task]]
+    if wanted.metric != "auto" and wanted.metric not in names:
+        raise _refusal("metric", f"metric {wanted.metric} does not fit {task}; use one of {', '.join(names)}")
+    _check_minimum(wanted, task)
     if task == "text-classification":
         return
+    if wanted.method not in METHODS_OF_OTHER_TASKS:
+        fitting = ", ".join(sorted(METHODS_OF_OTHER_TASKS))
+        raise _refusal("method", f"method {wanted.method} is not available for {task} yet; use one of {fitting}")
     if wanted.class_weights != "none" and task == "text-regression":
         raise _refusal("class_weights", "class_weights need classes; leave them out for text-regression")
     if wanted.label_smoothing not in {"auto", 0}:
         raise _refusal("label_smoothing", "label_smoothing is for text-classification; leave it out")
+    if wanted.abstain.target_accuracy is not None:
+        raise _refusal("abstain", "abstain.target_accuracy is for text-classification; leave it out")
+
+
+def _check_minimum(wanted: Hyperparameters, task: Task) -> None:
+    least, metric = wanted.gate.min_metric, metric_of(_metric(wanted, task))
+    if least is not None and metric.is_share and not 0 <= least <= 1:
+        raise _refusal("gate", f"gate.min_metric must be from 0 to 1 for {metric.name}")
+
+
+def _metric(wanted: Hyperparameters, task: Task) -> MetricName:
+    return METRICS[task][0].name if wanted.metric == "auto" else wanted.metric
 
 
 def _refusal(name: str, message: str) -> PlanError:
@@ -393,15 +420,16 @@ def resolve(
     refuse_unavailable(wanted, worker)
     taken = wanted.prompt.tokens if wanted.method == "prompt_tuning" else 0
     max_length = min(_max_length(wanted, data), max(8, model_max_length - taken))
-    names = _auto_order(data) if wanted.method == "auto" else (wanted.method,)
+    names = _auto_order(data, task) if wanted.method == "auto" else (wanted.method,)
     return TrainingPlan(
         methods=tuple(
             _plan_method(name, wanted, data=data, worker=worker, parameters=parameters, max_length=max_length)
             for name in names
         ),
         is_auto=wanted.method == "auto",
+        task=task,
         seed=wanted.seed,
-        metric="macro_f1" if wanted.metric == "auto" else wanted.metric,
+        metric=_metric(wanted, task),
         max_seconds=wanted.max_seconds,
         max_length=max_length,
         precision=_precision(wanted, worker),
@@ -417,7 +445,7 @@ def resolve(
         weight_decay=wanted.weight_decay,
         max_grad_norm=wanted.max_grad_norm,
         class_weights=wanted.class_weights,
-        label_smoothing=_LABEL_SMOOTHING if wanted.label_smoothing == "auto" else wanted.label_smoothing,
+        label_smoothing=_label_smoothing(wanted, task),
         unfreeze_layers=wanted.unfreeze_layers,
         lora=wanted.lora,
         bottleneck=wanted.bottleneck,
@@ -432,7 +460,7 @@ def resolve(
         abstain=wanted.abstain,
         gate=wanted.gate,
         trials=wanted.trials,
-        space=_space(wanted, parameters),
+        space=_space(wanted, parameters, task),
         pruner=wanted.pruner,
         device=worker.device,
         cpu_threads=worker.cpu_threads,
@@ -455,19 +483,26 @@ def refuse_unavailable(wanted: Hyperparameters, worker: WorkerProfile | None) ->
     raise PlanError([{"loc": ["hyperparameters", "method"], "message": message}])
 
 
-def _auto_order(data: DatasetProfile) -> tuple[SingleMethod, ...]:
+def _label_smoothing(wanted: Hyperparameters, task: Task) -> float:
+    if wanted.label_smoothing != "auto":
+        return wanted.label_smoothing
+    return _LABEL_SMOOTHING if task == "text-classification" else 0.0
+
+
+def _auto_order(data: DatasetProfile, task: Task) -> tuple[SingleMethod, ...]:
     """Cheapest first."""
-    if data.train_rows > FEW_ROWS_PER_CLASS * max(1, data.labels):
+    if task != "text-classification" or data.train_rows > FEW_ROWS_PER_CLASS * max(1, data.labels):
         return COST_ORDER
     return tuple(name for known in COST_ORDER for name in ((known, "setfit") if known == "linear_probe" else (known,)))
 
 
-def _space(wanted: Hyperparameters, parameters: int) -> Space:
+def _space(wanted: Hyperparameters, parameters: int, task: Task) -> Space:
     """What the search varies: as asked, else around the method's own values."""
     if not wanted.trials or wanted.space or wanted.method == "auto":
         return wanted.space
     rate = _learning_rate(wanted.method, wanted, parameters)
-    return default_space(wanted.method, rate, given=frozenset(wanted.model_fields_set))
+    without = set() if task == "text-classification" else {"label_smoothing"}
+    return default_space(wanted.method, rate, given=frozenset(wanted.model_fields_set | without))
 
 
 def _max_length(wanted: Hyperparameters, data: DatasetProfile) -> int:

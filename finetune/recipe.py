@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 
 from finetune.artefact import stage_weights, store_artefact, write_artefact, write_events, write_judgement
-from finetune.calibration import fit_temperature
 from finetune.datasets import load as datasets
 from finetune.datasets.findings import too_long
 from finetune.datasets.labelled import LabelledRows
 from finetune.datasets.records import has_errors
 from finetune.embedding import FrozenVectors
 from finetune.errors import Cancelled, DatasetInvalid, RunError
-from finetune.evaluation import score, summary
 from finetune.events import ChildJob, Journal, Link, tell
 from finetune.features import FeatureCache
 from finetune.jobs.records import JobPhase
@@ -37,6 +35,7 @@ from finetune.run import Rows, Run
 from finetune.search import Replan, search
 from finetune.space import with_values
 from finetune.suspects import find_suspects
+from finetune.tasks import rules_of
 from model_registry.store import FileStore
 from modeling.backbone import Backbone
 from modeling.preprocess import TextPreprocessor
@@ -48,9 +47,11 @@ def run_job(job: ChildJob, link: Link) -> None:
     link = journal = Journal(link, job_id=job.job_id, attempt=job.attempt, earlier=job.earlier_events)
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, link)
-    suspects = find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed)
+    task = train.target.task
+    suspects = suspects_of(train, job, link) if task == "text-classification" else []
     release_free_memory()
-    labels = tuple(sorted(set(train.labels)))
+    # Where near duplicates differ in their labels, a rare one may stand on a later side alone; it is then never given.
+    labels = tuple(sorted(train.names() | validation.names() | test.names()))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
     replan = planner(job, backbone, train, validation, test, link)
@@ -71,22 +72,22 @@ def run_job(job: ChildJob, link: Link) -> None:
     servable = best.finish()
     test_logits = servable.logits(run.test.texts) if run.test.texts else None
     link.phase(JobPhase.CALIBRATING)
-    temperature = 1.0
-    if plan.calibration == "temperature":
-        temperature = fit_temperature(best.validation_logits, run.validation.labels)
-    assessment = assess(run, Outcome(candidates, best, test_logits, temperature))
+    answering = run.rules.calibrate(
+        best.validation_logits, run.validation.labels, with_temperature=plan.calibration == "temperature"
+    )
+    assessment = assess(run, Outcome(candidates, best, test_logits, answering))
     evaluation = assessment.evaluation
     evaluation["suspects"] = suspects
-    link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(evaluation))
+    link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(run, evaluation))
 
     link.phase(JobPhase.EXPORTING)
     store = FileStore(job.store_root)
     with tempfile.TemporaryDirectory(prefix="polyhead-version-", dir=job.work_dir) as name:
         folder = Path(name)
         stage_weights(folder, run, best, servable)
-        contender = Contender(best, servable, folder, test_logits, evaluation)
+        contender = Contender(best, servable, folder, test_logits, answering, evaluation)
         evaluation["promotion"] = judge(job, run, link, store, contender)
-        write_artefact(folder, job, run, best, servable, temperature=temperature, evaluation=evaluation)
+        write_artefact(folder, job, run, best, servable, answering=answering, evaluation=evaluation)
         write_judgement(folder, assessment, run.labels)
         link.phase(JobPhase.REGISTERING)
         version = link.reserve(kind=best.kind, method=best.method)
@@ -103,13 +104,19 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
     wanted = parse_hyperparameters(job.spec.hyperparameters)
     inputs = {"train": job.train, "validation": job.validation, "test": job.test}
     files = {side: given.rows_file for side, given in inputs.items() if given is not None}
-    sides = datasets.load_sides(files, columns=job.spec.columns, options=wanted.split, seed=wanted.seed)
+    sides = datasets.load_sides(
+        files, columns=job.spec.columns, options=wanted.split, seed=wanted.seed, task=job.spec.task
+    )
     tell(link, sides.findings)
     if has_errors(sides.findings):
         errors = [finding for finding in sides.findings if finding.severity == "error"]
         message = "; ".join(finding.message for finding in errors)[:1000]
         raise DatasetInvalid(message, [finding.model_dump(mode="json") for finding in errors])
     return sides.train, sides.validation, sides.test
+
+
+def suspects_of(train: LabelledRows, job: ChildJob, link: Link) -> list[dict[str, Any]]:
+    return find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed)
 
 
 def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:
@@ -125,9 +132,9 @@ def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:
 
 
 def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
-    index = {label: position for position, label in enumerate(labels)}
-    positions = np.asarray([index[label] for label in rows.labels], dtype=np.int64)
-    return Rows(rows.texts, positions, rows.row_numbers, rows.extras)
+    names = [rows.target.names_of(label) for label in rows.labels]
+    targets = rules_of(rows.target.task).encode(names, rows.labels, labels)
+    return Rows(rows.texts, targets, rows.row_numbers, rows.extras)
 
 
 # 2. Plan
@@ -142,14 +149,15 @@ def planner(
     lengths = token_lengths(tokenizer, train.texts)
     data = DatasetProfile(
         train_rows=len(train), validation_rows=len(validation), test_rows=len(test),
-        labels=len(set(train.labels)), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
+        labels=len(train.names()), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
     )  # fmt: skip
 
     def replan(chosen: Mapping[str, Any]) -> TrainingPlan:
         wanted = parse_hyperparameters(with_values(job.spec.hyperparameters, chosen))
         plan = resolve(
-            wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length
-        )
+            wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length,
+            task=train.target.task,
+        )  # fmt: skip
         return plan if not chosen else keep_head_rate(plan, replan({}))
 
     tell(link, too_long(train, lengths, replan({}).max_length))
@@ -224,7 +232,7 @@ def _must_skip(run: Run, needed_s: float | None) -> bool:
 
 
 def _announce(run: Run, candidate: Candidate) -> None:
-    values = summary(candidate.validation_logits, run.validation.labels)
+    values = run.rules.summary(candidate.validation_logits, run.validation.labels)
     data = {"method": candidate.method, "split": "validation", "values": values, "seconds": round(candidate.seconds, 2)}
     text = f"{candidate.method}: {run.plan.metric} {values[run.plan.metric]:.4f} on {len(run.validation.labels)} rows"
     run.link.event("baseline_ready" if candidate.method == "baseline" else "metrics", text, data)
@@ -232,9 +240,10 @@ def _announce(run: Run, candidate: Candidate) -> None:
 
 def choose(candidates: Sequence[Candidate], run: Run) -> Candidate:
     """The best on validation; among equals the cheaper one, which comes first."""
-    values = [score(run.plan.metric, candidate.validation_logits, run.validation.labels) for candidate in candidates]
-    best = candidates[int(np.argmax(values))]
-    data = {"metric": run.plan.metric, "value": max(values), "method": best.method, "step": 0}
+    values = [run.score(candidate.validation_logits) for candidate in candidates]
+    place = run.plan.deciding.best(values)
+    best = candidates[place]
+    data = {"metric": run.plan.metric, "value": values[place], "method": best.method, "step": 0}
     run.link.set(best=data)
     return best
 
@@ -242,8 +251,8 @@ def choose(candidates: Sequence[Candidate], run: Run) -> Candidate:
 # 5. Evaluation
 
 
-def _headline(evaluation: dict[str, Any]) -> dict[str, Any]:
-    picked = ("accuracy", "macro_f1", "weighted_f1", "loss", "rows", "intervals_95", "ece_after")
+def _headline(run: Run, evaluation: dict[str, Any]) -> dict[str, Any]:
+    picked = [name for name in (*run.rules.figures, "intervals_95", "ece_after") if name in evaluation["validation"]]
     sides = {side: evaluation[side] for side in ("validation", "test") if evaluation[side] is not None}
     return {
         "chosen": evaluation["chosen"],

@@ -12,11 +12,14 @@ from finetune.embedding import FrozenVectors, OnBatch, length_batches, run_all
 from finetune.events import Link
 from finetune.jobs.records import JobPhase
 from finetune.plan import MethodPlan, TrainingPlan
+from finetune.tasks import rules_of
+from finetune.tasks.rules import Scale, Targets, TaskRules
 from modeling.backbone import Backbone
 from modeling.engines.protocol import Engine
 from modeling.engines.torch import TorchEngine
 from modeling.heads import TaskHead
 from modeling.preprocess import TextPreprocessor
+from modeling.tasks import outputs_of
 from modeling.weights import FloatArray, IntArray
 
 __all__ = ["Rows", "Run", "embed", "length_batches"]
@@ -24,13 +27,14 @@ __all__ = ["Rows", "Run", "embed", "length_batches"]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """One side of a split: `labels[i]` indexes `Run.labels`; `numbers` are the rows' numbers in their file.
+    """One side of a split: `labels` as the task's rules encode them (`labels[i]` indexes `Run.labels` for one label a
+    row); `numbers` are the rows' numbers in their file.
 
     `extras` holds metadata columns by name, a value or None for each row.
     """
 
     texts: list[str]
-    labels: IntArray
+    labels: Targets
     numbers: IntArray
     extras: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
@@ -67,6 +71,23 @@ class Run:
         """The reference: torch in fp32, which golden rows are computed on."""
         self.link.phase(JobPhase.LOADING_BACKBONE)
         return TorchEngine(self.backbone, device=self.plan.device)
+
+    @property
+    def rules(self) -> TaskRules:
+        return rules_of(self.plan.task)
+
+    @property
+    def outputs(self) -> int:
+        """How many values a head gives for a row."""
+        return outputs_of(self.plan.task, self.labels)
+
+    @cached_property
+    def scale(self) -> Scale:
+        return self.rules.scale(self.train.labels)
+
+    def score(self, outputs: FloatArray) -> float:
+        """The job's metric of outputs for the validation rows."""
+        return self.rules.score(self.plan.metric, outputs, self.validation.labels)
 
     def plan_of(self, method: str) -> MethodPlan:
         return next(plan for plan in self.plan.methods if plan.method == method)

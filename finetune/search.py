@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import Cancelled, NonFiniteLoss, SearchFailed, SearchUnavailable
-from finetune.evaluation import score
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate
 from finetune.plan import TrainingPlan
@@ -67,6 +66,7 @@ class _Trials:
     def __init__(self, run: Run, replan: Replan) -> None:
         self.run, self.replan = run, replan
         self.method = run.plan.methods[0].method
+        self.metric = run.plan.deciding
         self.done: list[Trial] = []
         self.best: tuple[int, Candidate] | None = None
         self.optuna = _optuna()
@@ -129,10 +129,10 @@ class _Trials:
         started = time.monotonic()
         try:
             candidate = METHODS[self.method](run)
-            trial.value = score(run.plan.metric, candidate.validation_logits, run.validation.labels)
+            trial.value = run.score(candidate.validation_logits)
             self._keep(trial, candidate)
         except TrialPruned:
-            trial.state, trial.value = "pruned", max(trial.reports.values())
+            trial.state, trial.value = "pruned", max(trial.reports.values(), key=self.metric.gain)
         except NonFiniteLoss as error:
             trial.state, trial.reason = "failed", str(error)
         except Cancelled as request:
@@ -164,13 +164,16 @@ class _Trials:
     def _keep(self, trial: Trial, candidate: Candidate) -> None:
         """Of two models only the better stays in memory."""
         best = self._best()
-        if best is None or (trial.value or 0.0) > (best.value or 0.0):
+        if best is None or self._gain(trial) > self._gain(best):
             self.best = (trial.number, candidate)
 
     def _best(self) -> Trial | None:
         """Among equals the earlier one."""
         scored = [trial for trial in self.done if trial.state == "complete" and trial.value is not None]
-        return max(scored, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
+        return max(scored, key=lambda trial: (self._gain(trial), -trial.number), default=None)
+
+    def _gain(self, trial: Trial) -> float:
+        return self.metric.gain(trial.value or 0.0)
 
     def _tidy(self) -> None:
         """Of the finished trials only the best keeps its folder."""
@@ -221,7 +224,7 @@ class _Trials:
         if self.run.plan.pruner == "asha":
             # The resource is the number of evaluations: steps differ in size with the batch.
             pruner = pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_REDUCTION)
-        return self.optuna.create_study(direction="maximize", pruner=pruner)
+        return self.optuna.create_study(direction=self.metric.direction, pruner=pruner)
 
 
 def _distribution(optuna: Any, name: str, spec: Any) -> Any:

@@ -27,10 +27,11 @@ from finetune.jobs.errors import LeaseLost
 from finetune.jobs.records import JobFailure, JobStatus, Lease
 from finetune.jobs.store import JobStore
 from finetune.metrics import WorkerMetrics
+from finetune.quality import metric_of
 from finetune.settings import child_environment
 from finetune.spare import SpareChild, child_command, close_pipes, end_child, start_child
-from model_registry.errors import ArtifactExists, DatabaseUnavailable
-from model_registry.manifest import MANIFEST_NAME, ModelManifest
+from model_registry.errors import ArtifactExists, DatabaseUnavailable, InvalidReference
+from model_registry.manifest import MANIFEST_NAME, ModelManifest, Task
 from model_registry.registry import Promotion, Registry
 from model_registry.store import ArtifactStore
 
@@ -76,6 +77,7 @@ class Supervisor:
         self._is_pausing = False
         self._grace_s = timing.cancel_grace_s
         self._best: float | None = None
+        self._task: Task = "text-classification"  # until the child's plan says
         self._outcome: str | None = None
 
     def run(self) -> str:
@@ -155,6 +157,15 @@ class Supervisor:
     # What the child says
 
     def _write(self, child: subprocess.Popen[str], message: dict[str, Any]) -> None:
+        try:
+            self._take(child, message)
+        except InvalidReference as error:  # another job took the name for its task
+            hint = "choose another name in register_as, and submit the job again"
+            failure = JobFailure(code="name_has_another_task", message=str(error), hint=hint)
+            self._ledger.jobs.finish(self._lease, JobStatus.FAILED, failure=failure)
+            self._outcome = "failed"
+
+    def _take(self, child: subprocess.Popen[str], message: dict[str, Any]) -> None:
         jobs, lease = self._ledger.jobs, self._lease
         kind = message["kind"]
         if kind == "event":
@@ -166,6 +177,8 @@ class Supervisor:
         elif kind == "progress":
             jobs.set_columns(lease, progress=message["values"])
         elif kind == "set":
+            if "plan" in message["columns"]:
+                self._require_task(message["columns"]["plan"]["task"])
             jobs.set_columns(lease, **message["columns"])
         elif kind == "reserve":
             _send(child, {"kind": "reserved", "version": self._reserve(message)})
@@ -183,12 +196,18 @@ class Supervisor:
             reason = "the worker is shutting down; the run goes on elsewhere"
             self._outcome = _OUTCOMES[jobs.requeue(lease, reason, charge_attempt=False)]
 
+    def _require_task(self, task: Task) -> None:
+        """Before hours of training, not after. Raises `InvalidReference`."""
+        self._task = task
+        self._ledger.registry.check_task(tenant=self._job.tenant, name=self._job.spec.register_as, task=task)
+
     def _is_best(self, message: dict[str, Any]) -> bool:
         """Whether an event reports the best so far over all methods of the run."""
         if message["type"] != "best_updated":
             return False
         value = float(message["data"]["value"])
-        if self._best is not None and value <= self._best:
+        gain = metric_of(message["data"]["metric"]).gain
+        if self._best is not None and gain(value) <= gain(self._best):
             return False
         self._best = value
         return True
@@ -196,7 +215,7 @@ class Supervisor:
     def _reserve(self, message: dict[str, Any]) -> int:
         with self._ledger.jobs.fenced(self._lease) as connection:
             return self._ledger.registry.reserve(
-                connection, tenant=self._job.tenant, name=self._job.spec.register_as, task=self._job.spec.task,
+                connection, tenant=self._job.tenant, name=self._job.spec.register_as, task=self._task,
                 kind=message["version_kind"], method=message["method"], job_id=self._job.job_id,
             )  # fmt: skip
 

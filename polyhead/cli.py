@@ -198,6 +198,7 @@ def finetune(
     register_as: Annotated[str, typer.Option(metavar="NAME", help="model that gets the result as a new version")],
     method: Annotated[str, typer.Option(help="auto, baseline, linear_probe, lora or full")] = "auto",
     test_dataset: Annotated[str | None, typer.Option(help="dataset to test on, else a part is cut off")] = None,
+    task: Annotated[str | None, typer.Option(help="text-classification, text-multi-label or text-regression")] = None,
     text_column: Annotated[str | None, typer.Option(help="column with the texts")] = None,
     label_column: Annotated[str | None, typer.Option(help="column with the labels")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="show events until the job has ended")] = False,
@@ -207,8 +208,9 @@ def finetune(
     columns = {name: column for name, column in (("text", text_column), ("label", label_column)) if column}
     with connected(url) as client:
         job = client.finetune(
-            dataset, register_as, test_dataset=test_dataset, columns=columns or None, hyperparameters={"method": method}
-        )
+            dataset, register_as, test_dataset=test_dataset, task=task, columns=columns or None,
+            hyperparameters={"method": method},
+        )  # fmt: skip
         typer.echo(job["id"])
         if watch:
             _watch(client, job["id"])

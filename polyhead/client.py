@@ -109,6 +109,7 @@ class Client:
         validation_dataset: str | None = None,
         test_dataset: str | None = None,
         backbone: str | None = None,
+        task: str | None = None,
         columns: Mapping[str, str] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -117,7 +118,7 @@ class Client:
         """Starts a job and returns it, `queued`. A repeat with the same `idempotency_key` returns the first job."""
         body = {
             "dataset": dataset, "register_as": register_as, "validation_dataset": validation_dataset,
-            "test_dataset": test_dataset, "backbone": backbone, "columns": columns,
+            "test_dataset": test_dataset, "backbone": backbone, "task": task, "columns": columns,
             "hyperparameters": hyperparameters, "metadata": metadata,
         }  # fmt: skip
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}

@@ -6,14 +6,16 @@ Pure: rows in, findings out. Knows no file, no model and no tokenizer.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from finetune.datasets.duplicates import Duplicates, Indices, find_duplicates
-from finetune.datasets.labelled import LabelledRows
+from finetune.datasets.labelled import LabelledRows, rows_with
 from finetune.datasets.records import ROWS_SHOWN, Finding, Severity
+from finetune.datasets.target_findings import conflicting_numbers, label_set_findings, number_findings
 from finetune.datasets.texts import normalise
+from finetune.plan import Task
 
 _FEW_ROWS = 10
 _IMBALANCE_RATIO = 20
@@ -32,7 +34,7 @@ def inspect_rows(
     min_rows_per_class: int = 3,
     duplicates: Duplicates | None = None,
 ) -> list[Finding]:
-    """Findings for single-label classification, errors first.
+    """Findings for the task of `train`, errors first.
 
     `train` holds everything that is still to be split. `min_rows_per_class` is the number of sides each
     class must stand on: 3, or fewer where validation or test data is given. `duplicates` are those among
@@ -45,17 +47,14 @@ def inspect_rows(
     found = duplicates or find_duplicates([text for rows in everything for text in rows.texts])
     keys = found.text_of[: len(train)].tolist()
     findings = [
-        *_single_class(train),
-        *_label_case_collision(train, held_out),
-        *_class_sizes(train, found.group_of[: len(train)].tolist(), min_rows_per_class),
-        *_imbalance(train),
+        *_OF_TASK[train.target.task](train, held_out, found.group_of[: len(train)].tolist(), min_rows_per_class),
         *_duplicates(train, keys),
         *_near_duplicates(train, found),
-        *_conflicts(train, keys),
+        *_CONFLICTS_OF_TASK[train.target.task](train, keys),
     ]
     start = len(train)
     for name, rows in held_out.items():
-        findings += _unknown_labels(name, rows, known=set(train.labels))
+        findings += _unknown_labels(name, rows, known=train.names())
         findings += _overlap(name, rows, found, slice(start, start + len(rows)), trained=slice(0, len(train)))
         start += len(rows)
     return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
@@ -82,6 +81,27 @@ def _no_rows() -> Finding:
     )
 
 
+def _of_classes(
+    train: LabelledRows, held_out: dict[str, LabelledRows], groups: _Keys, needed: int
+) -> list[Finding]:  # fmt: skip
+    return [
+        *_single_class(train),
+        *_label_case_collision(train, held_out),
+        *_class_sizes(train, groups, needed),
+        *_imbalance(train),
+    ]
+
+
+def _of_label_sets(
+    train: LabelledRows, held_out: dict[str, LabelledRows], groups: _Keys, needed: int
+) -> list[Finding]:  # fmt: skip
+    return [*_label_case_collision(train, held_out), *label_set_findings(train, groups, needed)]
+
+
+def _of_numbers(train: LabelledRows, held_out: dict[str, LabelledRows], groups: _Keys, needed: int) -> list[Finding]:
+    return number_findings(train, groups, needed)
+
+
 def _single_class(rows: LabelledRows) -> list[Finding]:
     label = rows.labels[0]
     if any(other != label for other in rows.labels):
@@ -95,7 +115,7 @@ def _single_class(rows: LabelledRows) -> list[Finding]:
 
 def _label_case_collision(train: LabelledRows, held_out: dict[str, LabelledRows]) -> list[Finding]:
     everything = [train, *held_out.values()]
-    counts = Counter(label for rows in everything for label in rows.labels)
+    counts = Counter(name for rows in everything for label in rows.labels for name in rows.target.names_of(label))
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for label, _ in counts.most_common():
         spellings[normalise(label)].append(label)
@@ -103,7 +123,7 @@ def _label_case_collision(train: LabelledRows, held_out: dict[str, LabelledRows]
     if not collisions:
         return []
     rarer = {label for labels in collisions for label in labels[1:]}
-    affected = [row for rows in everything for row in _rows_with(rows, rarer)]
+    affected = [row for rows in everything for row in rows_with(rows, rarer)]
     message = (
         f"labels that differ only in case or whitespace: {_listed([' / '.join(map(repr, c)) for c in collisions])}"
     )
@@ -134,7 +154,7 @@ def _too_small(
     smallest_first = sorted(sizes, key=lambda label: (sizes[label], label))
     named = _listed([f"{label!r} ({sizes[label]})" for label in smallest_first])
     message = f"{len(sizes):,} of {len(set(rows.labels)):,} classes have {consequence}: {named}"
-    affected = _rows_with(rows, set(sizes))
+    affected = rows_with(rows, set(sizes))
     return [_finding("class_too_small", severity, message, rows=affected, count=len(sizes), fix=fix)]
 
 
@@ -206,13 +226,13 @@ def _conflicts(rows: LabelledRows, keys: _Keys) -> list[Finding]:
 
 
 def _unknown_labels(split: str, rows: LabelledRows, *, known: set[str]) -> list[Finding]:
-    unknown = set(rows.labels) - known
+    unknown = rows.names() - known
     if not unknown:
         return []
     named = _listed([repr(label) for label in sorted(unknown)])
     message = f"the {split} data has labels that the training data lacks: {named}"
     fix = f"add such rows to the training data, or remove them from the {split} data"
-    return [_finding("unknown_label", "error", message, rows=_rows_with(rows, unknown), fix=fix)]
+    return [_finding("unknown_label", "error", message, rows=rows_with(rows, unknown), fix=fix)]
 
 
 def _overlap(split: str, rows: LabelledRows, found: Duplicates, own: slice, *, trained: slice) -> list[Finding]:
@@ -231,10 +251,6 @@ def _overlap(split: str, rows: LabelledRows, found: Duplicates, own: slice, *, t
         message = f"{len(shared):,} of {len(rows):,} rows of the {split} data are near duplicates of training rows"
         findings.append(_finding("near_duplicate_across_splits", "warning", message, rows=shared, fix=fix))
     return findings
-
-
-def _rows_with(rows: LabelledRows, labels: set[str]) -> list[int]:
-    return [row for row, label in zip(rows.row_numbers.tolist(), rows.labels, strict=True) if label in labels]
 
 
 def _finding(
@@ -257,3 +273,15 @@ def _is_number(label: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+_OF_TASK: dict[Task, Callable[[LabelledRows, dict[str, LabelledRows], _Keys, int], list[Finding]]] = {
+    "text-classification": _of_classes,
+    "text-multi-label": _of_label_sets,
+    "text-regression": _of_numbers,
+}
+_CONFLICTS_OF_TASK: dict[Task, Callable[[LabelledRows, _Keys], list[Finding]]] = {
+    "text-classification": _conflicts,
+    "text-multi-label": _conflicts,
+    "text-regression": conflicting_numbers,
+}

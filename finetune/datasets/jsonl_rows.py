@@ -1,4 +1,5 @@
-"""Rows of a jsonl file: one object of scalars a line. Numbers keep the digits they were written with.
+"""Rows of a jsonl file: one object a line, of scalars and lists of them. Numbers keep the digits they were written
+with; a list of strings or numbers becomes the JSON of its strings, for rows that have several labels.
 
 The file is read twice: columns may first appear in the last line, and a table needs them at its start.
 """
@@ -117,7 +118,10 @@ def _as_cell(name: str, cell: Any) -> str | None:
         return "true" if cell else "false"
     if cell is None or isinstance(cell, str):
         return cell
-    raise _Refused("nested", f"has a list or an object under {name[:80]!r}; a cell must be a single value", _FLATTEN)
+    if isinstance(cell, list) and all(isinstance(item, str) for item in cell):
+        return json.dumps(cell, ensure_ascii=False)
+    what = f"has an object or a nested list under {name[:80]!r}; a cell must be a single value or a list of strings"
+    raise _Refused("nested", what, _FLATTEN)
 
 
 def _are_cells_sound(row: Row, number: int, log: FindingLog, limits: Limits) -> bool:
@@ -137,7 +141,7 @@ def _refuse_constant(constant: str) -> None:
     raise _Refused("not a number", f"holds {constant}, which is not JSON", "write null, or leave the key out")
 
 
-_FLATTEN = "give every key one string, number, boolean or null"
+_FLATTEN = "give every key one string, number, boolean or null, or a list of strings"
 _DECODER = json.JSONDecoder(
     object_pairs_hook=tuple, parse_float=str, parse_int=str, parse_constant=_refuse_constant, strict=True
 )

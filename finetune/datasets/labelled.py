@@ -12,19 +12,22 @@ import numpy.typing as npt
 from finetune.datasets.batches import FindingLog
 from finetune.datasets.canonical import read_batches
 from finetune.datasets.records import Finding
+from finetune.datasets.targets import SINGLE_LABEL, LabelSets, Misfit, Target
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
     """Rows to train on. `row_numbers` is int64[n] and says where in the file each row stands.
 
-    `extras` holds further columns by name, n values each: what a split or an evaluation asks for.
+    `labels` are as `target` writes them. `extras` holds further columns by name, n values each: what a split or an
+    evaluation asks for.
     """
 
     row_numbers: npt.NDArray[np.int64]
     texts: list[str]
     labels: list[str]
     extras: dict[str, list[str | None]] = field(default_factory=dict)
+    target: Target = SINGLE_LABEL
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -37,48 +40,83 @@ class LabelledRows:
             [self.texts[position] for position in positions],
             [self.labels[position] for position in positions],
             {name: [values[position] for position in positions] for name, values in self.extras.items()},
+            self.target,
         )
+
+    def names(self) -> set[str]:
+        """The classes or labels that stand in these rows."""
+        return {name for label in set(self.labels) for name in self.target.names_of(label)}
 
 
 def load_labelled(
-    rows_parquet: Path, *, text_column: str, label_column: str, extra_columns: Sequence[str] = ()
-) -> tuple[LabelledRows, list[Finding]]:
+    rows_parquet: Path, *, text_column: str, label_column: str, extra_columns: Sequence[str] = (),
+    target: Target = SINGLE_LABEL,
+) -> tuple[LabelledRows, list[Finding]]:  # fmt: skip
     """The rows that have a text and a label; labels lose surrounding whitespace, texts stand as given.
 
     The values of `extra_columns` come along as they are, None where a cell is empty.
 
-    Rows without a text or a label are left out and reported as `empty_value`: a warning, or an error
-    when no row is left. Raises `ColumnMissing`.
+    Rows without a text or a label are left out and reported (as `empty_value` for most targets): a warning, or an
+    error when no row is left. A label that `target` cannot read is an error. Raises `ColumnMissing`.
     """
     names = list(dict.fromkeys([text_column, label_column, *extra_columns]))
     row_numbers: list[int] = []
-    held: dict[str, list[str | None]] = {name: [] for name in names}
-    log = FindingLog()
+    labels: list[str] = []
+    held: dict[str, list[str | None]] = {name: [] for name in dict.fromkeys([text_column, *extra_columns])}
+    known: dict[str, str] = {}  # one object for equal values: labels and extras repeat, texts seldom do
+    cells = _Cells(text_column, label_column, target)
     for batch in read_batches(rows_parquet, names):
         columns = dict(zip(names, batch.columns, strict=True))
-        cells = zip(batch.row_numbers, columns[text_column], columns[label_column], strict=True)
-        kept = [
-            place
-            for place, (row, text, label) in enumerate(cells)
-            if _is_filled(log, row, {text_column: text, label_column: label})
-        ]
+        kept = []
+        for place, row in enumerate(batch.row_numbers):
+            label = cells.label(row, columns[text_column][place], columns[label_column][place])
+            if label is not None:
+                kept.append(place)
+                labels.append(_shared(known, label))
         row_numbers += [batch.row_numbers[place] for place in kept]
-        for name, column in columns.items():
-            held[name] += [column[place] for place in kept]
+        for name, values in held.items():
+            values += [columns[name][place] for place in kept]
     texts = [text for text in held[text_column] if text is not None]
-    known: dict[str, str] = {}  # one object for equal values: labels and extras repeat, texts seldom do
-    labels = [_shared(known, label.strip()) for label in held[label_column] if label is not None]
     extras = {name: [_filled(known, cell) for cell in held[name]] for name in dict.fromkeys(extra_columns)}
-    rows = LabelledRows(np.array(row_numbers, dtype=np.int64), texts, labels, extras)
-    return rows, _concluded(log.findings(), has_rows=bool(texts), text_column=text_column, label_column=label_column)
+    rows = LabelledRows(np.array(row_numbers, dtype=np.int64), texts, labels, extras, target)
+    findings = cells.log.findings()
+    if texts:
+        return rows, [*findings, *_told(rows, label_column)]
+    return rows, _without_rows(findings, text_column=text_column, label_column=label_column)
 
 
-def _is_filled(log: FindingLog, row: int, cells: dict[str, str | None]) -> bool:
-    for column, cell in cells.items():
-        if cell is None or not cell.strip():
-            _note_empty(log, row, column)
-            return False
-    return True
+class _Cells:
+    """Reads the label of each row, and notes the rows that cannot be used."""
+
+    def __init__(self, text_column: str, label_column: str, target: Target) -> None:
+        self.log = FindingLog()
+        self._text_column, self._label_column, self._target = text_column, label_column, target
+
+    def label(self, row: int, text: str | None, label: str | None) -> str | None:
+        """None where the row has no text, no label, or one that does not fit the task."""
+        if text is None or not text.strip():
+            self._note_empty(row, self._text_column, "empty_value")
+            return None
+        if label is None or not label.strip():
+            self._note_empty(row, self._label_column, self._target.empty_code)
+            return None
+        try:
+            return self._target.read(label)
+        except Misfit as error:
+            message = f"row {row}, column {self._label_column!r} {error}"
+            self.log.note("misfit", message, code=error.code, row=row, column=self._label_column, fix=error.fix)
+            return None
+
+    def _note_empty(self, row: int, column: str, code: str) -> None:
+        message = f"rows without a value in column {column!r} are left out"
+        fix = f"fill in {column!r}, or remove the rows"
+        self.log.note("empty", message, code=code, severity="warning", row=row, column=column, fix=fix)
+
+
+def rows_with(rows: LabelledRows, names: set[str]) -> list[int]:
+    """The numbers of the rows whose label gives any of these names."""
+    has = {label: not names.isdisjoint(rows.target.names_of(label)) for label in set(rows.labels)}
+    return [row for row, label in zip(rows.row_numbers.tolist(), rows.labels, strict=True) if has[label]]
 
 
 def _shared(known: dict[str, str], value: str) -> str:
@@ -89,14 +127,18 @@ def _filled(known: dict[str, str], cell: str | None) -> str | None:
     return None if cell is None or not cell.strip() else _shared(known, cell)
 
 
-def _note_empty(log: FindingLog, row: int, column: str) -> None:
-    message = f"rows without a value in column {column!r} are left out"
-    fix = f"fill in {column!r}, or remove the rows"
-    log.note("empty", message, code="empty_value", severity="warning", row=row, column=column, fix=fix)
+def _told(rows: LabelledRows, column: str) -> list[Finding]:
+    """How cells with several labels were read, which a glance at the file does not tell."""
+    target = rows.target
+    if not isinstance(target, LabelSets) or target.separator is None:
+        return []
+    message = f"the labels in column {column!r} are separated by {target.separator!r}"
+    fix = "nothing to do; a JSON list of strings in every row needs no separator"
+    return [Finding(code="label_separator", severity="info", message=message, column=column, fix=fix)]
 
 
-def _concluded(findings: list[Finding], *, has_rows: bool, text_column: str, label_column: str) -> list[Finding]:
-    if has_rows:
+def _without_rows(findings: list[Finding], *, text_column: str, label_column: str) -> list[Finding]:
+    if any(finding.severity == "error" for finding in findings):
         return findings
     message = f"no row has a value both in {text_column!r} and in {label_column!r}"
     if not findings:

@@ -1,8 +1,12 @@
-"""Rows of an uploaded parquet file, as strings. Knows Arrow's types; nothing it reads is trusted."""
+"""Rows of an uploaded parquet file, as strings; a list of strings becomes its JSON.
+
+Knows Arrow's types; nothing it reads is trusted.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from finetune.datasets.batches import (
 
 _WRITE_AGAIN = "write the file again and upload it whole"
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string)
+_LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _SCALAR_TYPES = (
     *_TEXT_TYPES,
     pa.types.is_integer,
@@ -59,7 +64,7 @@ def _open(path: Path, log: FindingLog) -> Any:
 def _columns(schema: Any, log: FindingLog, limits: Limits) -> tuple[str, ...]:
     if not are_names_sound(schema.names, log, limits):
         return ()
-    usable = tuple(field.name for field in schema if _is_scalar(field.type))
+    usable = tuple(field.name for field in schema if _is_scalar(field.type) or _is_list_of_text(field.type))
     for field in schema:
         if field.name not in usable:
             message = f"column {field.name!r} holds {field.type}, not single values; it is left out"
@@ -74,6 +79,11 @@ def _is_scalar(data_type: Any) -> bool:
     if pa.types.is_dictionary(data_type):
         return any(is_type(data_type.value_type) for is_type in _TEXT_TYPES)
     return any(is_type(data_type) for is_type in _SCALAR_TYPES)
+
+
+def _is_list_of_text(data_type: Any) -> bool:
+    is_list = any(is_type(data_type) for is_type in _LIST_TYPES)
+    return is_list and any(is_type(data_type.value_type) for is_type in _TEXT_TYPES)
 
 
 def _batches(file: Any, columns: tuple[str, ...], log: FindingLog, limits: Limits) -> Iterator[RowBatch]:
@@ -106,10 +116,20 @@ def _batch_rows(file: Any, limits: Limits) -> int:
 
 
 def _as_strings(array: Any, name: str, first_row: int, log: FindingLog) -> list[str | None]:
+    if _is_list_of_text(array.type):
+        return _as_json(array, name, first_row, log)
     if pa.types.is_floating(array.type):
         array = pc.if_else(pc.is_nan(array), None, array)  # data frames write a missing number as NaN
     encoded = array.cast(pa.string()).cast(pa.binary()).to_pylist()
     return [_decode(value, name, row, log) for row, value in enumerate(encoded, first_row)]
+
+
+def _as_json(array: Any, name: str, first_row: int, log: FindingLog) -> list[str | None]:
+    cells: list[str | None] = []
+    for row, value in enumerate(array.cast(pa.large_list(pa.large_binary())).to_pylist(), first_row):
+        items = None if value is None else [_decode(item, name, row, log) or "" for item in value]
+        cells.append(None if items is None else json.dumps(items, ensure_ascii=False))
+    return cells
 
 
 def _decode(value: bytes | None, name: str, row: int, log: FindingLog) -> str | None:

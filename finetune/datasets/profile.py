@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finetune.datasets.errors import ColumnMissing
 from finetune.datasets.records import ColumnReport, ColumnType
+from finetune.datasets.targets import parse_list
 
 _DISTINCT_AT_MOST = 1000
 _EXAMPLE_CHARACTERS = 200
@@ -27,6 +28,7 @@ class ColumnProfile:
         self._example: str | None = None
         self._may_be_number = True
         self._may_be_boolean = True
+        self._may_be_list = True
         # Hashes, since a thousand values of a megabyte would not fit; None above the limit.
         self._distinct: set[int] | None = set()
         self._counts: Counter[str] | None = Counter()  # None above the limit, or where a value is no class name
@@ -40,8 +42,12 @@ class ColumnProfile:
             self._example = filled[0][:_EXAMPLE_CHARACTERS]
         self._may_be_number = self._may_be_number and all(_NUMBER.fullmatch(value) for value in filled)
         self._may_be_boolean = self._may_be_boolean and all(value.lower() in _BOOLEANS for value in filled)
+        lists = [parse_list(value) for value in filled]
+        self._may_be_list = self._may_be_list and None not in lists
         self._count_distinct(filled)
-        self._count_values(filled)
+        self._count_values(
+            item for value, found in zip(filled, lists, strict=True) for item in ([value] if found is None else found)
+        )
 
     def _count_distinct(self, filled: list[str]) -> None:
         if self._distinct is None:
@@ -50,10 +56,10 @@ class ColumnProfile:
         if len(self._distinct) > _DISTINCT_AT_MOST:
             self._distinct = None
 
-    def _count_values(self, filled: list[str]) -> None:
+    def _count_values(self, values: Iterable[str]) -> None:
         if self._counts is None:
             return
-        self._counts.update(filled)
+        self._counts.update(values)
         if len(self._counts) > _COUNTED_AT_MOST or any(len(value) > _EXAMPLE_CHARACTERS for value in self._counts):
             self._counts = None
 
@@ -72,6 +78,8 @@ class ColumnProfile:
             return "other"
         if self._may_be_boolean:
             return "boolean"
+        if self._may_be_list:
+            return "list"
         return "number" if self._may_be_number else "text"
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 FileFormat = Literal["csv", "jsonl", "parquet", "zip", "tar"]
 Severity = Literal["info", "warning", "error"]
-ColumnType = Literal["text", "number", "boolean", "other"]
+ColumnType = Literal["text", "number", "boolean", "list", "other"]
 
 ROWS_SHOWN = 20
 
@@ -47,10 +47,10 @@ class Finding(BaseModel):
 
 
 class ColumnReport(BaseModel):
-    """One column as its values look: `number` where every value reads as one, `other` where all are empty.
+    """One column as its values look: `number` or `list` where every value reads as one, `other` where all are empty.
 
     `empty` counts nulls and values of whitespace only; `distinct` is None above a thousand values. `counts` holds
-    the rows of each value, the most frequent first, up to 100 values; None where there are more.
+    the rows of each value, of lists of each item, the most frequent first, up to 100; None where there are more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from finetune.datasets.duplicates import Duplicates, find_duplicates
 from finetune.datasets.findings import inspect_rows
 from finetune.datasets.given_sides import predefined_sides, time_sides
-from finetune.datasets.labelled import LabelledRows
+from finetune.datasets.labelled import LabelledRows, rows_with
 from finetune.datasets.records import Finding, has_errors, row_finding
 from finetune.datasets.side_names import TEST, TRAIN, VALIDATION
 from finetune.datasets.splits import Split, split_rows
@@ -255,16 +255,16 @@ def _drop(pool: _Pool, later: Sequence[int]) -> None:
             continue
         rows = pool.side(side)
         leaked = pool.leaked(side, others, exactly=False)
-        leaked &= ~_would_vanish(rows.labels, leaked)
+        leaked &= ~_would_vanish(rows, leaked)
         if leaked.any() and not leaked.all():
             exact = int((leaked & pool.leaked(side, others, exactly=True)).sum())
             pool.findings.append(_dropped(_SIDES[side], rows.row_numbers[leaked].tolist(), exact))
             pool.rows[side] = pool.rows[side][~leaked]
 
 
-def _would_vanish(labels: Sequence[str], leaked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    left = {label for label, is_leaked in zip(labels, leaked.tolist(), strict=True) if not is_leaked}
-    return np.array([label not in left for label in labels], bool)
+def _would_vanish(rows: LabelledRows, leaked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    left = rows.take(np.flatnonzero(~leaked)).names()
+    return np.array([not left.issuperset(rows.target.names_of(label)) for label in rows.labels], bool)
 
 
 def _dropped(side: str, rows: list[int], exact: int) -> Finding:
@@ -282,10 +282,10 @@ def _absent_classes(pool: _Pool) -> list[Finding]:
     found = []
     for side in (VALIDATION, TEST):
         own = pool.side(side)
-        absent = sorted(set(train.labels) - set(own.labels))
+        absent = train.names() - own.names()
         if absent and len(own) and not pool.is_given[side]:
-            rows = [row for row, label in zip(train.row_numbers.tolist(), train.labels, strict=True) if label in absent]
-            named = ", ".join(map(repr, absent[:5])) + (" …" if len(absent) > 5 else "")
+            rows = rows_with(train, absent)
+            named = ", ".join(map(repr, sorted(absent)[:5])) + (" …" if len(absent) > 5 else "")
             found.append(row_finding(
                 code="class_too_small", severity="warning", rows=rows, count=len(absent),
                 message=f"the {_SIDES[side]} side has no row of {named}; nothing is measured for them there",

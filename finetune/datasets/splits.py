@@ -88,7 +88,7 @@ def split_rows(
       row falls on the same side in every later dataset; shares are met on average. Near duplicates stand
       where the lowest of their texts would: rows added later can pull a row into training, never out.
     - `random`: by rank in an order drawn with `seed`; shares are met up to a unit.
-    - `stratified`: the same within each class.
+    - `stratified`: the same within each class; for other targets, within each of their strata.
     - `group`: by a stable hash of each row's value in `groups`; a row without one goes by its text.
 
     Then each class is topped up, so that it stands on every side with a share as far as it has
@@ -143,7 +143,8 @@ def _value_digest(value: str | None, text: str) -> bytes:
 def _units(rows: LabelledRows, of_row: Indices, positions: npt.NDArray[np.float64]) -> _Units:
     count = len(positions)
     sizes = np.bincount(of_row, minlength=count)
-    return _Units(of_row, sizes, _most_common(rows.labels, of_row), positions, np.zeros(count, np.int8))
+    kinds = rows.target.strata(rows.labels)
+    return _Units(of_row, sizes, _most_common(kinds, of_row), positions, np.zeros(count, np.int8))
 
 
 def _most_common(labels: list[str], of_row: Indices) -> Indices:

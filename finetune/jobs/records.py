@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model_registry.manifest import Task
 from model_registry.refs import NAME_PATTERN
 
 EVENT_TYPES = (
@@ -67,7 +68,7 @@ class JobSpec(_Model):
     validation_dataset: str | None = None
     test_dataset: str | None = None
     backbone: str
-    task: Literal["text-classification"] = "text-classification"
+    task: Literal["auto"] | Task = "text-classification"
     columns: Columns = Columns()
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"

@@ -10,7 +10,8 @@ from typing import Any
 
 from finetune.datasets.texts import text_digest
 from finetune.run import Run, embed
-from model_registry.manifest import ModelManifest
+from finetune.tasks.rules import Answering
+from model_registry.manifest import ModelManifest, Task
 from model_registry.store import ArtifactStore, load_manifest
 from modeling.assemble import VersionParts, read_version
 from modeling.backbone import Backbone
@@ -25,12 +26,15 @@ FINGERPRINT = "data/fingerprint.json"
 
 @dataclass(frozen=True, slots=True)
 class Champion:
-    """`seen` holds the hashes of its training and validation rows, None where the version does not tell."""
+    """`logits` gives the outputs of texts, which mean what `task` and `answering` say. `seen` holds the hashes of its
+    training and validation rows, None where the version does not tell."""
 
     version: int
     labels: tuple[str, ...]
     seen: frozenset[str] | None
     logits: Callable[[Sequence[str]], FloatArray]
+    task: Task
+    answering: Answering
 
 
 def read_champion(store: ArtifactStore, run: Run, pointer: dict[str, Any], *, tenant: str, name: str) -> Champion:
@@ -38,7 +42,10 @@ def read_champion(store: ArtifactStore, run: Run, pointer: dict[str, Any], *, te
     version = int(pointer["version"])
     manifest = load_manifest(store, tenant=tenant, name=name, version=version, sha256=pointer["manifest_sha256"])
     parts = read_version(store, manifest)
-    return Champion(version, manifest.labels, _seen(store, manifest), _logits(store, run, parts))
+    return Champion(
+        version, manifest.labels, _seen(store, manifest), _logits(store, run, parts),
+        task=manifest.task, answering=Answering(parts.temperature, parts.thresholds or None),
+    )  # fmt: skip
 
 
 def row_hash(text: str) -> str:

@@ -25,16 +25,16 @@ def precision_recall(logits: FloatArray, labels: IntArray, names: Sequence[str])
     """
     probabilities = softmax(logits)
     present = [index for index in range(len(names)) if (labels == index).any()]
-    return [
-        {"label": names[index], **_one_curve(probabilities[:, index].astype(np.float64), labels == index)}
-        for index in present
-    ]
+    return [{"label": names[index], **one_against_rest(probabilities[:, index], labels == index)} for index in present]
 
 
-def _one_curve(scores: Values, is_positive: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    order = np.argsort(-scores, kind="stable")
+def one_against_rest(scores: npt.NDArray[np.floating[Any]], is_positive: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """The precision-recall curve of scores [rows], at least one of them positive, in at most 100 points."""
+    ranked: Values = scores.astype(np.float64)
+    order = np.argsort(-ranked, kind="stable")
+    ranked = ranked[order]
     found = np.cumsum(is_positive[order])
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # rows with equal scores come in together
+    ends = np.flatnonzero(np.append(np.diff(ranked) != 0, True))  # rows with equal scores come in together
     hits = found[ends]
     precision, recall = hits / (ends + 1), hits / found[-1]
     average = float(np.sum(np.diff(recall, prepend=0.0) * precision))
@@ -45,7 +45,7 @@ def _one_curve(scores: Values, is_positive: npt.NDArray[np.bool_]) -> dict[str, 
         "average_precision": average,
         "precision": _rounded(precision[kept]),
         "recall": _rounded(recall[kept]),
-        "threshold": _rounded(scores[order][ends][kept]),
+        "threshold": _rounded(ranked[ends][kept]),
     }
 
 

@@ -6,14 +6,16 @@ gate does not apply here, and does not stand in the way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.metrics import precision_recall_fscore_support
 
 from finetune.judgement.mcnemar import compare, least_discordant
+from finetune.quality import metric_of
 from modeling.weights import IntArray
 
 LEAST_CLASS_ROWS = 20
@@ -45,11 +47,24 @@ class Duel:
     champion_names: Sequence[str]
 
 
-def minimum(metric: str, value: float, *, least: float, side: str) -> Gate:
+@dataclass(frozen=True, slots=True)
+class LabelDuel:
+    """The same of several labels a row: which are due and which each version gives, bool[rows, labels]."""
+
+    due: npt.NDArray[np.bool_]
+    candidate: npt.NDArray[np.bool_]
+    champion: npt.NDArray[np.bool_]
+    names: Sequence[str]
+    champion_names: Sequence[str]
+
+
+def minimum(name: str, value: float, *, least: float, side: str) -> Gate:
     """The job's metric reaches the bar."""
-    figures = {"metric": metric, "value": value, "min_metric": least, "side": side}
-    is_reached = value >= least
-    message = f"{metric} {value:.4f} on {side} {'reaches' if is_reached else 'is below'} min_metric {least:g}"
+    metric = metric_of(name)
+    figures = {"metric": metric.name, "value": value, "min_metric": least, "side": side}
+    is_reached = metric.reaches(value, least)
+    short = "is above" if metric.is_error else "is below"
+    message = f"{metric.name} {value:.4f} on {side} {'reaches' if is_reached else short} min_metric {least:g}"
     return Gate("min_metric", "passed" if is_reached else "failed", message, figures)
 
 
@@ -71,15 +86,31 @@ def better(duel: Duel, *, significance: float) -> Gate:
 
 def class_drop(duel: Duel, *, most: float) -> Gate:
     """No class with enough rows loses more than `most` of recall or of F1 against the champion."""
-    shared = [index for index, name in enumerate(duel.names) if name in set(duel.champion_names)]
-    rows = {index: int((duel.labels == index).sum()) for index in shared}
-    judged = [index for index in shared if rows[index] >= LEAST_CLASS_ROWS]
-    unjudged = {duel.names[index]: rows[index] for index in shared if index not in judged}
+    rows = {index: int((duel.labels == index).sum()) for index in _shared(duel)}
+    return _judged_drops(duel, rows, lambda judged: _drops(duel, judged), most=most)
+
+
+def label_drop(duel: LabelDuel, *, most: float) -> Gate:
+    """The same of each label with enough rows that are due it."""
+    rows = {index: int(duel.due[:, index].sum()) for index in _shared(duel)}
+    return _judged_drops(duel, rows, lambda judged: _label_drops(duel, judged), most=most)
+
+
+def _shared(duel: Duel | LabelDuel) -> list[int]:
+    return [index for index, name in enumerate(duel.names) if name in set(duel.champion_names)]
+
+
+def _judged_drops(
+    duel: Duel | LabelDuel, rows: Mapping[int, int], drops_of: Callable[[Sequence[int]], list[dict[str, Any]]], *,
+    most: float,
+) -> Gate:  # fmt: skip
+    judged = [index for index in rows if rows[index] >= LEAST_CLASS_ROWS]
+    unjudged = {duel.names[index]: rows[index] for index in rows if index not in judged}
     figures: dict[str, Any] = {"max_class_drop": most, "least_rows": LEAST_CLASS_ROWS, "not_judged": unjudged}
     if not judged:
         message = f"no class has {LEAST_CLASS_ROWS} rows that neither version was trained on"
         return Gate("class_drop", "failed", message, figures)
-    drops = _drops(duel, judged)
+    drops = drops_of(judged)
     worst = max(drops, key=lambda drop: max(drop["recall_drop"], drop["f1_drop"]))
     figures["classes"] = drops
     by = max(worst["recall_drop"], worst["f1_drop"])
@@ -105,6 +136,24 @@ def _drops(duel: Duel, judged: Sequence[int]) -> list[dict[str, Any]]:
             "f1_drop": float(theirs[2][place] - own[2][place]),
         }
         for place, index in enumerate(judged)
+    ]
+
+
+def _label_drops(duel: LabelDuel, judged: Sequence[int]) -> list[dict[str, Any]]:
+    due = duel.due.sum(0)
+    recall, f1 = [], []
+    for said in (duel.candidate, duel.champion):
+        hits = (said & duel.due).sum(0)
+        recall.append(hits / np.maximum(due, 1))
+        f1.append(2 * hits / np.maximum(said.sum(0) + due, 1))
+    return [
+        {
+            "label": duel.names[index],
+            "rows": int(due[index]),
+            "recall_drop": float(recall[1][index] - recall[0][index]),
+            "f1_drop": float(f1[1][index] - f1[0][index]),
+        }
+        for index in judged
     ]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from finetune.judgement.gates import Gate, parity
 from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run, embed
+from finetune.tasks.rules import Answering
 from modeling.adapters import Adapter
 from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.engines.graphs import GraphEngine, GraphFiles, graphs_key
@@ -31,7 +32,10 @@ class _Weights:
     adapter: Adapter | None
 
 
-def engine_parity(run: Run, best: Candidate, servable: Servable, folder: Path, *, graphs_root: Path | None) -> Gate:
+def engine_parity(
+    run: Run, best: Candidate, servable: Servable, folder: Path, *, graphs_root: Path | None,
+    answering: Answering = Answering(),
+) -> Gate:  # fmt: skip
     """Torch in fp32 against ONNX Runtime in fp32 on up to 1000 test rows; skipped where there is no graph at hand.
 
     `folder` holds the version's weights as written, with the graph of those that are its own; for the others the
@@ -43,7 +47,7 @@ def engine_parity(run: Run, best: Candidate, servable: Servable, folder: Path, *
     if reason is not None:
         return Gate("engine_parity", "skipped", f"skipped: {reason}")
     try:
-        return _compared(run, best, servable, texts, folder, files)
+        return _compared(run, best, servable, texts, folder, files, answering)
     except (ModelingError, OSError) as error:
         return Gate("engine_parity", "failed", f"the graph could not be run: {error}"[:500])
 
@@ -70,14 +74,15 @@ def _graphs(run: Run, best: Candidate, folder: Path, graphs_root: Path | None) -
 
 
 def _compared(
-    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], folder: Path, files: GraphFiles
-) -> Gate:
+    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], folder: Path, files: GraphFiles,
+    answering: Answering,
+) -> Gate:  # fmt: skip
     weights = _written(run, best, folder)
     reference = TorchEngine(weights.backbone) if best.kind == "full" else run.engine
     other = onnx_engine(files, threads=run.plan.cpu_threads)
     wanted, got = (_vectors(engine, run, texts, weights.adapter) for engine in (reference, other))
     assert servable.head is not None
-    flips = int((servable.head.logits(wanted).argmax(1) != servable.head.logits(got).argmax(1)).sum())
+    flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)
     return parity("onnx/fp32", rows=len(texts), flips=flips, least_cosine=least_cosine(wanted, got))
 
 

@@ -36,12 +36,21 @@ def draw(evaluation: Mapping[str, Any], curves: Mapping[str, Any], labels: Seque
         return {}
     side = "test" if evaluation["test"] else "validation"
     numbers, points = evaluation[side], curves[side]
-    wanted: dict[str, Callable[[], Any]] = {
-        "confusion_matrix": lambda: confusion(numbers["confusion_matrix"], labels, side),
-        "precision_recall": lambda: precision_recall(points["precision_recall"], side),
-        "calibration": lambda: calibration(points["reliability"], numbers, side),
-        "risk_coverage": lambda: risk_coverage(points["risk_coverage"], evaluation["abstention"], side),
-    }
+    drawable: dict[str, tuple[bool, Callable[[], Any]]] = {
+        "confusion_matrix": (
+            "confusion_matrix" in numbers, lambda: confusion(numbers["confusion_matrix"], labels, side)
+        ),
+        "precision_recall": (
+            "precision_recall" in points, lambda: precision_recall(points["precision_recall"], side)
+        ),
+        "calibration": ("reliability" in points, lambda: calibration(points["reliability"], numbers, side)),
+        "risk_coverage": (
+            "risk_coverage" in points,
+            lambda: risk_coverage(points["risk_coverage"], evaluation["abstention"], side),
+        ),
+        "predicted": ("predicted" in points, lambda: predicted(points["predicted"], numbers, side)),
+    }  # fmt: skip
+    wanted = {name: make for name, (is_there, make) in drawable.items() if is_there}
     if len(curves["history"]["entries"]) >= 2:
         wanted["learning_curves"] = lambda: learning(curves["history"])
     import matplotlib
@@ -181,6 +190,20 @@ def risk_coverage(curve: Mapping[str, Any], abstention: Mapping[str, Any], side:
     axis.set(title=title, xlabel="share of the rows answered", ylabel="accuracy")
     axis.set(xlim=(0, 1.01), ylim=(max(0.0, low - 0.02), 1.003))
     axis.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def predicted(points: Mapping[str, Sequence[float]], numbers: Mapping[str, Any], side: str) -> Any:
+    """Predicted values against true ones, with the line on which the two agree."""
+    figure = _figure(5.2, 4.8)
+    axis = figure.subplots()
+    true, values = points["true"], points["predicted"]
+    ends = [min([*true, *values]), max([*true, *values])]
+    axis.plot(ends, ends, color=_FAINT, linewidth=1, linestyle=":", label="perfect")
+    label = f"rmse {numbers['rmse']:.4g}, r2 {numbers['r2']:.3f}"
+    axis.plot(true, values, linestyle="", marker="o", markersize=3, alpha=0.5, color=_HELD_OUT, label=label)
+    axis.set(title=f"Predicted and true values of the {side} rows", xlabel="true value", ylabel="predicted value")
+    axis.legend(fontsize=8, loc="upper left")
     return figure
 
 

@@ -6,7 +6,6 @@ only if the champion is still the one that was judged against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from finetune.events import ChildJob, Link
 from finetune.jobs.records import EventType
 from finetune.judgement import gates
 from finetune.judgement.champion import Champion, read_champion, row_hash
-from finetune.judgement.gates import Duel, Gate
+from finetune.judgement.gates import Gate
 from finetune.judgement.parity import engine_parity
 from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run
+from finetune.tasks.rules import Answering, Contest
 from model_registry.errors import RegistryError
 from model_registry.store import ArtifactStore
 from modeling.errors import ModelingError
@@ -28,12 +28,13 @@ from modeling.weights import FloatArray
 @dataclass(frozen=True, slots=True)
 class Contender:
     """The version that would be champion: as trained, as served, the folder of its weights as written, its answers on
-    the test rows, its report."""
+    the test rows and what they mean, its report."""
 
     best: Candidate
     servable: Servable
     folder: Path
     test_logits: FloatArray | None
+    answering: Answering
     evaluation: dict[str, Any]
 
 
@@ -72,32 +73,36 @@ def _minimum(run: Run, evaluation: dict[str, Any], least: float) -> Gate:
 def _against(
     job: ChildJob, run: Run, store: ArtifactStore, contender: Contender, pointer: dict[str, Any]
 ) -> list[Gate]:
-    parity = engine_parity(run, contender.best, contender.servable, contender.folder, graphs_root=job.graphs_root)
+    parity = engine_parity(
+        run, contender.best, contender.servable, contender.folder, graphs_root=job.graphs_root,
+        answering=contender.answering,
+    )  # fmt: skip
     try:
         champion = read_champion(store, run, pointer, tenant=job.tenant, name=job.spec.register_as)
         return [*_duel(run, contender, champion), parity]
     except (RegistryError, ModelingError, OSError) as error:
         message = f"the champion, version {pointer['version']}, cannot be compared with: {error}"[:500]
-        return [Gate("mcnemar", "failed", message), parity]
+        return [Gate(run.rules.contest_gate, "failed", message), parity]
 
 
 def _duel(run: Run, contender: Contender, champion: Champion) -> list[Gate]:
-    options = run.plan.gate
+    name = run.rules.contest_gate
+    if champion.task != run.plan.task:
+        message = f"the champion, version {champion.version}, is for {champion.task}, this version for {run.plan.task}"
+        return [Gate(name, "failed", message)]
     seen = frozenset(row_hash(text) for side in (run.train, run.validation) for text in side.texts)
     hashes = [row_hash(text) for text in run.test.texts]
     rows, dropped = gates.shared_rows(hashes, seen=seen, champion_seen=champion.seen)
     if contender.test_logits is None or not len(rows):
-        return [Gate("mcnemar", "failed", _no_rows(champion, len(hashes), dropped), {"rows": 0, "left_out": dropped})]
-    texts: Sequence[str] = [run.test.texts[row] for row in rows]
-    duel = Duel(
-        labels=run.test.labels[rows], candidate=contender.test_logits[rows].argmax(1),
-        champion=gates.translated(champion.logits(texts).argmax(1), champion.labels, run.labels),
-        names=run.labels, champion_names=champion.labels,
+        return [Gate(name, "failed", _no_rows(champion, len(hashes), dropped), {"rows": 0, "left_out": dropped})]
+    contest = Contest(
+        targets=run.test.labels[rows], names=run.labels,
+        outputs=contender.test_logits[rows], answering=contender.answering,
+        champion_outputs=champion.logits([run.test.texts[row] for row in rows]), champion_names=champion.labels,
+        champion_answering=champion.answering,
+        metric=run.plan.deciding, options=run.plan.gate, seed=run.plan.seed,
     )  # fmt: skip
-    judged = [
-        gates.better(duel, significance=options.p_value),
-        gates.class_drop(duel, most=options.max_class_drop),
-    ]
+    judged = run.rules.contest(contest)
     return [Gate(gate.name, gate.status, gate.message, {**gate.figures, "left_out": dropped}) for gate in judged]
 
 

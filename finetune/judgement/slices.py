@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.evaluation import score_answers
 from finetune.judgement.intervals import intervals
+from finetune.quality import Metric, metric_of
 from modeling.weights import IntArray
 
 LEAST_ROWS = 20
 MOST_VALUES = 50
 _NO_VALUE = "(none)"
+
+Inside = npt.NDArray[np.bool_]
+Figure = Callable[[Inside], tuple[float, list[float]]]
 
 
 def slices(
@@ -23,25 +28,35 @@ def slices(
 
     The most frequent values are kept; they stand in order of `metric`, the lowest first.
     """
+
+    def figure(inside: Inside) -> tuple[float, list[float]]:
+        own, said = labels[inside], answers[inside]
+        return score_answers(metric, said, own), intervals(own, said, seed=seed)[metric]
+
+    return slices_by(extras, len(labels), figure, metric=metric_of(metric))
+
+
+def slices_by(
+    extras: Mapping[str, Sequence[str | None]], rows: int, figure: Figure, *, metric: Metric
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The same of any metric; `figure` gives its value and interval on some of the rows. The worst come first."""
     return [
-        {"column": column, **_column(values, labels, answers, metric=metric, seed=seed)}
+        {"column": column, **_column(values, figure, metric)}
         for column, values in extras.items()
-        if len(values) == len(labels) and len(labels)
+        if len(values) == rows and rows
     ]
 
 
-def _column(
-    values: Sequence[str | None], labels: IntArray, answers: IntArray, *, metric: str, seed: int
-) -> dict[str, Any]:
+def _column(values: Sequence[str | None], figure: Figure, metric: Metric) -> dict[str, Any]:
     named = np.asarray([_NO_VALUE if value is None else value for value in values], dtype=object)
     found, counts = np.unique(named, return_counts=True)
     order = np.lexsort((found, -counts))
     enough = [index for index in order if counts[index] >= LEAST_ROWS]
     kept = enough[:MOST_VALUES]
-    rows = [_one(str(found[index]), named == found[index], labels, answers, metric, seed) for index in kept]
+    rows = [_one(str(found[index]), named == found[index], figure, metric) for index in kept]
     return {
-        "metric": metric,
-        "values": sorted(rows, key=lambda row: (row[metric], row["value"])),
+        "metric": metric.name,
+        "values": sorted(rows, key=lambda row: (metric.gain(row[metric.name]), row["value"])),
         "left_out": {
             "too_few_rows": {"values": len(found) - len(enough), "rows": int(counts.sum() - counts[enough].sum())},
             "too_many_values": {
@@ -52,11 +67,6 @@ def _column(
     }
 
 
-def _one(value: str, inside: Any, labels: IntArray, answers: IntArray, metric: str, seed: int) -> dict[str, Any]:
-    own, said = labels[inside], answers[inside]
-    return {
-        "value": value[:200],
-        "rows": len(own),
-        metric: score_answers(metric, said, own),
-        "interval_95": intervals(own, said, seed=seed)[metric],
-    }
+def _one(value: str, inside: Inside, figure: Figure, metric: Metric) -> dict[str, Any]:
+    found, interval = figure(inside)
+    return {"value": value[:200], "rows": int(inside.sum()), metric.name: found, "interval_95": interval}

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.quality import metric_of
+
 Severity = Literal["good", "info", "warning"]
 
 _FEW_ROWS = 30
@@ -40,7 +42,8 @@ class Figures:
     """What is judged. `side` is the report of the test rows, or of validation without any.
 
     `history` is the chosen method's evaluations; `against_baseline` compares both on validation and is
-    None where the baseline was not trained or won; `data_curve` is of `judgement.data_curve`.
+    None where the baseline was not trained or won; `data_curve` is of `judgement.data_curve`. `train_score` and
+    `validation_score` are of `fit_metric` (the metric where that is empty), which should reach `least_fit`.
     """
 
     method: str
@@ -54,6 +57,8 @@ class Figures:
     against_baseline: Mapping[str, Any] | None = None
     is_baseline_best: bool = False
     data_curve: Mapping[str, Any] | None = None
+    fit_metric: str = ""
+    least_fit: float = 0.8
 
 
 def verdict(figures: Figures) -> list[Judgement]:
@@ -114,9 +119,9 @@ def _memorised(figures: Figures) -> list[Judgement]:
     if figures.history or train is None or validation is None or train - validation < 0.1:
         return []
     message = (
-        f"{figures.metric} is {train:.3f} on the training rows and {validation:.3f} on validation, a gap of "
-        f"{train - validation:.3f}: the method fits its rows better than the task. More rows or stronger "
-        "regularisation would help."
+        f"{figures.fit_metric or figures.metric} is {train:.3f} on the training rows and {validation:.3f} on "
+        f"validation, a gap of {train - validation:.3f}: the method fits its rows better than the task. More rows or "
+        "stronger regularisation would help."
     )
     evidence = {"train": train, "validation": validation, "gap": train - validation}
     return [Judgement("overfitting", "warning", message, evidence)]
@@ -127,11 +132,12 @@ def _underfitting(figures: Figures) -> list[Judgement]:
     if len(history) >= 2 and figures.stopped in {"all epochs are done", "max_seconds is used up"}:
         return _still_improving(figures)
     train, validation = figures.train_score, figures.validation_score
-    if train is None or validation is None or train >= 0.8 or train - validation >= 0.05:
+    if train is None or validation is None or train >= figures.least_fit or train - validation >= 0.05:
         return []
     message = (
-        f"Underfitting: {figures.metric} is only {train:.3f} on the training rows themselves ({validation:.3f} on "
-        "validation). A method that changes the backbone (lora, full) or cleaner labels would help."
+        f"Underfitting: {figures.fit_metric or figures.metric} is only {train:.3f} on the training rows themselves "
+        f"({validation:.3f} on validation). A method that changes the backbone (lora, full) or cleaner labels would "
+        "help."
     )
     return [Judgement("underfitting", "warning", message, {"train": train, "validation": validation})]
 
@@ -140,7 +146,8 @@ def _still_improving(figures: Figures) -> list[Judgement]:
     """Both losses still fall at the end, by more than a twentieth over the last evaluation."""
     before, last = figures.history[-2], figures.history[-1]
     falls = [1 - float(last[name]) / max(1e-9, float(before[name])) for name in ("loss", "train_loss")]
-    if min(falls) < 0.05 or float(last[figures.metric]) < float(before[figures.metric]):
+    gain = metric_of(figures.metric).gain
+    if min(falls) < 0.05 or gain(float(last[figures.metric])) < gain(float(before[figures.metric])):
         return []
     message = (
         f"Underfitting: at the last step ({last['step']}) the validation loss was still falling, from "
@@ -159,22 +166,23 @@ def _still_improving(figures: Figures) -> list[Judgement]:
 
 def _baseline(figures: Figures) -> list[Judgement]:
     if figures.is_baseline_best:
-        message = "The baseline (tf-idf and a linear classifier) was the best on validation; no backbone is needed."
+        message = "The baseline (tf-idf and a linear model) was the best on validation; no backbone is needed."
         return [Judgement("baseline_is_best", "info", message, {"method": figures.method})]
     against = figures.against_baseline
     if against is None:
         return []
     low, high = against["interval_95"]
     interval = f"95 % interval {low:+.4f} to {high:+.4f}"
-    shown = f"{against['difference']:+.4f} ({interval}, McNemar p {against['p_value']:.3f})"
+    name, test = against.get("metric", "accuracy"), against.get("test", "McNemar")
+    shown = f"{against['difference']:+.4f} ({interval}, {test} p {against['p_value']:.3f})"
     rows = f"{against['rows']} validation rows"
-    if against["p_value"] >= _SIGNIFICANT or against["difference"] <= 0:
+    if against["p_value"] >= _SIGNIFICANT or against.get("gain", against["difference"]) <= 0:
         message = (
-            f"The baseline is as good as far as {rows} can tell: the accuracy of {figures.method} differs by {shown}. "
+            f"The baseline is as good as far as {rows} can tell: the {name} of {figures.method} differs by {shown}. "
             "The baseline is far cheaper to serve."
         )
         return [Judgement("baseline_as_good", "warning", message, against)]
-    message = f"{figures.method} beats the baseline on {rows}: its accuracy differs by {shown}."
+    message = f"{figures.method} beats the baseline on {rows}: its {name} differs by {shown}."
     return [Judgement("beats_baseline", "good", message, against)]
 
 
@@ -204,7 +212,7 @@ def _more_data(figures: Figures) -> list[Judgement]:
 
 
 def _small_classes(figures: Figures) -> list[Judgement]:
-    small = {row["label"]: row["rows"] for row in figures.side["per_class"] if row["rows"] < _FEW_ROWS}
+    small = {row["label"]: row["rows"] for row in figures.side.get("per_class", []) if row["rows"] < _FEW_ROWS}
     if not small:
         return []
     rarest = sorted(small.items(), key=lambda item: item[1])
@@ -217,6 +225,8 @@ def _small_classes(figures: Figures) -> list[Judgement]:
 
 
 def _calibration(figures: Figures) -> list[Judgement]:
+    if "ece_after" not in figures.side:
+        return []
     before, after = figures.side["ece_before"], figures.side["ece_after"]
     evidence = {"ece_before": before, "ece_after": after, "rows": figures.side["rows"]}
     shown = (

@@ -1,20 +1,25 @@
-"""Logistic regression on the frozen backbone's vectors, computed once."""
+"""A linear model on the frozen backbone's vectors, computed once: logistic regression, or ridge for numbers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 
-from finetune.calibration import negative_log_likelihood
-from finetune.evaluation import score
 from finetune.jobs.records import JobPhase
-from finetune.methods import logistic
+from finetune.methods import logistic, one_vs_rest, ridge
 from finetune.methods.candidate import Candidate, Servable
 from finetune.methods.logistic import Fit, Judged
 from finetune.run import Run, embed
+from model_registry.manifest import Task
+from modeling.heads import TaskHead
 from modeling.weights import FloatArray
+
+_MODELS: dict[Task, ModuleType] = {
+    "text-classification": logistic, "text-multi-label": one_vs_rest, "text-regression": ridge,
+}  # fmt: skip
 
 
 def train(run: Run) -> Candidate:
@@ -25,17 +30,19 @@ def train(run: Run) -> Candidate:
     def judge(fit: Fit) -> Judged:
         run.link.check_cancelled()
         logits = fit.head.logits(validation_features)
-        loss = negative_log_likelihood(logits, run.validation.labels)
-        return Judged(fit, score(run.plan.metric, logits, run.validation.labels), loss)
+        loss = run.rules.loss(logits, run.validation.labels)
+        return Judged(fit, run.plan.deciding.gain(run.score(logits)), loss)
 
-    fits = logistic.path(run, train_features, run.train.labels)
-    chosen = logistic.best_of(fits, judge, rows=len(run.validation.labels))
+    model = _MODELS[run.plan.task]
+    fits = model.path(run, train_features, run.train.labels)
+    rows = len(run.validation.labels) if run.plan.deciding.is_share else None
+    chosen = logistic.best_of(fits, judge, rows=rows)
     run.probe_head = chosen.head
 
     def finish() -> Servable:
         features = np.concatenate([train_features, validation_features])
         labels = np.concatenate([run.train.labels, run.validation.labels])
-        head = logistic.fit(run, features, labels, strength=chosen.strength, start=chosen).head
+        head: TaskHead = model.fit(run, features, labels, strength=chosen.strength, start=chosen).head
 
         def reference_logits(texts: Sequence[str]) -> FloatArray:
             return head.logits(embed(run.engine, run.preprocessor, texts))

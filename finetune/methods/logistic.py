@@ -43,8 +43,7 @@ def fit(
     tolerance: float = 1e-4,
 ) -> Fit:  # fmt: skip
     """Multinomial logistic regression on standardised vectors; the standardisation is folded into the head."""
-    mean, spread = features.mean(0), features.std(0)
-    scale = np.maximum(spread, np.float32(max(_LEAST_SPREAD * float(np.median(spread)), 1e-6)))
+    mean, scale = standardisation(features)
     model = LogisticRegression(
         C=strength, class_weight=_by_index(run, labels), max_iter=_ITERATIONS, tol=tolerance,
         warm_start=start is not None,
@@ -56,9 +55,19 @@ def fit(
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is good enough to compare
         model.fit((features - mean) / scale, labels)
     weight, bias = both_sides(model.coef_, model.intercept_)
+    return Fit(folded_head(weight, bias, mean, scale), strength, model.coef_.copy(), model.intercept_.copy())
+
+
+def standardisation(features: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and deviation float32[hidden], the deviation of dimensions that hardly vary raised."""
+    mean, spread = features.mean(0), features.std(0)
+    return mean, np.maximum(spread, np.float32(max(_LEAST_SPREAD * float(np.median(spread)), 1e-6)))
+
+
+def folded_head(weight: FloatArray, bias: FloatArray, mean: FloatArray, scale: FloatArray) -> TaskHead:
+    """A head on raw vectors from weights [outputs, hidden] on standardised ones."""
     folded = (weight / scale).astype(np.float32)
-    head = TaskHead((DenseLayer(folded, (bias - folded @ mean).astype(np.float32)),))
-    return Fit(head, strength, model.coef_.copy(), model.intercept_.copy())
+    return TaskHead((DenseLayer(folded, (bias - folded @ mean).astype(np.float32)),))
 
 
 def fit_on_directions(run: Run, features: FloatArray, labels: IntArray, *, strength: float = 1.0) -> TaskHead:
@@ -87,18 +96,18 @@ def path(run: Run, features: FloatArray, labels: IntArray) -> Iterator[Fit]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A fit by rows held out: the job's metric, and the mean log loss."""
+    """A fit by rows held out: the job's metric (larger is better), and the mean loss."""
 
     fit: Fit
     score: float
     loss: float
 
 
-def best_of(fits: Iterator[Fit], judge: Callable[[Fit], Judged], *, rows: int) -> Fit:
+def best_of(fits: Iterator[Fit], judge: Callable[[Fit], Judged], *, rows: int | None) -> Fit:
     """Of the fits whose score on `rows` rows is within one standard error of the highest, the one with the least loss.
 
-    On some hundred rows the highest score is a matter of chance, the log loss much less. The path ends where several in
-    a row gained in neither.
+    On some hundred rows the highest score is a matter of chance, the log loss much less. Without `rows` (the score is
+    no share of them) the highest score counts alone. The path ends where several in a row gained in neither.
     """
     judged: list[Judged] = []
     behind = 0
@@ -110,5 +119,5 @@ def best_of(fits: Iterator[Fit], judge: Callable[[Fit], Judged], *, rows: int) -
         if behind >= _PATIENCE:
             break
     highest = max(one.score for one in judged)
-    error = math.sqrt(max(0.0, highest * (1 - highest)) / max(1, rows))
+    error = 0.0 if rows is None else math.sqrt(max(0.0, highest * (1 - highest)) / max(1, rows))
     return min((one for one in judged if one.score >= highest - error), key=lambda one: one.loss).fit

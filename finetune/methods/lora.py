@@ -33,7 +33,7 @@ def train(run: Run, method: str = "lora") -> Candidate:
     if method == "qlora":
         in_four_bits(encoder)
     model = new_classifier(run, _with_lora(encoder, targets, run))
-    start_head(model, run.probe_head)
+    start_head(model, run.probe_head, run.scale)
     if run.plan.lora.dora:
         return train_tuned(run, method, "full", model, _serve_merged)
     return train_tuned(run, method, "lora", model, _serve)

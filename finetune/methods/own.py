@@ -24,7 +24,7 @@ def new_classifier(run: Run, encoder: nn.Module) -> Classifier:
     set_dropout(encoder, run.plan.dropout)
     info = run.backbone.info
     return Classifier(
-        encoder, pooling=info.pooling, hidden_size=info.hidden_size, labels=len(run.labels), dropout=run.plan.dropout
+        encoder, pooling=info.pooling, hidden_size=info.hidden_size, labels=run.outputs, dropout=run.plan.dropout
     )
 
 
@@ -53,7 +53,7 @@ def train_composed(run: Run, method: str, composition: Composition) -> Candidate
     torch.manual_seed(run.plan.seed)
     encoder = load_encoder(run.backbone.folder).requires_grad_(False)
     model = new_classifier(run, compose(encoder, composition))
-    start_head(model, run.probe_head)
+    start_head(model, run.probe_head, run.scale)
 
     def serve(run: Run, model: Classifier) -> Serving:
         return serve_own(run, model.encoder, method=method, composition=composition)

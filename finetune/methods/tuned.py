@@ -16,6 +16,7 @@ from finetune.jobs.records import JobPhase
 from finetune.methods.candidate import Candidate, Servable
 from finetune.methods.layers import FrozenTrunk
 from finetune.run import Run, embed
+from finetune.tasks.rules import Scale
 from finetune.training import Trained, run_training
 from model_registry.manifest import VersionKind
 from modeling.engines.torch import TorchEngine, pool, takes_type_ids
@@ -61,11 +62,11 @@ class Classifier(nn.Module):
         return TaskHead((DenseLayer(weight, bias),))
 
 
-def start_head(model: Classifier, probe: TaskHead | None) -> None:
+def start_head(model: Classifier, probe: TaskHead | None, scale: Scale = Scale()) -> None:
     """From the probe's weights where there are some: the encoder's features are then kept, not distorted at first
     (Kumar et al., ICLR 2022). Otherwise small random ones by the run's seed."""
     if probe is not None:
-        (layer,) = probe.layers
+        (layer,) = scale.unfolded(probe).layers
         with torch.no_grad():
             model.head.weight.copy_(torch.from_numpy(layer.weight))
             model.head.bias.copy_(torch.from_numpy(layer.bias))
@@ -91,7 +92,7 @@ def train_tuned(
 
     def finish() -> Servable:
         engine, adapter, write_extra = serve(run, model)
-        head = model.task_head()
+        head = run.scale.folded(model.task_head())
 
         def logits(texts: Any) -> FloatArray:
             return head.logits(embed(engine, run.preprocessor, texts, adapter=adapter))

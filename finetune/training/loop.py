@@ -19,8 +19,7 @@ from accelerate import Accelerator
 
 from finetune.checkpoints import load_checkpoint, save_checkpoint
 from finetune.errors import Cancelled, NonFiniteLoss, Stopped
-from finetune.evaluation import score, summary
-from finetune.losses import build_loss, class_weights
+from finetune.losses import build_loss
 from finetune.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.plan import EMBEDDING_LOSSES, MethodPlan
 from finetune.run import Run
@@ -78,10 +77,12 @@ class _Loop:
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
         self.steps_per_epoch = max(1, -(-len(self.train_rows) // self.rows_per_step))
         self.evaluate_every = max(1, round(self.steps_per_epoch * run.plan.eval_every))
-        weights = class_weights(run.plan.class_weights, run.train.labels, run.labels)
+        weights = run.rules.weights(run.plan.class_weights, run.train.labels, run.labels)
         self.objective = build_loss(
-            run.plan, weight=None if weights is None else torch.from_numpy(weights).to(self.accelerator.device)
-        )
+            run.plan, task=run.plan.task,
+            weight=None if weights is None else torch.from_numpy(weights).to(self.accelerator.device),
+        )  # fmt: skip
+        self.targets = torch.from_numpy(run.scale.standard(run.train.labels))
         # Losses that compare rows need the whole pass that was asked for; on a CPU short passes use the caches better.
         divides = on_cpu and run.plan.loss not in EMBEDDING_LOSSES
         self.most = PassSize(plan.batch_size, _CPU_TOKENS if divides else None)
@@ -184,7 +185,7 @@ class _Loop:
         """Leaves the gradient of the mean over the step's rows in the parameters."""
         self.model.train()
         batches = self.batches.get(self.progress.step)
-        targets = torch.from_numpy(self.run.train.labels)
+        targets = self.targets
         rows = sum(len(batch.rows) for batch in batches)
         weight = sum(float(self.objective.weights(self._targets(targets, batch)).sum()) for batch in batches)
         losses = []
@@ -249,7 +250,7 @@ class _Loop:
     def _find_size(self) -> None:
         """The most rows that fit into the device's memory in one pass: tried with the longest rows there are."""
         longest = np.argsort(-self.train_rows.lengths, kind="stable")[: self.rows_per_step]
-        targets, random = torch.from_numpy(self.run.train.labels), torch.get_rng_state()
+        targets, random = self.targets, torch.get_rng_state()
 
         def attempt(size: PassSize) -> None:
             self.optimizer.zero_grad()
@@ -269,24 +270,24 @@ class _Loop:
     def _validation_logits(self) -> FloatArray:
         self.model.eval()
         rows = np.arange(len(self.validation_rows))
-        logits = np.zeros((len(rows), len(self.run.labels)), dtype=np.float32)
+        logits = np.zeros((len(rows), self.run.outputs), dtype=np.float32)
         for part in passes(self.validation_rows.lengths, rows, most_rows=len(rows), most_tokens=_EVALUATION_TOKENS):
             batch = make_batch(self.validation_rows, part, self.accelerator.device)
             logits[part] = self.model(*batch.inputs).float().cpu().numpy()
-        return logits
+        return self.run.scale.raw(logits)
 
     def _evaluate(self) -> None:
         progress, plan, link = self.progress, self.run.plan, self.run.link
         logits = self._validation_logits()
-        value = score(plan.metric, logits, self.run.validation.labels)
-        values = summary(logits, self.run.validation.labels)
+        value = self.run.score(logits)
+        values = self.run.rules.summary(logits, self.run.validation.labels)
         train_loss = progress.loss_sum / max(1, progress.loss_steps)
         progress.loss_sum, progress.loss_steps = 0.0, 0
         progress.history.append({"step": progress.step, "epoch": self._epoch(), "train_loss": train_loss, **values})
         for split, numbers in (("train", {"loss": train_loss}), ("validation", values)):
             data = {"split": split, "step": progress.step, "epoch": self._epoch(), "values": numbers}
             link.event("metrics", f"{self.method} step {progress.step}: {split}", {**data, "method": self.method})
-        if progress.observe(value, plan.early_stopping):
+        if progress.observe(value, plan.early_stopping, plan.deciding):
             self.best = Best(copied(trainable(self.raw)), torch.from_numpy(logits))
             best = {"metric": plan.metric, "value": value, "step": progress.step, "method": self.method}
             link.event("best_updated", f"{self.method}: {plan.metric} {value:.4f} at step {progress.step}", best)

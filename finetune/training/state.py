@@ -15,6 +15,7 @@ import torch
 
 from finetune.checkpoints import Checkpoint
 from finetune.plan import EarlyStopping
+from finetune.quality import Metric
 
 
 @dataclass(slots=True)
@@ -34,9 +35,9 @@ class Progress:
     trained_s: float = 0.0
     trained_rows: int = 0
 
-    def observe(self, value: float, rule: EarlyStopping) -> bool:
+    def observe(self, value: float, rule: EarlyStopping, metric: Metric) -> bool:
         """Takes in an evaluation; whether it is the best so far. `stopped` is set when the patience is at its end."""
-        if self.best_value is None or value > self.best_value + rule.min_delta:
+        if self.best_value is None or metric.gain(value) > metric.gain(self.best_value) + rule.min_delta:
             self.best_value, self.best_step, self.evaluations_without_gain = value, self.step, 0
             return True
         self.evaluations_without_gain += 1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from fastapi import APIRouter, Header, Query, Request
@@ -18,7 +17,7 @@ from sse_starlette.sse import EventSourceResponse
 from finetune.datasets.check import ROWS_FILE
 from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
 from finetune.datasets.labelled import load_labelled
-from finetune.datasets.load import load_sides
+from finetune.datasets.load import find_target, load_sides
 from finetune.datasets.records import DatasetRecord, DatasetStatus
 from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
 from finetune.plan import (
@@ -31,6 +30,7 @@ from finetune.plan import (
     resolve,
 )
 from model_registry.errors import ModelNotFound
+from model_registry.manifest import Task
 from service.api.auth import Principal
 from service.api.datasets import take_upload
 from service.api.deps import Services, ServicesDep, Training, json_body
@@ -123,7 +123,8 @@ def _validated(values: Any) -> FinetuneRequest:
 def _accept(
     body: FinetuneRequest, services: Services, principal: Principal
 ) -> tuple[JobSpec, dict[str, DatasetRecord], Hyperparameters]:
-    """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`."""
+    """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`, and
+    `InvalidReference` for a name whose versions are for another task."""
     wanted = parse_hyperparameters(body.hyperparameters)
     if wanted.method == "qlora":
         profile = services.jobs.live_worker_profile()
@@ -132,22 +133,38 @@ def _accept(
         raise Problem(
             403, "forbidden", "promote: 'if_better' moves the champion, so it needs the scope 'models:promote'"
         )
-    check_task(wanted, "text-classification")
     backbone = body.backbone or services.settings.resolved_default_backbone
     if backbone not in services.settings.backbones:
         known = ", ".join(sorted(services.settings.backbones))
         raise ModelNotFound(f"there is no backbone {backbone!r}; there are {known}")
     if body.register_as in services.settings.backbones:
         raise Problem(422, "invalid_request", f"register_as: {body.register_as!r} is the name of a backbone")
+    records = _records(body, services, principal)
+    task = body.task if body.task != "auto" else _task_of(records[body.dataset], body.columns.label)
+    if task != "auto":
+        check_task(wanted, task)
+        services.registry.check_task(tenant=principal.tenant, name=body.register_as, task=task)
     spec = JobSpec(
         dataset=body.dataset, validation_dataset=body.validation_dataset, test_dataset=body.test_dataset,
-        backbone=backbone, columns=body.columns, register_as=body.register_as, promote=body.promote,
+        backbone=backbone, task=task, columns=body.columns, register_as=body.register_as, promote=body.promote,
         hyperparameters=body.hyperparameters, metadata=body.metadata, actor=principal.name,
     )  # fmt: skip
-    records = {id_: services.datasets.get(principal.tenant, id_) for id_ in spec.datasets}
     for id_, record in records.items():
         _check_dataset(record, spec, split_column=wanted.split.column_read if id_ == spec.dataset else None)
     return spec, records, wanted
+
+
+def _records(body: FinetuneRequest, services: Services, principal: Principal) -> dict[str, DatasetRecord]:
+    ids = (body.dataset, body.validation_dataset, body.test_dataset)
+    return {id_: services.datasets.get(principal.tenant, id_) for id_ in ids if id_ is not None}
+
+
+def _task_of(record: DatasetRecord, label: str) -> Literal["auto"] | Task:
+    """What `auto` comes to, as the worker will find too; still `auto` while the dataset is being checked."""
+    if record.columns is None:
+        return "auto"
+    is_list = any(column.name == label and column.type == "list" for column in record.columns)
+    return "text-multi-label" if is_list else "text-classification"
 
 
 def _check_dataset(record: DatasetRecord, spec: JobSpec, *, split_column: str | None) -> None:
@@ -173,7 +190,10 @@ def _dry_run(
         raise Problem(409, "dataset_not_ready", f"{record.id} is still {record.status}; ask again in a moment")
     folders = {id_: services.intake.folder(principal.tenant, id_) for id_ in records}
     rows_file = folders[record.id] / ROWS_FILE
-    rows, findings = load_labelled(rows_file, text_column=spec.columns.text, label_column=spec.columns.label)
+    target = find_target({"train": rows_file}, spec.columns, spec.task)
+    rows, findings = load_labelled(
+        rows_file, text_column=spec.columns.text, label_column=spec.columns.label, target=target
+    )
     lengths = sorted(len(text) // _CHARACTERS_PER_TOKEN + 2 for text in rows.texts)
     total, split = len(rows), wanted.split
     validation = records[spec.validation_dataset].rows if spec.validation_dataset else round(total * split.validation)
@@ -183,7 +203,7 @@ def _dry_run(
     if is_ready and sum(other.rows or 0 for other in records.values()) <= _INSPECTED_ROWS:
         named = {"train": spec.dataset, "validation": spec.validation_dataset, "test": spec.test_dataset}
         files = {side: folders[id_] / ROWS_FILE for side, id_ in named.items() if id_ is not None}
-        findings = load_sides(files, columns=spec.columns, options=split, seed=wanted.seed).findings
+        findings = load_sides(files, columns=spec.columns, options=split, seed=wanted.seed, task=spec.task).findings
     profile = services.jobs.live_worker_profile()
     if spec.backbone not in services.backbones:
         raise ModelNotReady(f"the backbone {spec.backbone} is being loaded", retry_after_s=1.0)
@@ -192,10 +212,10 @@ def _dry_run(
         wanted,
         data=DatasetProfile(
             train_rows=max(1, total - cut), validation_rows=validation or 0, test_rows=test or 0,
-            labels=len(Counter(rows.labels)), max_length_p99=lengths[int(0.99 * (len(lengths) - 1))] if lengths else 8,
+            labels=len(rows.names()), max_length_p99=lengths[int(0.99 * (len(lengths) - 1))] if lengths else 8,
         ),
         worker=WorkerProfile.model_validate(profile) if profile else WorkerProfile(),
-        parameters=info.parameters, model_max_length=info.max_length,
+        parameters=info.parameters, model_max_length=info.max_length, task=target.task,
     )  # fmt: skip
     estimate = sum(method.estimated_seconds or 0 for method in plan.methods) * max(1, plan.trials)
     return {
@@ -299,7 +319,7 @@ def document(job: FineTuneJob, services: Services) -> dict[str, Any]:
         "validation_dataset": spec.validation_dataset,
         "test_dataset": spec.test_dataset,
         "backbone": spec.backbone,
-        "task": spec.task,
+        "task": (job.plan or {}).get("task", spec.task),
         "columns": spec.columns.model_dump(),
         "promote": spec.promote,
         "hyperparameters": spec.hyperparameters,

@@ -97,11 +97,13 @@ def test_upload_of_what_cannot_be_used(service: Service, tmp_path: Path) -> None
 def test_finetune_prints_the_id(service: Service) -> None:
     service.on("POST /finetune", (202, job()))
     result = run(
-        service, "finetune", "ds_1", "--register-as", "reviews", "--test-dataset", "ds_2", "--label-column", "y"
-    )
+        service, "finetune", "ds_1", "--register-as", "reviews", "--test-dataset", "ds_2", "--label-column", "y",
+        "--task", "text-multi-label",
+    )  # fmt: skip
     assert result.stdout == "ft_1\n"
     assert service.asked[0].json == {
-        "dataset": "ds_1", "register_as": "reviews", "test_dataset": "ds_2", "columns": {"label": "y"},
+        "dataset": "ds_1", "register_as": "reviews", "test_dataset": "ds_2", "task": "text-multi-label",
+        "columns": {"label": "y"},
         "hyperparameters": {"method": "auto"},
     }  # fmt: skip
 

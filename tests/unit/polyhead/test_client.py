@@ -72,9 +72,11 @@ def test_an_invalid_dataset_is_returned_with_its_errors(service: Service, tmp_pa
 def test_finetune_sends_only_what_was_given(service: Service) -> None:
     service.on("POST /finetune", (202, {"id": "ft_1", "status": "queued"}))
     with Client(service.url) as client:
-        client.finetune("ds_1", "reviews", hyperparameters={"method": "lora"}, idempotency_key="once")
+        client.finetune(
+            "ds_1", "reviews", task="text-regression", hyperparameters={"method": "lora"}, idempotency_key="once"
+        )
     assert service.asked[0].json == {
-        "dataset": "ds_1", "register_as": "reviews", "hyperparameters": {"method": "lora"}
+        "dataset": "ds_1", "register_as": "reviews", "task": "text-regression", "hyperparameters": {"method": "lora"},
     }  # fmt: skip
     assert service.asked[0].headers["idempotency-key"] == "once"
 
