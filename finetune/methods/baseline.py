@@ -11,8 +11,8 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
+from finetune.class_weights import class_weights
 from finetune.evaluation import score
-from finetune.losses import class_weights
 from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run
 from modeling.linear_text import LinearText, new_vectorizer

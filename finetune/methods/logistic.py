@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from finetune.losses import class_weights
+from finetune.class_weights import class_weights
 from finetune.methods.baseline import both_sides
 from finetune.run import Run
 from modeling.heads import DenseLayer, TaskHead, normalized

@@ -18,9 +18,10 @@ import torch
 from accelerate import Accelerator
 
 from finetune.checkpoints import load_checkpoint, save_checkpoint
+from finetune.class_weights import class_weights
 from finetune.errors import Cancelled, NonFiniteLoss, Stopped
 from finetune.evaluation import score, summary
-from finetune.losses import build_loss, class_weights
+from finetune.losses import build_loss
 from finetune.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.plan import EMBEDDING_LOSSES, MethodPlan
 from finetune.run import Run

@@ -1,0 +1,21 @@
+"""What rows weigh by their class. Without torch: methods that are solved rather than trained use it too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from modeling.weights import FloatArray, IntArray
+
+
+def class_weights(wanted: Any, labels: IntArray, names: Sequence[str]) -> FloatArray | None:
+    """Weight per class float32[classes] with mean 1 over the rows, or None: `balanced` is inverse to frequency."""
+    if wanted == "none":
+        return None
+    counts: FloatArray = np.bincount(labels, minlength=len(names)).astype(np.float32)
+    if wanted == "balanced":
+        return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
+    chosen = np.asarray([float(wanted.get(name, 1.0)) for name in names], dtype=np.float32)
+    return np.asarray(chosen * (len(labels) / float((chosen * counts).sum())), dtype=np.float32)
