@@ -47,7 +47,8 @@ def run(options: Namespace) -> None:
     train, test = (datasets.r8_rows(options.data, side) for side in ("train", "test"))
     rows = []
     with tempfile.TemporaryDirectory(prefix="polyhead-bench-") as name:
-        jobs = _Jobs(Path(name), test[: options.test_rows], threads=options.threads)
+        tested = random.Random(0).sample(test, min(options.test_rows or len(test), len(test)))
+        jobs = _Jobs(Path(name), tested, threads=options.threads)
         for seed in options.seeds:
             drawn = few(train, options.per_class, seed)
             for method in options.methods:
