@@ -29,6 +29,7 @@ COMMANDS = {
     "training": "rows per second of a LoRA fine-tune, against transformers' Trainer",
     "quality": "accuracy of fine-tuned models on public data",
     "methods": "accuracy, seconds and memory of every training method on R8",
+    "few-shot": "setfit against the probe on a few rows of each class",
     "report": "put the results into docs/benchmarks.md",
     "plots": "draw the results into docs/images/",
 }

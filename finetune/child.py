@@ -8,14 +8,15 @@ import errno
 import importlib
 import os
 import random
+import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 
 from finetune.errors import Cancelled, RunError, Stopped
@@ -23,7 +24,6 @@ from finetune.events import ChildJob, PipeLink
 from finetune.jobs.records import JobFailure
 from finetune.plan import PlanError
 from finetune.recipe import run_job
-from finetune.training.memory import is_out_of_memory
 from model_registry.errors import StoreFull
 from modeling.engines import openvino
 from modeling.errors import BackboneUnavailable
@@ -37,7 +37,7 @@ def main() -> int:
     _die_with_parent()
     sink = _private_stdout()
     if sys.argv[1:2] == ["--ahead"]:
-        _import_ahead(sys.argv[2:])
+        get_ready(_steps_ahead(sys.argv[2:]), is_wanted=_has_come)
     line = sys.stdin.readline()
     if not line:
         return 0  # it waited for a job, and the worker has gone
@@ -67,7 +67,7 @@ def explain(error: Exception) -> JobFailure:
     if _is_disk_full(error):
         hint = "free some space, then submit the job again; nothing incomplete was registered"
         return JobFailure(code="storage_full", message="no space left for the artefact", hint=hint, retryable=True)
-    if is_out_of_memory(error):
+    if _is_out_of_memory(error):
         hint = "use a smaller batch_size or max_length"
         return JobFailure(code="out_of_memory", message="the run needs more memory than there is", hint=hint)
     if isinstance(error, BackboneUnavailable):
@@ -85,6 +85,14 @@ def _is_disk_full(error: Exception) -> bool:
     return isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from finetune.training.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
 def _private_stdout() -> IO[str]:
     """A stream to the supervisor that no library's print can disturb: stdout itself now leads to stderr."""
     sink = os.fdopen(os.dup(1), "w")
@@ -92,14 +100,35 @@ def _private_stdout() -> IO[str]:
     return sink
 
 
-def _import_ahead(model_types: Sequence[str]) -> None:
-    """What libraries import only when a job gets that far."""
-    names = [f"transformers.models.{name.replace('-', '_')}.modeling_{name.replace('-', '_')}" for name in model_types]
-    for name in ("transformers.models.auto.modeling_auto", "accelerate", "peft", "sklearn.linear_model", *names):
+def get_ready(steps: Iterable[Callable[[], object]], *, is_wanted: Callable[[], bool]) -> None:
+    """One step after the other until the process is wanted: a job may need none of those that are left."""
+    for step in steps:
+        if is_wanted():
+            return
         with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+            step()
+
+
+def _steps_ahead(model_types: Sequence[str]) -> Iterator[Callable[[], object]]:
+    """Imports of what a job imports only when it gets that far, from what every job needs to what some do."""
+    types = [name.replace("-", "_") for name in model_types]
+    yield from _imports("finetune.methods.linear_probe", "finetune.methods.baseline", "matplotlib.figure")
     if openvino.is_available():
-        openvino.import_runtime()
+        yield openvino.import_runtime
+    yield from _imports("torch", "modeling.engines.torch", "transformers.models.auto.modeling_auto")
+    yield from _imports(*(f"transformers.models.{name}.modeling_{name}" for name in types))
+    yield from _imports(
+        "accelerate", "peft", "finetune.methods.lora", "finetune.methods.full", "finetune.methods.setfit"
+    )
+
+
+def _imports(*names: str) -> list[Callable[[], object]]:
+    return [partial(importlib.import_module, name) for name in names]
+
+
+def _has_come() -> bool:
+    """Whether standard input holds a job, or has ended."""
+    return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def _print_to(log_file: Path | None) -> None:
@@ -121,11 +150,9 @@ def _die_with_parent() -> None:
 
 def _prepare(job: ChildJob) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    torch.set_num_threads(job.worker.cpu_threads)
     seed = int(job.spec.hyperparameters.get("seed", 42))
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
     job.work_dir.mkdir(parents=True, exist_ok=True)
 
 

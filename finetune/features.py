@@ -1,9 +1,10 @@
 """Vectors of frozen backbones, kept on disk for all jobs: computed once for a text, whichever dataset brings it.
 
-A vector is known by its token ids and by its space: the backbone's digest (which covers tokenizer and
-pooling), the engine that computed it and that engine's version. Token ids say all that preprocessing did,
-so a dataset that grew, or was split or cut differently, finds the rows that it shares with an earlier one.
-Texts are not kept, only hashes of their ids. A file that is damaged counts as absent.
+A vector is known by its text, by the number of tokens after which the text is cut, if it is, and by its space:
+the backbone's digest (which covers tokenizer and pooling), the engine that computed it and the libraries' versions.
+So a dataset that grew, or was split or cut differently, finds the rows that it shares with an earlier one, and
+nothing has to be tokenised to find them. Texts are not kept, only their hashes. A file that is damaged counts as
+absent.
 """
 
 from __future__ import annotations
@@ -24,28 +25,34 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from modeling.preprocess import Encoded
 from modeling.weights import FloatArray
 
 KEY_BYTES = 16
-_SCHEMA = 1  # raised when the same ids give other vectors
+_SCHEMA = 2  # raised when the same text gives other vectors
 _LIBRARIES = {"onnx": ("onnxruntime", "onnxruntime-gpu")}
 _UNFINISHED_S = 3600.0
 
 
-def row_key(item: Encoded) -> bytes:
-    """16 bytes that stand for what the backbone is given: token ids and type ids."""
-    digest = blake2b(item.input_ids.tobytes(), digest_size=KEY_BYTES)
-    digest.update(b"\0types\0" + item.type_ids.tobytes())
-    return digest.digest()
+def text_key(text: str, *, cut_at: int | None = None) -> bytes:
+    """16 bytes that stand for what the backbone is given: the text, whole or its first `cut_at` tokens."""
+    cut = b"" if cut_at is None else str(cut_at).encode()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES, person=cut).digest()
 
 
 def space_name(backbone_digest: str, engine: str) -> str:
     """The folder of all vectors that may stand for each other; `engine` is written `runtime/precision`."""
     runtime = engine.partition("/")[0]
-    versions = {name: _version(name) for name in _LIBRARIES.get(runtime, (runtime.removesuffix("-compile"),))}
-    document = json.dumps([_SCHEMA, backbone_digest, engine, versions], sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()[:32]
+    names = ("tokenizers", *_LIBRARIES.get(runtime, (runtime.removesuffix("-compile"),)))
+    return _hashed([_SCHEMA, backbone_digest, engine, {name: _version(name) for name in names}])
+
+
+def lengths_space(backbone_digest: str) -> str:
+    """The folder of how many tokens texts have for a backbone's tokenizer, as vectors of one number."""
+    return _hashed([_SCHEMA, backbone_digest, "lengths", _version("tokenizers")])
+
+
+def _hashed(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class FeatureCache:

@@ -38,7 +38,6 @@ from finetune.suspects import find_suspects
 from finetune.tasks import rules_of
 from model_registry.store import FileStore
 from modeling.backbone import Backbone
-from modeling.preprocess import TextPreprocessor
 
 
 def run_job(job: ChildJob, link: Link) -> None:
@@ -48,20 +47,22 @@ def run_job(job: ChildJob, link: Link) -> None:
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, link)
     task = train.target.task
-    suspects = suspects_of(train, job, link) if task == "text-classification" else []
+    cache = feature_cache(job)
+    suspects = suspects_of(train, job, link, cache) if task == "text-classification" else []
     release_free_memory()
     # Where near duplicates differ in their labels, a rare one may stand on a later side alone; it is then never given.
     labels = tuple(sorted(train.names() | validation.names() | test.names()))
     check_class_weights(job, labels)
     backbone = Backbone.open(job.backbone_folder)
-    replan = planner(job, backbone, train, validation, test, link)
+    vectors = frozen_vectors(job, backbone, cache)
+    replan = planner(job, vectors, train, validation, test, link)
     plan = replan({})
     link.set(plan=plan.model_dump(mode="json"))
     deadline = None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s
     run = Run(
         train=_rows(train, labels), validation=_rows(validation, labels), test=_rows(test, labels), labels=labels,
         plan=plan, backbone=backbone, link=link, work_dir=job.work_dir,
-        earlier_work_dirs=job.earlier_work_dirs, deadline=deadline, vectors=frozen_vectors(job, backbone),
+        earlier_work_dirs=job.earlier_work_dirs, deadline=deadline, vectors=vectors,
     )  # fmt: skip
 
     candidates = [search(run, replan)] if plan.trials else train_methods(run)
@@ -115,8 +116,10 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
     return sides.train, sides.validation, sides.test
 
 
-def suspects_of(train: LabelledRows, job: ChildJob, link: Link) -> list[dict[str, Any]]:
-    return find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed)
+def suspects_of(
+    train: LabelledRows, job: ChildJob, link: Link, cache: FeatureCache | None
+) -> list[dict[str, Any]]:  # fmt: skip
+    return find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed, cache=cache)
 
 
 def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:
@@ -141,12 +144,11 @@ def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
 
 
 def planner(
-    job: ChildJob, backbone: Backbone, train: LabelledRows, validation: LabelledRows, test: LabelledRows, link: Link
+    job: ChildJob, vectors: FrozenVectors, train: LabelledRows, validation: LabelledRows, test: LabelledRows, link: Link
 ) -> Replan:
     """Plans of this job, with the hyperparameters of a trial in the place of those asked for."""
-    info = backbone.info
-    tokenizer = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=info.max_length)
-    lengths = token_lengths(tokenizer, train.texts)
+    info = vectors.backbone.info
+    lengths = vectors.lengths(train.texts).tolist()
     data = DatasetProfile(
         train_rows=len(train), validation_rows=len(validation), test_rows=len(test),
         labels=len(train.names()), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
@@ -171,23 +173,18 @@ def keep_head_rate(plan: TrainingPlan, base: TrainingPlan) -> TrainingPlan:
     return plan.model_copy(update={"methods": methods, "space": base.space})
 
 
-def frozen_vectors(job: ChildJob, backbone: Backbone) -> FrozenVectors:
+def feature_cache(job: ChildJob) -> FeatureCache | None:
     given = job.embedding
-    cache = None if given.cache is None else FeatureCache(given.cache, budget_bytes=given.cache_bytes)
+    if given.cache is None or given.cache_bytes == 0:
+        return None
+    return FeatureCache(given.cache, budget_bytes=given.cache_bytes)
+
+
+def frozen_vectors(job: ChildJob, backbone: Backbone, cache: FeatureCache | None) -> FrozenVectors:
     return FrozenVectors(
-        backbone, given.engine, graphs=given.graphs, cache=cache, device=job.worker.device,
+        backbone, job.embedding.engine, graphs=job.embedding.graphs, cache=cache, device=job.worker.device,
         threads=job.worker.cpu_threads,
     )  # fmt: skip
-
-
-def token_lengths(tokenizer: TextPreprocessor, texts: Sequence[str], *, batch: int = 1024) -> list[int]:
-    """Tokens of each text, one more than the tokenizer's limit where it was cut.
-
-    A batch at a time: all encodings at once would take more memory than the texts.
-    """
-    starts = range(0, len(texts), batch)
-    encoded = (item for start in starts for item in tokenizer.encode(texts[start : start + batch]))
-    return [item.length + item.is_truncated for item in encoded]
 
 
 # 3. and 4. Methods

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from finetune.embedding import FrozenVectors, OnBatch, length_batches, run_all
@@ -15,8 +15,8 @@ from finetune.plan import MethodPlan, TrainingPlan
 from finetune.tasks import rules_of
 from finetune.tasks.rules import Scale, Targets, TaskRules
 from modeling.backbone import Backbone
+from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine
-from modeling.engines.torch import TorchEngine
 from modeling.heads import TaskHead
 from modeling.preprocess import TextPreprocessor
 from modeling.tasks import outputs_of
@@ -67,10 +67,15 @@ class Run:
         return TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=self.plan.max_length)
 
     @cached_property
-    def engine(self) -> TorchEngine:
-        """The reference: torch in fp32, which golden rows are computed on."""
-        self.link.phase(JobPhase.LOADING_BACKBONE)
-        return TorchEngine(self.backbone, device=self.plan.device)
+    def reference(self) -> FrozenVectors:
+        """The frozen backbone's vectors by torch in fp32, which golden rows are computed on."""
+        opens = partial(self.link.phase, JobPhase.LOADING_BACKBONE)
+        return replace(self._frozen(), engine_name=str(REFERENCE), graphs=None, on_open=opens)
+
+    @property
+    def engine(self) -> Engine:
+        """The reference itself."""
+        return self.reference.engine
 
     @property
     def rules(self) -> TaskRules:
@@ -106,13 +111,19 @@ class Run:
 
     def embed(self, texts: Sequence[str]) -> FloatArray:
         """Pooled vectors float32[texts, hidden] by the frozen backbone, on the engine that it is served on."""
-        if self.vectors is None:
-            self.vectors = FrozenVectors(self.backbone, device=self.plan.device)
-        rows = self.preprocessor.encode(texts) if texts else []
-        return self.vectors.of(rows, on_batch=self._report_embedding)
+        return self._frozen().of(texts, max_length=self.plan.max_length, on_batch=self._report_embedding)
+
+    def embed_by_reference(self, texts: Sequence[str]) -> FloatArray:
+        """The same by torch in fp32."""
+        return self.reference.of(texts, max_length=self.plan.max_length)
 
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def _frozen(self) -> FrozenVectors:
+        if self.vectors is None:
+            self.vectors = FrozenVectors(self.backbone, device=self.plan.device)
+        return self.vectors
 
     def _report_embedding(self, done: int, total: int) -> None:
         if not self.is_winding_down:

@@ -6,10 +6,12 @@ The shell around `datasets.label_errors`: features, folds and models. The recipe
 from __future__ import annotations
 
 import warnings
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import sklearn
 from scipy.sparse import csr_array
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import SGDClassifier
@@ -20,6 +22,7 @@ from finetune.datasets.labelled import LabelledRows
 from finetune.datasets.shingles import batches, word_hashes
 from finetune.datasets.texts import text_digest
 from finetune.events import Link, tell
+from finetune.features import KEY_BYTES, FeatureCache, text_key
 from modeling.heads import softmax
 from modeling.weights import FloatArray, IntArray
 
@@ -31,14 +34,18 @@ _FEATURE_BITS = 17
 _FEATURES = 1 << _FEATURE_BITS
 _READ_CHARACTERS = 600
 _LONG_ROWS = 20_000  # below, the search ends within seconds
+_SCHEMA = 1  # raised when the same rows give other answers
 _PASSES, _STEPS = (3, 100), 40_000  # over the rows, so that few rows are seen as often as it takes
 
 
-def find_suspects(train: LabelledRows, link: Link, *, seed: int) -> list[dict[str, Any]]:
+def find_suspects(
+    train: LabelledRows, link: Link, *, seed: int, cache: FeatureCache | None = None
+) -> list[dict[str, Any]]:
     """At most 100 rows with given and suggested label, the most suspect first; tells of them by an event.
 
     By number and without their texts, since more people may read an evaluation than the data.
-    Costs some 0.2 ms a row of a hundred words and ten classes. Too large a dataset is not searched, which is told.
+    Costs some 0.2 ms a row of a hundred words and ten classes, once where there is a `cache`. Too large a dataset is
+    not searched, which is told.
     """
     names = sorted(set(train.labels))
     if len(train) > MOST_ROWS or len(train) * len(names) > MOST_ANSWERS:
@@ -48,7 +55,7 @@ def find_suspects(train: LabelledRows, link: Link, *, seed: int) -> list[dict[st
         return []
     index = {label: number for number, label in enumerate(names)}
     labels = np.fromiter((index[label] for label in train.labels), np.int64, len(train))
-    found = suspected_label_errors(out_of_fold(train.texts, labels, link, seed=seed), labels)
+    found = suspected_label_errors(_answers(train.texts, labels, link, seed=seed, cache=cache), labels)
     if len(found):
         tell(link, [suspect_finding(train, found, names)])
     return [
@@ -62,6 +69,25 @@ def find_suspects(train: LabelledRows, link: Link, *, seed: int) -> list[dict[st
             found.rows[:REPORTED], found.given, found.suggested, found.margins, strict=False
         )
     ]
+
+
+def _answers(texts: list[str], labels: IntArray, link: Link, *, seed: int, cache: FeatureCache | None) -> FloatArray:
+    """What `out_of_fold` gives, or gave for the same rows in the same order."""
+    if cache is None:
+        return out_of_fold(texts, labels, link, seed=seed)
+    space, keys = _space(texts, labels, seed), [row.to_bytes(KEY_BYTES, "little") for row in range(len(texts))]
+    answers = np.zeros((len(texts), int(labels.max()) + 1), np.float32)
+    if not cache.fill(space, keys, answers).all():
+        answers = out_of_fold(texts, labels, link, seed=seed)
+        cache.add(space, keys, answers)
+    return answers
+
+
+def _space(texts: list[str], labels: IntArray, seed: int) -> str:
+    digest = blake2b(f"{_SCHEMA} {seed} {sklearn.__version__}".encode() + labels.tobytes(), digest_size=16)
+    for text in texts:
+        digest.update(text_key(text))
+    return digest.hexdigest()
 
 
 def out_of_fold(texts: list[str], labels: IntArray, link: Link, *, seed: int) -> FloatArray:

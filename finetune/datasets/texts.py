@@ -24,11 +24,6 @@ def text_digest(text: str) -> bytes:
     return blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def stable_fraction(text: str, seed: int = 0) -> float:
-    """A number in [0, 1), spread evenly over texts, that depends on the normalised text and `seed` only."""
-    return fraction(text_digest(text), seed)
-
-
 def fraction(digest: bytes, seed: int) -> float:
     """A number in [0, 1) that depends on the digest and `seed` only."""
     salt = (seed % 2**64).to_bytes(8, "little")

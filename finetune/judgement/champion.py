@@ -15,7 +15,8 @@ from model_registry.manifest import ModelManifest, Task
 from model_registry.store import ArtifactStore, load_manifest
 from modeling.assemble import VersionParts, read_version
 from modeling.backbone import Backbone
-from modeling.engines.torch import TorchEngine
+from modeling.engines.build import REFERENCE, EngineOptions, build_engine
+from modeling.engines.protocol import Engine
 from modeling.errors import BackboneUnavailable
 from modeling.preprocess import TextPreprocessor
 from modeling.weights import FloatArray
@@ -68,6 +69,10 @@ def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Se
         return parts.linear.margins
     head = parts.head
     assert head is not None
+    if parts.backbone is None and parts.adapter is None and _base(store, run, parts) is run.backbone:
+        return lambda texts: head.logits(
+            run.reference.of(texts, max_length=parts.max_length or run.backbone.info.max_length)
+        )
     engine = _engine(store, run, parts)
     backbone_folder = parts.backbone.folder if parts.backbone else _base(store, run, parts).folder
     limit = _base(store, run, parts).info.max_length if parts.backbone is None else parts.backbone.info.max_length
@@ -79,9 +84,11 @@ def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Se
     return lambda texts: head.logits(embed(engine, preprocessor, texts, adapter=adapter))
 
 
-def _engine(store: ArtifactStore, run: Run, parts: VersionParts) -> TorchEngine:
+def _engine(store: ArtifactStore, run: Run, parts: VersionParts) -> Engine:
     backbone = parts.backbone or _base(store, run, parts)
-    return run.engine if backbone is run.backbone else TorchEngine(backbone, device=run.plan.device)
+    if backbone is run.backbone:
+        return run.engine
+    return build_engine(REFERENCE, backbone, None, EngineOptions(run.plan.device))
 
 
 def _base(store: ArtifactStore, run: Run, parts: VersionParts) -> Backbone:

@@ -14,9 +14,10 @@ from finetune.run import Run, embed
 from finetune.tasks.rules import Answering
 from modeling.adapters import Adapter
 from modeling.backbone import GRAPHS_FOLDER, Backbone
-from modeling.engines.graphs import GraphEngine, GraphFiles, graphs_key
+from modeling.engines.build import REFERENCE, EngineOptions, build_engine
+from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.onnx import is_available, onnx_engine
-from modeling.engines.torch import TorchEngine
+from modeling.engines.protocol import Engine
 from modeling.errors import ModelingError
 from modeling.weights import FloatArray
 
@@ -78,12 +79,16 @@ def _compared(
     answering: Answering,
 ) -> Gate:  # fmt: skip
     weights = _written(run, best, folder)
-    reference = TorchEngine(weights.backbone) if best.kind == "full" else run.engine
+    reference = _reference(weights.backbone) if best.kind == "full" else run.engine
     other = onnx_engine(files, threads=run.plan.cpu_threads)
     wanted, got = (_vectors(engine, run, texts, weights.adapter) for engine in (reference, other))
     assert servable.head is not None
     flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)
     return parity("onnx/fp32", rows=len(texts), flips=flips, least_cosine=least_cosine(wanted, got))
+
+
+def _reference(backbone: Backbone) -> Engine:
+    return build_engine(REFERENCE, backbone, None, EngineOptions())
 
 
 def _written(run: Run, best: Candidate, folder: Path) -> _Weights:
@@ -93,7 +98,7 @@ def _written(run: Run, best: Candidate, folder: Path) -> _Weights:
     )
 
 
-def _vectors(engine: TorchEngine | GraphEngine, run: Run, texts: Sequence[str], adapter: Adapter | None) -> FloatArray:
+def _vectors(engine: Engine, run: Run, texts: Sequence[str], adapter: Adapter | None) -> FloatArray:
     if adapter is None:
         return embed(engine, run.preprocessor, texts)
     engine.load_adapter(_KEY, adapter)

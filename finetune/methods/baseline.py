@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 
-from finetune.losses import class_weights, positive_weights
+from finetune.class_weights import class_weights, positive_weights
 from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run
 from finetune.tasks.rules import Targets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -12,10 +11,9 @@ from finetune.jobs.records import JobPhase
 from finetune.methods import logistic, one_vs_rest, ridge
 from finetune.methods.candidate import Candidate, Servable
 from finetune.methods.logistic import Fit, Judged
-from finetune.run import Run, embed
+from finetune.run import Run
 from model_registry.manifest import Task
 from modeling.heads import TaskHead
-from modeling.weights import FloatArray
 
 _MODELS: dict[Task, ModuleType] = {
     "text-classification": logistic, "text-multi-label": one_vs_rest, "text-regression": ridge,
@@ -44,12 +42,10 @@ def train(run: Run) -> Candidate:
         labels = np.concatenate([run.train.labels, run.validation.labels])
         head: TaskHead = model.fit(run, features, labels, strength=chosen.strength, start=chosen).head
 
-        def reference_logits(texts: Sequence[str]) -> FloatArray:
-            return head.logits(embed(run.engine, run.preprocessor, texts))
-
         return Servable(
-            logits=lambda texts: head.logits(run.embed(texts)), head=head, reference_logits=reference_logits
-        )
+            logits=lambda texts: head.logits(run.embed(texts)), head=head,
+            reference_logits=lambda texts: head.logits(run.embed_by_reference(texts)),
+        )  # fmt: skip
 
     return Candidate(
         method="linear_probe", kind="head", validation_logits=chosen.head.logits(validation_features), finish=finish,

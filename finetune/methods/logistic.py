@@ -13,10 +13,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from finetune.losses import class_weights
+from finetune.class_weights import class_weights
 from finetune.methods.baseline import both_sides
 from finetune.run import Run
-from modeling.heads import DenseLayer, TaskHead, normalized
+from modeling.heads import DenseLayer, TaskHead
 from modeling.weights import FloatArray, IntArray
 
 # Inverse regularisation on standardised vectors, from strong to weak; each fit starts from the one before.
@@ -68,17 +68,6 @@ def folded_head(weight: FloatArray, bias: FloatArray, mean: FloatArray, scale: F
     """A head on raw vectors from weights [outputs, hidden] on standardised ones."""
     folded = (weight / scale).astype(np.float32)
     return TaskHead((DenseLayer(folded, (bias - folded @ mean).astype(np.float32)),))
-
-
-def fit_on_directions(run: Run, features: FloatArray, labels: IntArray, *, strength: float = 1.0) -> TaskHead:
-    """On vectors scaled to length 1, for an encoder whose vectors were tuned to be told apart by their cosine: SetFit's
-    own head. With a handful of held-out rows a strength could not be chosen."""
-    model = LogisticRegression(C=strength, class_weight=_by_index(run, labels), max_iter=_ITERATIONS)
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(normalized(features), labels)
-    weight, bias = both_sides(model.coef_, model.intercept_)
-    return TaskHead((DenseLayer(weight, bias),), normalize=True)
 
 
 def _by_index(run: Run, labels: IntArray) -> dict[int, float] | None:

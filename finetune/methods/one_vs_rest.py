@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
-from finetune.losses import positive_weights
+from finetune.class_weights import positive_weights
 from finetune.methods.baseline import constant_bias
 from finetune.methods.logistic import STRENGTHS, Fit, folded_head, standardisation
 from finetune.run import Run

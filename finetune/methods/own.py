@@ -15,9 +15,10 @@ from finetune.run import Run
 from modeling.backbone import Backbone, load_encoder
 from modeling.checkpoints import write_encoder
 from modeling.composed import Composition, compose
+from modeling.engines.protocol import Engine
 from modeling.engines.torch import TorchEngine
 
-Serving = tuple[TorchEngine, str | None, Callable[[Path], None]]
+Serving = tuple[Engine, str | None, Callable[[Path], None]]
 
 
 def new_classifier(run: Run, encoder: nn.Module) -> Classifier:

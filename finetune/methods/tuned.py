@@ -19,7 +19,8 @@ from finetune.run import Run, embed
 from finetune.tasks.rules import Scale
 from finetune.training import Trained, run_training
 from model_registry.manifest import VersionKind
-from modeling.engines.torch import TorchEngine, pool, takes_type_ids
+from modeling.engines.protocol import Engine
+from modeling.engines.torch import pool, takes_type_ids
 from modeling.heads import DenseLayer, TaskHead
 from modeling.weights import FloatArray
 
@@ -83,7 +84,7 @@ def set_dropout(encoder: nn.Module, value: float) -> None:
 
 def train_tuned(
     run: Run, method: str, kind: VersionKind, model: Classifier,
-    serve: Callable[[Run, Classifier], tuple[TorchEngine, str | None, Callable[[Path], None]]],
+    serve: Callable[[Run, Classifier], tuple[Engine, str | None, Callable[[Path], None]]],
 ) -> Candidate:  # fmt: skip
     """Trains `model` and wraps it. `serve` turns it into an engine (and adapter key) as the server will run it."""
     started = time.monotonic()

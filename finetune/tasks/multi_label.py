@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from finetune.calibration import binary_calibration_error, fit_binary_temperature, mean_binary_log_loss
+from finetune.class_weights import positive_weights
 from finetune.judgement import gates
 from finetune.judgement.bootstrap import Values
 from finetune.judgement.curves import one_against_rest
 from finetune.judgement.gates import Gate, LabelDuel
-from finetune.losses import positive_weights
 from finetune.tasks.rules import Answering, Contest, Scale, Side
 from finetune.tasks.summed import Summed
 from finetune.tasks.thresholds import fit_thresholds

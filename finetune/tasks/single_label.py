@@ -9,12 +9,12 @@ import numpy as np
 
 from finetune import evaluation
 from finetune.calibration import fit_temperature, negative_log_likelihood
+from finetune.class_weights import class_weights
 from finetune.judgement import curves, gates
 from finetune.judgement.gates import Duel, Gate
 from finetune.judgement.intervals import paired_difference
 from finetune.judgement.mcnemar import compare
 from finetune.judgement.slices import slices
-from finetune.losses import class_weights
 from finetune.tasks.rules import Answering, Contest, Scale, Side
 from model_registry.manifest import Task
 from modeling.heads import softmax

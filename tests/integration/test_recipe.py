@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -280,6 +282,23 @@ def test_a_second_job_on_the_same_rows_computes_no_vectors(
             assert sum(computed) == sum(result["evaluation"]["rows"].values())
             computed.clear()
     assert computed == [], "another split of the same texts"
+
+
+def test_a_probe_on_known_vectors_does_without_torch(job: Callable[..., ChildJob], tmp_path: Path) -> None:
+    """Its imports would take longer than the job."""
+    kept = EmbeddingInput(cache=tmp_path / "features", cache_bytes=1 << 20)
+    probe = job(method="linear_probe").model_copy(update={"embedding": kept})
+    first = finish(probe, RecordingLink())
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "finetune.child"], capture_output=True, text=True, timeout=120,
+        input=f'{probe.model_dump_json()}\n{{"kind": "reserved", "version": 1}}\n',
+    )  # fmt: skip
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["kind"] == "succeeded", done.stderr[-2000:]
+    assert last["evaluation"]["validation"] == first["evaluation"]["validation"]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "finetune.recipe" in imported
+    assert not imported & {"torch", "transformers", "accelerate", "peft", "onnxruntime"}
 
 
 def _stop_after(steps: int, error: Exception) -> Callable[[list[dict[str, Any]]], None]:

@@ -89,6 +89,27 @@ def test_every_line_of_a_table_has_as_many_cells(result: dict[str, Any]) -> None
         assert len({line.count("|") for line in lines_of(table)}) <= 1
 
 
+def few_shot(*gaps: float) -> dict[str, Any]:
+    rows = [
+        {"method": method, "seed": 42 + number, "accuracy": 0.9 + (gap if method == "setfit" else 0)}
+        for number, gap in enumerate(gaps)
+        for method in ("linear_probe", "setfit")
+    ]
+    return {**ABOUT, "benchmark": "few_shot", "per_class": 8, "test_rows": 2189, "rows": rows}
+
+
+def test_few_rows_are_compared_seed_by_seed() -> None:
+    text = TABLES["few_shot"](few_shot(0.01, 0.03))
+    assert "| 43 | 0.9000 | 0.9300 | +0.0300 |" in text
+    # Student's t with one degree of freedom is 12.706, the standard error 0.01.
+    assert "| mean | 0.9000 | 0.9200 | +0.0200 ± 0.1271 (95 %) |" in text
+    assert "8 rows a class, R8 | +0.0200 ± 0.1271 (95 %) | > 0 |" in claims({"few-shot-8": few_shot(0.01, 0.03)})
+    alone = few_shot(0.01, 0.03)
+    alone["rows"] = alone["rows"][::2]
+    assert "| mean | 0.9000 |\n" in TABLES["few_shot"](alone)
+    assert "rows a class" not in claims({"few-shot-8": alone})
+
+
 def test_other_tables() -> None:
     row = {"server": "polyhead", "round": 0, "tokens": 8, "connections": 1, "p50_ms": 4.0, "requests_per_s": 250.0}
     lengths = {"servers": SERVERS, "rows": [row, {**row, "connections": 64}]}

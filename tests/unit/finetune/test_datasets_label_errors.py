@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from finetune import suspects
 from finetune.datasets.label_errors import suspected_label_errors
 from finetune.datasets.labelled import LabelledRows
+from finetune.features import FeatureCache
 from finetune.suspects import FOLDS, find_suspects, stratified_folds
 from tests.support.links import RecordingLink
 
@@ -85,6 +88,29 @@ def test_a_class_of_one_row_does_not_disturb_the_search() -> None:
     lone = LabelledRows(np.arange(1, 402), [*rows.texts, "something else entirely"], [*rows.labels, "lone"])
     listed = {item["row"] for item in find_suspects(lone, RecordingLink(), seed=1)}
     assert len(listed & wrong) >= 0.6 * len(wrong)
+
+
+def test_the_same_rows_are_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    searches: list[int] = []
+    search = suspects.out_of_fold
+
+    def counted(texts: list[str], *rest: Any, **options: Any) -> Any:
+        searches.append(len(texts))
+        return search(texts, *rest, **options)
+
+    monkeypatch.setattr(suspects, "out_of_fold", counted)
+    rows, _ = corpus()
+    cache = FeatureCache(tmp_path, budget_bytes=1 << 20)
+    first = find_suspects(rows, RecordingLink(), seed=1, cache=cache)
+    link = RecordingLink()
+    assert find_suspects(rows, link, seed=1, cache=cache) == first == find_suspects(rows, RecordingLink(), seed=1)
+    assert len(searches) == 2 and len(link.of("data_warning")) == 1
+    relabelled = LabelledRows(rows.row_numbers, rows.texts, [*rows.labels[1:], rows.labels[0]])
+    retold = LabelledRows(rows.row_numbers, [*rows.texts[1:], rows.texts[0]], rows.labels)
+    for changed, seed in ((rows, 2), (relabelled, 1), (retold, 1)):
+        searches.clear()
+        find_suspects(changed, RecordingLink(), seed=seed, cache=cache)
+        assert searches == [len(rows)]
 
 
 def test_too_many_rows_are_left_alone_and_told(monkeypatch: pytest.MonkeyPatch) -> None:

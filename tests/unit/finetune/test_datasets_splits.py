@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from finetune.datasets.labelled import LabelledRows
 from finetune.datasets.splits import Split, Strategy, split_rows
-from finetune.datasets.texts import normalise, stable_fraction
+from finetune.datasets.texts import fraction, normalise, text_digest
 
 STRATEGIES: list[Strategy] = ["hash", "stratified", "random"]
 SHARES = st.sampled_from([(0.15, 0.15), (0.0, 0.2), (0.2, 0.0), (0.0, 0.0), (0.01, 0.01), (0.45, 0.5)])
@@ -94,8 +94,8 @@ def test_hash_moves_only_texts_that_top_up_a_class(pairs: list[tuple[str, str]],
         moved: defaultdict[str, set[str]] = defaultdict(set)
         placed = side_of_text(some, split(some, "hash", (0.2, 0.2)))
         for text, label in some:
-            fraction = stable_fraction(text)
-            if placed[normalise(text)] != (2 if fraction >= 0.8 else 1 if fraction >= 1 - 0.2 - 0.2 else 0):
+            drawn = fraction(text_digest(text), 0)
+            if placed[normalise(text)] != (2 if drawn >= 0.8 else 1 if drawn >= 1 - 0.2 - 0.2 else 0):
                 moved[label].add(normalise(text))
         assert all(len(texts) <= 2 for texts in moved.values())
 
@@ -141,11 +141,11 @@ def test_impossible_shares_are_refused(shares: tuple[float, float]) -> None:
 
 def test_normalise_and_the_hash_never_change() -> None:
     assert normalise("  Ｆｕｌｌ\twidth  STRASSE Straße ") == "full width strasse strasse"
-    assert stable_fraction("hello world") == stable_fraction(" Hello\nWORLD ") == GOLDEN[0]
-    assert stable_fraction("hello world", seed=7) == GOLDEN[1]
+    assert fraction(text_digest("hello world"), 0) == fraction(text_digest(" Hello\nWORLD "), 0) == GOLDEN[0]
+    assert fraction(text_digest("hello world"), 7) == GOLDEN[1]
 
 
 @given(st.text(), st.integers(0, 3))
 def test_fractions_lie_in_the_unit_interval_and_normalising_is_idempotent(text: str, seed: int) -> None:
-    assert 0 <= stable_fraction(text, seed) < 1
+    assert 0 <= fraction(text_digest(text), seed) < 1
     assert normalise(normalise(text)) == normalise(text)

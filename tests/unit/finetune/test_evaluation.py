@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from finetune.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
+from finetune.class_weights import class_weights
 from finetune.evaluation import report, score
-from finetune.losses import class_weights
 from finetune.optimizers import schedule
 from modeling.heads import softmax
 

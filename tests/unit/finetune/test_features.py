@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.embedding import FrozenVectors, choose_engine, length_batches
-from finetune.features import FeatureCache, row_key, space_name
+from finetune.features import FeatureCache, space_name, text_key
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest
 from modeling.engines.device import DeviceFingerprint
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
-from modeling.preprocess import Encoded, TextPreprocessor
+from modeling.preprocess import Encoded, TextInput, TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 
@@ -111,13 +113,9 @@ def test_a_budget_of_nothing_keeps_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_key_stands_for_ids_and_types() -> None:
-    def item(ids: list[int], types: list[int]) -> Encoded:
-        return Encoded(np.array(ids, dtype=np.int64), np.array(types, dtype=np.int64))
-
-    different = [item([1, 2], [0, 0]), item([1, 2], [0, 1]), item([2, 1], [0, 0]), item([1, 2, 0], [0, 0, 0])]
-    assert len({row_key(row) for row in different}) == len(different)
-    assert row_key(different[0]) == row_key(item([1, 2], [0, 0]))
+@given(st.text(max_size=40), st.text(max_size=40), st.sampled_from([None, 8, 80]), st.sampled_from([None, 8, 80]))
+def test_a_key_stands_for_a_text_and_where_it_is_cut(one: str, other: str, cut: int | None, again: int | None) -> None:
+    assert (text_key(one, cut_at=cut) == text_key(other, cut_at=again)) == ((one, cut) == (other, again))
 
 
 class CountingEngine(TorchEngine):
@@ -128,31 +126,92 @@ class CountingEngine(TorchEngine):
         return super().run(batch)
 
 
-def test_only_unknown_rows_are_computed_and_the_vectors_stay_the_same(backbone: Backbone, tmp_path: Path) -> None:
-    encode = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=32).encode
-    texts = [f"good film {'very ' * (number % 7)}{chr(97 + number)}" for number in range(20)]
-    expected = TorchEngine(backbone).run(EngineBatch(encode(texts)))
+class CountingTokenizer(TextPreprocessor):
+    texts = 0
 
-    def frozen() -> tuple[FrozenVectors, CountingEngine]:
+    def encode(self, inputs: Sequence[TextInput], **options: Any) -> list[Encoded]:
+        self.texts += len(inputs)
+        return super().encode(inputs, **options)
+
+
+Counted = tuple[FrozenVectors, CountingEngine, CountingTokenizer]
+
+
+@pytest.fixture
+def frozen(backbone: Backbone, tmp_path: Path) -> Callable[[], Counted]:
+    """Vectors of a further job: what an earlier one has kept is there."""
+
+    def build() -> Counted:
         made = FrozenVectors(backbone, cache=FeatureCache(tmp_path, budget_bytes=1 << 20))
-        engine = CountingEngine(backbone)
-        made.__dict__["engine"] = engine
-        return made, engine
+        tokenizer = CountingTokenizer(backbone.folder / "tokenizer.json", max_length=backbone.info.max_length)
+        made.__dict__ |= {"engine": (engine := CountingEngine(backbone)), "tokenizer": tokenizer}
+        return made, engine, tokenizer
 
-    first, engine = frozen()
-    np.testing.assert_allclose(first.of(encode(texts[:15])), expected[:15], atol=1e-6)
+    return build
+
+
+TEXTS = [f"good film {'very ' * (number % 7)}{chr(97 + number)}" for number in range(20)]
+
+
+def computed(backbone: Backbone, texts: Sequence[str], *, max_length: int) -> FloatArray:
+    encode = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=max_length).encode
+    return TorchEngine(backbone).run(EngineBatch(encode(texts)))
+
+
+def test_only_unknown_rows_are_computed_and_the_vectors_stay_the_same(
+    backbone: Backbone, frozen: Callable[[], Counted]
+) -> None:
+    expected = computed(backbone, TEXTS, max_length=32)
+    first, engine, _ = frozen()
+    np.testing.assert_allclose(first.of(TEXTS[:15], max_length=32), expected[:15], atol=1e-6)
     assert engine.rows == 15
-    second, engine = frozen()
-    np.testing.assert_allclose(second.of(encode(texts)), expected, atol=1e-6)
+    second, engine, _ = frozen()
+    np.testing.assert_allclose(second.of(TEXTS, max_length=32), expected, atol=1e-6)
     assert engine.rows == 5
-    np.testing.assert_array_equal(second.of(encode(texts)), first.of(encode(texts)))
+    np.testing.assert_array_equal(second.of(TEXTS, max_length=32), first.of(TEXTS, max_length=32))
+
+
+def test_known_texts_are_not_even_tokenised(frozen: Callable[[], Counted]) -> None:
+    first, _, tokenizer = frozen()
+    lengths = first.lengths(TEXTS)
+    first.of(TEXTS, max_length=32)
+    assert tokenizer.texts == 2 * len(TEXTS), "once to know the lengths, once to compute"
+    again, engine, tokenizer = frozen()
+    np.testing.assert_array_equal(again.lengths(TEXTS), lengths)
+    again.of(TEXTS, max_length=32)
+    assert (tokenizer.texts, engine.rows) == (0, 0)
+
+
+def test_another_length_computes_what_it_cuts_and_nothing_else(
+    backbone: Backbone, frozen: Callable[[], Counted]
+) -> None:
+    first, _, _ = frozen()
+    first.of(TEXTS, max_length=32)
+    for limit in (8, 7):
+        cut = int((first.lengths(TEXTS) > limit).sum())
+        assert 0 < cut < len(TEXTS)
+        again, engine, _ = frozen()
+        expected = computed(backbone, TEXTS, max_length=limit)
+        np.testing.assert_allclose(again.of(TEXTS, max_length=limit), expected, atol=1e-6)
+        assert engine.rows == cut
+
+
+def test_a_text_cut_by_its_characters_counts_as_cut(backbone: Backbone, frozen: Callable[[], Counted]) -> None:
+    spaced = ["good" + " " * 1000 + "film"]
+    for limit in (8, 32):
+        vectors, _, _ = frozen()
+        expected = computed(backbone, spaced, max_length=limit)
+        np.testing.assert_allclose(vectors.of(spaced, max_length=limit), expected, atol=1e-6)
 
 
 def test_an_engine_that_does_not_open_gives_way_to_the_reference(backbone: Backbone, tmp_path: Path) -> None:
-    vectors = FrozenVectors(backbone, "openvino/bf16", graphs=tmp_path / "gone")
-    rows = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=32).encode(["good film", "bad"])
-    np.testing.assert_allclose(vectors.of(rows), TorchEngine(backbone).run(EngineBatch(rows)), atol=1e-6)
-    assert vectors.engine_name == "torch/fp32"
+    opened: list[bool] = []
+    vectors = FrozenVectors(backbone, "openvino/bf16", graphs=tmp_path / "gone", on_open=lambda: opened.append(True))
+    texts = ["good film", "bad"]
+    expected = computed(backbone, texts, max_length=32)
+    for _ in range(2):
+        np.testing.assert_allclose(vectors.of(texts, max_length=32), expected, atol=1e-6)
+    assert vectors.engine_name == "torch/fp32" and opened == [True]
 
 
 def row(chosen: str, name: str = "EPYC") -> dict[str, object]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
+from finetune.child import get_ready
 from finetune.spare import SpareChild, child_command, close_pipes, end_child
 
 ECHO = [sys.executable, "-c", "import sys; line = sys.stdin.readline(); print(line.upper(), end='', flush=True)"]
@@ -93,6 +95,22 @@ def test_a_command_that_cannot_start_leaves_none(clock: Clock) -> None:
     spare = SpareChild(["/nonexistent/program"], clock=clock)
     spare.prepare(ENVIRONMENT)
     assert spare.take(ENVIRONMENT) is None
+
+
+def test_a_process_gets_ready_until_it_is_wanted() -> None:
+    done: list[int] = []
+    get_ready([partial(done.append, step) for step in range(9)], is_wanted=lambda: len(done) == 3)
+    assert done == [0, 1, 2]
+
+
+def test_what_cannot_be_imported_ahead_is_left_to_the_job() -> None:
+    done: list[int] = []
+
+    def lacking() -> None:
+        raise ImportError
+
+    get_ready([lacking, lambda: done.append(1)], is_wanted=lambda: False)
+    assert done == [1]
 
 
 def test_a_real_child_without_a_job_ends_in_silence() -> None:
