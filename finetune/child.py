@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import os
@@ -12,7 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -22,20 +20,20 @@ from finetune.errors import Cancelled, RunError, Stopped
 from finetune.events import ChildJob, PipeLink
 from finetune.jobs.records import JobFailure
 from finetune.plan import PlanError
+from finetune.process import die_with_parent, private_stdout
 from finetune.recipe import run_job
 from finetune.training.memory import is_out_of_memory
 from model_registry.errors import StoreFull
 from modeling.engines import openvino
 from modeling.errors import BackboneUnavailable
 
-_PR_SET_PDEATHSIG = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> int:
     """Reads the job from the first line, runs it, reports how it ended; the exit status is 0 if it could report."""
-    _die_with_parent()
-    sink = _private_stdout()
+    die_with_parent()
+    sink = private_stdout()
     if sys.argv[1:2] == ["--ahead"]:
         _import_ahead(sys.argv[2:])
     line = sys.stdin.readline()
@@ -85,13 +83,6 @@ def _is_disk_full(error: Exception) -> bool:
     return isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
-def _private_stdout() -> IO[str]:
-    """A stream to the supervisor that no library's print can disturb: stdout itself now leads to stderr."""
-    sink = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return sink
-
-
 def _import_ahead(model_types: Sequence[str]) -> None:
     """What libraries import only when a job gets that far."""
     names = [f"transformers.models.{name.replace('-', '_')}.modeling_{name.replace('-', '_')}" for name in model_types]
@@ -111,12 +102,6 @@ def _print_to(log_file: Path | None) -> None:
         os.dup2(descriptor, 2)
         os.dup2(descriptor, 1)
         os.close(descriptor)
-
-
-def _die_with_parent() -> None:
-    """A child whose supervisor is gone has nobody to report to; without this it would train on for hours."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prepare(job: ChildJob) -> None:

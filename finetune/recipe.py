@@ -37,6 +37,7 @@ from finetune.run import Rows, Run
 from finetune.search import Replan, search
 from finetune.space import with_values
 from finetune.suspects import find_suspects
+from finetune.training.parallel import leading
 from model_registry.store import FileStore
 from modeling.backbone import Backbone
 from modeling.preprocess import TextPreprocessor
@@ -63,7 +64,9 @@ def run_job(job: ChildJob, link: Link) -> None:
         earlier_work_dirs=job.earlier_work_dirs, deadline=deadline, vectors=frozen_vectors(job, backbone),
     )  # fmt: skip
 
-    candidates = [search(run, replan)] if plan.trials else train_methods(run)
+    with leading(plan, job.work_dir) as run.leader:
+        candidates = [search(run, replan)] if plan.trials else train_methods(run)
+    run.leader = None
     plan = run.plan
     best = choose(candidates, run)
 
