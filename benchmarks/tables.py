@@ -213,6 +213,23 @@ def training(result: Result) -> str:
     return f"`{result['method']}`, one epoch of {result['training_rows']:,} rows:\n\n{_table(heads, lines)}"
 
 
+def memory(result: Result) -> str:
+    (first, *_) = _distinct(result["rows"], "training_rows")
+    base = _where(result["rows"], training_rows=first[0])
+    lines = []
+    for (count,) in _distinct(result["rows"], "training_rows"):
+        these = _where(result["rows"], training_rows=count)
+        data = [{"round": row["round"], "mb": row["phases_mb"].get("preparing_data")} for row in these]
+        more = f"+{_more_mb(these, base):,.0f}" if these != base else "–"
+        lines.append([f"{count:,}", _cell(these, "steps", 0), _cell(data, "mb", 0), _cell(these, "peak_mb", 0), more])
+    heads = ["Training rows", "Steps", "Peak MB when the data was ready", "Peak MB of the run", "More than the first"]
+    return _table(heads, lines)
+
+
+def _more_mb(rows: Sequence[Row], base: Sequence[Row]) -> float:
+    return (_median(rows, "peak_mb") or 0.0) - (_median(base, "peak_mb") or 0.0)
+
+
 def http_overhead(result: Result) -> str:
     """With one checkout microseconds alone, with two also those of the other and the ratio."""
     titles = {"base_us": "Before", "us": "Now", "ratio": "Ratio"}
@@ -224,7 +241,7 @@ def http_overhead(result: Result) -> str:
 TABLES: dict[str, Callable[[Result], str]] = {
     function.__name__: function
     for function in (closed_loop, open_loop, overload, replay, many_models, hot_load, cold_start, length_cost, parity,
-                     quality, methods, training, http_overhead)
+                     quality, methods, training, memory, http_overhead)
 }  # fmt: skip
 
 
@@ -319,8 +336,15 @@ def _claims_parity(results: Mapping[str, Result]) -> Iterable[list[str]]:
         yield [f"Flips; smallest cosine: {row['engine']} against torch in fp32", measured, "≤ 0.10%; ≥ 0.999"]
 
 
+def _claims_memory(results: Mapping[str, Result]) -> Iterable[list[str]]:
+    rows = results["memory"]["rows"] if "memory" in results else []
+    few, many = _where(rows, training_rows=5_000), _where(rows, training_rows=50_000)
+    if few and many:
+        yield ["Peak memory of a LoRA run, MB: 50,000 rows against 5,000", f"+{_more_mb(many, few):,.0f}", "≤ +150"]
+
+
 _CLAIMS = (_claims_peers, _claims_replay, _claims_models, _claims_hot_load, _claims_overload, _claims_parity,
-           _claims_training)  # fmt: skip
+           _claims_training, _claims_memory)  # fmt: skip
 
 
 # Rows
