@@ -214,20 +214,21 @@ def training(result: Result) -> str:
 
 
 def memory(result: Result) -> str:
-    (first, *_) = _distinct(result["rows"], "training_rows")
-    base = _where(result["rows"], training_rows=first[0])
+    ends = {"training": "while it trained", "preparing_data": "when the data was ready"}
+    rows = [row | {phase: row["phases_mb"].get(phase) for phase in ends} for row in result["rows"]]
+    base = _where(rows, training_rows=rows[0]["training_rows"])
     lines = []
-    for (count,) in _distinct(result["rows"], "training_rows"):
-        these = _where(result["rows"], training_rows=count)
-        data = [{"round": row["round"], "mb": row["phases_mb"].get("preparing_data")} for row in these]
-        more = f"+{_more_mb(these, base):,.0f}" if these != base else "–"
-        lines.append([f"{count:,}", _cell(these, "steps", 0), _cell(data, "mb", 0), _cell(these, "peak_mb", 0), more])
-    heads = ["Training rows", "Steps", "Peak MB when the data was ready", "Peak MB of the run", "More than the first"]
-    return _table(heads, lines)
+    for (count,) in _distinct(rows, "training_rows"):
+        these = _where(rows, training_rows=count)
+        more = "–" if these == base else f"{_more_mb(these, base, 'training'):+,.0f}"
+        peaks = [_cell(these, name, 0) for name in ("preparing_data", "training", "peak_mb")]
+        lines.append([f"{count:,}", _cell(these, "steps", 0), *peaks, more])
+    heads = ["Training rows", "Steps", f"Peak MB {ends['preparing_data']}", ends["training"], "of the run"]
+    return _table([*heads, "More than the first while it trained"], lines)
 
 
-def _more_mb(rows: Sequence[Row], base: Sequence[Row]) -> float:
-    return (_median(rows, "peak_mb") or 0.0) - (_median(base, "peak_mb") or 0.0)
+def _more_mb(rows: Sequence[Row], base: Sequence[Row], name: str = "peak_mb") -> float:
+    return (_median(rows, name) or 0.0) - (_median(base, name) or 0.0)
 
 
 def http_overhead(result: Result) -> str:
@@ -340,7 +341,7 @@ def _claims_memory(results: Mapping[str, Result]) -> Iterable[list[str]]:
     rows = results["memory"]["rows"] if "memory" in results else []
     few, many = _where(rows, training_rows=5_000), _where(rows, training_rows=50_000)
     if few and many:
-        yield ["Peak memory of a LoRA run, MB: 50,000 rows against 5,000", f"+{_more_mb(many, few):,.0f}", "≤ +150"]
+        yield ["Peak memory of a LoRA run, MB: 50,000 rows against 5,000", f"{_more_mb(many, few):+,.0f}", "≤ +150"]
 
 
 _CLAIMS = (_claims_peers, _claims_replay, _claims_models, _claims_hot_load, _claims_overload, _claims_parity,
