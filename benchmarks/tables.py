@@ -249,6 +249,24 @@ def training(result: Result) -> str:
     return f"`{result['method']}`, one epoch of {result['training_rows']:,} rows:\n\n{_table(heads, lines)}"
 
 
+def memory(result: Result) -> str:
+    ends = {"training": "while it trained", "preparing_data": "when the data was ready"}
+    rows = [row | {phase: row["phases_mb"].get(phase) for phase in ends} for row in result["rows"]]
+    base = _where(rows, training_rows=rows[0]["training_rows"])
+    lines = []
+    for (count,) in _distinct(rows, "training_rows"):
+        these = _where(rows, training_rows=count)
+        more = "–" if these == base else f"{_more_mb(these, base, 'training'):+,.0f}"
+        peaks = [_cell(these, name, 0) for name in ("preparing_data", "training", "peak_mb")]
+        lines.append([f"{count:,}", _cell(these, "steps", 0), *peaks, more])
+    heads = ["Training rows", "Steps", f"Peak MB {ends['preparing_data']}", ends["training"], "of the run"]
+    return _table([*heads, "More than the first while it trained"], lines)
+
+
+def _more_mb(rows: Sequence[Row], base: Sequence[Row], name: str = "peak_mb") -> float:
+    return (_median(rows, name) or 0.0) - (_median(base, name) or 0.0)
+
+
 def http_overhead(result: Result) -> str:
     """With one checkout microseconds alone, with two also those of the other and the ratio."""
     titles = {"base_us": "Before", "us": "Now", "ratio": "Ratio"}
@@ -260,7 +278,7 @@ def http_overhead(result: Result) -> str:
 TABLES: dict[str, Callable[[Result], str]] = {
     function.__name__: function
     for function in (closed_loop, open_loop, overload, replay, many_models, hot_load, cold_start, length_cost, parity,
-                     quality, methods, few_shot, training, http_overhead)
+                     quality, methods, few_shot, training, memory, http_overhead)
 }  # fmt: skip
 
 
@@ -361,8 +379,15 @@ def _claims_few_shot(results: Mapping[str, Result]) -> Iterable[list[str]]:
         yield [what, _mean_gap(_gaps(result)), "> 0"]
 
 
+def _claims_memory(results: Mapping[str, Result]) -> Iterable[list[str]]:
+    rows = results["memory"]["rows"] if "memory" in results else []
+    few, many = _where(rows, training_rows=5_000), _where(rows, training_rows=50_000)
+    if few and many:
+        yield ["Peak memory of a LoRA run, MB: 50,000 rows against 5,000", f"{_more_mb(many, few):+,.0f}", "≤ +150"]
+
+
 _CLAIMS = (_claims_peers, _claims_replay, _claims_models, _claims_hot_load, _claims_overload, _claims_parity,
-           _claims_training, _claims_few_shot)  # fmt: skip
+           _claims_training, _claims_few_shot, _claims_memory)  # fmt: skip
 
 
 # Rows

@@ -111,7 +111,8 @@ def _profile(settings: WorkerSettings) -> WorkerProfile:
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bf16(torch)
     torch.set_num_threads(settings.resolved_cpu_threads)
     return WorkerProfile(
-        device=device, cpu_threads=settings.resolved_cpu_threads, has_bf16=has_bf16,
+        device=device, devices=torch.cuda.device_count() if device == "cuda" else 1,
+        cpu_threads=settings.resolved_cpu_threads, has_bf16=has_bf16,
         has_bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None,
         forward_rows_per_s=forward_rows_per_s(device, has_bf16=has_bf16),
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import os
@@ -14,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -23,19 +21,19 @@ from finetune.errors import Cancelled, RunError, Stopped
 from finetune.events import ChildJob, PipeLink
 from finetune.jobs.records import JobFailure
 from finetune.plan import PlanError
+from finetune.process import die_with_parent, private_stdout
 from finetune.recipe import run_job
 from model_registry.errors import StoreFull
 from modeling.engines import openvino
 from modeling.errors import BackboneUnavailable
 
-_PR_SET_PDEATHSIG = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> int:
     """Reads the job from the first line, runs it, reports how it ended; the exit status is 0 if it could report."""
-    _die_with_parent()
-    sink = _private_stdout()
+    die_with_parent()
+    sink = private_stdout()
     if sys.argv[1:2] == ["--ahead"]:
         get_ready(_steps_ahead(sys.argv[2:]), is_wanted=_has_come)
     line = sys.stdin.readline()
@@ -93,13 +91,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return is_out_of_memory(error)
 
 
-def _private_stdout() -> IO[str]:
-    """A stream to the supervisor that no library's print can disturb: stdout itself now leads to stderr."""
-    sink = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return sink
-
-
 def get_ready(steps: Iterable[Callable[[], object]], *, is_wanted: Callable[[], bool]) -> None:
     """One step after the other until the process is wanted: a job may need none of those that are left."""
     for step in steps:
@@ -140,12 +131,6 @@ def _print_to(log_file: Path | None) -> None:
         os.dup2(descriptor, 2)
         os.dup2(descriptor, 1)
         os.close(descriptor)
-
-
-def _die_with_parent() -> None:
-    """A child whose supervisor is gone has nobody to report to; without this it would train on for hours."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prepare(job: ChildJob) -> None:

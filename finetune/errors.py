@@ -3,6 +3,7 @@
 RunError(code, message, hint, retryable)
 ├── DatasetInvalid       findings that forbid training
 ├── NonFiniteLoss        the loss became NaN or infinite
+├── ProcessLost          one of several processes that train together is gone
 ├── SearchUnavailable    trials were asked for, and Optuna is not installed
 └── SearchFailed         no trial ended with a model
 
@@ -46,6 +47,18 @@ class NonFiniteLoss(RunError):
             f"{what} became infinite or NaN at step {step} (learning rate {learning_rate:.2g}, {precision})",
             hint=f"use a smaller learning_rate or more warmup_ratio{lower}"
             + ("; look at these rows, too" if rows else ""),
+        )
+
+
+class ProcessLost(RunError):
+    """`rank` counts from 1; the job's own process is 0."""
+
+    def __init__(self, rank: int, *, of: int, what: str, step: int) -> None:
+        super().__init__(
+            "process_lost",
+            f"training process {rank} of {of} {what} at step {step}",
+            hint="the worker's log has the details; submit the job again, with devices 1 if it happens again",
+            retryable=True,
         )
 
 

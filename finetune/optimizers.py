@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, assert_never
 
 import torch
 from torch import nn
 
+from finetune.layers import layer_depths
 from finetune.plan import MethodPlan, Scheduler, TrainingPlan
 
-_LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 _PLATEAU_FACTOR = 0.5
 _CYCLE_LOW = 0.1
 
 
-def build_optimizer(model: nn.Module, plan: TrainingPlan, method: MethodPlan) -> torch.optim.Optimizer:
+def build_optimizer(model: Any, plan: TrainingPlan, method: MethodPlan) -> torch.optim.Optimizer:
     """The plan's optimiser over what is trainable.
 
     Matrices decay, biases and norms do not. The head learns at its own rate, a backbone's layer at
-    `learning_rate * layer_decay ** (layers above it, the head included)`, embeddings below the lowest.
+    `learning_rate * layer_decay ** (layers above it, the head included)`, embeddings below the lowest. `model` has an
+    `encoder` with a transformers configuration.
     """
-    depths = _depths([name for name, _ in model.named_parameters()])
+    above = _layers_above(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_head = name.startswith("head.")
-        rate = method.head_learning_rate if is_head else method.learning_rate * plan.layer_decay ** depths[name]
+        rate = method.head_learning_rate if is_head else method.learning_rate * plan.layer_decay ** above[name]
         decay = plan.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     options = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
@@ -58,14 +58,12 @@ def _optimizer(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.optim.
     assert_never(plan.optimizer)
 
 
-def _depths(names: list[str]) -> dict[str, int]:
+def _layers_above(model: Any) -> dict[str, int]:
     """How many layers stand above a parameter; 1 for the uppermost layer of the backbone, since the head is above."""
-    numbers = {name: int(found[1]) if (found := _LAYER.search(name)) else None for name in names}
-    layers = max((number for number in numbers.values() if number is not None), default=-1) + 1
-    return {
-        name: layers - number if number is not None else (layers + 1 if "embed" in name else 1)
-        for name, number in numbers.items()
-    }
+    depths = layer_depths(model.encoder)
+    top = max(depths.values(), default=0)
+    inside = {f"encoder.{name}": top - depth + 1 for name, depth in depths.items()}
+    return {name: inside.get(name, 1) for name, _ in model.named_parameters()}
 
 
 def schedule(name: Scheduler, *, total_steps: int, warmup_ratio: float, epochs: float = 1.0) -> Callable[[int], float]:

@@ -33,6 +33,7 @@ Method = Literal["auto"] | SingleMethod
 COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "full")
 FEW_ROWS_PER_CLASS = 32  # up to so many, on average, `auto` also tries `setfit`, after the probe
 _STEPPED = frozenset({"ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"})
+_ROWS_PER_DEVICE = 8  # of a step, at least, for a further GPU to be taken by itself
 _PAIRS_PER_STEP = 32 * 31 // 2
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"]
 Scheduler = Literal["cosine", "linear", "constant", "plateau", "cyclic"]
@@ -168,6 +169,8 @@ class Hyperparameters(_Model):
     layer_decay: float = Field(1.0, gt=0, le=1)
     gradient_accumulation: Literal["auto"] | int = Field("auto")
     gradient_checkpointing: bool = False
+    devices: Literal["auto"] | int = Field("auto")
+    processes: int = Field(1, ge=1, le=64)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     loss: Literal["auto"] | Loss = "auto"
@@ -201,7 +204,7 @@ class Hyperparameters(_Model):
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (0.01, 1000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 4096),
             "gradient_accumulation": (1, 1024), "dropout": (0.0, 0.9), "max_length": (8, 8192),
-            "label_smoothing": (0.0, 0.9), "unfreeze_layers": (1, 1000), "momentum": (0.0, 0.999),
+            "label_smoothing": (0.0, 0.9), "unfreeze_layers": (1, 1000), "momentum": (0.0, 0.999), "devices": (1, 64),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -237,6 +240,7 @@ class WorkerProfile(_Model):
     """What planning needs to know of a worker; workers write it to the database."""
 
     device: str = "cpu"
+    devices: int = 1  # GPUs that it may train on at once
     cpu_threads: int = 1
     has_bf16: bool = False
     has_bitsandbytes: bool = False
@@ -300,6 +304,7 @@ class TrainingPlan(_Model):
     pruner: Literal["asha", "none"] = "asha"
     device: str
     cpu_threads: int
+    processes: int = 1  # that compute each step's gradient together, one a GPU
 
     @property
     def deciding(self) -> Metric:
@@ -464,11 +469,14 @@ def resolve(
         pruner=wanted.pruner,
         device=worker.device,
         cpu_threads=worker.cpu_threads,
+        processes=_processes(wanted, worker),
     )
 
 
 def refuse_unavailable(wanted: Hyperparameters, worker: WorkerProfile | None) -> None:
-    """Raises `PlanError` for a method that the worker (None: no worker is known) cannot run."""
+    """Raises `PlanError` for what the worker (None: no worker is known) cannot run."""
+    if worker is not None:
+        _refuse_processes(wanted, worker)
     if wanted.method != "qlora":
         return
     if worker is None:
@@ -487,6 +495,48 @@ def _label_smoothing(wanted: Hyperparameters, task: Task) -> float:
     if wanted.label_smoothing != "auto":
         return wanted.label_smoothing
     return _LABEL_SMOOTHING if task == "text-classification" else 0.0
+
+
+def _refuse_processes(wanted: Hyperparameters, worker: WorkerProfile) -> None:
+    on_gpu, devices = worker.device.startswith("cuda"), 1 if wanted.devices == "auto" else wanted.devices
+    name = "devices" if devices > 1 else "processes"
+    if max(devices, wanted.processes) == 1:
+        return
+    if wanted.method != "auto" and wanted.method not in _STEPPED:
+        raise _refusal(name, f"{name} has no effect with method {wanted.method}; leave it out")
+    if wanted.loss in EMBEDDING_LOSSES:
+        message = f"loss {wanted.loss} compares the rows of a step with each other, so they cannot be shared out"
+        raise _refusal(name, f"{message}; leave {name} out, or use another loss")
+    if devices > 1 and not on_gpu:
+        raise _refusal("devices", f"devices {devices}: the worker trains on {worker.device}; leave devices out")
+    if devices > worker.devices:
+        raise _refusal(
+            "devices", f"devices {devices}: the worker has {worker.devices}; ask for no more, or leave it out"
+        )
+    if wanted.processes > 1 and on_gpu:
+        raise _refusal("processes", "processes is for workers without a GPU; use devices")
+    if wanted.processes > worker.cpu_threads:
+        message = f"processes {wanted.processes}: the worker has {worker.cpu_threads} threads, and each needs one"
+        raise _refusal("processes", f"{message}; ask for no more")
+
+
+def _processes(wanted: Hyperparameters, worker: WorkerProfile) -> int:
+    """As asked for. By itself a run takes all GPUs that get enough rows of a step to be worth the exchange."""
+    if not worker.device.startswith("cuda"):
+        return wanted.processes
+    if wanted.devices != "auto":
+        return wanted.devices
+    if wanted.loss in EMBEDDING_LOSSES:
+        return 1
+    return max(1, min(worker.devices, _batch_size(wanted) * _accumulation(wanted) // _ROWS_PER_DEVICE))
+
+
+def _batch_size(wanted: Hyperparameters) -> int:
+    return 32 if wanted.batch_size == "auto" else wanted.batch_size
+
+
+def _accumulation(wanted: Hyperparameters) -> int:
+    return 1 if wanted.gradient_accumulation == "auto" else wanted.gradient_accumulation
 
 
 def _auto_order(data: DatasetProfile, task: Task) -> tuple[SingleMethod, ...]:
@@ -531,8 +581,7 @@ def _plan_method(
     method: SingleMethod, wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int,
     max_length: int,
 ) -> MethodPlan:  # fmt: skip
-    batch_size = 32 if wanted.batch_size == "auto" else wanted.batch_size
-    accumulation = 1 if wanted.gradient_accumulation == "auto" else wanted.gradient_accumulation
+    batch_size, accumulation = _batch_size(wanted), _accumulation(wanted)
     epochs = 0.0
     if method in _STEPPED:
         epochs = float(_default_epochs(method, data.train_rows) if wanted.epochs == "auto" else wanted.epochs)
@@ -549,7 +598,9 @@ def _plan_method(
         gradient_accumulation=accumulation,
         finds_batch_size=wanted.batch_size == "auto" and worker.device.startswith("cuda"),
         total_steps=steps,
-        estimated_seconds=_estimate(method, data, worker, parameters, max_length, epochs, steps),
+        estimated_seconds=_estimate(
+            method, data, worker, parameters, max_length, epochs / _processes(wanted, worker), steps
+        ),
     )
 
 

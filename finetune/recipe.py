@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +40,9 @@ from finetune.tasks import rules_of
 from model_registry.store import FileStore
 from modeling.backbone import Backbone
 
+if TYPE_CHECKING:
+    from finetune.training.parallel import Leader
+
 
 def run_job(job: ChildJob, link: Link) -> None:
     """Runs one job to its registration. Raises `RunError`, `Cancelled` (nothing to keep), `Stopped`."""
@@ -65,7 +69,9 @@ def run_job(job: ChildJob, link: Link) -> None:
         earlier_work_dirs=job.earlier_work_dirs, deadline=deadline, vectors=vectors,
     )  # fmt: skip
 
-    candidates = [search(run, replan)] if plan.trials else train_methods(run)
+    with _leading(plan, job.work_dir) as run.leader:
+        candidates = [search(run, replan)] if plan.trials else train_methods(run)
+    run.leader = None
     plan = run.plan
     best = choose(candidates, run)
 
@@ -188,6 +194,15 @@ def frozen_vectors(job: ChildJob, backbone: Backbone, cache: FeatureCache | None
 
 
 # 3. and 4. Methods
+
+
+def _leading(plan: TrainingPlan, work_dir: Path) -> contextlib.AbstractContextManager[Leader | None]:
+    """What other processes train with, where the plan has several; one alone needs nothing of it."""
+    if plan.processes == 1:
+        return contextlib.nullcontext()
+    from finetune.training.parallel import leading
+
+    return leading(plan, work_dir)
 
 
 def train_methods(run: Run) -> list[Candidate]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.embedding import FrozenVectors, OnBatch, length_batches, run_all
 from finetune.events import Link
@@ -21,6 +22,10 @@ from modeling.heads import TaskHead
 from modeling.preprocess import TextPreprocessor
 from modeling.tasks import outputs_of
 from modeling.weights import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from finetune.training.batches import TokenRows
+    from finetune.training.parallel import Follower, Leader
 
 __all__ = ["Rows", "Run", "embed", "length_batches"]
 
@@ -43,7 +48,8 @@ class Rows:
 class Run:
     """A run in progress. `features` of the frozen backbone are computed once and shared by all methods.
 
-    `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training.
+    `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training. With a
+    `leader` several processes train; in those that follow it there is a `follower`, and `tokens` are the training rows.
     """
 
     train: Rows
@@ -60,6 +66,9 @@ class Run:
     is_winding_down: bool = False
     vectors: FrozenVectors | None = None
     on_evaluation: Callable[[int, float], None] | None = None
+    leader: Leader | None = None
+    follower: Follower | None = None
+    tokens: TokenRows | None = None
     _features: dict[str, FloatArray] = field(default_factory=dict)
 
     @cached_property

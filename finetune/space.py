@@ -15,7 +15,7 @@ Scalar = str | int | float | bool | None
 MOST_CHOICES = 100
 FIXED = frozenset(
     "method task seed max_seconds metric eval_every restore_best split max_length calibration abstain gate "
-    "trials space pruner".split()
+    "trials space pruner devices processes".split()
 )
 
 

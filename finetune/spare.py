@@ -50,6 +50,14 @@ def close_pipes(child: subprocess.Popen[str]) -> None:
                 pipe.close()
 
 
+def describe_exit(code: int) -> str:
+    """What an exit status says about the end of a process."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
+    return f"exit status {code}"
+
+
 @dataclass
 class _Waiting:
     child: subprocess.Popen[str]

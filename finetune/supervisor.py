@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import queue
-import signal
 import subprocess
 import threading
 import time
@@ -29,7 +28,7 @@ from finetune.jobs.store import JobStore
 from finetune.metrics import WorkerMetrics
 from finetune.quality import metric_of
 from finetune.settings import child_environment
-from finetune.spare import SpareChild, child_command, close_pipes, end_child, start_child
+from finetune.spare import SpareChild, child_command, close_pipes, describe_exit, end_child, start_child
 from model_registry.errors import ArtifactExists, DatabaseUnavailable, InvalidReference
 from model_registry.manifest import MANIFEST_NAME, ModelManifest, Task
 from model_registry.registry import Promotion, Registry
@@ -257,7 +256,7 @@ class Supervisor:
             self._persistently(lambda: self._ledger.jobs.finish(self._lease, JobStatus.CANCELLED))
             self._outcome = "cancelled"
             return
-        reason = f"the training process ended without a result ({_describe(child.returncode)})"
+        reason = f"the training process ended without a result ({describe_exit(child.returncode)})"
         self._requeue(reason, charge_attempt=not self._should_stop())
 
     def _requeue(self, reason: str, *, charge_attempt: bool) -> None:
@@ -316,10 +315,3 @@ def _send(child: subprocess.Popen[str], message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError, ValueError):  # it may have just died; its exit is noticed elsewhere
         child.stdin.write(json.dumps(message) + "\n")
         child.stdin.flush()
-
-
-def _describe(code: int) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
-    return f"exit status {code}"

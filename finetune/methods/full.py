@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from finetune.layers import freeze_below, set_trunk, unset_trunk
 from finetune.methods.candidate import Candidate
-from finetune.methods.layers import freeze_below, set_trunk, unset_trunk
 from finetune.methods.own import Serving, new_classifier, serve_own
 from finetune.methods.tuned import Classifier, start_head, train_tuned
 from finetune.run import Run

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from finetune.jobs.records import JobPhase
+from finetune.layers import FrozenTrunk
 from finetune.methods.candidate import Candidate, Servable
-from finetune.methods.layers import FrozenTrunk
 from finetune.run import Run, embed
 from finetune.tasks.rules import Scale
 from finetune.training import Trained, run_training

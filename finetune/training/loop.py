@@ -26,6 +26,7 @@ from finetune.run import Run
 from finetune.training import bf16_cpu
 from finetune.training.batches import Ahead, Batch, TokenRows, epoch_order, make_batch, passes
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
+from finetune.training.parallel import Follower, Order, Share, seed_of, share_of
 from finetune.training.state import Best, Progress, copied, from_checkpoint, load_weights, to_checkpoint, trainable
 from modeling.weights import FloatArray, IntArray
 
@@ -45,10 +46,14 @@ class Trained:
 def run_training(run: Run, method: str, model: Any) -> Trained:
     """Trains `model` in place and leaves its best weights in it (the last ones without `restore_best`).
 
-    Raises `Cancelled` (without keep_best), `Stopped` (after saving a checkpoint), `NonFiniteLoss`, `OutOfMemory`.
+    In a process that follows another one it computes what that one orders, and nothing is to be read from the result.
+    Raises `Cancelled` (without keep_best), `Stopped` (after saving a checkpoint), `NonFiniteLoss`, `OutOfMemory`,
+    `ProcessLost`.
     """
     loop = _Loop(run, method, model)
     with loop.prepared():
+        if run.follower is not None:
+            return loop.follow(run.follower)
         loop.restore()
         while loop.progress.stopped is None:
             loop.one_step()
@@ -59,6 +64,8 @@ class _Loop:
     def __init__(self, run: Run, method: str, model: Any) -> None:
         plan: MethodPlan = run.plan_of(method)
         self.run, self.plan, self.method = run, plan, method
+        self.rank = 0 if run.follower is None else run.follower.rank
+        self.processes = run.plan.processes
         self.folder = run.work_dir / method
         on_cpu = run.plan.device == "cpu"
         self.has_own_bf16 = on_cpu and run.plan.precision == "bf16"
@@ -73,7 +80,8 @@ class _Loop:
             run.plan.scheduler, total_steps=plan.total_steps, warmup_ratio=run.plan.warmup_ratio, epochs=plan.epochs
         )
         encode = functools.partial(TokenRows.encode, run.preprocessor, pad_id=encoder.config.pad_token_id or 0)
-        self.train_rows, self.validation_rows = encode(run.train.texts), encode(run.validation.texts)
+        self.train_rows = encode(run.train.texts) if run.tokens is None else run.tokens
+        self.validation_rows = encode(run.validation.texts)
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
         self.steps_per_epoch = max(1, -(-len(self.train_rows) // self.rows_per_step))
         self.evaluate_every = max(1, round(self.steps_per_epoch * run.plan.eval_every))
@@ -105,6 +113,8 @@ class _Loop:
                 self.after_step = copies.expire
             if self.run.plan.gradient_checkpointing:
                 stack.enter_context(_recomputing(self.encoder))
+            if self.run.leader is not None:
+                stack.enter_context(self.run.leader.training(*self._assignment()))
             yield
 
     # One step
@@ -183,26 +193,42 @@ class _Loop:
 
     def _gradients(self) -> None:
         """Leaves the gradient of the mean over the step's rows in the parameters."""
+        step, leader = self.progress.step, self.run.leader
+        if leader is None:
+            shares = [self._share(step)]
+        else:
+            scaler = self.accelerator.scaler
+            order = Order(step, self.size.rows, self.size.tokens, None if scaler is None else scaler.get_scale())
+            shares = leader.gradients(self.raw, order, lambda: self._share(step))
+        total = sum(share.loss for share in shares)
+        if not np.isfinite(total):
+            raise self._not_finite([share.broken for share in shares])
+        self.progress.loss_sum += total
+        self.progress.loss_steps += 1
+        self.progress.trained_rows += sum(share.rows for share in shares)
+
+    def _share(self, step: int) -> Share:
+        """Leaves this process's part of that gradient in the parameters: all of it where no other process trains."""
         self.model.train()
-        batches = self.batches.get(self.progress.step)
-        targets = self.targets
-        rows = sum(len(batch.rows) for batch in batches)
-        weight = sum(float(self.objective.weights(self._targets(targets, batch)).sum()) for batch in batches)
+        (rows, batches), targets = self.batches.get(step), self.targets
+        weight = float(self.objective.weights(self._of_rows(targets, rows)).sum())
         losses = []
         for batch in batches:
             of_rows, of_vectors = self._losses(batch, self._targets(targets, batch))
-            loss = of_rows.sum() / weight + of_vectors * (len(batch.rows) / rows)
+            loss = of_rows.sum() / weight + of_vectors * (len(batch.rows) / len(rows))
             losses.append((batch, of_rows.detach(), loss.detach()))
             self.accelerator.backward(loss)
-        total = float(torch.stack([loss for _, _, loss in losses]).sum())
-        if not np.isfinite(total):
-            raise self._not_finite([self._broken(batch, values) for batch, values, _ in losses])
-        self.progress.loss_sum += total
-        self.progress.loss_steps += 1
-        self.progress.trained_rows += rows
+        total = float(torch.stack([loss for _, _, loss in losses]).sum()) if losses else 0.0
+        broken = (
+            [] if np.isfinite(total) else [row for batch, values, _ in losses for row in self._broken(batch, values)]
+        )
+        return Share(total, rows=sum(len(batch.rows) for batch in batches), broken=broken)
 
     def _targets(self, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return targets[torch.from_numpy(batch.rows)].to(self.accelerator.device)
+        return self._of_rows(targets, batch.rows)
+
+    def _of_rows(self, targets: torch.Tensor, rows: IntArray) -> torch.Tensor:
+        return targets[torch.from_numpy(rows)].to(self.accelerator.device)
 
     def _losses(self, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32[rows] of the output, and one value for the pass of the vectors (0 where the loss has none)."""
@@ -232,10 +258,12 @@ class _Loop:
 
     # Rows
 
-    def _batches_of(self, step: int) -> list[Batch]:
-        rows = self._rows_of(step)
-        parts = passes(self.train_rows.lengths, rows, most_rows=self.size.rows, most_tokens=self.size.tokens)
-        return [make_batch(self.train_rows, part, self.accelerator.device) for part in parts]
+    def _batches_of(self, step: int) -> tuple[IntArray, list[Batch]]:
+        """The rows of a step, and this process's share of them in passes."""
+        rows, lengths = self._rows_of(step), self.train_rows.lengths
+        share = share_of(lengths, rows, rank=self.rank, processes=self.processes)
+        parts = passes(lengths, share, most_rows=self.size.rows, most_tokens=self.size.tokens)
+        return rows, [make_batch(self.train_rows, part, self.accelerator.device) for part in parts]
 
     def _rows_of(self, step: int) -> IntArray:
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -260,9 +288,41 @@ class _Loop:
             self.accelerator.backward(of_rows.mean() + of_vectors)
             self.optimizer.zero_grad()
 
-        self.size = largest_that_fits(attempt, PassSize(self.rows_per_step))
+        self.size = largest_that_fits(attempt, PassSize(-(-self.rows_per_step // self.processes)))
         self.optimizer.zero_grad()
         torch.set_rng_state(random)
+
+    # Several processes
+
+    def follow(self, follower: Follower) -> Trained:
+        """Computes this process's share of each step that is ordered, until the training ends."""
+
+        def compute(order: Order) -> Share:
+            size = PassSize(order.rows, order.tokens)
+            if size != self.size:
+                self.size = size
+                self.batches.forget()
+            if order.scale is not None:
+                scaler = self.accelerator.scaler
+                scaler.load_state_dict(scaler.state_dict() | {"scale": order.scale})
+            self.optimizer.zero_grad()
+            torch.manual_seed(seed_of(self.run.plan.seed, rank=self.rank, step=order.step))
+            return self._share(order.step)
+
+        follower.follow(self.raw, compute)
+        return Trained(np.zeros((0, len(self.run.labels)), np.float32), {})
+
+    def _assignment(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the other processes need to know, and their rows."""
+        run, tokens = self.run, self.train_rows
+        assignment = {
+            "method": self.method, "plan": run.plan, "labels": run.labels, "backbone_folder": run.backbone.folder,
+        }  # fmt: skip
+        arrays = {
+            "ids": tokens.ids, "types": tokens.types, "starts": tokens.starts, "pad_id": np.asarray([tokens.pad_id]),
+            "labels": run.train.labels, "numbers": np.asarray(run.train.numbers),
+        }  # fmt: skip
+        return assignment, arrays
 
     # Evaluation and early stopping
 
@@ -314,6 +374,11 @@ class _Loop:
             "stopped": progress.stopped,
             "rows_per_second": round(progress.trained_rows / max(1e-9, progress.trained_s), 2),
             "history": progress.history,
+            "processes": self.processes,
+            "seeds": [
+                self.run.plan.seed,
+                *(seed_of(self.run.plan.seed, rank=n, step=0) for n in range(1, self.processes)),
+            ],
         }
         return Trained(logits, details)
 

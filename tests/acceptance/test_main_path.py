@@ -200,8 +200,9 @@ def test_one_request_may_bring_its_file_and_a_repeat_starts_nothing_new(
 def test_a_cancelled_job_may_keep_its_best(service: Service, service_words: tuple[str, str]) -> None:
     client = service.client
     job_id = client.finetune(
-        service_words[0], "cancelled", method="full", epochs=1000, eval_every=2, early_stopping={"patience": 1000}
-    )
+        service_words[0], "cancelled", method="full", epochs=1000, eval_every=2, early_stopping={"patience": 1000},
+        export=[],
+    )  # fmt: skip
     client.wait_event(job_id, "checkpoint_saved")
     cancelled = client.http.post(f"/finetune/{job_id}/cancel", json={"keep_best": True})
     assert cancelled.json()["status"] == "cancelling"

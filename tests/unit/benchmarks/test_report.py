@@ -138,6 +138,13 @@ def test_other_tables() -> None:
               "version_mb": 90.1}  # fmt: skip
     text = tables.methods({"rows": [method, {**method, "seed": 2, "served": 0.98}]})
     assert "| lora, dora | 2 | 0.9750 ± 0.0635 | 100.0 |" in text  # 12.706 x 0.00707 / sqrt(2)
+    peaks = [
+        {"training_rows": count, "round": 0, "peak_mb": peak, "steps": 40,
+         "phases_mb": {"preparing_data": data, "training": 900 + data // 10}}
+        for count, peak, data in ((5_000, 1000, 600), (50_000, 1112, 700))
+    ]  # fmt: skip
+    assert "| 50,000 | 40 | 700 | 970 | 1,112 | +10 |" in tables.memory({"rows": peaks})
+    assert "| +112 | ≤ +150 |" in tables.claims({"memory": {"rows": peaks}})
     cases = {"app": {"base_us": 399.0, "us": 28.0, "ratio": 14.25}}
     assert "| app | 399.0 | 28.0 | 14.2 |" in tables.http_overhead({"cases": cases})
 

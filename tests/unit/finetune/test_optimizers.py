@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ SCHEDULERS = ["cosine", "linear", "constant", "plateau", "cyclic"]
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=3)
         self.embeddings = nn.Embedding(10, 4)
         self.layer = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
 

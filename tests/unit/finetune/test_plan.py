@@ -91,6 +91,36 @@ def test_qlora_is_refused_where_the_worker_cannot_run_it(worker: WorkerProfile |
     refuse_unavailable(Hyperparameters(method="lora"), worker)
 
 
+GPUS = WorkerProfile(device="cuda", devices=4, cpu_threads=16)
+
+
+@pytest.mark.parametrize(
+    ("worker", "values", "processes"),
+    [(WorkerProfile(cpu_threads=8), {}, 1), (WorkerProfile(cpu_threads=8), {"processes": 2}, 2), (GPUS, {}, 4),
+     (GPUS, {"devices": 3}, 3), (GPUS, {"batch_size": 16}, 2), (GPUS, {"batch_size": 4}, 1),
+     (GPUS, {"batch_size": 4, "gradient_accumulation": 4}, 2), (GPUS, {"loss": "mnrl"}, 1)],
+)  # fmt: skip
+def test_a_run_takes_the_devices_that_get_enough_rows(
+    worker: WorkerProfile, values: dict[str, Any], processes: int
+) -> None:
+    assert plan(worker=worker, method="lora", **values).processes == processes
+
+
+@pytest.mark.parametrize(
+    ("worker", "values", "reason"),
+    [(GPUS, {"devices": 5}, "the worker has 4"), (WorkerProfile(cpu_threads=8), {"devices": 2}, "trains on cpu"),
+     (GPUS, {"processes": 2}, "use devices"), (WorkerProfile(cpu_threads=1), {"processes": 2}, "1 threads"),
+     (GPUS, {"devices": 2, "loss": "triplet"}, "compares the rows"),
+     (GPUS, {"devices": 2, "method": "setfit"}, "no effect with method setfit")],
+)  # fmt: skip
+def test_devices_that_cannot_be_had_are_refused_by_name(
+    worker: WorkerProfile, values: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(PlanError, match=reason) as refused:
+        plan(worker=worker, **({"method": "full"} | values))
+    assert refused.value.errors[0]["loc"][1] in {"devices", "processes"}
+
+
 def test_qlora_is_planned_where_the_worker_can_run_it() -> None:
     able = WorkerProfile(device="cuda", has_bitsandbytes=True)
     assert [item.method for item in plan(method="qlora", worker=able).methods] == ["qlora"]
