@@ -374,7 +374,7 @@ def _claims_parity(results: Mapping[str, Result]) -> Iterable[list[str]]:
 
 
 def _claims_few_shot(results: Mapping[str, Result]) -> Iterable[list[str]]:
-    for result in (one for one in results.values() if one["benchmark"] == "few_shot" and _gaps(one)):
+    for result in (one for one in results.values() if one.get("benchmark") == "few_shot" and _gaps(one)):
         what = f"Accuracy of setfit less that of the probe, {result['per_class']} rows a class, R8"
         yield [what, _mean_gap(_gaps(result)), "> 0"]
 
