@@ -188,6 +188,7 @@ class Hyperparameters(_Model):
     eval_every: float = Field(0.5, gt=0, le=100)
     early_stopping: EarlyStopping = EarlyStopping()
     restore_best: bool = True
+    refit: bool = False
     split: SplitOptions = SplitOptions()
     max_length: Literal["auto"] | int = Field("auto")
     calibration: Literal["temperature", "none"] = "temperature"
@@ -294,6 +295,7 @@ class TrainingPlan(_Model):
     eval_every: float
     early_stopping: EarlyStopping
     restore_best: bool
+    refit: bool = False
     split: SplitOptions
     calibration: Literal["temperature", "none"]
     export: list[Literal["onnx"]]
@@ -459,6 +461,7 @@ def resolve(
         eval_every=wanted.eval_every,
         early_stopping=wanted.early_stopping,
         restore_best=wanted.restore_best,
+        refit=wanted.refit,
         split=wanted.split.resolved(),
         calibration=wanted.calibration,
         export=wanted.export,

@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from finetune.embedding import FrozenVectors, OnBatch, length_batches, run_all
 from finetune.events import Link
 from finetune.jobs.records import JobPhase
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from finetune.training.batches import TokenRows
     from finetune.training.parallel import Follower, Leader
 
-__all__ = ["Rows", "Run", "embed", "length_batches"]
+__all__ = ["Rows", "Run", "embed", "joined", "length_batches"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,18 @@ class Rows:
     labels: Targets
     numbers: IntArray
     extras: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+
+    def none(self) -> Rows:
+        """None of them."""
+        return Rows([], self.labels[:0], self.numbers[:0])
+
+
+def joined(first: Rows, second: Rows) -> Rows:
+    """The rows of both, without their metadata."""
+    return Rows(
+        [*first.texts, *second.texts], np.concatenate([first.labels, second.labels]),
+        np.concatenate([first.numbers, second.numbers]),
+    )  # fmt: skip
 
 
 @dataclass

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from finetune.layers import freeze_below, set_trunk, unset_trunk
 from finetune.methods.candidate import Candidate
-from finetune.methods.own import Serving, new_classifier, serve_own
-from finetune.methods.tuned import Classifier, start_head, train_tuned
+from finetune.methods.own import new_classifier, serve_own
+from finetune.methods.tuned import Classifier, Serving, start_head, train_tuned
 from finetune.run import Run
 from modeling.backbone import load_encoder
 
 
 def train(run: Run) -> Candidate:
+    return train_tuned(run, "full", "full", partial(_build, run), _serve)
+
+
+def _build(run: Run) -> Classifier:
     torch.manual_seed(run.plan.seed)
     model = new_classifier(run, load_encoder(run.backbone.folder))
     if run.plan.unfreeze_layers != "all":
@@ -21,7 +27,7 @@ def train(run: Run) -> Candidate:
         model.keep_in(set_trunk(model.encoder) if run.plan.dropout == 0 else None)
     # A fresh head, not the probe's: on R8 the probe's head, fitted to the frozen features, cost a point (docs/log.md).
     start_head(model, None)
-    return train_tuned(run, "full", "full", model, _serve)
+    return model
 
 
 def _serve(run: Run, model: Classifier) -> Serving:

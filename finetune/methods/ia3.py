@@ -3,6 +3,7 @@ vectors, which are merged into the weights in the end."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 
 from finetune.errors import RunError
 from finetune.methods.candidate import Candidate
-from finetune.methods.own import Serving, new_classifier, serve_own
-from finetune.methods.tuned import Classifier, start_head, train_tuned
+from finetune.methods.own import new_classifier, serve_own
+from finetune.methods.tuned import Classifier, Serving, start_head, train_tuned
 from finetune.run import Run
 from modeling.backbone import load_encoder
 
@@ -21,10 +22,14 @@ _FEED_FORWARD = ("output.dense", "ffn.lin2", "ffn_output")
 
 
 def train(run: Run) -> Candidate:
+    return train_tuned(run, "ia3", "full", partial(_build, run), _serve)
+
+
+def _build(run: Run) -> Classifier:
     torch.manual_seed(run.plan.seed)
     model = new_classifier(run, with_ia3(load_encoder(run.backbone.folder)))
     start_head(model, run.probe_head)
-    return train_tuned(run, "ia3", "full", model, _serve)
+    return model
 
 
 def with_ia3(encoder: nn.Module) -> nn.Module:

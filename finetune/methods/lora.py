@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from finetune.methods.candidate import Candidate
-from finetune.methods.own import Serving, new_classifier, serve_own
-from finetune.methods.tuned import Classifier, start_head, train_tuned
+from finetune.methods.own import new_classifier, serve_own
+from finetune.methods.tuned import Classifier, Serving, start_head, train_tuned
 from finetune.run import Run
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from modeling.backbone import load_encoder
@@ -27,6 +27,13 @@ _SERVING_KEY = "candidate"
 
 
 def train(run: Run, method: str = "lora") -> Candidate:
+    build = partial(_build, run, method)
+    if run.plan.lora.dora:
+        return train_tuned(run, method, "full", build, _serve_merged)
+    return train_tuned(run, method, "lora", build, _serve)
+
+
+def _build(run: Run, method: str) -> Classifier:
     torch.manual_seed(run.plan.seed)
     encoder = load_encoder(run.backbone.folder)
     targets = _targets(encoder, run)
@@ -34,9 +41,7 @@ def train(run: Run, method: str = "lora") -> Candidate:
         in_four_bits(encoder)
     model = new_classifier(run, _with_lora(encoder, targets, run))
     start_head(model, run.probe_head, run.scale)
-    if run.plan.lora.dora:
-        return train_tuned(run, method, "full", model, _serve_merged)
-    return train_tuned(run, method, "lora", model, _serve)
+    return model
 
 
 def train_qlora(run: Run) -> Candidate:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from finetune.methods.candidate import Candidate
-from finetune.methods.tuned import Classifier, set_dropout, start_head, train_tuned
+from finetune.methods.tuned import Classifier, Serving, set_dropout, start_head, train_tuned
 from finetune.run import Run
 from modeling.backbone import Backbone, load_encoder
 from modeling.checkpoints import write_encoder
 from modeling.composed import Composition, compose
-from modeling.engines.protocol import Engine
 from modeling.engines.torch import TorchEngine
-
-Serving = tuple[Engine, str | None, Callable[[Path], None]]
 
 
 def new_classifier(run: Run, encoder: nn.Module) -> Classifier:
@@ -51,12 +47,15 @@ def serve_own(run: Run, encoder: nn.Module, *, method: str, composition: Composi
 
 def train_composed(run: Run, method: str, composition: Composition) -> Candidate:
     """Only the modules that `composition` adds are trained, and the head, which starts from the probe's."""
-    torch.manual_seed(run.plan.seed)
-    encoder = load_encoder(run.backbone.folder).requires_grad_(False)
-    model = new_classifier(run, compose(encoder, composition))
-    start_head(model, run.probe_head, run.scale)
+
+    def build() -> Classifier:
+        torch.manual_seed(run.plan.seed)
+        encoder = load_encoder(run.backbone.folder).requires_grad_(False)
+        model = new_classifier(run, compose(encoder, composition))
+        start_head(model, run.probe_head, run.scale)
+        return model
 
     def serve(run: Run, model: Classifier) -> Serving:
         return serve_own(run, model.encoder, method=method, composition=composition)
 
-    return train_tuned(run, method, "full", model, serve)
+    return train_tuned(run, method, "full", build, serve)

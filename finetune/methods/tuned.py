@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from finetune.jobs.records import JobPhase
 from finetune.layers import FrozenTrunk
 from finetune.methods.candidate import Candidate, Servable
-from finetune.run import Run, embed
+from finetune.run import Run, embed, joined
 from finetune.tasks.rules import Scale
 from finetune.training import Trained, run_training
 from model_registry.manifest import VersionKind
@@ -82,18 +83,24 @@ def set_dropout(encoder: nn.Module, value: float) -> None:
             module.p = value
 
 
+Serving = tuple[Engine, str | None, Callable[[Path], None]]
+
+
 def train_tuned(
-    run: Run, method: str, kind: VersionKind, model: Classifier,
-    serve: Callable[[Run, Classifier], tuple[Engine, str | None, Callable[[Path], None]]],
+    run: Run, method: str, kind: VersionKind, build: Callable[[], Classifier],
+    serve: Callable[[Run, Classifier], Serving],
 ) -> Candidate:  # fmt: skip
-    """Trains `model` and wraps it. `serve` turns it into an engine (and adapter key) as the server will run it."""
+    """Trains what `build` makes, the same each time, and wraps it. `serve` turns it into an engine (and adapter key) as
+    the server will run it."""
     started = time.monotonic()
     run.link.phase(JobPhase.TRAINING)
+    model = build()
     trained: Trained = run_training(run, method, model)
 
     def finish() -> Servable:
-        engine, adapter, write_extra = serve(run, model)
-        head = run.scale.folded(model.task_head())
+        scale, final = _refitted(run, method, build, trained) or (run.scale, model)
+        engine, adapter, write_extra = serve(run, final)
+        head = scale.folded(final.task_head())
 
         def logits(texts: Any) -> FloatArray:
             return head.logits(embed(engine, run.preprocessor, texts, adapter=adapter))
@@ -103,4 +110,39 @@ def train_tuned(
     return Candidate(
         method=method, kind=kind, validation_logits=trained.validation_logits, finish=finish,
         seconds=time.monotonic() - started, details=trained.details,
+    )  # fmt: skip
+
+
+def _refitted(
+    run: Run, method: str, build: Callable[[], Classifier], trained: Trained
+) -> tuple[Scale, Classifier] | None:  # fmt: skip
+    """With `refit`: a model trained anew on training and validation rows, for as many epochs as the first one that is
+    served otherwise. None without, and where it was interrupted: the first is then served indeed."""
+    if not run.plan.refit or run.is_winding_down:
+        return None
+    everything = _on_all_rows(run, method, trained.details["best_step" if run.plan.restore_best else "steps"])
+    run.link.phase(JobPhase.TRAINING)
+    model = build()
+    again = run_training(everything, method, model)
+    run.is_winding_down = everything.is_winding_down
+    steps, planned = again.details["steps"], everything.plan_of(method).total_steps
+    if steps < planned:
+        message = f"{method}: the refit ended after {steps} of {planned} steps ({again.details['stopped']}); the model"
+        message += " of the training rows is served"
+        run.link.event("data_warning", message, {"code": "refit_left_out", "method": method}, level="warn")
+        return None
+    trained.details["refit"] = {"rows": len(everything.train.texts), "steps": steps}
+    return everything.scale, model
+
+
+def _on_all_rows(run: Run, method: str, best_step: int) -> Run:
+    """The run as a refit sees it: no row is held out, so nothing is evaluated."""
+    rows = joined(run.train, run.validation)
+    steps = max(1, round(best_step * len(rows.texts) / max(1, len(run.train.texts))))
+    plan = run.plan_of(method).model_copy(update={"total_steps": steps})
+    others = tuple(plan if one.method == method else one for one in run.plan.methods)
+    return replace(
+        run, train=rows, validation=run.validation.none(), on_evaluation=None,
+        plan=run.plan.model_copy(update={"methods": others, "processes": 1}), work_dir=run.work_dir / "refit",
+        earlier_work_dirs=tuple(folder / "refit" for folder in run.earlier_work_dirs), _features={},
     )  # fmt: skip

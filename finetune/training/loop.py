@@ -338,6 +338,8 @@ class _Loop:
 
     def _evaluate(self) -> None:
         progress, plan, link = self.progress, self.run.plan, self.run.link
+        if not len(self.validation_rows):
+            return self._save_unevaluated()
         logits = self._validation_logits()
         value = self.run.score(logits)
         values = self.run.rules.summary(logits, self.run.validation.labels)
@@ -359,6 +361,12 @@ class _Loop:
         self._save()
         if self.run.on_evaluation is not None:
             self.run.on_evaluation(len(progress.history), value)
+
+    def _save_unevaluated(self) -> None:
+        """Where no row is held out, as in a refit, the run ends with its last step."""
+        if self.progress.step >= self.plan.total_steps:
+            self.progress.stopped = "all epochs are done"
+        self._save()
 
     def finish(self) -> Trained:
         progress = self.progress

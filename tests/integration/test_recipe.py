@@ -186,6 +186,57 @@ def test_what_a_method_registers_reproduces_itself_from_the_store(
     assert has_graphs == (manifest.kind == "full")
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "bottleneck"])
+def test_a_refit_learns_from_the_rows_that_it_was_chosen_on(
+    job: Callable[..., ChildJob], store: FileStore, method: str
+) -> None:
+    options = {"method": method, "epochs": 2, "eval_every": 1, "learning_rate": 1e-3}
+    alone = finish(job("alone", **options), RecordingLink())
+    before = served_logits(store, ModelManifest.model_validate(alone["manifest"]))(["good film"])
+    both = finish(job("both", refit=True, **options), RecordingLink())
+    fitted, refitted = (
+        next(item for item in result["evaluation"]["methods"] if item["method"] == method) for result in (alone, both)
+    )
+    assert refitted["validation"] == pytest.approx(fitted["validation"], abs=1e-6), "the first training's figures"
+    sides = _fingerprint(store, both)["rows"]
+    assert refitted["details"]["refit"]["rows"] == sides["train"] + sides["validation"]
+    best, rows = refitted["details"]["best_step"], refitted["details"]["refit"]["rows"]
+    assert refitted["details"]["refit"]["steps"] == max(1, round(best * rows / sides["train"]))
+    assert "refit" not in fitted["details"]
+    manifest = ModelManifest.model_validate(both["manifest"])
+    check_golden(read_version(store, manifest), served_logits(store, manifest))
+    assert not np.allclose(served_logits(store, manifest)(["good film"]), before, atol=1e-5)
+
+
+def test_a_refit_that_is_cut_short_leaves_the_first_model(
+    job: Callable[..., ChildJob], store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.training.loop import _Loop
+
+    options = {"method": "full", "epochs": 2, "eval_every": 1}
+    alone = finish(job("alone", **options), RecordingLink())
+    first = served_logits(store, ModelManifest.model_validate(alone["manifest"]))(["good film"])
+    is_over = _Loop._should_end
+
+    def out_of_time(self: _Loop) -> bool:
+        if not len(self.validation_rows) and self.progress.step == 1:
+            self._end("max_seconds is used up")
+        return is_over(self)
+
+    monkeypatch.setattr(_Loop, "_should_end", out_of_time)
+    link = RecordingLink()
+    cut = finish(job("cut", refit=True, **options), link)
+    assert any(event["data"].get("code") == "refit_left_out" for event in link.events)
+    kept = served_logits(store, ModelManifest.model_validate(cut["manifest"]))(["good film"])
+    assert np.allclose(first, kept, atol=1e-6)
+
+
+def _fingerprint(store: FileStore, result: dict[str, Any]) -> dict[str, Any]:
+    prefix = ModelManifest.model_validate(result["manifest"]).prefix
+    document: dict[str, Any] = json.loads(store.get_bytes(f"{prefix}/data/fingerprint.json", max_bytes=1 << 20))
+    return document
+
+
 def _events(store: FileStore, manifest: ModelManifest) -> list[dict[str, Any]]:
     text = store.get_bytes(f"{manifest.prefix}/train/events.jsonl", max_bytes=1 << 20).decode()
     return [json.loads(line) for line in text.splitlines()]
