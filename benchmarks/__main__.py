@@ -28,6 +28,7 @@ COMMANDS = {
     "http": "processor time of a request outside of the model",
     "training": "rows per second of a LoRA fine-tune, against transformers' Trainer",
     "memory": "peak memory of a LoRA run by the number of its rows",
+    "probe-job": "a linear probe on R8 from request to first answer, against the bare embedding of its rows",
     "quality": "accuracy of fine-tuned models on public data",
     "methods": "accuracy, seconds and memory of every training method on R8",
     "few-shot": "setfit against the probe on a few rows of each class",

@@ -267,6 +267,17 @@ def _more_mb(rows: Sequence[Row], base: Sequence[Row], name: str = "peak_mb") ->
     return (_median(rows, name) or 0.0) - (_median(base, name) or 0.0)
 
 
+def probe_job(result: Result) -> str:
+    bare = _where(result["rows"], job="bare pass")
+    lines = []
+    for (job,) in _distinct(result["rows"], "job"):
+        these = _where(result["rows"], job=job)
+        ratio = "–" if these == bare else _ratio_cell(_ratios_of(these, "seconds", bare, "seconds"))
+        lines.append([job, these[0]["engine"], _cell(these, "seconds", 1), ratio, _cell(these, "accuracy", 4)])
+    rows = f"{result['train_rows']:,} rows to train and validate on, {result['test_rows']:,} to test:"
+    return f"{rows}\n\n{_table(['Job', 'Engine', 'Seconds', 'Times the bare pass', 'Test accuracy'], lines)}"
+
+
 def http_overhead(result: Result) -> str:
     """With one checkout microseconds alone, with two also those of the other and the ratio."""
     titles = {"base_us": "Before", "us": "Now", "ratio": "Ratio"}
@@ -278,7 +289,8 @@ def http_overhead(result: Result) -> str:
 TABLES: dict[str, Callable[[Result], str]] = {
     function.__name__: function
     for function in (closed_loop, open_loop, overload, replay, many_models, hot_load, cold_start, length_cost, parity,
-                     quality, methods, few_shot, training, memory, http_overhead)
+                     quality, methods, few_shot, training, memory, probe_job,
+                     http_overhead)
 }  # fmt: skip
 
 
@@ -386,8 +398,22 @@ def _claims_memory(results: Mapping[str, Result]) -> Iterable[list[str]]:
         yield ["Peak memory of a LoRA run, MB: 50,000 rows against 5,000", f"{_more_mb(many, few):+,.0f}", "≤ +150"]
 
 
+def _claims_probe_job(results: Mapping[str, Result]) -> Iterable[list[str]]:
+    rows = results["probe-job"]["rows"] if "probe-job" in results else []
+    bare, first, second = (
+        _median(_where(rows, job=job), "seconds") for job in ("bare pass", "first", "second, at once")
+    )
+    if bare is not None and first is not None and second is not None:
+        yield [
+            "linear_probe on R8, request to served, s",
+            f"{first:.1f}",
+            f"≤ 1.3 × {bare:.1f} + 8 = {1.3 * bare + 8:.1f}",
+        ]
+        yield ["The second job on the same rows, s", f"{second:.1f}", "≤ 10"]
+
+
 _CLAIMS = (_claims_peers, _claims_replay, _claims_models, _claims_hot_load, _claims_overload, _claims_parity,
-           _claims_training, _claims_few_shot, _claims_memory)  # fmt: skip
+           _claims_training, _claims_few_shot, _claims_memory, _claims_probe_job)  # fmt: skip
 
 
 # Rows

@@ -145,6 +145,13 @@ def test_other_tables() -> None:
     ]  # fmt: skip
     assert "| 50,000 | 40 | 700 | 970 | 1,112 | +10 |" in tables.memory({"rows": peaks})
     assert "| +112 | ≤ +150 |" in tables.claims({"memory": {"rows": peaks}})
+    jobs = [
+        {"job": job, "round": 0, "engine": "openvino/bf16", "seconds": seconds, "accuracy": 0.967}
+        for job, seconds in (("first", 50.0), ("second, at once", 7.0), ("bare pass", 40.0))
+    ]
+    probe = {"train_rows": 5485, "test_rows": 2189, "rows": jobs}
+    assert "| first | openvino/bf16 | 50.0 | 1.25 | 0.9670 |" in tables.probe_job(probe)
+    assert "| 50.0 | ≤ 1.3 × 40.0 + 8 = 60.0 |" in tables.claims({"probe-job": probe})
     cases = {"app": {"base_us": 399.0, "us": 28.0, "ratio": 14.25}}
     assert "| app | 399.0 | 28.0 | 14.2 |" in tables.http_overhead({"cases": cases})
 
