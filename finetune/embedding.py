@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune.features import FeatureCache, lengths_space, space_name, text_key
+from finetune.memory import release_free_memory
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.device import DeviceFingerprint
@@ -22,6 +23,7 @@ from modeling.preprocess import CHARACTERS_PER_TOKEN, Encoded, TextPreprocessor
 from modeling.weights import FloatArray, IntArray
 
 _TOKENS_PER_BATCH = 4096
+_BATCHES_PER_RELEASE = 8  # each batch has other sizes, and what they leave free between them adds up
 _ROWS_PER_PART = 16384
 _TEXTS_PER_PART = 1024  # all encodings at once would take more memory than the texts
 # Engines that open in about a second; others wait for a compiler first.
@@ -137,7 +139,9 @@ def run_all(
     """Pooled vectors float32[rows, hidden] in the order of `rows`, computed in batches of similar length."""
     pooled = np.zeros((len(rows), 0), dtype=np.float32)
     done = 0
-    for indices in length_batches(rows, tokens=_TOKENS_PER_BATCH):
+    for number, indices in enumerate(length_batches(rows, tokens=_TOKENS_PER_BATCH)):
+        if number % _BATCHES_PER_RELEASE == 0:
+            release_free_memory()
         batch = [rows[index] for index in indices]
         vectors = engine.run(EngineBatch(batch, [adapter] * len(batch) if adapter else None))
         if pooled.shape[1] == 0:

@@ -60,7 +60,7 @@ def pair(job: Build, kept: list[Leader], monkeypatch: pytest.MonkeyPatch) -> Bui
             kept.append(Leader(plan, work_dir=work_dir))
         return _Kept(kept[0])
 
-    monkeypatch.setattr("finetune.recipe.leading", keep)
+    monkeypatch.setattr("finetune.recipe._leading", keep)
     return _of_two(job)
 
 
