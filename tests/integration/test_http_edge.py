@@ -647,9 +647,9 @@ def test_a_second_signal_ends_it_now() -> None:
 
 def test_an_application_that_does_not_stop_is_left_behind() -> None:
     async def scenario() -> None:
-        async with served(delay_s=0.0, grace_s=0.5, within_s=2.0, stop_s=60.0) as (process, _):
+        async with served(delay_s=0.0, grace_s=0.5, within_s=8.0, stop_s=60.0) as (process, _):
             process.send_signal(signal.SIGTERM)
-            assert await ended(process, 10.0) == 0
+            assert await ended(process, 20.0) == 0
 
     asyncio.run(scenario())
 
