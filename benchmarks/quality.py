@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,30 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--snippets", type=Path, help="csv of scored texts (text,score) to measure as well")
     parser.add_argument("--methods", nargs="+", default=["baseline", "linear_probe", "auto"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--hyperparameters", type=json.loads, default={}, help="further ones as JSON, of every job")
 
 
 def run(options: Namespace) -> None:
     train, test = datasets.r8(options.data, options.r8)
-    results = [measure("r8", train, test, methods=options.methods, seeds=options.seeds)]
+    jobs = {"methods": options.methods, "asked": options.hyperparameters}
+    results = [measure("r8", train, test, seeds=options.seeds, **jobs)]
     if options.snippets is not None:
         binary = datasets.snippets(options.snippets, options.data / f"{options.snippets.stem}.csv")
-        results.append(measure(binary.stem, binary, None, methods=options.methods, seeds=options.seeds[:1]))
+        results.append(measure(binary.stem, binary, None, seeds=options.seeds[:1], **jobs))
     print(json.dumps({result["dataset"]: result["mean"] for result in results}, indent=1))
 
 
 def measure(
-    name: str, train: Path, test: Path | None, *, methods: list[str], seeds: list[int], metric: str = "accuracy"
+    name: str, train: Path, test: Path | None, *, methods: list[str], seeds: list[int], asked: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One row per method and seed; the means are what the documentation quotes."""
+    """One row per method and seed; the means are what the documentation quotes. `asked`: further hyperparameters."""
+    shared = {"metric": "accuracy", **asked}
     with running() as service:
         datasets = {"dataset": service.upload(train)}
         if test is not None:
             datasets["test_dataset"] = service.upload(test)
         rows = [
-            _one(service, f"{name}-{method.replace('_', '-')}-{seed}", datasets, test, method, seed, metric)
+            _one(service, name, datasets, test, {"method": method, "seed": seed, **shared})
             for method in methods
             for seed in seeds
         ]
@@ -50,18 +54,18 @@ def measure(
         method: round(statistics.mean(row["report"] for row in rows if row["method"] == method), 4)
         for method in methods
     }
-    document = {"benchmark": "quality", "dataset": name, "metric": metric, "mean": means, "rows": rows}
+    document = {"benchmark": "quality", "dataset": name, "hyperparameters": shared, "mean": means, "rows": rows}
     write_results(f"quality-{name}", document)
     return document
 
 
 def _one(
-    service: Service, model: str, datasets: dict[str, str], test: Path | None, method: str, seed: int, metric: str
+    service: Service, name: str, datasets: dict[str, str], test: Path | None, hyperparameters: Mapping[str, Any]
 ) -> dict[str, Any]:
+    method, seed = hyperparameters["method"], hyperparameters["seed"]
+    model = f"{name}-{method.replace('_', '-')}-{seed}"
     started = time.monotonic()
-    job = service.finetune(
-        **datasets, register_as=model, hyperparameters={"method": method, "seed": seed, "metric": metric}
-    )
+    job = service.finetune(**datasets, register_as=model, hyperparameters=hyperparameters)
     seconds = time.monotonic() - started
     service.answers(model, ["first"])
     first_answer = time.time() - job["finished_at"]
