@@ -16,7 +16,7 @@ from finetune.errors import DatasetInvalid
 from finetune.events import ChildJob, DatasetInput
 from finetune.jobs.records import Columns, JobSpec
 from finetune.plan import WorkerProfile
-from finetune.recipe import load_sides, planner, run_job
+from finetune.recipe import frozen_vectors, load_sides, planner, run_job
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest
@@ -135,7 +135,8 @@ def test_texts_that_are_cut_are_told_with_their_rows(job: Callable[..., ChildJob
     link = RecordingLink()
     wanted = job(max_length=8)
     train, validation, test = load_sides(wanted, link)
-    planner(wanted, Backbone.open(wanted.backbone_folder), train, validation, test, link)
+    vectors = frozen_vectors(wanted, Backbone.open(wanted.backbone_folder), None)
+    planner(wanted, vectors, train, validation, test, link)
     (event,) = [event for event in link.of("data_warning") if event["data"]["code"] == "too_long"]
     assert event["level"] == "warn" and event["data"]["count"] == len(train)
     assert event["data"]["rows"] == train.row_numbers.tolist()[:20]
