@@ -427,9 +427,7 @@ class ModelPool:
         for model in self._backbones.values():
             assert isinstance(model.lane, BackboneLane)
             other = model.lane.backbone
-            if replace(other.info, digest="", name="", source="") == replace(
-                backbone.info, digest="", name="", source=""
-            ):
+            if backbone.info.runs_like(other.info):
                 return other
         return None
 

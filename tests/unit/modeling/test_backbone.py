@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, ingest, load_encoder, locate, read_config
+from modeling.backbone import Backbone, BackboneInfo, ingest, load_encoder, locate, read_config
 from modeling.errors import BackboneUnavailable, ConfigRefused, UnsupportedArchitecture
 
 
@@ -138,3 +139,22 @@ def test_the_serving_process_starts_without_torch() -> None:
     """Importing it takes a second and 200 MB, which an engine without torch need not pay at a restart."""
     code = "import sys, service.__main__; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], timeout=60)
+
+
+def test_a_fine_tune_runs_like_its_backbone_and_a_larger_one_does_not() -> None:
+    base = BackboneInfo(
+        digest="a", name="minilm", source="pkg:a/b", model_type="bert", hidden_size=384, layers=6, max_length=256,
+        pooling="mean", normalize=True, parameters=22_713_728,
+    )  # fmt: skip
+    without_pooler = 384 * 384 + 384
+    tuned = replace(
+        base, digest="b", source="full fine-tune of a", max_length=128, normalize=False,
+        parameters=base.parameters - without_pooler,
+    )  # fmt: skip
+    assert tuned.runs_like(base)
+    adapters = 6 * 2 * 2 * 384 * 64
+    assert not replace(tuned, parameters=tuned.parameters + adapters).runs_like(base)
+    assert not replace(tuned, model_type="roberta").runs_like(base)
+    assert not replace(tuned, hidden_size=768).runs_like(base)
+    assert not replace(tuned, layers=12).runs_like(base)
+    assert not replace(tuned, pooling="cls").runs_like(base)
