@@ -22,8 +22,8 @@ import torch
 from benchmarks import datasets
 from benchmarks.service import write_results
 from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.events import ChildJob, DatasetInput, EmbeddingInput
-from finetune.jobs.records import JobPhase, JobSpec
+from finetune.events import ChildJob, DatasetInput, EmbeddingInput, Nobody
+from finetune.jobs.records import JobSpec
 from finetune.plan import WorkerProfile
 from finetune.recipe import run_job
 from model_registry.store import FileStore
@@ -108,23 +108,16 @@ class _Jobs:
         return DatasetInput(id=f"ds_{name}", sha256="0" * 64, rows_file=folder / ROWS_FILE)
 
 
-class _Outcome:
-    """The `Link` of a job that nobody watches: it keeps the evaluation."""
+class _Outcome(Nobody):
+    """What comes of a job that nobody watches."""
 
     evaluation: Mapping[str, Any]
 
-    def event(self, *_: Any, **__: Any) -> None: ...
-    def phase(self, phase: JobPhase) -> None: ...
-    def progress(self, **values: Any) -> None: ...
-    def set(self, **columns: Any) -> None: ...
-    def check_cancelled(self) -> None: ...
-    def champion(self) -> dict[str, Any] | None: ...
-
-    def reserve(self, *, kind: str, method: str) -> int:
+    def reserve(self, **_: Any) -> int:
         return 1
 
-    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
-        self.evaluation = evaluation
+    def succeed(self, **version: Any) -> None:
+        self.evaluation = version["evaluation"]
 
     def figures(self) -> dict[str, Any]:
         test, (tried,) = self.evaluation["test"], self.evaluation["methods"]

@@ -342,6 +342,8 @@ def _claims_models(results: Mapping[str, Result]) -> Iterable[list[str]]:
 
 def _claims_hot_load(results: Mapping[str, Result]) -> Iterable[list[str]]:
     rows = results["hot-load"]["rows"] if "hot-load" in results else []
+    if "hot-load-full" in results:  # of a later state
+        rows = [row for row in rows if row["kind"] != "full"] + results["hot-load-full"]["rows"]
     for kind, mix in _distinct(rows, "kind", "mix"):
         these = _where(rows, kind=kind, mix=mix)
         alone, swapped = ([row for row in these if bool(row["swaps"]) is wanted] for wanted in (False, True))

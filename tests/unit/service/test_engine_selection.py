@@ -319,6 +319,35 @@ def test_where_the_reference_itself_fails_the_service_says_so_until_it_passes_ag
     assert run(scenario()) == [True, False, True, True]
 
 
+def test_the_pool_knows_a_fine_tune_for_the_like_of_its_backbone(world: World, tmp_path: Path) -> None:
+    """Though it lacks the pooler, and its vectors are not normalised."""
+    tuned = write_encoder(
+        tmp_path / "full", load_encoder(world.backbone.folder), like=world.backbone.folder, name="tiny",
+        source="full fine-tune", pooling="mean", normalize=not world.backbone.info.normalize, max_length=8,
+    )  # fmt: skip
+    assert tuned.info.parameters < world.backbone.info.parameters
+    asked: list[Backbone | None] = []
+
+    class Asked(Scripted):
+        def open_first(self, backbone: Backbone, *, like: Backbone | None = None) -> tuple[Engine, bool]:
+            asked.append(like)
+            return super().open(REFERENCE, backbone), True
+
+    async def scenario() -> None:
+        pool = ModelPool(
+            world.store, Asked(world, "torch/fp32"), BatchLimits(1024, 32, 0.0), ServingMetrics(),
+            memory_budget_bytes=1 << 30,
+        )  # fmt: skip
+        try:
+            await pool.add_backbone("tiny", world.backbone)
+            await pool._lane_of(tuned)
+        finally:
+            await pool.stop()
+
+    run(scenario())
+    assert asked == [None, world.backbone]
+
+
 def full_disk(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "no space left")
 
