@@ -11,6 +11,7 @@ from modeling.errors import EngineFailed
 from service.api.guard import DrainState
 from service.app import create_app
 from service.front.engine import serve_behind_front_ends
+from service.garbage import keep_collections_short
 from service.logs import set_up
 from service.metrics import ServingMetrics
 from service.server import DrainTimes, serve
@@ -21,6 +22,7 @@ from service.wiring import build
 def main() -> int:
     settings = load_settings()
     keep_threads_passive()
+    keep_collections_short()
     set_up(settings.log_level)
     try:
         refuse_both_wheels()

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp
 
 from finetune.datasets.errors import ColumnMissing, DatasetNotFound, DatasetUnreadable
 from finetune.jobs.errors import (
@@ -24,6 +23,7 @@ from service.api.auth import KeyAuthentication
 from service.api.compat import openai
 from service.api.deps import Services
 from service.api.direct import DirectRoutes
+from service.api.early import EarlyRefusal
 from service.api.guard import DrainState, GuardLimits, RequestGuard, body_limits
 from service.api.measure import RequestMetrics
 from service.api.problems import STATUS_BY_ERROR, install
@@ -54,7 +54,7 @@ STATUS_BY_ERROR |= {
 Build = Callable[[], AbstractAsyncContextManager[Services]]
 
 
-def create_app(settings: ServingSettings, build: Build, drain: DrainState, metrics: ServingMetrics) -> ASGIApp:
+def create_app(settings: ServingSettings, build: Build, drain: DrainState, metrics: ServingMetrics) -> RequestGuard:
     """The guarded application. `build` opens what the routes use and closes it at the end."""
 
     @asynccontextmanager
@@ -75,4 +75,7 @@ def create_app(settings: ServingSettings, build: Build, drain: DrainState, metri
     direct = DirectRoutes(app, answers.ROUTES, lambda: app.state.services)
     authenticated = KeyAuthentication(direct, settings.api_keys)
     measured = RequestMetrics(authenticated, metrics)
-    return RequestGuard(measured, GuardLimits(), drain, body_limits(settings.max_body_bytes, settings.max_upload_bytes))
+    return RequestGuard(
+        measured, GuardLimits(), drain, body_limits(settings.max_body_bytes, settings.max_upload_bytes),
+        early=EarlyRefusal(answers.ROUTES, lambda: app.state.services, authenticated, metrics, drain),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -148,6 +149,7 @@ async def _load(
                 break
             except DatabaseUnavailable:
                 await asyncio.sleep(1)
+        gc.collect()  # now, since it looks at all that was imported; the next ones need not
         pool.is_started = True
     except Exception:
         _log.exception("start-up failed; the process stays unready", extra={"action": "startup_failed"})

@@ -21,7 +21,7 @@ from starlette.types import Scope
 
 from model_registry.refs import ModelRef
 from service.api import wire
-from service.api.direct import Answer, Call, DirectRoute, Inference, PredictResult
+from service.api.direct import Answer, Call, DirectRoute, PredictResult
 from service.api.guard import headers_of
 from service.api.interrupt import unless_gone
 from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH
@@ -79,16 +79,16 @@ async def predict(body: PredictBody, call: Call) -> Answer:
     options = call.services.make_options(
         parameters.top_k, parameters.threshold, parameters.truncate, parameters.max_length, parameters.return_embedding
     )
-    inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    result = await predicted(call, call.model or body.model, inputs, options, timeout_ms=parameters.timeout_ms)
+    named, inputs = _asked_to_predict(body)
+    result = await predicted(call, call.model or named, inputs, options, timeout_ms=parameters.timeout_ms)
     return Answer(_encoded(result), timing_headers(result))
 
 
 async def embeddings(body: EmbeddingsBody, call: Call) -> Answer:
     """Raises what `Predictor.predict` raises, and problems of the request that its schema does not show."""
-    inputs: Sequence[str] = [body.input] if isinstance(body.input, str) else body.input
+    named, inputs = _asked_to_embed(body)
     options = call.services.make_options(None, None, True, None, True)
-    result = await predicted(call, body.model, inputs, options, needs_labels=False)
+    result = await predicted(call, named, inputs, options, needs_labels=False)
     vectors = [prediction.embedding for prediction in result.predictions]
     if body.dimensions is not None and vectors[0] is not None and body.dimensions != len(vectors[0]):
         message = f"this model's embeddings have {len(vectors[0])} dimensions; leave dimensions out"
@@ -105,11 +105,19 @@ def refuse_as_openai(error: Exception, scope: Scope) -> Response | None:
     return None if problem is None else _openai_error(problem)
 
 
-_PREDICT: Final = DirectRoute(wire.decode_predict, predict, refusal)
+def _asked_to_predict(body: PredictBody) -> tuple[str | None, Sequence[str | tuple[str, str]]]:
+    return body.model, [body.inputs] if isinstance(body.inputs, str) else body.inputs
+
+
+def _asked_to_embed(body: EmbeddingsBody) -> tuple[str | None, Sequence[str | tuple[str, str]]]:
+    return body.model, [body.input] if isinstance(body.input, str) else body.input
+
+
+_PREDICT: Final = DirectRoute(wire.decode_predict, predict, refusal, _asked_to_predict)
 ROUTES: Final[Mapping[str, DirectRoute[Any]]] = {
     PREDICT: _PREDICT,
     PREDICT_WITH: _PREDICT,
-    EMBEDDINGS: DirectRoute(wire.decode_embeddings, embeddings, refuse_as_openai),
+    EMBEDDINGS: DirectRoute(wire.decode_embeddings, embeddings, refuse_as_openai, _asked_to_embed),
 }
 
 
@@ -120,7 +128,7 @@ async def predicted(
     """The predictor's result within the request's deadline, as long as its client is there; names the model to the
     metrics."""
     services, tenant = call.services, call.principal.tenant
-    ref = _reference(model, services)
+    ref = reference(model, services.settings.default_model)
     call.scope["state"]["metric_labels"] = services.pool.labels_of(tenant, ref)
     deadline = time.monotonic() + _allowed_s(call, timeout_ms)
     work = services.predictor.predict(tenant, ref, inputs, options, deadline=deadline, needs_labels=needs_labels)
@@ -147,9 +155,9 @@ def timing_headers(result: PredictResult) -> list[tuple[bytes, bytes]]:
 _parsed = functools.lru_cache(maxsize=1024)(ModelRef.parse)
 
 
-def _reference(model: str | None, services: Inference) -> ModelRef:
+def reference(model: str | None, default: str | None) -> ModelRef:
     """Raises 422 where no model is named and none is the default, `InvalidReference` where the name is malformed."""
-    name = model or services.settings.default_model
+    name = model or default
     if name is None:
         raise Problem(422, "invalid_request", "name a model; this service has no default_model")
     return _parsed(name)

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_registry.refs import ModelRef
 from service.api.auth import Principal
@@ -26,7 +26,7 @@ from service.api.measure import inference_route
 
 Body = TypeVar("Body")
 
-_JSON = frozenset({b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"})
+JSON = frozenset({b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"})
 
 
 class Limits(Protocol):
@@ -127,11 +127,12 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class DirectRoute(Generic[Body]):
     """`decode` raises `msgspec.DecodeError` for whatever the framework shall look at. `refuse` gives the answer to an
-    error of `answer`, None where it is a fault of ours."""
+    error of `answer`, None where it is a fault of ours. `asked` is the model that a body names, and its inputs."""
 
     decode: Callable[[bytes], Body]
     answer: Callable[[Body, Call], Awaitable[Answer]]
     refuse: Callable[[Exception, Scope], Response | None]
+    asked: Callable[[Body], tuple[str | None, Sequence[str | tuple[str, str]]]]
 
 
 class DirectRoutes:
@@ -145,13 +146,14 @@ class DirectRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = inference_route(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if found is None or headers_of(scope).get(b"content-type", b"").lower() not in _JSON:
+        if found is None or headers_of(scope).get(b"content-type", b"").lower() not in JSON:
             await self._app(scope, receive, send)
             return
         principal: Principal = scope["state"]["principal"]
         route = self._routes[found[0]]
         message = await receive()
-        body = _decoded(route, message) if principal.may("predict") else None
+        is_whole = message["type"] == "http.request" and not message.get("more_body", False)
+        body = decoded(route, message.get("body", b"")) if is_whole and principal.may("predict") else None
         if body is None:
             await self._app(scope, replay(message, receive), send)
             return
@@ -171,11 +173,9 @@ class DirectRoutes:
         await send({"type": "http.response.body", "body": answer.content})
 
 
-def _decoded(route: DirectRoute[Body], message: Message) -> Body | None:
-    """The body that came whole in `message`; None where it did not, or is not plainly well-formed."""
-    if message["type"] != "http.request" or message.get("more_body", False):
-        return None
+def decoded(route: DirectRoute[Body], content: bytes) -> Body | None:
+    """None where it is not plainly well-formed."""
     try:
-        return route.decode(message.get("body", b""))
+        return route.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None

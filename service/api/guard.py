@@ -12,9 +12,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.interrupt import Interrupt
@@ -92,10 +94,19 @@ class DrainState:
         await self._idle.wait()
 
 
+class EarlyAnswers(Protocol):
+    """Answers to whole requests of which the application need not hear; the server asks while `is_due`."""
+
+    @property
+    def is_due(self) -> bool: ...
+    def answer(self, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes, /) -> Response | None: ...
+
+
 class RequestGuard:
     """Counts, times and checks each request, then calls `app`.
 
-    `body_limit(path, method)` gives the largest body in bytes. `clock` is in seconds and monotonic.
+    `body_limit(path, method)` gives the largest body in bytes. `clock` is in seconds and monotonic. `early` is for the
+    server before it: what it may answer without calling this.
     """
 
     def __init__(
@@ -106,18 +117,20 @@ class RequestGuard:
         body_limit: Callable[[str, str], int],
         *,
         clock: Callable[[], float] = time.monotonic,
+        early: EarlyAnswers | None = None,
     ) -> None:
         self.app = app
         self.limits = limits
         self.state = state
         self.body_limit = body_limit
         self.clock = clock
+        self.early = early
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope.setdefault("state", {})["request_id"] = _request_id(headers_of(scope))
+        scope.setdefault("state", {})["request_id"] = request_id_in(headers_of(scope))
         body = _BodyMeter(scope, receive, limits=self.limits, clock=self.clock)
         response = _Response(scope, send, state=self.state, body=body)
         if scope["path"] in PROBE_PATHS:
@@ -412,7 +425,8 @@ def headers_of(scope: Scope) -> Mapping[bytes, bytes]:
     return headers
 
 
-def _request_id(headers: Mapping[bytes, bytes]) -> str:
+def request_id_in(headers: Mapping[bytes, bytes]) -> str:
+    """The one that the client gave, where it is well-formed, else a new one."""
     given = headers.get(b"x-request-id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")

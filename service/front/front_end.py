@@ -25,6 +25,7 @@ from service.front.configuration import Configuration, decode
 from service.front.link import EngineLink, make_options
 from service.front.proxy import EngineProxy
 from service.front.supervisor import DRAIN, LISTENING, REFUSE
+from service.garbage import keep_collections_short
 from service.logs import set_up
 from service.server import DrainingServer, DrainTimes, HeaderLimits, exit_hard_after, server_config
 
@@ -114,6 +115,7 @@ def run() -> int:
         return 1  # the engine process went before it had said anything
     configuration = decode(line)
     set_up(configuration.log_level)
+    keep_collections_short()
     drain = DrainState()
     link, proxy = EngineLink(configuration.frames_path), EngineProxy(configuration.http_path)
     app = create_front(configuration, link, proxy, drain)

@@ -47,6 +47,11 @@ class Ticket:
         self.missing = len(self.entries)
         return self.entries
 
+    def let_go(self) -> list[QueueEntry]:
+        """Its entries, once all have ended. They know the ticket; without it knowing them all are freed at once."""
+        entries, self.entries = self.entries, []
+        return entries
+
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)

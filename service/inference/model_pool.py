@@ -32,6 +32,7 @@ from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed, GoldenRowsDiffer, ModelingError
 from modeling.preprocess import TextInput
 from modeling.weights import FloatArray
+from service.garbage import reconsider
 from service.inference.answering import answering_of
 from service.inference.batch_log import BatchLog
 from service.inference.batching import BatchLimits
@@ -236,6 +237,7 @@ class ModelPool:
         if not any(other.lane is lane for other in [*self._served.values(), *self._backbones.values()]):
             self._lanes.pop(digest, None)
             await lane.batcher.stop()
+            reconsider()
 
     # Loading
 

@@ -6,10 +6,12 @@ All the way it is one `Ticket` and one future: stages pass the ticket on, and it
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from model_registry.errors import ModelNotFound
 from model_registry.refs import ModelRef
 from modeling.heads import normalized
 from modeling.preprocess import TextInput
@@ -21,6 +23,7 @@ from service.inference.errors import (
     BatchTooLarge,
     DeadlineExceeded,
     EmptyInput,
+    InferenceError,
     ModelNotReady,
     NotPredictable,
     QueueFull,
@@ -30,6 +33,8 @@ from service.inference.runtime import Runtime
 from service.inference.served import ServedModel
 from service.inference.tokenizing import TokenizerStage
 from service.metrics import ServingMetrics
+
+_OVERLOADED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class Predictor:
         self._pool, self._admission, self._metrics = pool, admission, metrics
         self._max_inputs, self._clock = max_inputs, runtime.clock
         self._tokenizers = TokenizerStage(tokenizer_threads, runtime)
+        self._refused_at = -math.inf
 
     def close(self) -> None:
         self._tokenizers.close()
@@ -93,6 +99,7 @@ class Predictor:
                 finally:
                     self._admission.release(len(inputs))
             except QueueFull as error:
+                self._refused_at = self._clock()
                 series.rejected[error.reason].inc()
                 raise
             except DeadlineExceeded:
@@ -100,10 +107,29 @@ class Predictor:
                 raise
             finally:
                 series.in_progress.dec()
-            predictions = answers(model, ticket.entries, options)
+            entries = ticket.let_go()
+            predictions = answers(model, entries, options)
             model.answering.observe(series, predictions)
             series.tokenize_duration.observe(ticket.tokenized_at - started)
-            return _result(ticket, predictions, started=started, ended=self._clock())
+            return _result(ticket, entries, predictions, started=started, ended=self._clock())
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether there was lately no room for a request."""
+        return self._clock() - self._refused_at < _OVERLOADED_S
+
+    def refusal(self, tenant: str, ref: ModelRef, inputs: Sequence[TextInput]) -> QueueFull | None:
+        """Why there is no room for these inputs now; None where there is, or where the request has other faults."""
+        try:
+            check_inputs(inputs, self._max_inputs)
+            with self._pool.lease(tenant, ref) as model:
+                refusal = self._admission.refusal(len(inputs), model.lane.batcher.forecast())
+                if refusal is not None:
+                    self._refused_at = self._clock()
+                    self._metrics.of_model(model.metric_labels).rejected[refusal.reason].inc()
+                return refusal
+        except (InferenceError, ModelNotFound):
+            return None
 
     def _admit(
         self, model: ServedModel, inputs: Sequence[TextInput], options: PredictOptions, deadline: float, now: float
@@ -161,8 +187,10 @@ def _embedding(model: ServedModel, entry: QueueEntry) -> FloatArray:
     return normalized(entry.vector[None])[0] if model.normalize_embedding else entry.vector
 
 
-def _result(ticket: Ticket, predictions: list[Any], *, started: float, ended: float) -> PredictResult:
-    model, entries = ticket.model, ticket.entries
+def _result(
+    ticket: Ticket, entries: Sequence[QueueEntry], predictions: list[Any], *, started: float, ended: float
+) -> PredictResult:
+    model = ticket.model
     batches = {id(entry.batch): entry.batch for entry in entries if entry.batch is not None}.values()
     return PredictResult(
         model=model.name,

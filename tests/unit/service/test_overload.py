@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from service.inference.errors import DeadlineExceeded, QueueFull
 from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
 from tests.support.lanes import WordLane, WordModel, WordPool
+from tests.support.uncollected import uncollected
 from tests.support.virtual import run_virtually, virtual_runtime
 
 FIXED_S, PER_TOKEN_S, MAX_TOKENS, MAX_DELAY_S = 2e-3, 1e-4, 512, 2.0
@@ -195,3 +197,17 @@ def test_clients_that_leave_cost_nothing_further() -> None:
     more, wait_s = run_virtually(scenario())
     assert more <= 1  # the run that had begun
     assert wait_s == 0
+
+
+def test_requests_leave_nothing_to_the_garbage_collector() -> None:
+    async def scenario() -> tuple[Service, Counter[str]]:
+        service = Service(max_inputs=20)
+        await service.ask(5)
+        with uncollected() as kinds:
+            await asyncio.gather(*(service.ask(5, 6) for _ in range(30)))
+        await service.lane.batcher.stop()
+        return service, kinds
+
+    service, kinds = run_virtually(scenario())
+    assert len(service.refusals) == 20
+    assert sum(kinds.values()) < 10, kinds
