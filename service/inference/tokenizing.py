@@ -1,7 +1,7 @@
 """The stage before the queue: inputs to tokens, off the event loop, a whole burst of requests in one go.
 
-Work-conserving: a free thread takes all that has arrived, nothing waits on a timer. While every thread is busy requests
-gather, so the busier it is the fewer changes of thread it costs each of them.
+A free thread takes all that has arrived; only what the engine could not begin for long waits a moment for others. While
+every thread is busy requests gather, so the busier it is the fewer changes of thread it costs each of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from service.inference.runtime import Runtime
 _log = logging.getLogger("service.tokenizing")
 # So much at once, some 20 ms of work: a request with long texts does not hold up those behind it for longer.
 _MAX_CHARACTERS = 200_000
+# Changes of thread cost more than what they are for where each request comes alone.
+_PATIENT_S, _GATHER_S = 0.2, 0.02
 
 Encoded = list[tuple[Ticket, list[Any] | Exception]]
 
@@ -50,20 +52,26 @@ class TokenizerStage:
         self._executor, self._clock = runtime.tokenizer_threads(threads), runtime.clock
         self._free = threads
         self._waiting: deque[Ticket] = deque()
-        self._is_flushing = False
+        self._flushing: asyncio.Handle | None = None
+        self._is_patient = False
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, ticket: Ticket) -> None:
-        """Later, the ticket has its entries or its error. Those submitted in one turn of the loop go together."""
+        """Later, the ticket has its entries or its error. Those submitted in one turn of the loop go together; those
+        that will wait long for the engine gather for a moment."""
         self._waiting.append(ticket)
-        if self._free and not self._is_flushing:
-            self._is_flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
+        is_patient = ticket.forecast_s > _PATIENT_S
+        if self._flushing is not None and self._is_patient and not is_patient:
+            self._flushing.cancel()
+            self._flushing = None
+        if self._free and self._flushing is None:
+            loop, self._is_patient = asyncio.get_running_loop(), is_patient
+            self._flushing = loop.call_later(_GATHER_S, self._flush) if is_patient else loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._is_flushing = False
+        self._flushing = None
         while self._free and (burst := self._next_burst()):
             try:
                 encoding = asyncio.get_running_loop().run_in_executor(self._executor, _encode_burst, burst)

@@ -65,6 +65,31 @@ def test_what_arrives_together_is_tokenised_in_one_call() -> None:
     assert run_virtually(scenario()) == [["a", "b c", "d", "e f g"]]
 
 
+def test_requests_that_wait_long_anyway_gather_and_hold_up_nobody_else() -> None:
+    async def scenario() -> tuple[list[list[str]], float]:
+        lane, tokenizers = stage()
+        patient = [ticket(lane, text) for text in "abcd"]
+        for item in patient:
+            item.forecast_s = 1.0
+        for item in patient[:3]:
+            tokenizers.submit(item)
+            await asyncio.sleep(0.001)
+        assert lane.calls == []
+        await outcomes(patient[:3])
+        tokenizers.submit(patient[3])
+        urgent, started = ticket(lane, "now"), asyncio.get_running_loop().time()
+        tokenizers.submit(urgent)
+        await outcomes([urgent])
+        took = asyncio.get_running_loop().time() - started
+        tokenizers.close()
+        await lane.batcher.stop()
+        return lane.calls, took
+
+    calls, took = run_virtually(scenario())
+    assert calls == [["a", "b", "c"], ["d", "now"]]
+    assert took < 0.01
+
+
 def test_while_the_threads_are_busy_requests_gather() -> None:
     async def scenario() -> list[list[str]]:
         lane, tokenizers = stage(threads=1, seconds=0.01)
