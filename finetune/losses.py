@@ -28,11 +28,13 @@ class Objective:
     """What training minimises: the weighted mean of `of_output` over a step's rows, plus that of `of_vectors`.
 
     `of_output(output, targets)` gives float32[rows], already weighted; `weights(targets)` what to divide their sum by.
-    `of_vectors(vectors, targets)` gives one value for the rows of a pass.
+    `of_vectors(vectors, targets)` gives one value for the rows of a pass. `plain(output, targets)` is float32[rows] of
+    what validation counts as the loss: no smoothing, no weights, whatever is minimised.
     """
 
     of_output: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     weights: Callable[[torch.Tensor], torch.Tensor]
+    plain: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     of_vectors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
@@ -47,10 +49,13 @@ def build_loss(
     """
     if task == "text-regression":
         of_values = {"mse": mse, "huber": huber}[plan.loss]
-        return Objective(lambda output, targets: of_values(output.squeeze(-1), targets.float()), _ones)
+        return Objective(
+            lambda output, targets: of_values(output.squeeze(-1), targets.float()), _ones,
+            plain=lambda output, targets: mse(output.squeeze(-1), targets.float()),
+        )  # fmt: skip
     if task == "text-multi-label":
         of_labels = partial(focal_of_labels, gamma=plan.focal_gamma) if plan.loss == "focal" else bce
-        return Objective(partial(of_labels, weight=weight), _ones)
+        return Objective(partial(of_labels, weight=weight), _ones, plain=bce)
     smoothing = plan.label_smoothing
     name = "cross_entropy" if plan.loss in EMBEDDING_LOSSES else plan.loss
     of_output: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = {
@@ -59,7 +64,7 @@ def build_loss(
         "bce": partial(one_versus_rest, weight=weight, smoothing=smoothing),
     }[name]
     of_vectors = _OF_VECTORS[plan.loss] if plan.loss in EMBEDDING_LOSSES else None
-    return Objective(of_output, partial(_class_weight, weight=weight), of_vectors)
+    return Objective(of_output, partial(_class_weight, weight=weight), cross_entropy, of_vectors)
 
 
 def _ones(targets: torch.Tensor) -> torch.Tensor:

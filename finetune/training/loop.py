@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,7 @@ class _Loop:
         self.validation_rows = encode(run.validation.texts)
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
         self.steps_per_epoch = max(1, -(-len(self.train_rows) // self.rows_per_step))
-        self.evaluate_every = max(1, round(self.steps_per_epoch * run.plan.eval_every))
+        self.evaluate_every = max(1.0, self.steps_per_epoch * run.plan.eval_every)
         weights = run.rules.weights(run.plan.class_weights, run.train.labels, run.labels)
         self.objective = build_loss(
             run.plan, task=run.plan.task,
@@ -135,10 +135,15 @@ class _Loop:
         progress.step += 1
         progress.trained_s += time.monotonic() - started
         self._report()
-        if progress.step % self.evaluate_every == 0 or progress.step >= self.plan.total_steps:
+        if self._is_evaluated() or progress.step >= self.plan.total_steps:
             self._evaluate()
         elif time.monotonic() - self.saved > _CHECKPOINT_EVERY_S:
             self._save()
+
+    def _is_evaluated(self) -> bool:
+        """At the first step beyond each multiple of the interval, which need be no whole number of steps."""
+        now, before = ((self.progress.step - back) / self.evaluate_every + 1e-9 for back in (0, 1))
+        return int(now) > int(before)
 
     def _factor(self) -> float:
         factor = self.factor(self.progress.step)
@@ -203,9 +208,10 @@ class _Loop:
         total = sum(share.loss for share in shares)
         if not np.isfinite(total):
             raise self._not_finite([share.broken for share in shares])
-        self.progress.loss_sum += total
-        self.progress.loss_steps += 1
-        self.progress.trained_rows += sum(share.rows for share in shares)
+        rows = sum(share.rows for share in shares)
+        self.progress.loss_sum += sum(share.plain for share in shares)
+        self.progress.loss_rows += rows
+        self.progress.trained_rows += rows
 
     def _share(self, step: int) -> Share:
         """Leaves this process's part of that gradient in the parameters: all of it where no other process trains."""
@@ -214,15 +220,15 @@ class _Loop:
         weight = float(self.objective.weights(self._of_rows(targets, rows)).sum())
         losses = []
         for batch in batches:
-            of_rows, of_vectors = self._losses(batch, self._targets(targets, batch))
+            of_rows, of_vectors, plain = self._losses(batch, self._targets(targets, batch))
             loss = of_rows.sum() / weight + of_vectors * (len(batch.rows) / len(rows))
-            losses.append((batch, of_rows.detach(), loss.detach()))
+            losses.append((batch, of_rows.detach(), torch.stack([loss.detach(), plain])))
             self.accelerator.backward(loss)
-        total = float(torch.stack([loss for _, _, loss in losses]).sum()) if losses else 0.0
+        total, plain_total = torch.stack([sums for _, _, sums in losses]).sum(0).tolist() if losses else (0.0, 0.0)
         broken = (
             [] if np.isfinite(total) else [row for batch, values, _ in losses for row in self._broken(batch, values)]
         )
-        return Share(total, rows=sum(len(batch.rows) for batch in batches), broken=broken)
+        return Share(total, plain_total, rows=sum(len(batch.rows) for batch in batches), broken=broken)
 
     def _targets(self, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self._of_rows(targets, batch.rows)
@@ -230,8 +236,9 @@ class _Loop:
     def _of_rows(self, targets: torch.Tensor, rows: IntArray) -> torch.Tensor:
         return targets[torch.from_numpy(rows)].to(self.accelerator.device)
 
-    def _losses(self, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32[rows] of the output, and one value for the pass of the vectors (0 where the loss has none)."""
+    def _losses(self, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float32[rows] of the output, one value for the pass of the vectors (0 where the loss has none), and the sum
+        of the rows' plain losses."""
         vectors: list[torch.Tensor] = []
         of_vectors = self.objective.of_vectors
         hook = self.head.register_forward_pre_hook(lambda _, inputs: vectors.append(inputs[0]))
@@ -240,7 +247,7 @@ class _Loop:
         finally:
             hook.remove()
         compared = output.new_zeros(()) if of_vectors is None else of_vectors(vectors[0].float(), targets)
-        return self.objective.of_output(output, targets), compared
+        return self.objective.of_output(output, targets), compared, self.objective.plain(output.detach(), targets).sum()
 
     def _broken(self, batch: Batch, values: torch.Tensor) -> list[int]:
         is_broken = ~torch.isfinite(values).cpu().numpy()
@@ -284,7 +291,7 @@ class _Loop:
             self.optimizer.zero_grad()
             self.model.train()
             batch = make_batch(self.train_rows, longest[: size.rows], self.accelerator.device)
-            of_rows, of_vectors = self._losses(batch, self._targets(targets, batch))
+            of_rows, of_vectors, _ = self._losses(batch, self._targets(targets, batch))
             self.accelerator.backward(of_rows.mean() + of_vectors)
             self.optimizer.zero_grad()
 
@@ -343,8 +350,8 @@ class _Loop:
         logits = self._validation_logits()
         value = self.run.score(logits)
         values = self.run.rules.summary(logits, self.run.validation.labels)
-        train_loss = progress.loss_sum / max(1, progress.loss_steps)
-        progress.loss_sum, progress.loss_steps = 0.0, 0
+        train_loss = progress.loss_sum / max(1, progress.loss_rows)
+        progress.loss_sum, progress.loss_rows = 0.0, 0
         progress.history.append({"step": progress.step, "epoch": self._epoch(), "train_loss": train_loss, **values})
         for split, numbers in (("train", {"loss": train_loss}), ("validation", values)):
             data = {"split": split, "step": progress.step, "epoch": self._epoch(), "values": numbers}
@@ -410,7 +417,7 @@ class _Loop:
             "seed": self.run.plan.seed, "rows": len(self.train_rows), "tokens": len(self.train_rows.ids),
             "rows_per_step": self.rows_per_step, "total_steps": self.plan.total_steps,
             "trainable": sum(parameter.numel() for parameter in trainable(self.raw).values()),
-            "optimizer": self.run.plan.optimizer,
+            "optimizer": self.run.plan.optimizer, "progress": [field.name for field in fields(Progress)],
         }  # fmt: skip
 
     def _save(self) -> None:

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,9 +68,11 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a process found: its part of the step's loss, its number of rows, and the rows whose loss is not finite."""
+    """What a process found: its part of the step's loss, the sum of its rows' plain losses, its number of rows, and the
+    rows whose loss is not finite."""
 
     loss: float
+    plain: float = 0.0
     rows: int = 0
     broken: list[int] = field(default_factory=list)
 
@@ -166,7 +168,7 @@ class Leader:
         self._tell_all({"kind": "sum"})
         with self._exchange():
             sum_gradients(model, is_leader=True)
-        return [own, *(Share(answer["loss"], answer["rows"], answer["broken"]) for answer in answers)]
+        return [own, *(Share(**{one.name: answer[one.name] for one in fields(Share)}) for answer in answers)]
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -30,7 +30,7 @@ class Progress:
     stopped: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     loss_sum: float = 0.0
-    loss_steps: int = 0
+    loss_rows: int = 0
     halved: int = 0
     trained_s: float = 0.0
     trained_rows: int = 0

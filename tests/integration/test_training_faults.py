@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,17 @@ def test_a_step_does_not_depend_on_how_it_is_divided(job: Build, monkeypatch: py
     divided = details(finish(job("divided", method="full", epochs=2), RecordingLink()))
     for one, other in zip(whole["history"], divided["history"], strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("every", [0.3, 0.4, 1.0])
+def test_evaluations_are_evenly_apart_and_end_with_the_last_step(job: Build, every: float) -> None:
+    options = {"epochs": 2, "batch_size": 7, "eval_every": every, "early_stopping": {"patience": 100}}
+    history = details(finish(job(method="lora", **options), RecordingLink()))["history"]
+    epochs = [entry["epoch"] for entry in history]
+    assert len(epochs) == -(-2 // every)
+    assert epochs[-1] == 2
+    gaps = [after - before for before, after in itertools.pairwise(epochs)]
+    assert max(gaps[:-1] or gaps) - min(gaps[:-1] or gaps) < 0.2
 
 
 # Memory
@@ -164,10 +176,10 @@ def test_a_loss_that_is_not_finite_names_rows_rate_and_precision(job: Build, mon
     original = _Loop._losses
 
     def losses(self: Any, batch: Any, targets: Any) -> Any:
-        of_rows, of_vectors = original(self, batch, targets)
+        of_rows, of_vectors, plain = original(self, batch, targets)
         broken = torch.zeros_like(of_rows)
         broken[0] = torch.nan
-        return of_rows + broken, of_vectors
+        return of_rows + broken, of_vectors, plain
 
     monkeypatch.setattr(_Loop, "_losses", losses)
     with pytest.raises(NonFiniteLoss, match=r"row \d+ became infinite or NaN at step 0 .*learning rate.*fp32") as found:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from finetune import losses
-from finetune.plan import LOSSES, DatasetProfile, TrainingPlan, WorkerProfile, parse_hyperparameters, resolve
+from finetune.plan import LOSSES, DatasetProfile, Task, TrainingPlan, WorkerProfile, parse_hyperparameters, resolve
+from finetune.tasks import rules_of
 
 DATA = DatasetProfile(train_rows=100, validation_rows=10, test_rows=10, labels=4, max_length_p99=20)
 
@@ -87,6 +88,23 @@ def test_every_task_builds_each_of_its_losses() -> None:
             values = objective.of_output(output, targets[task])
             assert values.shape == (12,) and torch.isfinite(values).all()
             assert objective.weights(targets[task]).shape == (12,)
+
+
+def test_the_plain_loss_is_validations_whatever_is_minimised() -> None:
+    logits, labels = drawn(0)
+    values = logits[:, 0] - logits[:, 0].mean()
+    cases: dict[Task, tuple[torch.Tensor, torch.Tensor]] = {
+        "text-classification": (logits, labels),
+        "text-multi-label": (logits, (drawn(1)[0] > 0).float()),
+        "text-regression": (logits[:, 1:2], values / values.std(correction=0)),  # as training has them
+    }
+    for task, (output, targets) in cases.items():
+        expected = rules_of(task).loss(output.numpy(), targets.numpy())
+        for name in LOSSES[task]:
+            asked = plan(label_smoothing=0.3).model_copy(update={"loss": name})
+            weight = None if task == "text-regression" else torch.tensor([0.5, 1.0, 2.0, 3.0])
+            objective = losses.build_loss(asked, task=task, weight=weight)
+            assert float(objective.plain(output, targets).mean()) == pytest.approx(expected, rel=1e-4)
 
 
 # Losses of vectors
