@@ -206,6 +206,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         return (
             self.early is not None
             and self.early.is_due
+            and not self.flow.write_paused  # a client that reads no answers waits for the application
             and self.parser.get_method() == b"POST"
             and (self.cycle is None or self.cycle.response_complete)
             and not self.expect_100_continue

@@ -343,6 +343,19 @@ def test_a_body_that_breaks_off_malformed_is_refused_once(early_edge: Edge) -> N
     assert raw.count(b"HTTP/1.1 ") == 1
 
 
+def test_a_client_that_reads_no_answers_fills_no_memory(early_edge: Edge, early: Early) -> None:
+    piece = (post("/predict", length(REFUSED)) + REFUSED) * 500
+    with closing(early_edge.connect()) as connection:
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            for _ in range(2000):
+                connection.sendall(piece)
+        seen = len(early.seen)
+        time.sleep(0.2)
+        assert len(early.seen) == seen
+    assert seen * 150 < 64 << 20
+
+
 def test_nobody_is_asked_while_it_is_not_due(early_edge: Edge, early: Early) -> None:
     early.is_due = False
     with httpx.Client(base_url=early_edge.url) as client:
