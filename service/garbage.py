@@ -1,9 +1,8 @@
 """Keeps full garbage collections short. They hold up every thread, and look at each object that there is.
 
 Imported libraries alone are a million objects, which stay for ever and cost a third of a second each time. What has
-survived a long collection is therefore not looked at again, until something large is let go of (`reconsider`): then the
-next collection looks at all once more, frees what is garbage and leaves the rest alone again. Objects in no cycle are
-freed as ever.
+survived a long collection is therefore not looked at again, until something large is let go of (`reconsider`): that
+looks at all once more, frees what is garbage and leaves the rest alone again. Objects in no cycle are freed as ever.
 """
 
 from __future__ import annotations
@@ -33,5 +32,7 @@ def keep_collections_short(long_s: float = LONG_S) -> None:
 
 
 def reconsider() -> None:
-    """Something large was let go of that may hold on to itself."""
+    """Something large was let go of that may hold on to itself: weights that nobody runs any more. Stops all once, for
+    as long as a full collection takes."""
     gc.unfreeze()
+    gc.collect()

@@ -479,6 +479,7 @@ class ModelPool:
             for model in users:
                 self._metrics.start_model(*model.metric_labels, backbone=label, engine=lane.engine_name)
                 self._metrics.model_memory_bytes.labels(*model.metric_labels).set(model.own_bytes)
+        reconsider()
         await lane.measure()
         _log.info(f"{spec} serves instead of {before}", extra={"action": "engine_switched", "backbone": label})
 

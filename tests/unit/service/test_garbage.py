@@ -34,7 +34,6 @@ def test_what_survived_a_long_collection_is_looked_at_again_only_on_reconsiderat
     gc.collect()
     assert freed() is not None
     garbage.reconsider()
-    gc.collect()
     assert freed() is None
     assert gc.get_freeze_count() > 10_000
 
