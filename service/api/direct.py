@@ -85,13 +85,18 @@ class Predicts(Protocol):
     ) -> PredictResult: ...
 
 
-class Inference(Protocol):
-    """What an inference route uses: `deps.Services`, or in a front end what stands for them."""
+class Serving(Protocol):
+    """What it takes to know which model a request means."""
 
     @property
     def settings(self) -> Limits: ...
     @property
     def pool(self) -> Pool: ...
+
+
+class Inference(Serving, Protocol):
+    """What an inference route uses: `deps.Services`, or in a front end what stands for them."""
+
     @property
     def predictor(self) -> Predicts: ...
     @property
@@ -177,5 +182,5 @@ def decoded(route: DirectRoute[Body], content: bytes) -> Body | None:
     """None where it is not plainly well-formed."""
     try:
         return route.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

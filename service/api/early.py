@@ -18,7 +18,7 @@ from model_registry.errors import InvalidReference
 from model_registry.refs import ModelRef
 from service.api.answers import reference
 from service.api.auth import KeyAuthentication
-from service.api.direct import JSON, DirectRoute, Limits, Pool, decoded
+from service.api.direct import JSON, DirectRoute, Serving, decoded
 from service.api.guard import DrainState, request_id_in
 from service.api.measure import Counts, inference_route
 from service.api.problems import Problem
@@ -30,13 +30,9 @@ class Refuses(Protocol):
     def refusal(self, tenant: str, ref: ModelRef, inputs: Any, /) -> Exception | None: ...
 
 
-class Inference(Protocol):
+class Inference(Serving, Protocol):
     """What is needed of `deps.Services`."""
 
-    @property
-    def settings(self) -> Limits: ...
-    @property
-    def pool(self) -> Pool: ...
     @property
     def predictor(self) -> Refuses: ...
 

@@ -68,6 +68,7 @@ def test_it_is_due_while_the_predictor_refuses_and_the_server_stays(under_test: 
         ("/predict", b'{"model": "p", "inputs": "\xff"}', {}),
         ("/predict", b'{"model": "p", "inputs": "a", "more": 1}', {}),
         ("/predict", b'{"inputs": "a"}', {}),
+        ("/v1/embeddings", b'{"model": "p", "input": "a", "more": ' + b"[" * 30_000, {}),
         ("/predict", b'{"model": "not a name!", "inputs": "a"}', {}),
         ("/predict", GOOD["/predict"], {"content_type": "text/plain"}),
         ("/predict", GOOD["/predict"], {"content_encoding": "gzip"}),
