@@ -188,7 +188,7 @@ class Hyperparameters(_Model):
     eval_every: float = Field(0.5, gt=0, le=100)
     early_stopping: EarlyStopping = EarlyStopping()
     restore_best: bool = True
-    refit: bool = False
+    refit: Literal["auto"] | bool = "auto"
     split: SplitOptions = SplitOptions()
     max_length: Literal["auto"] | int = Field("auto")
     calibration: Literal["temperature", "none"] = "temperature"
@@ -461,7 +461,7 @@ def resolve(
         eval_every=wanted.eval_every,
         early_stopping=wanted.early_stopping,
         restore_best=wanted.restore_best,
-        refit=wanted.refit,
+        refit=wanted.method == "auto" if wanted.refit == "auto" else wanted.refit,
         split=wanted.split.resolved(),
         calibration=wanted.calibration,
         export=wanted.export,

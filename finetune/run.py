@@ -45,10 +45,6 @@ class Rows:
     numbers: IntArray
     extras: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
-    def none(self) -> Rows:
-        """None of them."""
-        return Rows([], self.labels[:0], self.numbers[:0])
-
 
 def joined(first: Rows, second: Rows) -> Rows:
     """The rows of both, without their metadata."""
@@ -62,8 +58,10 @@ def joined(first: Rows, second: Rows) -> Rows:
 class Run:
     """A run in progress. `features` of the frozen backbone are computed once and shared by all methods.
 
-    `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training. With a
-    `leader` several processes train; in those that follow it there is a `follower`, and `tokens` are the training rows.
+    `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training. Where the
+    run does not hold out the validation rows, as in a refit, they are among the training rows and nothing is evaluated.
+    With a `leader` several processes train; in those that follow it there is a `follower`, and `tokens` are the
+    training rows.
     """
 
     train: Rows
@@ -78,6 +76,7 @@ class Run:
     deadline: float | None = None
     probe_head: TaskHead | None = None
     is_winding_down: bool = False
+    holds_out: bool = True
     vectors: FrozenVectors | None = None
     on_evaluation: Callable[[int, float], None] | None = None
     leader: Leader | None = None

@@ -18,13 +18,15 @@ from finetune.jobs.records import JobPhase
 from finetune.layers import FrozenTrunk
 from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run, embed, joined
-from finetune.tasks.rules import Scale
+from finetune.tasks.rules import Answering, Scale, Side
 from finetune.training import Trained, run_training
 from model_registry.manifest import VersionKind
 from modeling.engines.protocol import Engine
 from modeling.engines.torch import pool, takes_type_ids
 from modeling.heads import DenseLayer, TaskHead
 from modeling.weights import FloatArray
+
+_WORSE_BY_CHANCE = 0.05
 
 
 class Classifier(nn.Module):
@@ -118,34 +120,62 @@ def _refitted(
     run: Run, method: str, build: Callable[[], Classifier], trained: Trained
 ) -> tuple[Scale, Classifier] | None:  # fmt: skip
     """With `refit`: a model trained anew on training and validation rows, for as many epochs as the first one that is
-    served otherwise. None without, and where it was interrupted: the first is then served indeed."""
+    served otherwise. None without, and where it did not come out well: the first is then served indeed."""
     if not run.plan.refit or run.is_winding_down:
         return None
     everything = _on_all_rows(run, method, trained.details["best_step" if run.plan.restore_best else "steps"])
-    run.link.phase(JobPhase.TRAINING)
-    model, planned = build(), everything.plan_of(method).total_steps
-    try:
-        again = run_training(everything, method, model).details
-        done, reason = again["steps"] == planned, again["stopped"]
-    except RunError as error:  # hours of training are not lost to what the first one did not meet
-        done, reason = False, str(error)
-    run.is_winding_down = everything.is_winding_down
-    if not done:
-        message = f"{method}: the refit did not come to its end ({reason}); the model of the training rows is served"
-        run.link.event("data_warning", message[:500], {"code": "refit_left_out", "method": method}, level="warn")
-        return None
-    trained.details["refit"] = {"rows": len(everything.train.texts), "steps": planned}
-    return everything.scale, model
+    reason = _lacks_time(everything, method, trained)
+    if reason is None:
+        run.link.phase(JobPhase.TRAINING)
+        model = build()
+        try:
+            reason = _went_wrong(everything, method, run_training(everything, method, model), trained)
+        except RunError as error:  # hours of training are not lost to what the first one did not meet
+            reason = f"it did not come to its end ({error})"
+        run.is_winding_down = everything.is_winding_down
+    if reason is None:
+        steps = everything.plan_of(method).total_steps
+        trained.details["refit"] = {"rows": len(everything.train.texts), "steps": steps}
+        return everything.scale, model
+    message = f"{method}: the refit is left out, and the model of the training rows is served: {reason}"
+    run.link.event("data_warning", message[:500], {"code": "refit_left_out", "method": method}, level="warn")
+    return None
 
 
 def _on_all_rows(run: Run, method: str, best_step: int) -> Run:
-    """The run as a refit sees it: no row is held out, so nothing is evaluated."""
+    """The run as a refit sees it: no row is held out, so nothing is evaluated on the way."""
     rows = joined(run.train, run.validation)
     steps = max(1, round(best_step * len(rows.texts) / max(1, len(run.train.texts))))
     plan = run.plan_of(method).model_copy(update={"total_steps": steps})
     others = tuple(plan if one.method == method else one for one in run.plan.methods)
     return replace(
-        run, train=rows, validation=run.validation.none(), on_evaluation=None,
+        run, train=rows, holds_out=False, on_evaluation=None,
         plan=run.plan.model_copy(update={"methods": others, "processes": 1}), work_dir=run.work_dir / "refit",
         earlier_work_dirs=tuple(folder / "refit" for folder in run.earlier_work_dirs), _features={},
     )  # fmt: skip
+
+
+def _lacks_time(everything: Run, method: str, first: Trained) -> str | None:
+    """A refit that cannot end in time is not begun: unlike a first training it gives nothing then."""
+    left, plan = everything.seconds_left(), everything.plan_of(method)
+    if left is None:
+        return None
+    rows = plan.total_steps * plan.batch_size * plan.gradient_accumulation
+    needed = rows * first.details["processes"] / first.details["rows_per_second"]
+    return None if needed <= left else f"it needs about {needed:.0f} s, {max(0.0, left):.0f} s are left"
+
+
+def _went_wrong(everything: Run, method: str, again: Trained, first: Trained) -> str | None:
+    """Nothing is held out to judge a refit by, but rows that it has learnt from it must not answer worse than the
+    model that has never seen them, beyond chance."""
+    if again.details["steps"] < everything.plan_of(method).total_steps:
+        return f"it did not come to its end ({again.details['stopped']})"
+    rows, seed = everything.validation, everything.plan.seed
+    side = Side(
+        again.validation_logits, rows.labels, everything.labels, {}, Answering(), everything.plan.deciding, seed
+    )  # fmt: skip
+    figures = everything.rules.compare(side, first.validation_logits)
+    if figures["gain"] >= 0 or figures["p_value"] > _WORSE_BY_CHANCE:
+        return None
+    place = "on the validation rows, which it has learnt from"
+    return f"it is worse {place}: {figures['metric']} by {figures['difference']:+.4f}, p {figures['p_value']:.2g}"

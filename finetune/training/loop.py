@@ -37,7 +37,7 @@ _CPU_TOKENS = 2048  # of a pass: larger ones only leave the caches (docs/log.md)
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The best model is in place; `details` says how the run went."""
+    """The best model is in place; `validation_logits` are its answers, `details` says how the run went."""
 
     validation_logits: FloatArray
     details: dict[str, Any]
@@ -345,7 +345,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         progress, plan, link = self.progress, self.run.plan, self.run.link
-        if not len(self.validation_rows):
+        if not (self.run.holds_out and len(self.validation_rows)):
             return self._save_unevaluated()
         logits = self._validation_logits()
         value = self.run.score(logits)

@@ -24,6 +24,7 @@ from finetune.jobs.records import JobSpec
 from finetune.methods import METHODS
 from finetune.plan import WorkerProfile
 from finetune.recipe import run_job
+from finetune.run import Run
 from model_registry.manifest import MANIFEST_NAME, ModelManifest
 from model_registry.store import FileStore
 from modeling.assemble import check_golden, read_version
@@ -32,6 +33,7 @@ from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.preprocess import TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
+from modeling.weights import FloatArray
 
 GOOD, BAD = ["good", "great", "very good"], ["bad", "dull", "not good"]
 
@@ -208,28 +210,44 @@ def test_a_refit_learns_from_the_rows_that_it_was_chosen_on(
     assert not np.allclose(served_logits(store, manifest)(["good film"]), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("reason", ["max_seconds is used up", "a loss that is not finite"])
-def test_a_refit_that_is_cut_short_leaves_the_first_model(
+@pytest.mark.parametrize("reason", ["no time", "out of time", "a loss that is not finite", "worse"])
+def test_a_refit_that_does_not_come_out_well_leaves_the_first_model(
     job: Callable[..., ChildJob], store: FileStore, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     from finetune.training.loop import _Loop
 
-    options = {"method": "full", "epochs": 2, "eval_every": 1}
+    options = {"method": "full", "epochs": 2, "eval_every": 1, "learning_rate": 1e-3}
     alone = finish(job("alone", **options), RecordingLink())
     first = served_logits(store, ModelManifest.model_validate(alone["manifest"]))(["good film"])
-    is_over = _Loop._should_end
+    is_over, validate, time_left = _Loop._should_end, _Loop._validation_logits, Run.seconds_left
 
     def ends(self: _Loop) -> bool:
-        if not len(self.validation_rows) and self.progress.step == 1:
+        if not self.run.holds_out and self.progress.step == 1:
             if reason == "a loss that is not finite":
                 raise NonFiniteLoss(1, rows=[], learning_rate=1.0, precision="fp32")
-            self._end(reason)
+            if reason == "out of time":
+                self._end(reason)
         return is_over(self)
 
+    def answers(self: _Loop) -> FloatArray:
+        logits = validate(self)
+        if reason != "worse":
+            return logits
+        is_label = np.eye(logits.shape[1], dtype=np.float32)[self.run.validation.labels]
+        return is_label if self.run.holds_out else -is_label
+
+    def left(self: Run) -> float | None:
+        return 1e-3 if not self.holds_out and reason == "no time" else time_left(self)
+
     monkeypatch.setattr(_Loop, "_should_end", ends)
+    monkeypatch.setattr(_Loop, "_validation_logits", answers)
+    monkeypatch.setattr(Run, "seconds_left", left)
     link = RecordingLink()
     cut = finish(job("cut", refit=True, **options), link)
-    assert any(event["data"].get("code") == "refit_left_out" for event in link.events)
+    (event,) = (event for event in link.events if event["data"].get("code") == "refit_left_out")
+    said = {"no time": "0 s are left", "out of time": "did not come to its end (out of time)", "worse": "it is worse"}
+    assert said.get(reason, "infinite or NaN") in event["message"]
+    assert "refit" not in next(one for one in cut["evaluation"]["methods"] if one["method"] == "full")["details"]
     kept = served_logits(store, ModelManifest.model_validate(cut["manifest"]))(["good film"])
     assert np.allclose(first, kept, atol=1e-6)
 

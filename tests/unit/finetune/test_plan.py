@@ -149,6 +149,12 @@ def test_no_auto_is_left() -> None:
     assert "auto" not in str(plan().model_dump(exclude={"is_auto"}))
 
 
+def test_only_auto_refits_unasked() -> None:
+    assert plan().refit is True
+    assert plan(method="full").refit is False
+    assert (plan(refit=False).refit, plan(method="lora", refit=True).refit) == (False, True)
+
+
 def test_lengths_are_rounded_up_and_bounded_by_the_model() -> None:
     assert plan().max_length == 104
     assert plan(max_length=8192).max_length == 256
