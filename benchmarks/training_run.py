@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from finetune.events import Nobody
+from finetune.hyperparameters import parse_hyperparameters
 from finetune.methods import METHODS
-from finetune.plan import DatasetProfile, WorkerProfile, parse_hyperparameters, resolve
+from finetune.plan import DatasetProfile, WorkerProfile, resolve
 from finetune.run import Rows, Run
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate

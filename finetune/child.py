@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 
 from finetune.errors import Cancelled, RunError, Stopped
 from finetune.events import ChildJob, PipeLink
+from finetune.hyperparameters import PlanError
 from finetune.jobs.records import JobFailure
-from finetune.plan import PlanError
 from finetune.process import die_with_parent, private_stdout
 from finetune.recipe import run_job
 from model_registry.errors import StoreFull

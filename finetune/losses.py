@@ -13,7 +13,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from finetune.plan import EMBEDDING_LOSSES, Task, TrainingPlan
+from finetune.hyperparameters import EMBEDDING_LOSSES
+from finetune.plan import TrainingPlan
+from model_registry.manifest import Task
 
 # Margins in cosine distance: contrastive as sentence-transformers has it, triplet as FaceNet on vectors of length 1.
 CONTRASTIVE_MARGIN, TRIPLET_MARGIN = 0.5, 0.2

@@ -9,8 +9,9 @@ from typing import Any, assert_never
 import torch
 from torch import nn
 
+from finetune.hyperparameters import Scheduler
 from finetune.layers import layer_depths
-from finetune.plan import MethodPlan, Scheduler, TrainingPlan
+from finetune.plan import MethodPlan, TrainingPlan
 
 _PLATEAU_FACTOR = 0.5
 _CYCLE_LOW = 0.1

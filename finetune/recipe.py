@@ -25,13 +25,14 @@ from finetune.embedding import FrozenVectors
 from finetune.errors import Cancelled, DatasetInvalid, RunError
 from finetune.events import ChildJob, Journal, Link, tell
 from finetune.features import FeatureCache
+from finetune.hyperparameters import parse_hyperparameters
 from finetune.jobs.records import JobPhase
 from finetune.judgement.promotion import Contender, judge
 from finetune.judgement.report import Outcome, assess
 from finetune.memory import release_free_memory
 from finetune.methods import METHODS
 from finetune.methods.candidate import Candidate
-from finetune.plan import DatasetProfile, TrainingPlan, parse_hyperparameters, resolve
+from finetune.plan import DatasetProfile, TrainingPlan, resolve
 from finetune.run import Rows, Run
 from finetune.search import Replan, search
 from finetune.space import with_values

@@ -15,7 +15,7 @@ from finetune.datasets.labelled import LabelledRows, rows_with
 from finetune.datasets.records import ROWS_SHOWN, Finding, Severity
 from finetune.datasets.target_findings import conflicting_numbers, label_set_findings, number_findings
 from finetune.datasets.texts import normalise
-from finetune.plan import Task
+from model_registry.manifest import Task
 
 _FEW_ROWS = 10
 _IMBALANCE_RATIO = 20
@@ -153,7 +153,8 @@ def _too_small(
         return []
     smallest_first = sorted(sizes, key=lambda label: (sizes[label], label))
     named = _listed([f"{label!r} ({sizes[label]})" for label in smallest_first])
-    message = f"{len(sizes):,} of {len(set(rows.labels)):,} classes have {consequence}: {named}"
+    verb = "has" if len(sizes) == 1 else "have"
+    message = f"{len(sizes):,} of {len(set(rows.labels)):,} classes {verb} {consequence}: {named}"
     affected = rows_with(rows, set(sizes))
     return [_finding("class_too_small", severity, message, rows=affected, count=len(sizes), fix=fix)]
 

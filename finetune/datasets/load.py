@@ -13,8 +13,8 @@ from finetune.datasets.labelled import LabelledRows, load_labelled
 from finetune.datasets.records import Finding, has_errors
 from finetune.datasets.sides import Sides, divide, with_extras
 from finetune.datasets.targets import SINGLE_LABEL, Target, WantedTask, target_of
+from finetune.hyperparameters import SplitOptions
 from finetune.jobs.records import Columns
-from finetune.plan import SplitOptions
 
 NOTHING = LabelledRows(np.zeros(0, np.int64), [], [])
 

@@ -23,7 +23,7 @@ from finetune.datasets.labelled import LabelledRows, rows_with
 from finetune.datasets.records import Finding, has_errors, row_finding
 from finetune.datasets.side_names import TEST, TRAIN, VALIDATION
 from finetune.datasets.splits import Split, split_rows
-from finetune.plan import SplitOptions
+from finetune.hyperparameters import SplitOptions
 
 Indices = npt.NDArray[np.int64]
 _SIDES = ("training", "validation", "test")

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from finetune.plan import Task
+from model_registry.manifest import Task
 
 AUTO: Literal["auto"] = "auto"
 WantedTask = Literal["auto"] | Task

@@ -217,8 +217,9 @@ def _small_classes(figures: Figures) -> list[Judgement]:
         return []
     rarest = sorted(small.items(), key=lambda item: item[1])
     shown = ", ".join(f"{label} ({rows})" for label, rows in rarest[:10]) + (", …" if len(rarest) > 10 else "")
+    verb = "has" if len(small) == 1 else "have"
     message = (
-        f"{len(small)} of {len(figures.side['per_class'])} classes have fewer than {_FEW_ROWS} {figures.side_name} "
+        f"{len(small)} of {len(figures.side['per_class'])} classes {verb} fewer than {_FEW_ROWS} {figures.side_name} "
         f"rows and cannot be judged one by one: {shown}."
     )
     return [Judgement("classes_too_small", "warning", message, {"rows": small, "least": _FEW_ROWS})]

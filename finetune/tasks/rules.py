@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from finetune.hyperparameters import GateOptions
 from finetune.judgement.gates import Gate
-from finetune.plan import GateOptions
 from finetune.quality import Metric
 from model_registry.manifest import Task
 from modeling.heads import DenseLayer, TaskHead

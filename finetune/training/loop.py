@@ -19,9 +19,10 @@ from accelerate import Accelerator
 
 from finetune.checkpoints import load_checkpoint, save_checkpoint
 from finetune.errors import Cancelled, NonFiniteLoss, Stopped
+from finetune.hyperparameters import EMBEDDING_LOSSES
 from finetune.losses import build_loss
 from finetune.optimizers import build_optimizer, plateau_factor, schedule
-from finetune.plan import EMBEDDING_LOSSES, MethodPlan
+from finetune.plan import MethodPlan
 from finetune.run import Run
 from finetune.training import bf16_cpu
 from finetune.training.batches import Ahead, Batch, TokenRows, epoch_order, make_batch, passes

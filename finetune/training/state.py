@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from finetune.checkpoints import Checkpoint
-from finetune.plan import EarlyStopping
+from finetune.hyperparameters import EarlyStopping
 from finetune.quality import Metric
 
 

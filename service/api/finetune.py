@@ -19,16 +19,9 @@ from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
 from finetune.datasets.labelled import load_labelled
 from finetune.datasets.load import find_target, load_sides
 from finetune.datasets.records import DatasetRecord, DatasetStatus
+from finetune.hyperparameters import Hyperparameters, check_task, parse_hyperparameters
 from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
-from finetune.plan import (
-    DatasetProfile,
-    Hyperparameters,
-    WorkerProfile,
-    check_task,
-    parse_hyperparameters,
-    refuse_unavailable,
-    resolve,
-)
+from finetune.plan import DatasetProfile, WorkerProfile, refuse_unavailable, resolve
 from model_registry.errors import ModelNotFound
 from model_registry.manifest import Task
 from service.api.auth import Principal
@@ -126,9 +119,8 @@ def _accept(
     """Everything that can be refused now is refused now. Raises problems, `PlanError`, `DatasetNotFound`, and
     `InvalidReference` for a name whose versions are for another task."""
     wanted = parse_hyperparameters(body.hyperparameters)
-    if wanted.method == "qlora":
-        profile = services.jobs.live_worker_profile()
-        refuse_unavailable(wanted, WorkerProfile.model_validate(profile) if profile else None)
+    profile = services.jobs.live_worker_profile()
+    refuse_unavailable(wanted, WorkerProfile.model_validate(profile) if profile else None)
     if body.promote == "if_better" and not principal.may("models:promote"):
         raise Problem(
             403, "forbidden", "promote: 'if_better' moves the champion, so it needs the scope 'models:promote'"
@@ -217,11 +209,10 @@ def _dry_run(
         worker=WorkerProfile.model_validate(profile) if profile else WorkerProfile(),
         parameters=info.parameters, model_max_length=info.max_length, task=target.task,
     )  # fmt: skip
-    estimate = sum(method.estimated_seconds or 0 for method in plan.methods) * max(1, plan.trials)
     return {
         "object": "finetune.plan",
         "plan": plan.model_dump(mode="json"),
-        "estimated_seconds": round(estimate, 1) if profile else None,
+        "estimated_seconds": round(plan.estimated_seconds, 1) if profile else None,
         "findings": [finding.model_dump() for finding in findings],
     }
 

@@ -102,6 +102,7 @@ def test_wrong_types_and_unknown_fields_are_named(service: Service, body: Any, p
         ({"method": "magic"}, "method"),
         ({"lora": {"rank": 8}}, "lora.rank"),
         ({"augment": "light"}, "augment is not available yet"),
+        ({"method": "lora", "processes": 64}, "processes"),  # known of the worker, before any job
     ],
 )
 def test_hyperparameters_that_are_unknown_or_out_of_bounds(

@@ -22,8 +22,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from finetune.datasets.batches import FindingLog
+from finetune.hyperparameters import NOT_YET, Hyperparameters
 from finetune.metrics import WorkerMetrics
-from finetune.plan import NOT_YET, Hyperparameters
 from finetune.settings import WorkerSettings
 from service.api.guard import DrainState
 from service.api.problems import _CODE_BY_STATUS, STATUS_BY_ERROR

@@ -166,7 +166,8 @@ def test_a_champion_answers_as_its_golden_rows_say(shop: Workshop, method: str) 
 
 
 def bare_run(shop: Workshop) -> Run:
-    from finetune.plan import DatasetProfile, WorkerProfile, parse_hyperparameters, resolve
+    from finetune.hyperparameters import parse_hyperparameters
+    from finetune.plan import DatasetProfile, WorkerProfile, resolve
 
     data = DatasetProfile(train_rows=1, validation_rows=1, test_rows=1, labels=3, max_length_p99=16)
     plan = resolve(

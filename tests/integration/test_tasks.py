@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_sc
 from finetune.datasets.check import ROWS_FILE, write_checked
 from finetune.errors import DatasetInvalid
 from finetune.events import ChildJob, DatasetInput
-from finetune.plan import PlanError
+from finetune.hyperparameters import PlanError
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from modeling.assemble import check_golden, read_version

@@ -12,7 +12,7 @@ import torch
 from finetune.child import explain
 from finetune.errors import NonFiniteLoss, Stopped
 from finetune.events import ChildJob
-from finetune.plan import PlanError
+from finetune.hyperparameters import PlanError
 from finetune.recipe import run_job
 from finetune.training.loop import _Loop
 from finetune.training.memory import OutOfMemory, PassSize, largest_that_fits

@@ -73,8 +73,9 @@ def test_states_and_gradients_are_those_of_fp32_within_bf16(encoder: Any) -> Non
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop", "adafactor"])
 def test_a_step_of_the_optimiser_reaches_the_copies(encoder: Any, name: str) -> None:
+    from finetune.hyperparameters import parse_hyperparameters
     from finetune.optimizers import build_optimizer
-    from finetune.plan import DatasetProfile, WorkerProfile, parse_hyperparameters, resolve
+    from finetune.plan import DatasetProfile, WorkerProfile, resolve
 
     data = DatasetProfile(train_rows=100, validation_rows=10, test_rows=10, labels=4, max_length_p99=20)
     wanted = parse_hyperparameters({"method": "full", "optimizer": name, "learning_rate": 0.5})

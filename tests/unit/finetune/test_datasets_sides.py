@@ -12,7 +12,7 @@ from finetune.datasets.given_sides import parse_time, predefined_sides, time_sid
 from finetune.datasets.labelled import LabelledRows
 from finetune.datasets.records import Finding
 from finetune.datasets.sides import Sides, divide
-from finetune.plan import SplitOptions
+from finetune.hyperparameters import SplitOptions
 
 WORDS = [f"word{number}" for number in range(300)]
 

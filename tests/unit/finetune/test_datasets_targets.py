@@ -20,8 +20,8 @@ from finetune.datasets.load import load_sides
 from finetune.datasets.sides import Sides, divide
 from finetune.datasets.splits import split_rows
 from finetune.datasets.targets import LabelSets, Numbers, parse_list
+from finetune.hyperparameters import SplitOptions
 from finetune.jobs.records import Columns
-from finetune.plan import SplitOptions
 
 WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima".split()
 

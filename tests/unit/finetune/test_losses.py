@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from finetune import losses
-from finetune.plan import LOSSES, DatasetProfile, Task, TrainingPlan, WorkerProfile, parse_hyperparameters, resolve
+from finetune.hyperparameters import LOSSES, parse_hyperparameters
+from finetune.plan import DatasetProfile, TrainingPlan, WorkerProfile, resolve
 from finetune.tasks import rules_of
+from model_registry.manifest import Task
 
 DATA = DatasetProfile(train_rows=100, validation_rows=10, test_rows=10, labels=4, max_length_p99=20)
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from finetune.hyperparameters import parse_hyperparameters
 from finetune.optimizers import build_optimizer, plateau_factor, schedule
-from finetune.plan import DatasetProfile, TrainingPlan, WorkerProfile, parse_hyperparameters, resolve
+from finetune.plan import DatasetProfile, TrainingPlan, WorkerProfile, resolve
 
 DATA = DatasetProfile(train_rows=100, validation_rows=10, test_rows=10, labels=4, max_length_p99=20)
 SCHEDULERS = ["cosine", "linear", "constant", "plateau", "cyclic"]

@@ -8,18 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.plan import (
-    COST_ORDER,
-    NOT_YET,
-    DatasetProfile,
-    Hyperparameters,
-    PlanError,
-    TrainingPlan,
-    WorkerProfile,
-    parse_hyperparameters,
-    refuse_unavailable,
-    resolve,
-)
+from finetune.hyperparameters import NOT_YET, Hyperparameters, PlanError, parse_hyperparameters
+from finetune.plan import COST_ORDER, DatasetProfile, TrainingPlan, WorkerProfile, refuse_unavailable, resolve
 
 DATA = DatasetProfile(train_rows=1000, validation_rows=150, test_rows=150, labels=4, max_length_p99=101)
 
@@ -119,6 +109,22 @@ def test_devices_that_cannot_be_had_are_refused_by_name(
     with pytest.raises(PlanError, match=reason) as refused:
         plan(worker=worker, **({"method": "full"} | values))
     assert refused.value.errors[0]["loc"][1] in {"devices", "processes"}
+
+
+def test_half_precision_is_refused_without_a_gpu() -> None:
+    with pytest.raises(PlanError, match="fp16 needs a GPU"):
+        refuse_unavailable(Hyperparameters(precision="fp16"), WorkerProfile())
+    refuse_unavailable(Hyperparameters(precision="fp16"), GPUS)
+    refuse_unavailable(Hyperparameters(precision="fp16", devices=4), None)
+
+
+def test_the_estimate_counts_trials_and_the_refit_and_ends_with_the_budget() -> None:
+    auto = plan()
+    seconds = {method.method: method.estimated_seconds or 0.0 for method in auto.methods}
+    assert auto.estimated_seconds == pytest.approx(sum(seconds.values()) + max(seconds["lora"], seconds["full"]))
+    assert plan(refit=False).estimated_seconds == pytest.approx(sum(seconds.values()))
+    assert plan(method="full", trials=3).estimated_seconds == pytest.approx(3 * seconds["full"])
+    assert plan(max_seconds=7).estimated_seconds == 7
 
 
 def test_qlora_is_planned_where_the_worker_can_run_it() -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from finetune.plan import DatasetProfile, PlanError, TrainingPlan, WorkerProfile, parse_hyperparameters, resolve
+from finetune.hyperparameters import PlanError, parse_hyperparameters
+from finetune.plan import DatasetProfile, TrainingPlan, WorkerProfile, resolve
 from finetune.space import Range, with_values
 
 DATA = DatasetProfile(train_rows=1000, validation_rows=200, test_rows=200, labels=3, max_length_p99=64)

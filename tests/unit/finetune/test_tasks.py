@@ -24,10 +24,10 @@ from sklearn.metrics import (
 
 from finetune.calibration import fit_binary_temperature, mean_binary_log_loss
 from finetune.class_weights import positive_weights
+from finetune.hyperparameters import EarlyStopping, GateOptions, PlanError, check_task, parse_hyperparameters
 from finetune.judgement import bootstrap
 from finetune.losses import bce, focal_of_labels
 from finetune.methods import one_vs_rest
-from finetune.plan import EarlyStopping, GateOptions, PlanError, check_task, parse_hyperparameters
 from finetune.quality import METRICS, Metric, metric_of
 from finetune.tasks import rules_of
 from finetune.tasks.multi_label import MultiLabel
