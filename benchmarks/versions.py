@@ -23,8 +23,9 @@ from model_registry.store import FileStore, put_tree
 from modeling import weights
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from modeling.assemble import GoldenRow, write_version_files
-from modeling.backbone import GRAPHS_FOLDER, Backbone, ingest, load_encoder, locate
+from modeling.backbone import GRAPHS_FOLDER, Backbone, ingest, locate
 from modeling.checkpoints import write_encoder
+from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.export import export_graphs

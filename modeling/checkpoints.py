@@ -23,11 +23,11 @@ from modeling.backbone import (
     content_digest,
     describe,
     info_bytes,
-    load_pretrained,
     read_config,
     weight_files,
 )
 from modeling.composed import Composition, plain_weights, write_composition
+from modeling.encoder import load_pretrained
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, takes_type_ids
 from modeling.errors import BackboneUnavailable, GoldenRowsDiffer, UnsupportedArchitecture

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from modeling.adapters import LoraLayout
-from modeling.backbone import Backbone, load_encoder
+from modeling.backbone import Backbone
+from modeling.encoder import load_encoder
 from modeling.engines.graphs import SLOTS_INPUT, GraphFiles, a_input, b_input
 from modeling.engines.torch import pool, takes_type_ids
 from modeling.routed import Routing, route

@@ -11,7 +11,7 @@ from finetune.methods.candidate import Candidate
 from finetune.methods.own import new_classifier, serve_own
 from finetune.methods.tuned import Classifier, Serving, start_head, train_tuned
 from finetune.run import Run
-from modeling.backbone import load_encoder
+from modeling.encoder import load_encoder
 
 
 def train(run: Run) -> Candidate:

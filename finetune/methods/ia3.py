@@ -14,7 +14,7 @@ from finetune.methods.candidate import Candidate
 from finetune.methods.own import new_classifier, serve_own
 from finetune.methods.tuned import Classifier, Serving, start_head, train_tuned
 from finetune.run import Run
-from modeling.backbone import load_encoder
+from modeling.encoder import load_encoder
 
 _SCALED = ("key", "value", "k_lin", "v_lin", "attn.k", "attn.v", "key_proj", "value_proj")
 # The second linear layer of the feed-forward: what enters it is scaled.

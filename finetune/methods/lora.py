@@ -20,7 +20,7 @@ from finetune.methods.own import new_classifier, serve_own
 from finetune.methods.tuned import Classifier, Serving, start_head, train_tuned
 from finetune.run import Run
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from modeling.backbone import load_encoder
+from modeling.encoder import load_encoder
 
 _ATTENTION = ("query", "key", "value", "q_lin", "k_lin", "v_lin", "q", "k", "v", "query_proj", "key_proj", "value_proj")
 _SERVING_KEY = "candidate"

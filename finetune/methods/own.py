@@ -11,9 +11,10 @@ from torch import nn
 from finetune.methods.candidate import Candidate
 from finetune.methods.tuned import Classifier, Serving, set_dropout, start_head, train_tuned
 from finetune.run import Run
-from modeling.backbone import Backbone, load_encoder
+from modeling.backbone import Backbone
 from modeling.checkpoints import write_encoder
 from modeling.composed import Composition, compose
+from modeling.encoder import load_encoder
 from modeling.engines.torch import TorchEngine
 
 

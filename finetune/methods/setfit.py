@@ -23,7 +23,7 @@ from finetune.methods.candidate import Candidate, Servable
 from finetune.methods.own import new_classifier, serve_own
 from finetune.methods.tuned import Classifier
 from finetune.run import Run, embed, length_batches
-from modeling.backbone import load_encoder
+from modeling.encoder import load_encoder
 from modeling.engines.protocol import pad
 from modeling.preprocess import Encoded
 from modeling.weights import FloatArray, IntArray

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from modeling.adapters import Adapter
-from modeling.backbone import Backbone, load_encoder
+from modeling.backbone import Backbone
+from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first, pad
 from modeling.engines.slots import AdapterStacks, Stack
 from modeling.errors import EngineFailed

@@ -12,7 +12,8 @@ from torch import nn
 
 from finetune.training import bf16_cpu
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, ingest, load_encoder
+from modeling.backbone import Backbone, ingest
+from modeling.encoder import load_encoder
 from modeling.testing import write_tiny_checkpoint
 
 

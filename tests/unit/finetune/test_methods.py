@@ -15,7 +15,7 @@ from finetune.errors import RunError
 from finetune.layers import FrozenTrunk, freeze_below, layer_depths, set_trunk, unset_trunk
 from finetune.methods.ia3 import with_ia3
 from finetune.methods.setfit import draw_rows, half_way, pair_loss
-from modeling.backbone import load_encoder
+from modeling.encoder import load_encoder
 from modeling.testing import write_tiny_checkpoint
 
 LAYERS = 3

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, BackboneInfo, ingest, load_encoder, locate, read_config
+from modeling.backbone import Backbone, BackboneInfo, ingest, locate, read_config
+from modeling.encoder import load_encoder
 from modeling.errors import BackboneUnavailable, ConfigRefused, UnsupportedArchitecture
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, ingest, load_encoder
+from modeling.backbone import Backbone, ingest
 from modeling.checkpoints import write_encoder
 from modeling.composed import (
     COMPOSITION_FILE,
@@ -20,6 +20,7 @@ from modeling.composed import (
     own_weights,
     plain_weights,
 )
+from modeling.encoder import load_encoder
 from modeling.engines.build import EngineOptions, EngineSpec, build_engine
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine

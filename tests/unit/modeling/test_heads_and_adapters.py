@@ -13,7 +13,8 @@ import torch
 
 from modeling import weights
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from modeling.backbone import Backbone, load_encoder
+from modeling.backbone import Backbone
+from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, pool
 from modeling.errors import AdapterMismatch, WeightsInvalid

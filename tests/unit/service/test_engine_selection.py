@@ -20,8 +20,9 @@ from model_registry.db import Database
 from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.migrations import migrate
 from model_registry.refs import ModelRef
-from modeling.backbone import GRAPHS_FOLDER, Backbone, load_encoder
+from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.checkpoints import write_encoder
+from modeling.encoder import load_encoder
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch

@@ -14,7 +14,7 @@ import pytest
 from model_registry.errors import ArtifactError, ModelNotFound
 from model_registry.refs import ModelRef
 from modeling.adapters import Adapter, LoraPair
-from modeling.backbone import load_encoder
+from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed, GoldenRowsDiffer, ModelingError
