@@ -5,7 +5,7 @@ states stay in bf16 throughout, weights stay in fp32, and each linear layer keep
 until its weight changes. A LoRA layer's copy is of `W + s B A`, so the adapter costs the forward pass nothing. The
 sum is rounded once, from fp32: changes smaller than W's own rounding are not lost, they shift which way it goes.
 
-Attention is plain: torch's fused kernel has no fast backward in bf16 on a CPU (docs/log.md).
+Attention is plain and in chunks, see `finetune.training.attention`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, eager_mask
 
-_ATTENTION = "polyhead_plain"
+from finetune.training import attention
+
 _BF16 = torch.bfloat16
 
 
@@ -69,7 +68,7 @@ def computing(encoder: nn.Module) -> Iterator[Copies]:
             inside_lora |= set(module.modules())
         module.forward = forward
         replaced.append(module)
-    with _plain_attention(encoder):
+    with attention.chunked(encoder):
         try:
             yield copies
         finally:
@@ -187,7 +186,7 @@ def _lora_forward(module: Any, copies: Copies) -> Callable[[torch.Tensor], torch
     return forward
 
 
-# Norms and attention
+# Norms
 
 
 def _norm_forward(module: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -195,56 +194,3 @@ def _norm_forward(module: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor
         return F.layer_norm(x.to(_BF16), module.normalized_shape, module.weight, module.bias, module.eps)
 
     return forward
-
-
-@contextlib.contextmanager
-def _plain_attention(encoder: nn.Module) -> Iterator[None]:
-    """Attention without torch's fused kernel, in models of transformers that let it be chosen."""
-    models: list[Any] = [
-        module
-        for module in encoder.modules()
-        if hasattr(module, "set_attn_implementation") and getattr(module.config, "_attn_implementation", "") == "sdpa"
-    ]
-    AttentionInterface.register(_ATTENTION, _attend)
-    AttentionMaskInterface.register(_ATTENTION, _mask)
-    for model in models[:1]:
-        model.set_attn_implementation(_ATTENTION)
-    try:
-        yield
-    finally:
-        for model in models[:1]:
-            model.set_attn_implementation("sdpa")
-
-
-def _attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """[rows, heads, length, size] each; the mask is added to the scores."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query * scale) @ key.transpose(2, 3)
-    if attention_mask is not None:
-        scores += attention_mask
-    weights = F.dropout(scores.softmax(-1), dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-def _mask(
-    batch_size: int, q_length: int, kv_length: int, *, mask_function: Callable[..., Any],
-    attention_mask: torch.Tensor | None, dtype: torch.dtype, **options: Any,
-) -> torch.Tensor | None:  # fmt: skip
-    """[rows, 1, 1, length] where all positions see each other: `length` times smaller than what transformers makes."""
-    if mask_function is not bidirectional_mask_function or q_length != kv_length:
-        return eager_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            dtype=_BF16,
-            **options,
-        )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    hidden = torch.zeros(attention_mask.shape, dtype=_BF16).masked_fill_(~attention_mask.bool(), torch.finfo(_BF16).min)
-    return hidden[:, None, None, :]
