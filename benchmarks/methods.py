@@ -45,6 +45,7 @@ def run(options: Namespace) -> None:
     settings = dict(item.split("=", 1) for item in options.settings)
     rows: list[dict[str, Any]] = []
     with running(**settings) as service:
+        service.chosen_engine()
         test_id = _upload(service, test, options.data / "methods-test.jsonl")
         train_id = _upload(service, train, options.data / "methods-train.jsonl")
         for seed in options.seeds:

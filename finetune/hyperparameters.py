@@ -29,9 +29,7 @@ LOSSES: dict[Task, tuple[Loss, ...]] = {  # the first is what auto becomes
 # The methods of the other tasks; text-classification has all.
 METHODS_OF_OTHER_TASKS: frozenset[str] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
-NOT_YET = {
-    "augment", "oversample", "search",
-}  # fmt: skip
+NOT_YET = {"augment"}
 _NOT_SEARCHED = frozenset({"auto", "baseline", "linear_probe"})  # several methods, or ones without steps
 
 
@@ -150,6 +148,7 @@ class Hyperparameters(Model):
     loss: Literal["auto"] | Loss = "auto"
     focal_gamma: float = Field(2.0, ge=0, le=10)
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    oversample: bool = False
     label_smoothing: Literal["auto"] | float = Field("auto")
     dropout: Literal["auto"] | float = Field("auto")
 
@@ -199,6 +198,8 @@ class Hyperparameters(Model):
     def _nothing_without_effect(self) -> Hyperparameters:
         if "momentum" in self.model_fields_set and self.optimizer not in {"sgd", "rmsprop"}:
             raise ValueError(f"momentum has no effect with optimizer {self.optimizer}; use sgd or rmsprop")
+        if self.oversample and self.class_weights != "none":
+            raise ValueError("oversample and class_weights both make rare classes count for more; use one of them")
         if "focal_gamma" in self.model_fields_set and self.loss != "focal":
             raise ValueError(f"focal_gamma has no effect with loss {self.loss}; use loss focal")
         return self
@@ -288,6 +289,8 @@ def check_task(wanted: Hyperparameters, task: Task) -> None:
         raise refusal("method", f"method {wanted.method} is not available for {task} yet; use one of {fitting}")
     if wanted.class_weights != "none" and task == "text-regression":
         raise refusal("class_weights", "class_weights need classes; leave them out for text-regression")
+    if wanted.oversample:
+        raise refusal("oversample", "oversample is for text-classification; leave it out")
     if wanted.label_smoothing not in {"auto", 0}:
         raise refusal("label_smoothing", "label_smoothing is for text-classification; leave it out")
     if wanted.abstain.target_accuracy is not None:

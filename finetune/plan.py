@@ -47,13 +47,18 @@ _RATE_FACTOR = {"sgd": 100.0}
 
 
 class DatasetProfile(Model):
-    """What planning needs to know of the data. `max_length_p99` is in tokens."""
+    """What planning needs to know of the data. `max_length_p99` is in tokens, `largest_class` in training rows."""
 
     train_rows: int
     validation_rows: int
     test_rows: int
     labels: int
     max_length_p99: int
+    largest_class: int = 0
+
+    def epoch_rows(self, *, oversample: bool) -> int:
+        """Training rows of an epoch, with those that are repeated."""
+        return max(self.train_rows, self.labels * self.largest_class) if oversample else self.train_rows
 
 
 class WorkerProfile(Model):
@@ -105,6 +110,7 @@ class TrainingPlan(Model):
     weight_decay: float
     max_grad_norm: float
     class_weights: Literal["none", "balanced"] | dict[str, float]
+    oversample: bool = False
     label_smoothing: float
     unfreeze_layers: Literal["all"] | int = "all"
     lora: LoraOptions
@@ -131,6 +137,11 @@ class TrainingPlan(Model):
     def deciding(self) -> Metric:
         """The metric that decides between methods, checkpoints, trials and versions."""
         return metric_of(self.metric)
+
+    @property
+    def weights_of_solved(self) -> Literal["none", "balanced"] | dict[str, float]:
+        """The class weights of methods that are solved: to weigh a class's rows is to repeat them."""
+        return "balanced" if self.oversample else self.class_weights
 
     @property
     def estimated_seconds(self) -> float:
@@ -175,6 +186,7 @@ def resolve(
         weight_decay=wanted.weight_decay,
         max_grad_norm=wanted.max_grad_norm,
         class_weights=wanted.class_weights,
+        oversample=wanted.oversample,
         label_smoothing=_label_smoothing(wanted, task),
         unfreeze_layers=wanted.unfreeze_layers,
         lora=wanted.lora,
@@ -308,10 +320,10 @@ def _plan_method(
     max_length: int,
 ) -> MethodPlan:  # fmt: skip
     batch_size, accumulation = _batch_size(wanted), _accumulation(wanted)
-    epochs = 0.0
+    epochs, rows = 0.0, data.epoch_rows(oversample=wanted.oversample)
     if method in _STEPPED:
-        epochs = float(_default_epochs(method, data.train_rows) if wanted.epochs == "auto" else wanted.epochs)
-    steps_per_epoch = max(1, -(-data.train_rows // (batch_size * accumulation)))
+        epochs = float(_default_epochs(method, rows) if wanted.epochs == "auto" else wanted.epochs)
+    steps_per_epoch = max(1, -(-rows // (batch_size * accumulation)))
     steps = max(1, round(steps_per_epoch * epochs)) if epochs else 0
     if method == "setfit":
         steps = -(-wanted.setfit.max_pairs // _PAIRS_PER_STEP)
@@ -325,7 +337,13 @@ def _plan_method(
         finds_batch_size=wanted.batch_size == "auto" and worker.device.startswith("cuda"),
         total_steps=steps,
         estimated_seconds=_estimate(
-            method, data, worker, parameters, max_length, epochs / _processes(wanted, worker), steps
+            method,
+            data,
+            worker,
+            parameters,
+            max_length,
+            epochs * rows / max(1, data.train_rows) / _processes(wanted, worker),
+            steps,
         ),
     )
 

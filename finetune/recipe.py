@@ -159,6 +159,7 @@ def planner(
     data = DatasetProfile(
         train_rows=len(train), validation_rows=len(validation), test_rows=len(test),
         labels=len(train.names()), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
+        largest_class=train.most_of_a_label(),
     )  # fmt: skip
 
     def replan(chosen: Mapping[str, Any]) -> TrainingPlan:

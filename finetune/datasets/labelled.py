@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,10 @@ class LabelledRows:
             {name: [values[position] for position in positions] for name, values in self.extras.items()},
             self.target,
         )
+
+    def most_of_a_label(self) -> int:
+        """How many rows the most frequent label has."""
+        return max(Counter(self.labels).values(), default=0)
 
     def names(self) -> set[str]:
         """The classes or labels that stand in these rows."""

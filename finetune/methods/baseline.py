@@ -67,7 +67,7 @@ class _Words:
 
 
 def _of_classes(run: Run, features: Any, labels: IntArray, strength: float) -> tuple[FloatArray, FloatArray]:
-    by_class = class_weights(run.plan.class_weights, labels, run.labels)
+    by_class = class_weights(run.plan.weights_of_solved, labels, run.labels)
     by_index = None if by_class is None else dict(enumerate(by_class.tolist()))
     classifier = LinearSVC(C=strength, class_weight=by_index, random_state=run.plan.seed)
     classifier.fit(features, labels)

@@ -71,7 +71,7 @@ def folded_head(weight: FloatArray, bias: FloatArray, mean: FloatArray, scale: F
 
 
 def _by_index(run: Run, labels: IntArray) -> dict[int, float] | None:
-    weights = class_weights(run.plan.class_weights, labels, run.labels)
+    weights = class_weights(run.plan.weights_of_solved, labels, run.labels)
     return None if weights is None else dict(enumerate(weights.tolist()))
 
 

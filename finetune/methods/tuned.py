@@ -20,6 +20,7 @@ from finetune.methods.candidate import Candidate, Servable
 from finetune.run import Run, embed, joined
 from finetune.tasks.rules import Answering, Scale, Side
 from finetune.training import Trained, run_training
+from finetune.training.batches import epoch_size
 from model_registry.manifest import VersionKind
 from modeling.engines.protocol import Engine
 from modeling.engines.torch import pool, takes_type_ids
@@ -145,7 +146,10 @@ def _refitted(
 def _on_all_rows(run: Run, method: str, best_step: int) -> Run:
     """The run as a refit sees it: no row is held out, so nothing is evaluated on the way."""
     rows = joined(run.train, run.validation)
-    steps = max(1, round(best_step * len(rows.texts) / max(1, len(run.train.texts))))
+    size, first = (
+        epoch_size(len(side.texts), side.labels if run.plan.oversample else None) for side in (rows, run.train)
+    )
+    steps = max(1, round(best_step * size / max(1, first)))
     plan = run.plan_of(method).model_copy(update={"total_steps": steps})
     others = tuple(plan if one.method == method else one for one in run.plan.methods)
     return replace(

@@ -62,12 +62,24 @@ class TokenRows:
         return ids.astype(_LONG), mask.astype(_LONG), np.where(mask, self.types[places], 0).astype(_LONG)
 
 
-def epoch_order(lengths: Sequence[int] | IntArray, *, rows_per_step: int, seed: int, epoch: int) -> Iterator[IntArray]:
+def epoch_size(rows: int, classes: IntArray | None) -> int:
+    """How many rows an epoch has: of each class as many as of the most frequent one where `classes` are given."""
+    if classes is None:
+        return rows
+    counts = np.bincount(classes)
+    return int((counts > 0).sum() * counts.max())
+
+
+def epoch_order(
+    lengths: Sequence[int] | IntArray, *, rows_per_step: int, seed: int, epoch: int, classes: IntArray | None = None
+) -> Iterator[IntArray]:
     """The rows of each step of an epoch, of similar length: rows are shuffled, sorted by length within windows, and
-    the steps are shuffled again."""
+    the steps are shuffled again. With `classes` int64[rows], rows of rarer ones come again until all have as many: each
+    row equally often, but for a remainder that is drawn."""
     lengths = np.asarray(lengths)
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
+    drawn = np.arange(len(lengths)) if classes is None else _repeated(classes, random)
+    order = random.permutation(drawn)
     window = rows_per_step * _WINDOW_BATCHES
     steps = []
     for start in range(0, len(order), window):
@@ -76,6 +88,16 @@ def epoch_order(lengths: Sequence[int] | IntArray, *, rows_per_step: int, seed: 
         steps += [part[at : at + rows_per_step] for at in range(0, len(part), rows_per_step)]
     for index in random.permutation(len(steps)):
         yield steps[index].astype(_LONG)
+
+
+def _repeated(classes: IntArray, random: np.random.Generator) -> IntArray:
+    most = int(np.bincount(classes).max())
+    parts = []
+    for label in np.unique(classes):
+        rows = np.flatnonzero(classes == label)
+        whole, rest = divmod(most, len(rows))
+        parts += [np.tile(rows, whole), random.permutation(rows)[:rest]]
+    return np.concatenate(parts)
 
 
 def passes(lengths: IntArray, rows: IntArray, *, most_rows: int, most_tokens: int | None) -> list[IntArray]:

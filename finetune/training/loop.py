@@ -25,7 +25,7 @@ from finetune.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.plan import MethodPlan
 from finetune.run import Run
 from finetune.training import bf16_cpu
-from finetune.training.batches import Ahead, Batch, TokenRows, epoch_order, make_batch, passes
+from finetune.training.batches import Ahead, Batch, TokenRows, epoch_order, epoch_size, make_batch, passes
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
 from finetune.training.parallel import Follower, Order, Share, seed_of, share_of
 from finetune.training.state import Best, Progress, copied, from_checkpoint, load_weights, to_checkpoint, trainable
@@ -84,7 +84,8 @@ class _Loop:
         self.train_rows = encode(run.train.texts) if run.tokens is None else run.tokens
         self.validation_rows = encode(run.validation.texts)
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
-        self.steps_per_epoch = max(1, -(-len(self.train_rows) // self.rows_per_step))
+        self.classes = run.train.labels if run.plan.oversample else None
+        self.steps_per_epoch = max(1, -(-epoch_size(len(self.train_rows), self.classes) // self.rows_per_step))
         self.evaluate_every = max(1.0, self.steps_per_epoch * run.plan.eval_every)
         weights = run.rules.weights(run.plan.class_weights, run.train.labels, run.labels)
         self.objective = build_loss(
@@ -278,8 +279,9 @@ class _Loop:
         known = self.steps_of_epoch
         if known is None or known[0] != epoch:
             order = epoch_order(
-                self.train_rows.lengths, rows_per_step=self.rows_per_step, seed=self.run.plan.seed, epoch=epoch
-            )
+                self.train_rows.lengths, rows_per_step=self.rows_per_step, seed=self.run.plan.seed, epoch=epoch,
+                classes=self.classes,
+            )  # fmt: skip
             known = self.steps_of_epoch = (epoch, list(order))
         return known[1][position]
 

@@ -205,6 +205,7 @@ def _dry_run(
         data=DatasetProfile(
             train_rows=max(1, total - cut), validation_rows=validation or 0, test_rows=test or 0,
             labels=len(rows.names()), max_length_p99=lengths[int(0.99 * (len(lengths) - 1))] if lengths else 8,
+            largest_class=round(rows.most_of_a_label() * max(1, total - cut) / max(1, total)),
         ),
         worker=WorkerProfile.model_validate(profile) if profile else WorkerProfile(),
         parameters=info.parameters, model_max_length=info.max_length, task=target.task,

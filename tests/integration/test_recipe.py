@@ -285,6 +285,28 @@ def _events(store: FileStore, manifest: ModelManifest) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_oversampled_epochs_hold_the_rows_that_the_plan_says(job: Callable[..., ChildJob], tmp_path: Path) -> None:
+    draw, folder = random.Random(1), tmp_path / "rare"
+    folder.mkdir()
+    lines = []
+    for number in range(160):
+        label = "bad" if number % 5 == 0 else "good"
+        text = f"{draw.choice(GOOD if label == 'good' else BAD)} film {chr(97 + number % 26)}{number} it was {number}"
+        lines.append(json.dumps({"text": text, "label": label}) + "\n")
+    (folder / "raw").write_text("".join(lines))
+    assert write_checked(folder / "raw", "jsonl", folder).is_valid
+    options = {"method": "full", "epochs": 2, "eval_every": 1, "rows": folder / ROWS_FILE, "batch_size": 8}
+    refitted, link = {"refit": True, "oversample": True}, RecordingLink()
+    plain, more = finish(job("plain", **options), RecordingLink()), finish(job("more", **options, **refitted), link)
+    steps = []
+    for result in (plain, more):
+        (method,) = (item for item in result["evaluation"]["methods"] if item["method"] == "full")
+        assert method["details"]["epochs"] == 2
+        steps.append(method["details"]["steps"])
+    assert steps[1] > 1.4 * steps[0]
+    assert method["details"]["refit"]["steps"] > method["details"]["best_step"]
+
+
 def test_the_events_of_earlier_attempts_are_in_the_record(job: Callable[..., ChildJob], store: FileStore) -> None:
     earlier = {"job_id": "ft_1", "attempt": 1, "created_at": 1.0, "level": "warn", "type": "state_changed"}
     second = job(method="baseline").model_copy(

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.training.batches import Ahead, TokenRows, epoch_order, passes
+from finetune.training.batches import Ahead, TokenRows, epoch_order, epoch_size, passes
 from modeling.engines.protocol import pad
 from modeling.preprocess import TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
@@ -23,6 +23,23 @@ def test_an_epoch_has_every_row_once_and_is_the_same_when_asked_again(sizes: lis
     assert sorted(np.concatenate(steps[0]).tolist()) == list(range(len(sizes)))
     assert all(np.array_equal(a, b) for a, b in zip(*steps, strict=True))
     assert all(len(step) <= rows for step in steps[0])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 40), st.integers(0, 5))
+def test_rows_of_rare_classes_come_again_until_all_classes_have_as_many(
+    labels: list[int], rows: int, seed: int
+) -> None:
+    classes, sizes = np.asarray(labels), [7] * len(labels)
+    steps = [list(epoch_order(sizes, rows_per_step=rows, seed=seed, epoch=1, classes=classes)) for _ in range(2)]
+    assert all(np.array_equal(a, b) for a, b in zip(*steps, strict=True))
+    drawn = np.concatenate(steps[0])
+    assert len(drawn) == epoch_size(len(labels), classes)
+    times = np.bincount(drawn, minlength=len(labels))
+    most = np.bincount(classes).max()
+    for label in set(labels):
+        own = times[classes == label]
+        assert own.sum() == most
+        assert own.max() - own.min() <= 1, "each row as often as the others of its class"
 
 
 @given(lengths, st.integers(1, 40), st.integers(1, 1000))

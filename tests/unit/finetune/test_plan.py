@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.hyperparameters import NOT_YET, Hyperparameters, PlanError, parse_hyperparameters
+from finetune.hyperparameters import NOT_YET, Hyperparameters, PlanError, check_task, parse_hyperparameters
 from finetune.plan import COST_ORDER, DatasetProfile, TrainingPlan, WorkerProfile, refuse_unavailable, resolve
 
 DATA = DatasetProfile(train_rows=1000, validation_rows=150, test_rows=150, labels=4, max_length_p99=101)
@@ -153,6 +153,25 @@ def test_estimates_follow_the_worker_s_measured_speed() -> None:
 
 def test_no_auto_is_left() -> None:
     assert "auto" not in str(plan().model_dump(exclude={"is_auto"}))
+
+
+def test_oversampling_lengthens_an_epoch() -> None:
+    data = DATA.model_copy(update={"train_rows": 1000, "labels": 4, "largest_class": 700})
+
+    def steps(**values: Any) -> int:
+        wanted = parse_hyperparameters({"method": "full", "epochs": 2, **values})
+        (method,) = resolve(
+            wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256
+        ).methods  # fmt: skip
+        return method.total_steps
+
+    assert steps() == 2 * -(-1000 // 32)
+    assert steps(oversample=True) == 2 * -(-2800 // 32)
+    assert plan(oversample=True).weights_of_solved == "balanced"
+    with pytest.raises(PlanError, match="use one of them"):
+        parse_hyperparameters({"oversample": True, "class_weights": "balanced"})
+    with pytest.raises(PlanError, match="oversample is for text-classification"):
+        check_task(parse_hyperparameters({"oversample": True}), "text-multi-label")
 
 
 def test_only_auto_refits_unasked() -> None:
