@@ -227,7 +227,7 @@ def parse_hyperparameters(values: dict[str, Any]) -> Hyperparameters:
             [
                 {
                     "loc": ["hyperparameters", *(str(part) for part in item["loc"])],
-                    "message": f"{_place(item)}{item['msg']}",
+                    "message": f"{_place(item)}{item['msg'].removeprefix('Value error, ')}",
                 }
                 for item in error.errors(include_url=False, include_input=False)
             ]
