@@ -195,33 +195,36 @@ def methods(result: Result) -> str:
 
 
 def few_shot(result: Result) -> str:
+    tables = [_few_shot_table(result, *named) for named in (("Accuracy", "accuracy"), ("Macro F1", "macro_f1"))]
+    return f"{result['per_class']} rows a class, {result['test_rows']:,} test rows:\n\n" + "\n\n".join(tables)
+
+
+def _few_shot_table(result: Result, title: str, metric: str) -> str:
     names = [name for (name,) in _distinct(result["rows"], "method")]
-    lines = [[str(seed), *(f"{_accuracy(result, name, seed):.4f}" for name in names), *_gap_cells(result, seed)]
-             for (seed,) in _distinct(result["rows"], "seed")]  # fmt: skip
-    means = [statistics.mean(row["accuracy"] for row in _where(result["rows"], method=name)) for name in names]
-    gaps = _gaps(result)
+    gaps = _gaps(result, metric)
+    lines = [
+        [str(seed), *(f"{_figure(result, name, seed, metric):.4f}" for name in names),
+         *([f"{gaps[seed]:+.4f}" if seed in gaps else "–"] if gaps else [])]
+        for (seed,) in _distinct(result["rows"], "seed")
+    ]  # fmt: skip
+    means = [statistics.mean(row[metric] for row in _where(result["rows"], method=name)) for name in names]
     total = ["mean", *(f"{mean:.4f}" for mean in means), *([_mean_gap(gaps)] if gaps else [])]
-    head = ["Seed", *(f"`{name}`" for name in names), *(["`setfit` − `linear_probe`"] if gaps else [])]
-    return f"{result['per_class']} rows a class, {result['test_rows']:,} test rows:\n\n{_table(head, [*lines, total])}"
+    head = [f"{title}, seed", *(f"`{name}`" for name in names), *(["`setfit` − `linear_probe`"] if gaps else [])]
+    return _table(head, [*lines, total])
 
 
-def _accuracy(result: Result, method: str, seed: int) -> float:
+def _figure(result: Result, method: str, seed: int, metric: str) -> float:
     (row,) = _where(result["rows"], method=method, seed=seed)
-    return float(row["accuracy"])
+    return float(row[metric])
 
 
-def _gaps(result: Result) -> dict[int, float]:
-    """By seed, how much more accurate `setfit` is than the probe on the same rows; none where one is missing."""
+def _gaps(result: Result, metric: str) -> dict[int, float]:
+    """By seed, how much better `setfit` is than the probe on the same rows; none where one is missing."""
     seeds = {row["seed"] for row in _where(result["rows"], method="setfit")}
     return {
-        row["seed"]: _accuracy(result, "setfit", row["seed"]) - row["accuracy"]
+        row["seed"]: _figure(result, "setfit", row["seed"], metric) - row[metric]
         for row in _where(result["rows"], method="linear_probe") if row["seed"] in seeds
     }  # fmt: skip
-
-
-def _gap_cells(result: Result, seed: int) -> list[str]:
-    gaps = _gaps(result)
-    return [f"{gaps[seed]:+.4f}" if seed in gaps else "–"] if gaps else []
 
 
 def _mean_gap(gaps: Mapping[int, float]) -> str:
@@ -388,9 +391,11 @@ def _claims_parity(results: Mapping[str, Result]) -> Iterable[list[str]]:
 
 
 def _claims_few_shot(results: Mapping[str, Result]) -> Iterable[list[str]]:
-    for result in (one for one in results.values() if one.get("benchmark") == "few_shot" and _gaps(one)):
-        what = f"Accuracy of setfit less that of the probe, {result['per_class']} rows a class, R8"
-        yield [what, _mean_gap(_gaps(result)), "> 0"]
+    for result in (one for one in results.values() if one.get("benchmark") == "few_shot"):
+        for title, metric in (("Accuracy", "accuracy"), ("Macro F1", "macro_f1")):
+            if gaps := _gaps(result, metric):
+                what = f"{title} of setfit less that of the probe, {result['per_class']} rows a class, R8"
+                yield [what, _mean_gap(gaps), "> 0"]
 
 
 def _claims_memory(results: Mapping[str, Result]) -> Iterable[list[str]]:

@@ -91,9 +91,9 @@ def test_every_line_of_a_table_has_as_many_cells(result: dict[str, Any]) -> None
 
 def few_shot(*gaps: float) -> dict[str, Any]:
     rows = [
-        {"method": method, "seed": 42 + number, "accuracy": 0.9 + (gap if method == "setfit" else 0)}
+        {"method": method, "seed": 42 + number, "accuracy": 0.9 + more, "macro_f1": 0.8 + 2 * more}
         for number, gap in enumerate(gaps)
-        for method in ("linear_probe", "setfit")
+        for method, more in (("linear_probe", 0.0), ("setfit", gap))
     ]
     return {**ABOUT, "benchmark": "few_shot", "per_class": 8, "test_rows": 2189, "rows": rows}
 
@@ -103,6 +103,8 @@ def test_few_rows_are_compared_seed_by_seed() -> None:
     assert "| 43 | 0.9000 | 0.9300 | +0.0300 |" in text
     # Student's t with one degree of freedom is 12.706, the standard error 0.01.
     assert "| mean | 0.9000 | 0.9200 | +0.0200 ± 0.1271 (95 %) |" in text
+    assert "| 43 | 0.8000 | 0.8600 | +0.0600 |" in text
+    assert "Macro F1 of setfit less that of the probe, 8 rows a class, R8 | +0.0400" in claims({"f": few_shot(0.02)})
     assert "8 rows a class, R8 | +0.0200 ± 0.1271 (95 %) | > 0 |" in claims({"few-shot-8": few_shot(0.01, 0.03)})
     alone = few_shot(0.01, 0.03)
     alone["rows"] = alone["rows"][::2]
