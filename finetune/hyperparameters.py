@@ -41,11 +41,11 @@ class PlanError(Exception):
         self.errors = errors
 
 
-class Model(BaseModel):
+class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LoraOptions(Model):
+class LoraOptions(FrozenModel):
     r: int = Field(16, ge=1, le=256)
     alpha: int = Field(32, ge=1, le=4096)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -54,24 +54,24 @@ class LoraOptions(Model):
     dora: bool = False
 
 
-class BottleneckOptions(Model):
+class BottleneckOptions(FrozenModel):
     size: int = Field(64, ge=1, le=4096)
 
 
-class PromptOptions(Model):
+class PromptOptions(FrozenModel):
     tokens: int = Field(16, ge=1, le=256)
 
 
-class SetFitOptions(Model):
+class SetFitOptions(FrozenModel):
     max_pairs: int = Field(4_000, ge=1, le=10_000_000)
 
 
-class EarlyStopping(Model):
+class EarlyStopping(FrozenModel):
     patience: int = Field(3, ge=1, le=1000)
     min_delta: float = Field(0.0, ge=0)
 
 
-class GateOptions(Model):
+class GateOptions(FrozenModel):
     """What a version must show to take the champion's place (`promote: if_better`)."""
 
     min_metric: float | None = Field(None, allow_inf_nan=False)
@@ -79,13 +79,13 @@ class GateOptions(Model):
     p_value: float = Field(0.05, gt=0, le=1)
 
 
-class AbstainOptions(Model):
+class AbstainOptions(FrozenModel):
     """The accuracy that answers above the abstention threshold should reach."""
 
     target_accuracy: float | None = Field(None, gt=0, le=1)
 
 
-class SplitOptions(Model):
+class SplitOptions(FrozenModel):
     strategy: Literal["hash", "stratified", "random", "group", "time", "predefined"] = "hash"
     validation: float = Field(0.15, gt=0, lt=0.9)
     test: float = Field(0.15, ge=0, lt=0.9)
@@ -122,7 +122,7 @@ class SplitOptions(Model):
         return self
 
 
-class Hyperparameters(Model):
+class Hyperparameters(FrozenModel):
     """The contract's names and defaults; `auto` is resolved by `resolve`."""
 
     method: Method = "auto"

@@ -16,11 +16,11 @@ from finetune.hyperparameters import (
     AbstainOptions,
     BottleneckOptions,
     EarlyStopping,
+    FrozenModel,
     GateOptions,
     Hyperparameters,
     LoraOptions,
     Loss,
-    Model,
     Optimizer,
     PlanError,
     PromptOptions,
@@ -46,7 +46,7 @@ _LABEL_SMOOTHING = 0.05  # keeps the head from growing without end on rows alrea
 _RATE_FACTOR = {"sgd": 100.0}
 
 
-class DatasetProfile(Model):
+class DatasetProfile(FrozenModel):
     """What planning needs to know of the data. `max_length_p99` is in tokens, `largest_class` in training rows."""
 
     train_rows: int
@@ -61,7 +61,7 @@ class DatasetProfile(Model):
         return max(self.train_rows, self.labels * self.largest_class) if oversample else self.train_rows
 
 
-class WorkerProfile(Model):
+class WorkerProfile(FrozenModel):
     """What planning needs to know of a worker; workers write it to the database."""
 
     device: str = "cpu"
@@ -73,7 +73,7 @@ class WorkerProfile(Model):
     forward_rows_per_s: float = Field(50.0, gt=0)
 
 
-class MethodPlan(Model):
+class MethodPlan(FrozenModel):
     """One method's resolved numbers; the baseline and the probe have none of the training ones."""
 
     method: SingleMethod
@@ -87,7 +87,7 @@ class MethodPlan(Model):
     estimated_seconds: float | None = None
 
 
-class TrainingPlan(Model):
+class TrainingPlan(FrozenModel):
     """Everything a run depends on, with no `auto` left."""
 
     methods: tuple[MethodPlan, ...]

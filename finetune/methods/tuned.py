@@ -165,8 +165,10 @@ def _lacks_time(everything: Run, method: str, first: Trained) -> str | None:
     if left is None:
         return None
     rows = plan.total_steps * plan.batch_size * plan.gradient_accumulation
-    needed = rows * first.details["processes"] / first.details["rows_per_second"]
-    return None if needed <= left else f"it needs about {needed:.0f} s, {max(0.0, left):.0f} s are left"
+    rate = first.details["rows_per_second"] / first.details["processes"]  # 0 where there was no time for a step
+    if rows <= rate * left:
+        return None
+    return f"{rows:,} rows at {rate:.1f} a second do not fit into the {max(0.0, left):.0f} s that are left"
 
 
 def _went_wrong(everything: Run, method: str, again: Trained, first: Trained) -> str | None:

@@ -245,11 +245,23 @@ def test_a_refit_that_does_not_come_out_well_leaves_the_first_model(
     link = RecordingLink()
     cut = finish(job("cut", refit=True, **options), link)
     (event,) = (event for event in link.events if event["data"].get("code") == "refit_left_out")
-    said = {"no time": "0 s are left", "out of time": "did not come to its end (out of time)", "worse": "it is worse"}
+    said = {
+        "no time": "into the 0 s that are left",
+        "out of time": "did not come to its end (out of time)",
+        "worse": "it is worse",
+    }
     assert said.get(reason, "infinite or NaN") in event["message"]
     assert "refit" not in next(one for one in cut["evaluation"]["methods"] if one["method"] == "full")["details"]
     kept = served_logits(store, ModelManifest.model_validate(cut["manifest"]))(["good film"])
     assert np.allclose(first, kept, atol=1e-6)
+
+
+def test_a_refit_after_a_training_that_had_no_time_for_a_step_is_left_out(job: Callable[..., ChildJob]) -> None:
+    link = RecordingLink()
+    result = finish(job(method="full", refit=True, max_seconds=0.001), link)
+    (method,) = (item for item in result["evaluation"]["methods"] if item["method"] == "full")
+    assert method["details"]["steps"] == 0
+    assert [event["data"]["code"] for event in link.of("data_warning")][-1] == "refit_left_out"
 
 
 def test_a_refit_that_was_stopped_goes_on(job: Callable[..., ChildJob], store: FileStore) -> None:
@@ -285,7 +297,9 @@ def _events(store: FileStore, manifest: ModelManifest) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_oversampled_epochs_hold_the_rows_that_the_plan_says(job: Callable[..., ChildJob], tmp_path: Path) -> None:
+@pytest.fixture
+def rare_rows(tmp_path: Path) -> Path:
+    """One row of five is bad."""
     draw, folder = random.Random(1), tmp_path / "rare"
     folder.mkdir()
     lines = []
@@ -295,7 +309,11 @@ def test_oversampled_epochs_hold_the_rows_that_the_plan_says(job: Callable[..., 
         lines.append(json.dumps({"text": text, "label": label}) + "\n")
     (folder / "raw").write_text("".join(lines))
     assert write_checked(folder / "raw", "jsonl", folder).is_valid
-    options = {"method": "full", "epochs": 2, "eval_every": 1, "rows": folder / ROWS_FILE, "batch_size": 8}
+    return folder / ROWS_FILE
+
+
+def test_oversampled_epochs_hold_the_rows_that_the_plan_says(job: Callable[..., ChildJob], rare_rows: Path) -> None:
+    options = {"method": "full", "epochs": 2, "eval_every": 1, "rows": rare_rows, "batch_size": 8}
     refitted, link = {"refit": True, "oversample": True}, RecordingLink()
     plain, more = finish(job("plain", **options), RecordingLink()), finish(job("more", **options, **refitted), link)
     steps = []
@@ -305,6 +323,18 @@ def test_oversampled_epochs_hold_the_rows_that_the_plan_says(job: Callable[..., 
         steps.append(method["details"]["steps"])
     assert steps[1] > 1.4 * steps[0]
     assert method["details"]["refit"]["steps"] > method["details"]["best_step"]
+
+
+@pytest.mark.parametrize("method", ["baseline", "linear_probe"])
+def test_methods_that_are_solved_weigh_classes_instead_of_repeating_rows(
+    job: Callable[..., ChildJob], store: FileStore, rare_rows: Path, method: str
+) -> None:
+    answers = {}
+    for name, values in (("plain", {}), ("more", {"oversample": True}), ("weighed", {"class_weights": "balanced"})):
+        manifest = finish(job(name, method=method, rows=rare_rows, **values), RecordingLink())["manifest"]
+        answers[name] = served_logits(store, ModelManifest.model_validate(manifest))(["good film", "dull film"])
+    np.testing.assert_allclose(answers["more"], answers["weighed"], atol=1e-5)
+    assert not np.allclose(answers["more"], answers["plain"], atol=1e-3)
 
 
 def test_the_events_of_earlier_attempts_are_in_the_record(job: Callable[..., ChildJob], store: FileStore) -> None:
