@@ -36,9 +36,13 @@ COMMANDS = {
     "plots": "draw the results into docs/images/",
 }
 _MODULES = {
-    "setup": "setup_peers", "closed": "closed_loop", "open": "open_loop", "models": "many_models",
-    "lengths": "length_cost", "http": "http_overhead",
-}  # fmt: skip
+    "setup": "setup_peers",
+    "closed": "closed_loop",
+    "open": "open_loop",
+    "models": "many_models",
+    "lengths": "length_cost",
+    "http": "http_overhead",
+}
 
 
 def main() -> None:

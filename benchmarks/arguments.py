@@ -13,9 +13,11 @@ from benchmarks.servers import OURS, parse_spec
 def add_shared(parser: ArgumentParser, *, name: str, seconds: float | None = None) -> None:
     parser.add_argument("--name", default=name, help="of the file in benchmarks/results/")
     parser.add_argument(
-        "--data", type=Path, default=Path("data/benchmarks"),
+        "--data",
+        type=Path,
+        default=Path("data/benchmarks"),
         help="folder of fetched texts; what is there already is used, and short.csv or long.jsonl in place of a mix",
-    )  # fmt: skip
+    )
     parser.add_argument("--peers", type=Path, default=Path("data/peers"), help="folder that `setup` made")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; tables show the median and the extremes")
     if seconds is not None:
@@ -25,9 +27,12 @@ def add_shared(parser: ArgumentParser, *, name: str, seconds: float | None = Non
 def add_servers(parser: ArgumentParser, *, with_peers: bool = True) -> None:
     peers = list(PEERS) if with_peers else []
     parser.add_argument(
-        "--servers", nargs="+", type=parse_spec, default=[parse_spec(name) for name in (OURS, *peers)],
+        "--servers",
+        nargs="+",
+        type=parse_spec,
+        default=[parse_spec(name) for name in (OURS, *peers)],
         help=f"{OURS}[@CHECKOUT][:SETTING=VALUE,…] and names of peers; default: {' '.join((OURS, *peers))}",
-    )  # fmt: skip
+    )
 
 
 def add_server(parser: ArgumentParser) -> None:

@@ -18,16 +18,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_servers(parser)
     add_mixes(parser)
     parser.add_argument(
-        "--loads", nargs="+", type=_load, default=[(1, 1), (64, 1), (1, 32), (2, 32)], metavar="CONNECTIONSxTEXTS",
+        "--loads",
+        nargs="+",
+        type=_load,
+        default=[(1, 1), (64, 1), (1, 32), (2, 32)],
+        metavar="CONNECTIONSxTEXTS",
         help="connections and texts a request; default: 1x1 64x1 1x32 2x32",
-    )  # fmt: skip
+    )
 
 
 def run(options: Namespace) -> None:
     rows = []
-    with tempfile.TemporaryDirectory() as folder, started(
-        options.servers, options.peers, settings=OPEN_ADMISSION
-    ) as servers:  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(options.servers, options.peers, settings=OPEN_ADMISSION) as servers,
+    ):
         for mix in options.mixes:
             texts = mixes.texts(mix, options.data)
             for connections, per_request in options.loads:
@@ -38,9 +43,16 @@ def run(options: Namespace) -> None:
                         server.url, file, connections=connections, seconds=options.seconds, settle=server.settle
                     )
                     rows.append(
-                        {"server": server.label, "mix": mix, "connections": connections, "texts": per_request,
-                         "round": number, "texts_per_s": seen.requests_per_s * per_request, **asdict(seen)}
-                    )  # fmt: skip
+                        {
+                            "server": server.label,
+                            "mix": mix,
+                            "connections": connections,
+                            "texts": per_request,
+                            "round": number,
+                            "texts_per_s": seen.requests_per_s * per_request,
+                            **asdict(seen),
+                        }
+                    )
                     print(
                         f"{mix} {connections}x{per_request} {server.label}: {seen.requests_per_s:.1f} requests/s, "
                         f"p50 {seen.p50_ms:.1f} ms, p99 {seen.p99_ms:.1f} ms",

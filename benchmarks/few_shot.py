@@ -56,9 +56,14 @@ def run(options: Namespace) -> None:
                 print(json.dumps(rows[-1]), flush=True)
     write_results(
         f"few-shot-{options.per_class}",
-        {"benchmark": "few_shot", "dataset": "r8", "per_class": options.per_class, "test_rows": len(jobs.test_rows),
-         "rows": rows},
-    )  # fmt: skip
+        {
+            "benchmark": "few_shot",
+            "dataset": "r8",
+            "per_class": options.per_class,
+            "test_rows": len(jobs.test_rows),
+            "rows": rows,
+        },
+    )
 
 
 def few(rows: Sequence[dict[str, Any]], per_class: int, seed: int) -> list[dict[str, Any]]:
@@ -91,11 +96,18 @@ class _Jobs:
         outcome = _Outcome()
         started = time.perf_counter()
         job = ChildJob(
-            job_id=name, tenant="default", attempt=1, spec=spec, train=self._dataset(name, rows), test=self._test,
-            backbone_folder=self._backbone.folder, store_root=self.folder / "store", work_dir=self.folder / name,
+            job_id=name,
+            tenant="default",
+            attempt=1,
+            spec=spec,
+            train=self._dataset(name, rows),
+            test=self._test,
+            backbone_folder=self._backbone.folder,
+            store_root=self.folder / "store",
+            work_dir=self.folder / name,
             worker=self._worker,
             embedding=EmbeddingInput(engine="torch/bf16", cache=self.folder / "features", cache_bytes=1 << 30),
-        )  # fmt: skip
+        )
         run_job(job, outcome)
         return {"train_rows": len(rows), "seconds": round(time.perf_counter() - started, 1), **outcome.figures()}
 

@@ -113,10 +113,15 @@ class ConstantPredictor:
         prediction = self._embedded if options.return_embedding else self._labelled
         await asyncio.sleep(0)
         return PredictResult(
-            model=ref.name, version=1, task="text-classification", predictions=[prediction] * len(inputs),
-            input_tokens=12, engine="fake", batch_rows=1,
+            model=ref.name,
+            version=1,
+            task="text-classification",
+            predictions=[prediction] * len(inputs),
+            input_tokens=12,
+            engine="fake",
+            batch_rows=1,
             timings=Timings(queue=0.00042, tokenize=0.00013, inference=0.0042, total=0.0051),
-        )  # fmt: skip
+        )
 
 
 class FakeTransport(asyncio.Transport):
@@ -197,9 +202,20 @@ async def _served(pool: ModelPool, predictor: Predictor, *, keys: tuple[ApiKey, 
     settings, metrics, drain = ServingSettings(api_keys=keys), ServingMetrics(), DrainState()
     unused: Any = SimpleNamespace()
     services = Services(
-        settings=settings, pool=pool, predictor=predictor, watcher=unused, registry=unused, jobs=unused,
-        datasets=unused, intake=unused, store=unused, metrics=metrics, drain=drain, backbones={}, import_root=None,
-    )  # fmt: skip
+        settings=settings,
+        pool=pool,
+        predictor=predictor,
+        watcher=unused,
+        registry=unused,
+        jobs=unused,
+        datasets=unused,
+        intake=unused,
+        store=unused,
+        metrics=metrics,
+        drain=drain,
+        backbones={},
+        import_root=None,
+    )
     metrics.start_model("m", "1", "text-classification")
     metrics.start_model("tiny", "", "feature-extraction")
 
@@ -260,11 +276,21 @@ def _through_app(app: ASGIApp, case: Case) -> Ask:
             sent.append(message)
 
         scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
-            "server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 50000), "scheme": "http", "root_path": "",
-            "headers": headers, "state": {}, "method": "POST", "path": case.path, "raw_path": case.path.encode(),
-            "query_string": b"", "extensions": {CONNECTION_LOST: {"future": lost}},
-        }  # fmt: skip
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "server": ("127.0.0.1", 8000),
+            "client": ("127.0.0.1", 50000),
+            "scheme": "http",
+            "root_path": "",
+            "headers": headers,
+            "state": {},
+            "method": "POST",
+            "path": case.path,
+            "raw_path": case.path.encode(),
+            "query_string": b"",
+            "extensions": {CONNECTION_LOST: {"future": lost}},
+        }
         await app(scope, receive, send)
         assert sent[0]["status"] == 200, sent
         return bytes(sent[1]["body"])
@@ -277,9 +303,14 @@ def _through_server(app: ASGIApp, case: Case) -> Ask:
     lines = [b"POST " + case.path.encode() + b" HTTP/1.1", *(b": ".join(pair) for pair in _headers(body))]
     request = b"\r\n".join(lines) + b"\r\n\r\n" + body
     config = uvicorn.Config(
-        app, http=limited_protocol(HeaderLimits()), ws="none", log_config=None, access_log=False, server_header=False,
+        app,
+        http=limited_protocol(HeaderLimits()),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
         proxy_headers=False,
-    )  # fmt: skip
+    )
     config.load()
     state = ServerState()
     protocol = cast(Any, config.http_protocol_class)(config=config, server_state=state, app_state={})

@@ -22,9 +22,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     rows = []
-    with tempfile.TemporaryDirectory() as folder, started(
-        options.servers, options.peers, settings=OPEN_ADMISSION
-    ) as servers:  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(options.servers, options.peers, settings=OPEN_ADMISSION) as servers,
+    ):
         for tokens in options.tokens:
             bodies = mixes.embedding_bodies(mixes.of_length(tokens), BACKBONE)
             file = mixes.write_bodies(bodies, Path(folder, str(tokens)))
@@ -34,9 +35,14 @@ def run(options: Namespace) -> None:
                         server.url, file, connections=connections, seconds=options.seconds, settle=server.settle
                     )
                     rows.append(
-                        {"server": server.label, "tokens": tokens, "connections": connections, "round": number,
-                         **asdict(seen)}
-                    )  # fmt: skip
+                        {
+                            "server": server.label,
+                            "tokens": tokens,
+                            "connections": connections,
+                            "round": number,
+                            **asdict(seen),
+                        }
+                    )
                     print(
                         f"{tokens} tokens, {connections} connections, {server.label}: {seen.requests_per_s:.1f}/s, "
                         f"p50 {seen.p50_ms:.1f} ms",

@@ -47,9 +47,13 @@ def run(options: Namespace) -> None:
         rows += _in_process(options, data_dir, engine)
     write_results(
         options.name,
-        {"benchmark": "many_models", "servers": {options.server.label: about}, "model_memory_bytes": memory,
-         "rows": rows},
-    )  # fmt: skip
+        {
+            "benchmark": "many_models",
+            "servers": {options.server.label: about},
+            "model_memory_bytes": memory,
+            "rows": rows,
+        },
+    )
 
 
 def _over_http(server: Server, options: Namespace, folder: Path) -> Iterator[Row]:
@@ -80,8 +84,15 @@ def _in_process(options: Namespace, data_dir: Path, engine: str) -> Iterator[Row
                 for count, batches in arms.items():
                     _, seconds = process.run(batches)
                     print(f"{mix} {count} adapters in process: {texts / seconds:.1f} texts/s", flush=True)
-                    yield {"where": "process", "kind": "lora", "models": count, "mix": mix, "round": number,
-                           "engine": engine, "texts_per_s": texts / seconds}  # fmt: skip
+                    yield {
+                        "where": "process",
+                        "kind": "lora",
+                        "models": count,
+                        "mix": mix,
+                        "round": number,
+                        "engine": engine,
+                        "texts_per_s": texts / seconds,
+                    }
 
 
 def _spread_over(batches: Sequence[EngineBatch], keys: Sequence[str]) -> list[EngineBatch]:

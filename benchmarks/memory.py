@@ -88,16 +88,25 @@ def _dataset(folder: Path, rows: Sequence[dict[str, Any]]) -> DatasetInput:
 def _job(work: Path, inputs: dict[str, DatasetInput], options: Namespace, *, rows: int) -> ChildJob:
     work.mkdir()
     hyperparameters = {
-        "method": "lora", "lora": {"r": 16}, "batch_size": _BATCH, "max_length": 256, "eval_every": 100,
+        "method": "lora",
+        "lora": {"r": 16},
+        "batch_size": _BATCH,
+        "max_length": 256,
+        "eval_every": 100,
         "epochs": options.steps * _BATCH / rows,
-    }  # fmt: skip
+    }
     return ChildJob(
-        job_id=work.name, tenant="default", attempt=1,
+        job_id=work.name,
+        tenant="default",
+        attempt=1,
         spec=JobSpec(dataset="ds", backbone="minilm", register_as=work.name, hyperparameters=hyperparameters),
-        backbone_folder=work, store_root=work, work_dir=work, log_file=work / "log",
+        backbone_folder=work,
+        store_root=work,
+        work_dir=work,
+        log_file=work / "log",
         worker=WorkerProfile(cpu_threads=options.threads, has_bf16="avx512_bf16" in Path("/proc/cpuinfo").read_text()),
         **inputs,
-    )  # fmt: skip
+    )
 
 
 def measure(job: ChildJob) -> dict[str, Any]:

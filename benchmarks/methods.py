@@ -69,9 +69,14 @@ def _upload(service: Service, rows: Sequence[dict[str, Any]], path: Path) -> str
 
 
 def _measure(
-    service: Service, name: str, train: str, test: str, test_rows: Sequence[dict[str, Any]], seed: int,
+    service: Service,
+    name: str,
+    train: str,
+    test: str,
+    test_rows: Sequence[dict[str, Any]],
+    seed: int,
     epochs: float | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One job, from the request to the first answer of its version, and its accuracy as served."""
     hyperparameters = METHODS[name] | {"seed": seed, "metric": "accuracy"} | ({"epochs": epochs} if epochs else {})
     model = "".join(c if c.isalnum() else "-" for c in f"{name}-{seed}")
@@ -86,9 +91,15 @@ def _measure(
     chosen = next(item for item in evaluation["methods"] if item["method"] == evaluation["chosen"])
     version = service.version(model, job["result"]["version"])
     return {
-        "name": name, "seed": seed, "chosen": evaluation["chosen"], "kind": version["kind"],
-        "report": evaluation["test"]["accuracy"], "served": right / len(test_rows),
-        "job_s": round(ended - started, 1), "served_s": round(served - started, 1),
-        "train_s": chosen["seconds"], "peak_mb": chosen["details"].get("peak_mb"),
+        "name": name,
+        "seed": seed,
+        "chosen": evaluation["chosen"],
+        "kind": version["kind"],
+        "report": evaluation["test"]["accuracy"],
+        "served": right / len(test_rows),
+        "job_s": round(ended - started, 1),
+        "served_s": round(served - started, 1),
+        "train_s": chosen["seconds"],
+        "peak_mb": chosen["details"].get("peak_mb"),
         "version_mb": round(version["bytes"] / 1e6, 2),
-    }  # fmt: skip
+    }

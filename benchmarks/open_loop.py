@@ -35,13 +35,14 @@ def run(options: Namespace) -> None:
             for share in options.shares:
                 for number, server in rounds(servers, options.repeats):
                     samples = rate.drive(
-                        server.url, bodies, rate=share * best, seconds=RAMP_S + options.seconds,
+                        server.url,
+                        bodies,
+                        rate=share * best,
+                        seconds=RAMP_S + options.seconds,
                         timeout_s=options.timeout,
-                    )  # fmt: skip
+                    )
                     seen = rate.summarise(samples, RAMP_S, RAMP_S + options.seconds)
-                    rows.append(
-                        {"server": server.label, "mix": mix, "share": share, "round": number, **asdict(seen)}
-                    )  # fmt: skip
+                    rows.append({"server": server.label, "mix": mix, "share": share, "round": number, **asdict(seen)})
                     print(
                         f"{mix} {server.label}: offered {seen.offered:.1f}/s, goodput {seen.goodput:.1f}/s, "
                         f"p50 {shown(seen.p50_ms)} ms, p99 {shown(seen.p99_ms)} ms, {seen.outcomes}",

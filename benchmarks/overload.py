@@ -29,9 +29,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_mixes(parser)
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds after which a client gives up")
     parser.add_argument(
-        "--connections", type=int, default=CONNECTIONS,
+        "--connections",
+        type=int,
+        default=CONNECTIONS,
         help="that measure the capacity; fewer where a machine is so slow that these are refused",
-    )  # fmt: skip
+    )
 
 
 def run(options: Namespace) -> None:
@@ -44,15 +46,25 @@ def run(options: Namespace) -> None:
                 server.settle()
                 batches, processor_s, started_at = _Batches(server), time.process_time(), time.monotonic()
                 samples = rate.drive(
-                    server.url, bodies, rate=FACTOR * capacity, seconds=RAMP_S + options.seconds,
+                    server.url,
+                    bodies,
+                    rate=FACTOR * capacity,
+                    seconds=RAMP_S + options.seconds,
                     timeout_s=options.timeout,
-                )  # fmt: skip
+                )
                 client_cores = (time.process_time() - processor_s) / (time.monotonic() - started_at)
                 seen = rate.summarise(samples, RAMP_S, RAMP_S + options.seconds)
                 rows.append(
-                    {"server": server.label, "mix": mix, "round": number, "peak": capacity, **asdict(seen),
-                     "client_cores": client_cores, **batches.bound()}
-                )  # fmt: skip
+                    {
+                        "server": server.label,
+                        "mix": mix,
+                        "round": number,
+                        "peak": capacity,
+                        **asdict(seen),
+                        "client_cores": client_cores,
+                        **batches.bound(),
+                    }
+                )
                 print(
                     f"{mix} {server.label}: peak {capacity:.1f}/s, offered {seen.offered:.1f}/s, "
                     f"goodput {seen.goodput / capacity:.2f} of the peak, p99 {shown(seen.p99_ms)} ms, {seen.outcomes}, "

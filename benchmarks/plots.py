@@ -23,8 +23,15 @@ def run(options: Namespace) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "polyhead", "font.size": 9, "axes.spines.top": False,
-                                "axes.spines.right": False, "legend.frameon": False})  # fmt: skip
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "polyhead",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
     options.folder.mkdir(parents=True, exist_ok=True)
     results = load()
     for name, draw in _PLOTS.items():
@@ -77,8 +84,11 @@ def overload(result: Mapping[str, Any]) -> Any:
 
 
 _PLOTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "closed-loop": closed_loop, "open-loop": open_loop, "lengths": length_cost, "overload": overload,
-}  # fmt: skip
+    "closed-loop": closed_loop,
+    "open-loop": open_loop,
+    "lengths": length_cost,
+    "overload": overload,
+}
 
 
 def _logarithmic(axis: Any) -> None:

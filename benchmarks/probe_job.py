@@ -63,9 +63,11 @@ def _measure(service: Service, ids: dict[str, str], number: int) -> dict[str, An
     model = f"probe-{number}"
     started = time.monotonic()
     job = service.finetune(
-        dataset=ids["train"], test_dataset=ids["test"], register_as=model,
+        dataset=ids["train"],
+        test_dataset=ids["test"],
+        register_as=model,
         hyperparameters={"method": "linear_probe", "metric": "accuracy"},
-    )  # fmt: skip
+    )
     service.answers(model, ["wheat prices rose in the third quarter"])
     seconds = round(time.monotonic() - started, 2)
     accuracy = service.evaluation(job["id"])["test"]["accuracy"]

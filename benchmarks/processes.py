@@ -26,9 +26,14 @@ class Process:
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                self.command, env=inherited | dict(environment or {}), cwd=folder, stdout=file, stderr=file,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                self.command,
+                env=inherited | dict(environment or {}),
+                cwd=folder,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     @property
     def has_ended(self) -> bool:

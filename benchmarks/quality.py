@@ -71,11 +71,14 @@ def _one(
     first_answer = time.time() - job["finished_at"]
     evaluation = service.evaluation(job["id"])
     row: dict[str, Any] = {
-        "method": method, "seed": seed, "chosen": evaluation["chosen"], "seconds": round(seconds, 1),
+        "method": method,
+        "seed": seed,
+        "chosen": evaluation["chosen"],
+        "seconds": round(seconds, 1),
         "first_answer_s": round(first_answer, 2),
         "report": evaluation["test"]["accuracy"],
         "validation": {item["method"]: item["validation"]["accuracy"] for item in evaluation["methods"]},
-    }  # fmt: skip
+    }
     if test is not None:
         rows = [json.loads(line) for line in test.read_text().splitlines()]
         answers = service.answers(model, [item["text"] for item in rows])

@@ -81,9 +81,14 @@ def summarise(samples: Sequence[Sample], start: float, end: float) -> OpenLoop:
 
 
 def drive(
-    url: str, bodies: Sequence[bytes], *, rate: float, seconds: float, timeout_s: float = 10.0,
+    url: str,
+    bodies: Sequence[bytes],
+    *,
+    rate: float,
+    seconds: float,
+    timeout_s: float = 10.0,
     alongside: Callable[[float], Awaitable[None]] | None = None,
-) -> list[Sample]:  # fmt: skip
+) -> list[Sample]:
     """Offers `rate` requests a second for `seconds`, then waits for the last answers.
 
     `alongside(started)` runs meanwhile on the same event loop; `started` is the run's start by `time.monotonic`.

@@ -104,9 +104,13 @@ def parse_spec(text: str) -> Spec:
 
 
 def start(
-    spec: Spec, folder: Path, environments: Path, *, settings: Mapping[str, str] | None = None,
+    spec: Spec,
+    folder: Path,
+    environments: Path,
+    *,
+    settings: Mapping[str, str] | None = None,
     data_dir: Path | None = None,
-) -> Server:  # fmt: skip
+) -> Server:
     """Starts a server and returns at once. `settings` are ours unless the spec says otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "log"

@@ -102,9 +102,11 @@ class Service:
 def own_environment(data_dir: Path, port: int, settings: Mapping[str, str]) -> dict[str, str]:
     """`settings` by their names in lower case, as in `engine`."""
     return {
-        "POLYHEAD_DATA_DIR": str(data_dir), "POLYHEAD_PORT": str(port), "POLYHEAD_DRAIN_DELAY_S": "0",
+        "POLYHEAD_DATA_DIR": str(data_dir),
+        "POLYHEAD_PORT": str(port),
+        "POLYHEAD_DRAIN_DELAY_S": "0",
         **{f"POLYHEAD_{name.upper()}": value for name, value in settings.items()},
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager

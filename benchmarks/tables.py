@@ -59,34 +59,66 @@ def open_loop(result: Result) -> str:
         for (server,) in _distinct(rows, "server"):
             these = _where(rows, mix=mix, share=share, server=server)
             lines.append(
-                [mix, f"{shown(_median(these, 'offered'))} ({share:.0%})", server, _cell(these, "goodput"),
-                 *(_cell(these, key) for key in ("p50_ms", "p99_ms", "p999_ms")), _lost(these)]
-            )  # fmt: skip
+                [
+                    mix,
+                    f"{shown(_median(these, 'offered'))} ({share:.0%})",
+                    server,
+                    _cell(these, "goodput"),
+                    *(_cell(these, key) for key in ("p50_ms", "p99_ms", "p999_ms")),
+                    _lost(these),
+                ]
+            )
     return _table(heads, lines)
 
 
 def overload(result: Result) -> str:
-    heads = ["Texts", "Server", "Peak/s", "Offered/s", "Answered in time/s", "Of the peak", "p99 of the admitted, ms",
-             "Bound, ms", "Refusals, p99 ms", "Outcomes"]  # fmt: skip
+    heads = [
+        "Texts",
+        "Server",
+        "Peak/s",
+        "Offered/s",
+        "Answered in time/s",
+        "Of the peak",
+        "p99 of the admitted, ms",
+        "Bound, ms",
+        "Refusals, p99 ms",
+        "Outcomes",
+    ]
     lines = []
     for mix, server in _distinct(result["rows"], "mix", "server"):
         these = _where(result["rows"], mix=mix, server=server)
         lines.append(
-            [mix, server, _cell(these, "peak"), shown(_median(these, "offered")), _cell(these, "goodput"),
-             _ratio_cell(_ratios_of(these, "goodput", these, "peak")), _cell(these, "p99_ms", 0),
-             shown(_bound(these), 0), _cell(these, "refused_p99_ms"), _outcomes(these)]
-        )  # fmt: skip
+            [
+                mix,
+                server,
+                _cell(these, "peak"),
+                shown(_median(these, "offered")),
+                _cell(these, "goodput"),
+                _ratio_cell(_ratios_of(these, "goodput", these, "peak")),
+                _cell(these, "p99_ms", 0),
+                shown(_bound(these), 0),
+                _cell(these, "refused_p99_ms"),
+                _outcomes(these),
+            ]
+        )
     return _table(heads, lines)
 
 
 def replay(result: Result) -> str:
     heads = ["Texts", "Over HTTP, texts/s", "Replayed, texts/s", "Ratio", "Rows a batch", "Padding", "Engine busy"]
     lines = [
-        [mix, _cell(these, "http_texts_per_s"), _cell(these, "replay_texts_per_s"), _cell(these, "ratio", 2),
-         shown(_median(these, "mean_rows")), f"{_median(these, 'padding'):.1%}", f"{_median(these, 'engine_busy'):.0%}"]
+        [
+            mix,
+            _cell(these, "http_texts_per_s"),
+            _cell(these, "replay_texts_per_s"),
+            _cell(these, "ratio", 2),
+            shown(_median(these, "mean_rows")),
+            f"{_median(these, 'padding'):.1%}",
+            f"{_median(these, 'engine_busy'):.0%}",
+        ]
         for (mix,) in _distinct(result["rows"], "mix")
         for these in [_where(result["rows"], mix=mix)]
-    ]  # fmt: skip
+    ]
     return _table(heads, lines)
 
 
@@ -117,19 +149,36 @@ def many_models(result: Result) -> str:
 
 
 def hot_load(result: Result) -> str:
-    heads = ["Kind", "Texts", "Requests/s", "Swaps a round", "Seconds a swap", "p99 ms alone", "p99 ms with swaps",
-             "Ratio", "Failed", "Stale"]  # fmt: skip
+    heads = [
+        "Kind",
+        "Texts",
+        "Requests/s",
+        "Swaps a round",
+        "Seconds a swap",
+        "p99 ms alone",
+        "p99 ms with swaps",
+        "Ratio",
+        "Failed",
+        "Stale",
+    ]
     lines = []
     for kind, mix in _distinct(result["rows"], "kind", "mix"):
         these = _where(result["rows"], kind=kind, mix=mix)
         alone, swapped = ([row for row in these if bool(row["swaps"]) is wanted] for wanted in (False, True))
         seconds = [value for row in swapped for value in row["swap_s"]]
         lines.append(
-            [kind, mix, shown(_median(these, "offered")), str(swapped[0]["swaps"]), _spread_cell(spread(seconds), 2),
-             _cell(alone, "p99_ms"), _cell(swapped, "p99_ms"),
-             _ratio_cell(_ratios_of(swapped, "p99_ms", alone, "p99_ms")),
-             *(str(sum(row[key] for row in swapped)) for key in ("failed", "stale"))]
-        )  # fmt: skip
+            [
+                kind,
+                mix,
+                shown(_median(these, "offered")),
+                str(swapped[0]["swaps"]),
+                _spread_cell(spread(seconds), 2),
+                _cell(alone, "p99_ms"),
+                _cell(swapped, "p99_ms"),
+                _ratio_cell(_ratios_of(swapped, "p99_ms", alone, "p99_ms")),
+                *(str(sum(row[key] for row in swapped)) for key in ("failed", "stale")),
+            ]
+        )
     return _table(heads, lines)
 
 
@@ -149,10 +198,15 @@ def length_cost(result: Result) -> str:
     for (connections,) in _distinct(rows, "connections"):
         value, digits, title = ("p50_ms", 1, "p50 in ms") if connections == 1 else ("requests_per_s", 0, "requests/s")
         lines = [
-            [str(tokens), *(_cell(_where(rows, server=server, tokens=tokens, connections=connections), value, digits)
-                            for server in servers)]
+            [
+                str(tokens),
+                *(
+                    _cell(_where(rows, server=server, tokens=tokens, connections=connections), value, digits)
+                    for server in servers
+                ),
+            ]
             for (tokens,) in _distinct(rows, "tokens")
-        ]  # fmt: skip
+        ]
         plural = "" if connections == 1 else "s"
         parts.append(f"{connections} connection{plural}, {title}:\n\n{_table(['Tokens', *servers], lines)}")
     return "\n".join(parts)
@@ -161,10 +215,17 @@ def length_cost(result: Result) -> str:
 def parity(result: Result) -> str:
     heads = ["Asked for", "Engine", "Rows", "Flips", "Smallest cosine", "Accuracy", "Accuracy of torch in fp32"]
     lines = [
-        [row["server"], row["engine"], f"{row['rows']:,}", f"{row['flips']} ({row['flips'] / row['rows']:.2%})",
-         f"{row['min_cosine']:.5f}", f"{row['accuracy']:.4f}", f"{row['reference_accuracy']:.4f}"]
+        [
+            row["server"],
+            row["engine"],
+            f"{row['rows']:,}",
+            f"{row['flips']} ({row['flips'] / row['rows']:.2%})",
+            f"{row['min_cosine']:.5f}",
+            f"{row['accuracy']:.4f}",
+            f"{row['reference_accuracy']:.4f}",
+        ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     return _table(heads, lines)
 
 
@@ -174,9 +235,14 @@ def quality(result: Result) -> str:
         these = _where(result["rows"], method=method)
         chosen = ", ".join(f"{row['chosen']} {row['report']:.4f}" for row in these)
         lines.append(
-            [f"`{method}`", ", ".join(str(row["seed"]) for row in these),
-             f"{statistics.mean(row['report'] for row in these):.4f}", chosen, _cell(these, "seconds", 0)]
-        )  # fmt: skip
+            [
+                f"`{method}`",
+                ", ".join(str(row["seed"]) for row in these),
+                f"{statistics.mean(row['report'] for row in these):.4f}",
+                chosen,
+                _cell(these, "seconds", 0),
+            ]
+        )
     return _table(["Method", "Seeds", "Accuracy, mean", "Each", "Seconds"], lines)
 
 
@@ -188,9 +254,16 @@ def methods(result: Result) -> str:
         accuracy = [row["served"] for row in these]
         spread = f" ± {_half_width(accuracy):.4f}" if len(accuracy) > 1 else ""
         lines.append(
-            [name, str(len(these)), f"{statistics.mean(accuracy):.4f}{spread}", _cell(these, "served_s"),
-             _cell(these, "train_s"), _cell(these, "peak_mb", 0), _cell(these, "version_mb")]
-        )  # fmt: skip
+            [
+                name,
+                str(len(these)),
+                f"{statistics.mean(accuracy):.4f}{spread}",
+                _cell(these, "served_s"),
+                _cell(these, "train_s"),
+                _cell(these, "peak_mb", 0),
+                _cell(these, "version_mb"),
+            ]
+        )
     return _table(heads, lines)
 
 
@@ -203,10 +276,13 @@ def _few_shot_table(result: Result, title: str, metric: str) -> str:
     names = [name for (name,) in _distinct(result["rows"], "method")]
     gaps = _gaps(result, metric)
     lines = [
-        [str(seed), *(f"{_figure(result, name, seed, metric):.4f}" for name in names),
-         *([f"{gaps[seed]:+.4f}" if seed in gaps else "–"] if gaps else [])]
+        [
+            str(seed),
+            *(f"{_figure(result, name, seed, metric):.4f}" for name in names),
+            *([f"{gaps[seed]:+.4f}" if seed in gaps else "–"] if gaps else []),
+        ]
         for (seed,) in _distinct(result["rows"], "seed")
-    ]  # fmt: skip
+    ]
     means = [statistics.mean(row[metric] for row in _where(result["rows"], method=name)) for name in names]
     total = ["mean", *(f"{mean:.4f}" for mean in means), *([_mean_gap(gaps)] if gaps else [])]
     head = [f"{title}, seed", *(f"`{name}`" for name in names), *(["`setfit` − `linear_probe`"] if gaps else [])]
@@ -223,8 +299,9 @@ def _gaps(result: Result, metric: str) -> dict[int, float]:
     seeds = {row["seed"] for row in _where(result["rows"], method="setfit")}
     return {
         row["seed"]: _figure(result, "setfit", row["seed"], metric) - row[metric]
-        for row in _where(result["rows"], method="linear_probe") if row["seed"] in seeds
-    }  # fmt: skip
+        for row in _where(result["rows"], method="linear_probe")
+        if row["seed"] in seeds
+    }
 
 
 def _mean_gap(gaps: Mapping[int, float]) -> str:
@@ -291,10 +368,25 @@ def http_overhead(result: Result) -> str:
 
 TABLES: dict[str, Callable[[Result], str]] = {
     function.__name__: function
-    for function in (closed_loop, open_loop, overload, replay, many_models, hot_load, cold_start, length_cost, parity,
-                     quality, methods, few_shot, training, memory, probe_job,
-                     http_overhead)
-}  # fmt: skip
+    for function in (
+        closed_loop,
+        open_loop,
+        overload,
+        replay,
+        many_models,
+        hot_load,
+        cold_start,
+        length_cost,
+        parity,
+        quality,
+        methods,
+        few_shot,
+        training,
+        memory,
+        probe_job,
+        http_overhead,
+    )
+}
 
 
 def claims(results: Mapping[str, Result]) -> str:
@@ -419,8 +511,18 @@ def _claims_probe_job(results: Mapping[str, Result]) -> Iterable[list[str]]:
         yield ["The second job on the same rows, s", f"{second:.1f}", "≤ 10"]
 
 
-_CLAIMS = (_claims_peers, _claims_replay, _claims_models, _claims_hot_load, _claims_overload, _claims_parity,
-           _claims_training, _claims_few_shot, _claims_memory, _claims_probe_job)  # fmt: skip
+_CLAIMS = (
+    _claims_peers,
+    _claims_replay,
+    _claims_models,
+    _claims_hot_load,
+    _claims_overload,
+    _claims_parity,
+    _claims_training,
+    _claims_few_shot,
+    _claims_memory,
+    _claims_probe_job,
+)
 
 
 # Rows

@@ -72,19 +72,34 @@ def _run(task: dict[str, Any], folder: Path, backbone: Backbone) -> Run:
     labels = _labels(task)
     sides = {side: _side(task[side], labels) for side in ("train", "validation", "test")}
     wanted = parse_hyperparameters(
-        {"method": task["method"], "epochs": 1, "eval_every": 1, "seed": task["seed"], "metric": "accuracy",
-         "max_length": _MAX_LENGTH, "batch_size": _BATCH}
-    )  # fmt: skip
+        {
+            "method": task["method"],
+            "epochs": 1,
+            "eval_every": 1,
+            "seed": task["seed"],
+            "metric": "accuracy",
+            "max_length": _MAX_LENGTH,
+            "batch_size": _BATCH,
+        }
+    )
     counts = {f"{side}_rows": len(rows.texts) for side, rows in sides.items()}
     plan = resolve(
-        wanted, data=DatasetProfile(**counts, labels=len(labels), max_length_p99=_MAX_LENGTH),
+        wanted,
+        data=DatasetProfile(**counts, labels=len(labels), max_length_p99=_MAX_LENGTH),
         worker=WorkerProfile(cpu_threads=torch.get_num_threads(), has_bf16=True),
-        parameters=backbone.info.parameters, model_max_length=backbone.info.max_length,
-    )  # fmt: skip
+        parameters=backbone.info.parameters,
+        model_max_length=backbone.info.max_length,
+    )
     return Run(
-        train=sides["train"], validation=sides["validation"], test=sides["test"], labels=labels, plan=plan,
-        backbone=backbone, link=Nobody(), work_dir=folder / "work",
-    )  # fmt: skip
+        train=sides["train"],
+        validation=sides["validation"],
+        test=sides["test"],
+        labels=labels,
+        plan=plan,
+        backbone=backbone,
+        link=Nobody(),
+        work_dir=folder / "work",
+    )
 
 
 def _side(rows: list[dict[str, Any]], labels: tuple[str, ...]) -> Rows:
@@ -117,14 +132,24 @@ def _trainer(task: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
 
     options: dict[str, Any] = {"bf16": True, "train_sampling_strategy": "group_by_length"} if is_bf16 else {}
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=_BATCH, learning_rate=_RATE,
-        per_device_eval_batch_size=_BATCH, seed=task["seed"], save_strategy="no", report_to="none", use_cpu=True,
-        disable_tqdm=True, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=_BATCH,
+        learning_rate=_RATE,
+        per_device_eval_batch_size=_BATCH,
+        seed=task["seed"],
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
     trainer: Any = transformers.Trainer(
-        model=model, args=arguments, train_dataset=encode("train", False if is_bf16 else "max_length"),
+        model=model,
+        args=arguments,
+        train_dataset=encode("train", False if is_bf16 else "max_length"),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
-    )  # fmt: skip
+    )
     started = time.process_time()
     metrics = trainer.train().metrics
     processor_s = time.process_time() - started

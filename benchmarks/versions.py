@@ -67,9 +67,14 @@ class Publisher:
         head = _random_head(self.backbone.info.hidden_size, seed)
         with self._registry.transaction() as connection:
             version = self._registry.reserve(
-                connection, tenant="default", name=name, task="text-classification", kind=kind, method=METHODS[kind],
+                connection,
+                tenant="default",
+                name=name,
+                task="text-classification",
+                kind=kind,
+                method=METHODS[kind],
                 job_id=None,
-            )  # fmt: skip
+            )
         with tempfile.TemporaryDirectory(prefix="polyhead-version-") as temporary:
             folder = Path(temporary)
             pooled = self._parts_of(kind)(folder, seed)
@@ -83,9 +88,16 @@ class Publisher:
     def _register(self, name: str, version: int, kind: VersionKind, folder: Path) -> None:
         info = self.backbone.info
         manifest = ModelManifest(
-            tenant="default", name=name, version=version, kind=kind, method=METHODS[kind], labels=LABELS,
-            base=BackboneRef(name=info.name, digest=info.digest, source=info.source), created_at=time.time(), files=(),
-        )  # fmt: skip
+            tenant="default",
+            name=name,
+            version=version,
+            kind=kind,
+            method=METHODS[kind],
+            labels=LABELS,
+            base=BackboneRef(name=info.name, digest=info.digest, source=info.source),
+            created_at=time.time(),
+            files=(),
+        )
         manifest = manifest.model_copy(update={"files": put_tree(self._store, manifest.prefix, folder)})
         self._store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
         with self._registry.transaction() as connection:
@@ -114,9 +126,15 @@ class Publisher:
             for parameter in encoder.parameters():
                 parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=generator))
         backbone = write_encoder(
-            folder / "full", encoder, like=self.backbone.folder, name=info.name, source=info.source,
-            pooling=info.pooling, normalize=info.normalize, max_length=MAX_LENGTH,
-        )  # fmt: skip
+            folder / "full",
+            encoder,
+            like=self.backbone.folder,
+            name=info.name,
+            source=info.source,
+            pooling=info.pooling,
+            normalize=info.normalize,
+            max_length=MAX_LENGTH,
+        )
         export_graphs(backbone, folder / "full" / GRAPHS_FOLDER, has_adapters=False)
         return TorchEngine(backbone).run(EngineBatch(self._encoded))
 

@@ -49,14 +49,20 @@ def main() -> int:
         backbones=backbones,
         profile=_profile(settings),
         folders=WorkerFolders(
-            datasets=settings.data_dir / "datasets", work=settings.data_dir / "work",
-            logs=settings.data_dir / "logs" / "jobs", store=settings.data_dir / "store",
-            features=settings.data_dir / "cache" / "features", graphs=settings.data_dir / "cache" / "graphs",
+            datasets=settings.data_dir / "datasets",
+            work=settings.data_dir / "work",
+            logs=settings.data_dir / "logs" / "jobs",
+            store=settings.data_dir / "store",
+            features=settings.data_dir / "cache" / "features",
+            graphs=settings.data_dir / "cache" / "graphs",
         ),
         timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
-        poll_s=settings.poll_s, engines=EngineReports(database), feature_cache_bytes=settings.feature_cache_bytes,
-        spare=_spare(backbones) if settings.spare_process else None, sink=_sink(settings),
-    )  # fmt: skip
+        poll_s=settings.poll_s,
+        engines=EngineReports(database),
+        feature_cache_bytes=settings.feature_cache_bytes,
+        spare=_spare(backbones) if settings.spare_process else None,
+        sink=_sink(settings),
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     port = settings.worker_metrics_port
@@ -111,11 +117,13 @@ def _profile(settings: WorkerSettings) -> WorkerProfile:
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bf16(torch)
     torch.set_num_threads(settings.resolved_cpu_threads)
     return WorkerProfile(
-        device=device, devices=torch.cuda.device_count() if device == "cuda" else 1,
-        cpu_threads=settings.resolved_cpu_threads, has_bf16=has_bf16,
+        device=device,
+        devices=torch.cuda.device_count() if device == "cuda" else 1,
+        cpu_threads=settings.resolved_cpu_threads,
+        has_bf16=has_bf16,
         has_bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None,
         forward_rows_per_s=forward_rows_per_s(device, has_bf16=has_bf16),
-    )  # fmt: skip
+    )
 
 
 def _cpu_has_bf16(torch: Any) -> bool:

@@ -51,20 +51,32 @@ def stage_weights(folder: Path, run: Run, best: Candidate, servable: Servable) -
 
 
 def write_artefact(
-    folder: Path, job: ChildJob, run: Run, best: Candidate, servable: Servable, *, answering: Answering,
+    folder: Path,
+    job: ChildJob,
+    run: Run,
+    best: Candidate,
+    servable: Servable,
+    *,
+    answering: Answering,
     evaluation: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     texts = _golden_texts(run)
     logits = (servable.reference_logits or servable.logits)(texts)
     golden = [GoldenRow(text, tuple(float(x) for x in row)) for text, row in zip(texts, logits, strict=True)]
     held_out = evaluation["validation"]
     calibration = {name: held_out[name] for name in ("ece_before", "ece_after") if name in held_out}
     write_version_files(
-        folder, head=servable.head, linear=servable.linear, labels=run.labels,
+        folder,
+        head=servable.head,
+        linear=servable.linear,
+        labels=run.labels,
         max_length=None if best.kind == "baseline" else run.plan.max_length,
-        temperature=answering.temperature, calibration=calibration, golden=golden, task=run.plan.task,
+        temperature=answering.temperature,
+        calibration=calibration,
+        golden=golden,
+        task=run.plan.task,
         thresholds=answering.thresholds,
-    )  # fmt: skip
+    )
     documents = {
         "eval/report.json": evaluation,
         "train/params.json": run.plan.model_dump(mode="json"),
@@ -100,20 +112,33 @@ def write_events(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def store_artefact(
-    store: ArtifactStore, folder: Path, job: ChildJob, run: Run, best: Candidate, *, version: int,
+    store: ArtifactStore,
+    folder: Path,
+    job: ChildJob,
+    run: Run,
+    best: Candidate,
+    *,
+    version: int,
     evaluation: dict[str, Any],
-) -> ModelManifest:  # fmt: skip
+) -> ModelManifest:
     """Copies the folder into the store and returns the manifest, which the supervisor writes last."""
     side = evaluation["test"] or evaluation["validation"]
     info = run.backbone.info
     draft = ModelManifest(
-        tenant=job.tenant, name=job.spec.register_as, version=version, kind=best.kind, method=best.method,
-        task=run.plan.task, labels=run.labels,
-        base=BackboneRef(name=job.spec.backbone, digest=info.digest, source=info.source), job_id=job.job_id,
+        tenant=job.tenant,
+        name=job.spec.register_as,
+        version=version,
+        kind=best.kind,
+        method=best.method,
+        task=run.plan.task,
+        labels=run.labels,
+        base=BackboneRef(name=job.spec.backbone, digest=info.digest, source=info.source),
+        job_id=job.job_id,
         created_at=time.time(),
         metrics={name: side[name] for name in run.rules.figures},
-        dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train.texts)}, files=(),
-    )  # fmt: skip
+        dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train.texts)},
+        files=(),
+    )
     (folder / "MODEL_CARD.md").write_text(render_card(draft, evaluation, _card_context(folder, job.spec.metadata)))
     store.delete_tree(draft.prefix)  # a number is reserved once, so whatever is there was never served
     files: tuple[FileEntry, ...] = put_tree(store, draft.prefix, folder)

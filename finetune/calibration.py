@@ -85,7 +85,7 @@ def expected_calibration_error(
 
 def binary_calibration_error(
     logits: FloatArray, targets: FloatArray, *, temperature: float = 1.0, bins: int = 15
-) -> float:  # fmt: skip
+) -> float:
     """Mean gap between probability and frequency over equal-width bins of all rows and labels, weighted by size."""
     probabilities = sigmoid(logits / np.float32(temperature)).ravel().astype(np.float64)
     index = np.minimum((probabilities * bins).astype(int), bins - 1)

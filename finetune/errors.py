@@ -22,9 +22,14 @@ class RunError(Exception):
     """A failure that a person can act on."""
 
     def __init__(
-        self, code: str, message: str, *, hint: str = "", retryable: bool = False,
+        self,
+        code: str,
+        message: str,
+        *,
+        hint: str = "",
+        retryable: bool = False,
         findings: list[dict[str, Any]] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.failure = JobFailure(code=code, message=message, hint=hint, retryable=retryable, findings=findings or [])
 

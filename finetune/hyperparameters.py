@@ -179,10 +179,17 @@ class Hyperparameters(FrozenModel):
     @model_validator(mode="after")
     def _numbers_in_bounds(self) -> Hyperparameters:
         bounds: dict[str, tuple[float, float]] = {
-            "epochs": (0.01, 1000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 4096),
-            "gradient_accumulation": (1, 1024), "dropout": (0.0, 0.9), "max_length": (8, 8192),
-            "label_smoothing": (0.0, 0.9), "unfreeze_layers": (1, 1000), "momentum": (0.0, 0.999), "devices": (1, 64),
-        }  # fmt: skip
+            "epochs": (0.01, 1000),
+            "learning_rate": (1e-7, 1.0),
+            "batch_size": (1, 4096),
+            "gradient_accumulation": (1, 1024),
+            "dropout": (0.0, 0.9),
+            "max_length": (8, 8192),
+            "label_smoothing": (0.0, 0.9),
+            "unfreeze_layers": (1, 1000),
+            "momentum": (0.0, 0.999),
+            "devices": (1, 64),
+        }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not isinstance(value, str) and not low <= value <= high:

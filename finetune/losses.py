@@ -52,9 +52,10 @@ def build_loss(
     if task == "text-regression":
         of_values = {"mse": mse, "huber": huber}[plan.loss]
         return Objective(
-            lambda output, targets: of_values(output.squeeze(-1), targets.float()), _ones,
+            lambda output, targets: of_values(output.squeeze(-1), targets.float()),
+            _ones,
             plain=lambda output, targets: mse(output.squeeze(-1), targets.float()),
-        )  # fmt: skip
+        )
     if task == "text-multi-label":
         of_labels = partial(focal_of_labels, gamma=plan.focal_gamma) if plan.loss == "focal" else bce
         return Objective(partial(of_labels, weight=weight), _ones, plain=bce)
@@ -88,9 +89,13 @@ def cross_entropy(
 
 
 def focal(
-    logits: torch.Tensor, labels: torch.Tensor, *, gamma: float, weight: torch.Tensor | None = None,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    gamma: float,
+    weight: torch.Tensor | None = None,
     smoothing: float = 0.0,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Lin et al., Focal loss for dense object detection, ICCV 2017: -(1 - p)^gamma log p of the true class.
 
     With `smoothing` the sum over all classes of the smoothed target times that. With gamma 0 it is cross-entropy.

@@ -153,9 +153,14 @@ class TrainingPlan(FrozenModel):
 
 
 def resolve(
-    wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int, model_max_length: int,
+    wanted: Hyperparameters,
+    *,
+    data: DatasetProfile,
+    worker: WorkerProfile,
+    parameters: int,
+    model_max_length: int,
     task: Task = "text-classification",
-) -> TrainingPlan:  # fmt: skip
+) -> TrainingPlan:
     """Every `auto` becomes a number. `parameters` counts the backbone's weights. Pure. Raises `PlanError`."""
     check_task(wanted, task)
     refuse_unavailable(wanted, worker)
@@ -316,9 +321,14 @@ def _momentum(wanted: Hyperparameters) -> float:
 
 
 def _plan_method(
-    method: SingleMethod, wanted: Hyperparameters, *, data: DatasetProfile, worker: WorkerProfile, parameters: int,
+    method: SingleMethod,
+    wanted: Hyperparameters,
+    *,
+    data: DatasetProfile,
+    worker: WorkerProfile,
+    parameters: int,
     max_length: int,
-) -> MethodPlan:  # fmt: skip
+) -> MethodPlan:
     batch_size, accumulation = _batch_size(wanted), _accumulation(wanted)
     epochs, rows = 0.0, data.epoch_rows(oversample=wanted.oversample)
     if method in _STEPPED:
@@ -357,9 +367,14 @@ def _default_epochs(method: SingleMethod, rows: int) -> int:
 
 # Below and above `SMALL_PARAMETERS`.
 _LEARNING_RATES: dict[str, tuple[float, float]] = {
-    "setfit": (3e-5, 2e-5), "ia3": (1e-2, 5e-3), "prompt_tuning": (1e-2, 5e-3), "bottleneck": (1e-3, 5e-4),
-    "lora": (5e-4, 2e-4), "qlora": (5e-4, 2e-4), "full": (1e-4, 3e-5),
-}  # fmt: skip
+    "setfit": (3e-5, 2e-5),
+    "ia3": (1e-2, 5e-3),
+    "prompt_tuning": (1e-2, 5e-3),
+    "bottleneck": (1e-3, 5e-4),
+    "lora": (5e-4, 2e-4),
+    "qlora": (5e-4, 2e-4),
+    "full": (1e-4, 3e-5),
+}
 
 
 def _learning_rate(method: SingleMethod, wanted: Hyperparameters, parameters: int) -> float:
@@ -382,9 +397,14 @@ def _head_learning_rate(method: SingleMethod, wanted: Hyperparameters) -> float:
 
 
 def _estimate(
-    method: SingleMethod, data: DatasetProfile, worker: WorkerProfile, parameters: int, max_length: int,
-    epochs: float, steps: int,
-) -> float:  # fmt: skip
+    method: SingleMethod,
+    data: DatasetProfile,
+    worker: WorkerProfile,
+    parameters: int,
+    max_length: int,
+    epochs: float,
+    steps: int,
+) -> float:
     rows = data.train_rows + data.validation_rows + data.test_rows
     if method == "baseline":
         return 2.0 + rows / 3000

@@ -8,9 +8,7 @@ from typing import Literal
 
 from model_registry.manifest import Task
 
-MetricName = Literal[
-    "macro_f1", "accuracy", "weighted_f1", "micro_f1", "subset_accuracy", "rmse", "mae", "r2"
-]  # fmt: skip
+MetricName = Literal["macro_f1", "accuracy", "weighted_f1", "micro_f1", "subset_accuracy", "rmse", "mae", "r2"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,11 +43,17 @@ def _run(assignment: Assignment, follower: Follower) -> Run:
     arrays = load_file(assignment.rows_file)
     none = Rows([], np.empty(0, arrays["labels"].dtype), np.empty(0, np.int64))
     return Run(
-        train=Rows([], arrays["labels"], arrays["numbers"]), validation=none, test=none, labels=assignment.labels,
-        plan=assignment.plan, backbone=Backbone.open(assignment.backbone_folder), link=Nobody(),
-        work_dir=assignment.rows_file.parent, follower=follower,
+        train=Rows([], arrays["labels"], arrays["numbers"]),
+        validation=none,
+        test=none,
+        labels=assignment.labels,
+        plan=assignment.plan,
+        backbone=Backbone.open(assignment.backbone_folder),
+        link=Nobody(),
+        work_dir=assignment.rows_file.parent,
+        follower=follower,
         tokens=TokenRows(arrays["ids"], arrays["types"], arrays["starts"], int(arrays["pad_id"][0])),
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

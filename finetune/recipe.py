@@ -65,10 +65,18 @@ def run_job(job: ChildJob, link: Link) -> None:
     link.set(plan=plan.model_dump(mode="json"))
     deadline = None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s
     run = Run(
-        train=_rows(train, labels), validation=_rows(validation, labels), test=_rows(test, labels), labels=labels,
-        plan=plan, backbone=backbone, link=link, work_dir=job.work_dir,
-        earlier_work_dirs=job.earlier_work_dirs, deadline=deadline, vectors=vectors,
-    )  # fmt: skip
+        train=_rows(train, labels),
+        validation=_rows(validation, labels),
+        test=_rows(test, labels),
+        labels=labels,
+        plan=plan,
+        backbone=backbone,
+        link=link,
+        work_dir=job.work_dir,
+        earlier_work_dirs=job.earlier_work_dirs,
+        deadline=deadline,
+        vectors=vectors,
+    )
 
     with _leading(plan, job.work_dir) as run.leader:
         candidates = [search(run, replan)] if plan.trials else train_methods(run)
@@ -123,9 +131,7 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
     return sides.train, sides.validation, sides.test
 
 
-def suspects_of(
-    train: LabelledRows, job: ChildJob, link: Link, cache: FeatureCache | None
-) -> list[dict[str, Any]]:  # fmt: skip
+def suspects_of(train: LabelledRows, job: ChildJob, link: Link, cache: FeatureCache | None) -> list[dict[str, Any]]:
     return find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed, cache=cache)
 
 
@@ -157,17 +163,24 @@ def planner(
     info = vectors.backbone.info
     lengths = vectors.lengths(train.texts).tolist()
     data = DatasetProfile(
-        train_rows=len(train), validation_rows=len(validation), test_rows=len(test),
-        labels=len(train.names()), max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
+        train_rows=len(train),
+        validation_rows=len(validation),
+        test_rows=len(test),
+        labels=len(train.names()),
+        max_length_p99=int(np.ceil(np.percentile(lengths, 99))),
         largest_class=train.most_of_a_label(),
-    )  # fmt: skip
+    )
 
     def replan(chosen: Mapping[str, Any]) -> TrainingPlan:
         wanted = parse_hyperparameters(with_values(job.spec.hyperparameters, chosen))
         plan = resolve(
-            wanted, data=data, worker=job.worker, parameters=info.parameters, model_max_length=info.max_length,
+            wanted,
+            data=data,
+            worker=job.worker,
+            parameters=info.parameters,
+            model_max_length=info.max_length,
             task=train.target.task,
-        )  # fmt: skip
+        )
         return plan if not chosen else keep_head_rate(plan, replan({}))
 
     tell(link, too_long(train, lengths, replan({}).max_length))
@@ -190,9 +203,13 @@ def feature_cache(job: ChildJob) -> FeatureCache | None:
 
 def frozen_vectors(job: ChildJob, backbone: Backbone, cache: FeatureCache | None) -> FrozenVectors:
     return FrozenVectors(
-        backbone, job.embedding.engine, graphs=job.embedding.graphs, cache=cache, device=job.worker.device,
+        backbone,
+        job.embedding.engine,
+        graphs=job.embedding.graphs,
+        cache=cache,
+        device=job.worker.device,
         threads=job.worker.cpu_threads,
-    )  # fmt: skip
+    )
 
 
 # 3. and 4. Methods

@@ -49,9 +49,10 @@ class Rows:
 def joined(first: Rows, second: Rows) -> Rows:
     """The rows of both, without their metadata."""
     return Rows(
-        [*first.texts, *second.texts], np.concatenate([first.labels, second.labels]),
+        [*first.texts, *second.texts],
+        np.concatenate([first.labels, second.labels]),
         np.concatenate([first.numbers, second.numbers]),
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -154,9 +155,13 @@ class Run:
 
 
 def embed(
-    engine: Engine, preprocessor: TextPreprocessor, texts: Sequence[str], *, on_batch: OnBatch | None = None,
+    engine: Engine,
+    preprocessor: TextPreprocessor,
+    texts: Sequence[str],
+    *,
+    on_batch: OnBatch | None = None,
     adapter: str | None = None,
-) -> FloatArray:  # fmt: skip
+) -> FloatArray:
     """Pooled vectors in the order of `texts`, computed in batches of similar length."""
     rows = preprocessor.encode(texts) if texts else []
     return run_all(engine, rows, adapter=adapter, on_batch=on_batch)

@@ -202,10 +202,14 @@ class _Trials:
         state = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[trial.state]
         self.study.add_trial(
             self.optuna.trial.create_trial(
-                state=state, value=trial.value if trial.state != "failed" else None, params=trial.params,
-                distributions=self.distributions, intermediate_values=trial.reports, system_attrs=trial.rungs,
+                state=state,
+                value=trial.value if trial.state != "failed" else None,
+                params=trial.params,
+                distributions=self.distributions,
+                intermediate_values=trial.reports,
+                system_attrs=trial.rungs,
             )
-        )  # fmt: skip
+        )
 
     def _run_of(self, number: int, params: Mapping[str, Any]) -> Run:
         """The run with the trial's plan and folders; features and the loaded backbone are shared."""

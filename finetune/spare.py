@@ -31,9 +31,14 @@ def child_command(*, model_types: Sequence[str] = (), is_ahead: bool = False) ->
 def start_child(command: Sequence[str], environment: Environment, stderr: IO[str] | int) -> subprocess.Popen[str]:
     """In a session of its own; its job goes to its standard input as a line of JSON."""
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
         env=environment,
-    )  # fmt: skip
+    )
 
 
 def end_child(child: subprocess.Popen[str]) -> None:

@@ -63,9 +63,17 @@ class Supervisor:
     """Runs one job under one lease, in the `spare` process if one waits. `command` starts another (for tests)."""
 
     def __init__(
-        self, ledger: Ledger, lease: Lease, job: ChildJob, timing: Timing, *, should_stop: Callable[[], bool],
-        log_file: Path, command: list[str] | None = None, spare: SpareChild | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        ledger: Ledger,
+        lease: Lease,
+        job: ChildJob,
+        timing: Timing,
+        *,
+        should_stop: Callable[[], bool],
+        log_file: Path,
+        command: list[str] | None = None,
+        spare: SpareChild | None = None,
+    ) -> None:
         self._ledger, self._lease, self._job, self._timing = ledger, lease, job, timing
         self._should_stop = should_stop
         self._log_file = log_file
@@ -214,9 +222,14 @@ class Supervisor:
     def _reserve(self, message: dict[str, Any]) -> int:
         with self._ledger.jobs.fenced(self._lease) as connection:
             return self._ledger.registry.reserve(
-                connection, tenant=self._job.tenant, name=self._job.spec.register_as, task=self._task,
-                kind=message["version_kind"], method=message["method"], job_id=self._job.job_id,
-            )  # fmt: skip
+                connection,
+                tenant=self._job.tenant,
+                name=self._job.spec.register_as,
+                task=self._task,
+                kind=message["version_kind"],
+                method=message["method"],
+                job_id=self._job.job_id,
+            )
 
     def _publish(self, message: dict[str, Any]) -> None:
         """One transaction: the lease is checked, the manifest stored, the version made ready and the job ended."""

@@ -20,9 +20,18 @@ from model_registry.manifest import version_prefix
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE, _MOST_VALUE = 1000, 100, 6000
 _STATUS = {JobStatus.SUCCEEDED: "FINISHED", JobStatus.FAILED: "FAILED", JobStatus.CANCELLED: "KILLED"}
 _HEADLINE = (
-    "accuracy", "macro_f1", "weighted_f1", "micro_f1", "subset_accuracy", "hamming_loss", "rmse", "mae", "r2", "loss",
+    "accuracy",
+    "macro_f1",
+    "weighted_f1",
+    "micro_f1",
+    "subset_accuracy",
+    "hamming_loss",
+    "rmse",
+    "mae",
+    "r2",
+    "loss",
     "ece_after",
-)  # fmt: skip
+)
 
 
 class TrackingFailed(Exception):

@@ -54,11 +54,21 @@ class Worker:
     """One worker process. `stop()` may be called from a signal handler."""
 
     def __init__(
-        self, worker_id: str, ledger: Ledger, datasets: DatasetStore, *, backbones: Mapping[str, Backbone],
-        profile: WorkerProfile, folders: WorkerFolders, timing: Timing, poll_s: float,
-        engines: EngineReports | None = None, feature_cache_bytes: int = 0, spare: SpareChild | None = None,
+        self,
+        worker_id: str,
+        ledger: Ledger,
+        datasets: DatasetStore,
+        *,
+        backbones: Mapping[str, Backbone],
+        profile: WorkerProfile,
+        folders: WorkerFolders,
+        timing: Timing,
+        poll_s: float,
+        engines: EngineReports | None = None,
+        feature_cache_bytes: int = 0,
+        spare: SpareChild | None = None,
         sink: MlflowSink | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`engines`: what servers measured; `spare`: a training process to keep waiting while there is no job."""
         self._id, self._ledger, self._datasets = worker_id, ledger, datasets
         self._backbones, self._profile, self._folders, self._timing = backbones, profile, folders, timing
@@ -157,9 +167,14 @@ class Worker:
                 return "lost"
             return "failed"
         supervisor = Supervisor(
-            self._ledger, lease, child_job, self._timing, should_stop=lambda: self._is_stopping,
-            log_file=self._folders.logs / f"{job.id}.log", spare=self._spare,
-        )  # fmt: skip
+            self._ledger,
+            lease,
+            child_job,
+            self._timing,
+            should_stop=lambda: self._is_stopping,
+            log_file=self._folders.logs / f"{job.id}.log",
+            spare=self._spare,
+        )
         outcome = supervisor.run()
         if outcome in {"succeeded", "failed", "cancelled"}:
             shutil.rmtree(self._folders.work / job.id, ignore_errors=True)
@@ -187,25 +202,33 @@ class Worker:
         inputs = {id_: self._dataset(job.tenant, id_) for id_ in spec.datasets}
         ran_s = 0.0 if job.started_at is None else max(0.0, (job.heartbeat_at or 0) - job.started_at)
         return ChildJob(
-            job_id=job.id, tenant=job.tenant, attempt=lease.attempt, spec=spec,
+            job_id=job.id,
+            tenant=job.tenant,
+            attempt=lease.attempt,
+            spec=spec,
             train=inputs[spec.dataset],
             validation=inputs[spec.validation_dataset] if spec.validation_dataset else None,
             test=inputs[spec.test_dataset] if spec.test_dataset else None,
             backbone_folder=self._backbones[spec.backbone].folder.absolute(),
             store_root=self._folders.store.absolute(),
-            work_dir=self._work_dir(job.id, lease.attempt, lease.token), worker=self._profile, elapsed_s=ran_s,
+            work_dir=self._work_dir(job.id, lease.attempt, lease.token),
+            worker=self._profile,
+            elapsed_s=ran_s,
             earlier_work_dirs=self._earlier_work_dirs(job.id, lease.token),
-            embedding=self._embedding(self._backbones[spec.backbone]), graphs_root=self._folders.graphs.absolute(),
+            embedding=self._embedding(self._backbones[spec.backbone]),
+            graphs_root=self._folders.graphs.absolute(),
             earlier_events=self._events(job),
-        )  # fmt: skip
+        )
 
     def _embedding(self, backbone: Backbone) -> EmbeddingInput:
         graphs = GraphFiles(self._folders.graphs.absolute() / graphs_key(backbone.info.digest))
         measured = [] if self._engines is None else self._engines.of([backbone.info.digest])
         engine = choose_engine(
-            [{"device": row.device, "chosen": row.chosen} for row in measured], fingerprint(self._profile.device),
-            has_graphs=graphs.is_complete, has_bf16=self._profile.has_bf16,
-        )  # fmt: skip
+            [{"device": row.device, "chosen": row.chosen} for row in measured],
+            fingerprint(self._profile.device),
+            has_graphs=graphs.is_complete,
+            has_bf16=self._profile.has_bf16,
+        )
         return EmbeddingInput(
             engine=engine,
             graphs=graphs.folder,

@@ -39,10 +39,14 @@ class EngineReports:
             connection.execute(_of(sa.delete(engine_reports), measurement.digest, measurement.device_key))
             connection.execute(
                 engine_reports.insert().values(
-                    digest=measurement.digest, device_key=measurement.device_key, device=measurement.device,
-                    chosen=measurement.chosen, engines=measurement.engines, created_at=self._database.now(connection),
+                    digest=measurement.digest,
+                    device_key=measurement.device_key,
+                    device=measurement.device,
+                    chosen=measurement.chosen,
+                    engines=measurement.engines,
+                    created_at=self._database.now(connection),
                 )
-            )  # fmt: skip
+            )
 
     def of(self, digests: Sequence[str]) -> list[EngineMeasurement]:
         """All devices' rows for these weights, the newest first."""

@@ -22,8 +22,10 @@ VersionKind = Literal["baseline", "head", "lora", "full"]
 Task = Literal["text-classification", "text-multi-label", "text-regression"]
 Problem = Literal["single_label", "multi_label", "regression"]
 PROBLEMS: Final[dict[Task, Problem]] = {
-    "text-classification": "single_label", "text-multi-label": "multi_label", "text-regression": "regression",
-}  # fmt: skip
+    "text-classification": "single_label",
+    "text-multi-label": "multi_label",
+    "text-regression": "regression",
+}
 TASKS: Final = tuple(PROBLEMS)
 
 

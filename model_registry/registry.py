@@ -132,10 +132,16 @@ class Registry:
             connection.execute(stale.values(status="abandoned"))
         connection.execute(
             model_versions.insert().values(
-                tenant=tenant, name=name, version=version, status="reserved", kind=kind, method=method,
-                job_id=job_id, created_at=now,
+                tenant=tenant,
+                name=name,
+                version=version,
+                status="reserved",
+                kind=kind,
+                method=method,
+                job_id=job_id,
+                created_at=now,
             )
-        )  # fmt: skip
+        )
         return version
 
     def publish(
@@ -173,9 +179,18 @@ class Registry:
         is_promoted = wanted.is_wanted and wanted.over == champion
         if is_promoted:
             self._point(
-                connection, manifest.tenant, manifest.name, CHAMPION, champion, manifest.version,
-                action="publish", actor=actor, reason=wanted.reason, epoch=epoch, now=now,
-            )  # fmt: skip
+                connection,
+                manifest.tenant,
+                manifest.name,
+                CHAMPION,
+                champion,
+                manifest.version,
+                action="publish",
+                actor=actor,
+                reason=wanted.reason,
+                epoch=epoch,
+                now=now,
+            )
         return is_promoted
 
     def champion(self, tenant: str, name: str) -> ModelVersion | None:
@@ -287,9 +302,18 @@ class Registry:
     # Inside a transaction
 
     def _move(
-        self, connection: sa.Connection, tenant: str, name: str, alias: str, version: int, expected: int | None,
-        *, action: str, actor: str, reason: str,
-    ) -> AliasChange:  # fmt: skip
+        self,
+        connection: sa.Connection,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: int,
+        expected: int | None,
+        *,
+        action: str,
+        actor: str,
+        reason: str,
+    ) -> AliasChange:
         # The model's row is the lock under which its aliases move.
         self._require_model(connection, tenant, name, lock=True)
         self._require_ready(connection, tenant, name, version)
@@ -303,14 +327,34 @@ class Registry:
         now = self._database.now(connection)
         epoch = self._bump(connection)
         return self._point(
-            connection, tenant, name, alias, current, version,
-            action=action, actor=actor, reason=reason, epoch=epoch, now=now,
-        )  # fmt: skip
+            connection,
+            tenant,
+            name,
+            alias,
+            current,
+            version,
+            action=action,
+            actor=actor,
+            reason=reason,
+            epoch=epoch,
+            now=now,
+        )
 
     def _point(
-        self, connection: sa.Connection, tenant: str, name: str, alias: str, current: int | None, version: int,
-        *, action: str, actor: str, reason: str, epoch: int, now: float,
-    ) -> AliasChange:  # fmt: skip
+        self,
+        connection: sa.Connection,
+        tenant: str,
+        name: str,
+        alias: str,
+        current: int | None,
+        version: int,
+        *,
+        action: str,
+        actor: str,
+        reason: str,
+        epoch: int,
+        now: float,
+    ) -> AliasChange:
         values = {"version": version, "updated_at": now}
         if current is None:
             connection.execute(aliases.insert().values(tenant=tenant, name=name, alias=alias, **values))
@@ -321,11 +365,19 @@ class Registry:
         row = connection.execute(
             alias_history.insert()
             .values(
-                tenant=tenant, name=name, alias=alias, from_version=current, to_version=version, action=action,
-                actor=actor[:128], reason=reason[:1024], epoch=epoch, created_at=now,
+                tenant=tenant,
+                name=name,
+                alias=alias,
+                from_version=current,
+                to_version=version,
+                action=action,
+                actor=actor[:128],
+                reason=reason[:1024],
+                epoch=epoch,
+                created_at=now,
             )
             .returning(alias_history)
-        ).one()  # fmt: skip
+        ).one()
         return _change(row)
 
     def _trail(self, connection: sa.Connection, tenant: str, name: str, alias: str) -> list[int]:

@@ -63,10 +63,18 @@ class VersionParts:
 
 
 def write_version_files(
-    folder: Path, *, head: TaskHead | None = None, linear: LinearText | None = None, labels: Sequence[str],
-    max_length: int | None, temperature: float, calibration: dict[str, Any] | None = None, golden: Sequence[GoldenRow],
-    task: Task = "text-classification", thresholds: Sequence[float] | None = None,
-) -> None:  # fmt: skip
+    folder: Path,
+    *,
+    head: TaskHead | None = None,
+    linear: LinearText | None = None,
+    labels: Sequence[str],
+    max_length: int | None,
+    temperature: float,
+    calibration: dict[str, Any] | None = None,
+    golden: Sequence[GoldenRow],
+    task: Task = "text-classification",
+    thresholds: Sequence[float] | None = None,
+) -> None:
     """Writes what `read_version` reads, but for `adapter/` and `full/`, which their own modules write.
 
     `thresholds` are those of text-multi-label, one for each label; left out, each is `DEFAULT_THRESHOLD`. Raises

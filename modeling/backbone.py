@@ -40,8 +40,15 @@ _REFUSED_KEYS = frozenset(
 )
 _HARMLESS_PRIVATE_KEYS = frozenset({"_name_or_path", "_commit_hash", "_num_labels"})
 _HUB_SOURCE = re.compile(r"(?P<repo>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?)@(?P<revision>[0-9a-f]{40})")
-_HUB_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json", "*/config.json",
-              "modules.json", "sentence_bert_config.json"]  # fmt: skip
+_HUB_FILES = [
+    "config.json",
+    "tokenizer.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*/config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,9 +59,17 @@ class ImportedClassifier:
 
 
 def write_encoder(
-    target: Path, encoder: nn.Module, *, like: Path, name: str, source: str, pooling: Pooling, normalize: bool,
-    max_length: int, composition: Composition | None = None,
-) -> Backbone:  # fmt: skip
+    target: Path,
+    encoder: nn.Module,
+    *,
+    like: Path,
+    name: str,
+    source: str,
+    pooling: Pooling,
+    normalize: bool,
+    max_length: int,
+    composition: Composition | None = None,
+) -> Backbone:
     """Writes `encoder` as a backbone folder, with the tokenizer and configuration of the folder `like`.
 
     `composition` is what `modeling.composed.compose` made it with, if it did.
@@ -100,9 +108,15 @@ def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> 
     info = describe(folder, config, name=name, source=source, digest="0" * 64)
     original.base_model.pooler = None
     backbone = write_encoder(
-        target, original.base_model, like=folder, name=name, source=source, pooling="cls", normalize=False,
+        target,
+        original.base_model,
+        like=folder,
+        name=name,
+        source=source,
+        pooling="cls",
+        normalize=False,
         max_length=info.max_length,
-    )  # fmt: skip
+    )
     _check_reproduces(_load_classifier(folder), backbone, head)
     return ImportedClassifier(backbone, head, task, labels)
 

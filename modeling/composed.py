@@ -20,9 +20,14 @@ from modeling.errors import BackboneUnavailable
 
 # The linear layers at the end of attention and of feed-forward, just before the residual is added.
 _SUBLAYER_ENDS = (
-    "attention.output.dense", "output.dense", "attention.out_lin", "ffn.lin2", "attention.attn.o", "attention.dense",
+    "attention.output.dense",
+    "output.dense",
+    "attention.out_lin",
+    "ffn.lin2",
+    "attention.attn.o",
+    "attention.dense",
     "ffn_output",
-)  # fmt: skip
+)
 _LARGEST = 4096
 
 

@@ -23,9 +23,24 @@ from modeling.errors import EngineFailed
 # Both groups have kernels for bf16 and fp16 in ONNX Runtime's CUDA provider (1.31.1).
 _PRODUCTS = frozenset({"Attention", "Gemm", "MatMul"})
 _BETWEEN = frozenset(
-    {"Add", "Concat", "Erf", "Expand", "Gather", "Gelu", "Mul", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Tanh",
-     "Transpose", "Unsqueeze"}
-)  # fmt: skip
+    {
+        "Add",
+        "Concat",
+        "Erf",
+        "Expand",
+        "Gather",
+        "Gelu",
+        "Mul",
+        "Relu",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tanh",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
 _TYPES: dict[str, tuple[Any, int]] = {
     "bf16": (ml_dtypes.bfloat16, TensorProto.BFLOAT16),
     "fp16": (np.float16, TensorProto.FLOAT16),

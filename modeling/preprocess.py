@@ -42,8 +42,10 @@ class TextPreprocessor:
         # Exports bake in padding and truncation of their own; ours are explicit.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._specials = {False: self._tokenizer.num_special_tokens_to_add(False),
-                          True: self._tokenizer.num_special_tokens_to_add(True)}  # fmt: skip
+        self._specials = {
+            False: self._tokenizer.num_special_tokens_to_add(False),
+            True: self._tokenizer.num_special_tokens_to_add(True),
+        }
 
     def encode(
         self, inputs: Sequence[TextInput], *, truncate: bool = True, max_length: int | None = None

@@ -39,9 +39,13 @@ def _quantize(source: Path, target: Path, *, reduce_range: bool) -> None:
     logger.setLevel(logging.ERROR)  # it advises a pre-processing that dynamo's graphs do not need
     try:
         quantize_dynamic(
-            source, temporary, per_channel=True, reduce_range=reduce_range, weight_type=QuantType.QInt8,
+            source,
+            temporary,
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
-        )  # fmt: skip
+        )
         temporary.replace(target)
     finally:
         logger.setLevel(level)

@@ -36,9 +36,14 @@ def write_tiny_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder)
     options: dict[str, Any] = {
-        "vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 64, "max_position_embeddings": 66, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 66,
+        "pad_token_id": 0,
+    }
     if model_type == "distilbert":
         options |= {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):

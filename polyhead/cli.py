@@ -50,9 +50,12 @@ The ending makes no sense at all.,bad
 """
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
     help="One pretrained backbone, many heads: fine-tune on your labels and serve the result over REST.",
-)  # fmt: skip
+)
 Url = Annotated[str, typer.Option("--url", envvar="POLYHEAD_URL", help="address of the service")]
 ModelName = Annotated[str, typer.Argument(metavar="NAME", help="name of a model")]
 Reason = Annotated[str, typer.Option(help="kept in the history of the alias")]
@@ -208,9 +211,13 @@ def finetune(
     columns = {name: column for name, column in (("text", text_column), ("label", label_column)) if column}
     with connected(url) as client:
         job = client.finetune(
-            dataset, register_as, test_dataset=test_dataset, task=task, columns=columns or None,
+            dataset,
+            register_as,
+            test_dataset=test_dataset,
+            task=task,
+            columns=columns or None,
             hyperparameters={"method": method},
-        )  # fmt: skip
+        )
         typer.echo(job["id"])
         if watch:
             _watch(client, job["id"])

@@ -117,10 +117,16 @@ class Client:
     ) -> Json:
         """Starts a job and returns it, `queued`. A repeat with the same `idempotency_key` returns the first job."""
         body = {
-            "dataset": dataset, "register_as": register_as, "validation_dataset": validation_dataset,
-            "test_dataset": test_dataset, "backbone": backbone, "task": task, "columns": columns,
-            "hyperparameters": hyperparameters, "metadata": metadata,
-        }  # fmt: skip
+            "dataset": dataset,
+            "register_as": register_as,
+            "validation_dataset": validation_dataset,
+            "test_dataset": test_dataset,
+            "backbone": backbone,
+            "task": task,
+            "columns": columns,
+            "hyperparameters": hyperparameters,
+            "metadata": metadata,
+        }
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         given = {name: value for name, value in body.items() if value is not None}
         return self._send("POST", "/finetune", json=given, headers=headers)

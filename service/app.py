@@ -76,6 +76,9 @@ def create_app(settings: ServingSettings, build: Build, drain: DrainState, metri
     authenticated = KeyAuthentication(direct, settings.api_keys)
     measured = RequestMetrics(authenticated, metrics)
     return RequestGuard(
-        measured, GuardLimits(), drain, body_limits(settings.max_body_bytes, settings.max_upload_bytes),
+        measured,
+        GuardLimits(),
+        drain,
+        body_limits(settings.max_body_bytes, settings.max_upload_bytes),
         early=EarlyRefusal(answers.ROUTES, lambda: app.state.services, authenticated, metrics, drain),
-    )  # fmt: skip
+    )

@@ -53,10 +53,14 @@ class DatasetIntake:
         try:
             record = await asyncio.to_thread(
                 lambda: self._store.create(
-                    tenant, filename=filename, file_format=file_format, sha256=sha256, size_bytes=size_bytes,
+                    tenant,
+                    filename=filename,
+                    file_format=file_format,
+                    sha256=sha256,
+                    size_bytes=size_bytes,
                     dataset_id=dataset_id,
                 )
-            )  # fmt: skip
+            )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -356,9 +356,16 @@ class ServingMetrics:
             metric.remove_by_labels({"backbone": backbone, "engine": engine})
 
     def set_engine_report(
-        self, backbone: str, engine: str, *, is_serving: bool, texts_per_s: float | None, flips: float | None,
-        min_cosine: float | None, max_abs_dp: float | None,
-    ) -> None:  # fmt: skip
+        self,
+        backbone: str,
+        engine: str,
+        *,
+        is_serving: bool,
+        texts_per_s: float | None,
+        flips: float | None,
+        min_cosine: float | None,
+        max_abs_dp: float | None,
+    ) -> None:
         """One candidate's measurement; what was not measured has no series."""
         self.engine_selected.labels(backbone, engine).set(is_serving)
         for gauge, value in (

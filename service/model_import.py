@@ -16,10 +16,15 @@ from modeling.engines.protocol import EngineBatch
 from modeling.preprocess import TextPreprocessor
 
 _GOLDEN_TEXTS = (
-    "It works.", "This is not what I expected at all.", "The quick brown fox jumps over the lazy dog.",
-    "Shares rose 3.5 % after the company reported its results.", "Where can I find the manual?",
-    "I would recommend it to anyone who asks.", "a", "One two three four five six seven eight nine ten.",
-)  # fmt: skip
+    "It works.",
+    "This is not what I expected at all.",
+    "The quick brown fox jumps over the lazy dog.",
+    "Shares rose 3.5 % after the company reported its results.",
+    "Where can I find the manual?",
+    "I would recommend it to anyone who asks.",
+    "a",
+    "One two three four five six seven eight nine ten.",
+)
 
 
 class ImportRefused(RegistryError):
@@ -27,9 +32,16 @@ class ImportRefused(RegistryError):
 
 
 def import_checkpoint(
-    name: str, source: str, *, tenant: str, actor: str, registry: Registry, store: ArtifactStore,
-    import_root: Path | None, offline: bool,
-) -> int:  # fmt: skip
+    name: str,
+    source: str,
+    *,
+    tenant: str,
+    actor: str,
+    registry: Registry,
+    store: ArtifactStore,
+    import_root: Path | None,
+    offline: bool,
+) -> int:
     """Returns the new version's number. Blocking.
 
     Raises `ImportRefused`, `InvalidReference`, and `modeling.errors` where the checkpoint does not fit.
@@ -50,19 +62,36 @@ def import_checkpoint(
             for text, row in zip(_GOLDEN_TEXTS, parts.head.logits(pooled), strict=True)
         ]
         write_version_files(
-            staged, head=parts.head, labels=parts.labels, max_length=parts.backbone.info.max_length, temperature=1.0,
-            golden=golden, task=parts.task,
-        )  # fmt: skip
+            staged,
+            head=parts.head,
+            labels=parts.labels,
+            max_length=parts.backbone.info.max_length,
+            temperature=1.0,
+            golden=golden,
+            task=parts.task,
+        )
         (staged / "MODEL_CARD.md").write_text(f"# {name}\n\nImported from {source}; not evaluated here.\n")
         with registry.transaction() as connection:
             version = registry.reserve(
-                connection, tenant=tenant, name=name, task=parts.task, kind="full", method="import",
+                connection,
+                tenant=tenant,
+                name=name,
+                task=parts.task,
+                kind="full",
+                method="import",
                 job_id=None,
-            )  # fmt: skip
+            )
         draft = ModelManifest(
-            tenant=tenant, name=name, version=version, kind="full", task=parts.task, method="import",
-            labels=parts.labels, created_at=time.time(), files=(),
-        )  # fmt: skip
+            tenant=tenant,
+            name=name,
+            version=version,
+            kind="full",
+            task=parts.task,
+            method="import",
+            labels=parts.labels,
+            created_at=time.time(),
+            files=(),
+        )
         manifest = draft.model_copy(update={"files": put_tree(store, draft.prefix, staged)})
     store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
     with registry.transaction() as connection:

@@ -464,9 +464,16 @@ def serve(
     proxies whose `X-Forwarded-For` is believed. Exits with status 3 where the start fails.
     """
     config = server_config(
-        app, header_limits or HeaderLimits(), host=host, port=port, lifespan="on", timeout_keep_alive=keep_alive_s,
-        proxy_headers=forwarded_allow_ips is not None, forwarded_allow_ips=forwarded_allow_ips or "", early=app.early,
-    )  # fmt: skip
+        app,
+        header_limits or HeaderLimits(),
+        host=host,
+        port=port,
+        lifespan="on",
+        timeout_keep_alive=keep_alive_s,
+        proxy_headers=forwarded_allow_ips is not None,
+        forwarded_allow_ips=forwarded_allow_ips or "",
+        early=app.early,
+    )
     DrainingServer(config, state, times).run()
 
 

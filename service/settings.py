@@ -16,10 +16,26 @@ Scope = Literal["predict", "datasets", "finetune", "models:promote", "admin"]
 PREFIX = "POLYHEAD_"
 # Names that other processes and clients read; anything else with our prefix is a misspelling.
 FOREIGN = frozenset(
-    {"WORKER_ID", "WORKER_METRICS_HOST", "WORKER_METRICS_PORT", "LEASE_S", "HEARTBEAT_S", "POLL_S", "STALL_S",
-     "CANCEL_GRACE_S", "MAX_ATTEMPTS", "CPU_THREADS", "FEATURE_CACHE_BYTES", "SPARE_PROCESS", "MLFLOW_TRACKING_URI",
-     "MLFLOW_EXPERIMENT", "MLFLOW_TOKEN", "URL", "API_KEY"}
-)  # fmt: skip
+    {
+        "WORKER_ID",
+        "WORKER_METRICS_HOST",
+        "WORKER_METRICS_PORT",
+        "LEASE_S",
+        "HEARTBEAT_S",
+        "POLL_S",
+        "STALL_S",
+        "CANCEL_GRACE_S",
+        "MAX_ATTEMPTS",
+        "CPU_THREADS",
+        "FEATURE_CACHE_BYTES",
+        "SPARE_PROCESS",
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_EXPERIMENT",
+        "MLFLOW_TOKEN",
+        "URL",
+        "API_KEY",
+    }
+)
 
 
 class ApiKey(BaseModel):

@@ -54,56 +54,81 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             store,
             _selector(settings, database, metrics),
             BatchLimits(
-                settings.max_batch_tokens, settings.max_batch_rows, settings.max_batch_delay_ms / 1000,
+                settings.max_batch_tokens,
+                settings.max_batch_rows,
+                settings.max_batch_delay_ms / 1000,
                 settings.engine_timeout_s,
             ),
             metrics,
             memory_budget_bytes=settings.memory_budget_bytes,
             batch_log=None if settings.batch_log is None else stack.enter_context(BatchLog(settings.batch_log)),
-        )  # fmt: skip
+        )
         stack.push_async_callback(pool.stop)
         admission = AdmissionController(
             max_inputs=settings.max_concurrent_requests, max_queue_delay_s=settings.max_queue_delay_ms / 1000
         )
         predictor = Predictor(
-            pool, admission, metrics, max_inputs=settings.max_client_batch_size,
+            pool,
+            admission,
+            metrics,
+            max_inputs=settings.max_client_batch_size,
             tokenizer_threads=settings.tokenizer_threads,
-        )  # fmt: skip
+        )
         stack.callback(predictor.close)
         intake = DatasetIntake(
-            datasets, settings.data_dir / "datasets", timeout_s=settings.dataset_check_timeout_s,
+            datasets,
+            settings.data_dir / "datasets",
+            timeout_s=settings.dataset_check_timeout_s,
             memory_bytes=settings.dataset_check_memory_bytes,
-        )  # fmt: skip
+        )
         stack.push_async_callback(intake.stop)
         watcher = RegistryWatcher(registry, pool, poll_s=settings.registry_poll_s)
         services = Services(
-            settings=settings, pool=pool, predictor=predictor, watcher=watcher, registry=registry, jobs=jobs,
-            datasets=datasets, intake=intake, store=store, metrics=metrics, drain=drain, backbones=backbones,
+            settings=settings,
+            pool=pool,
+            predictor=predictor,
+            watcher=watcher,
+            registry=registry,
+            jobs=jobs,
+            datasets=datasets,
+            intake=intake,
+            store=store,
+            metrics=metrics,
+            drain=drain,
+            backbones=backbones,
             import_root=settings.import_root,
-        )  # fmt: skip
+        )
         merger = AdapterMerger(pool, store, metrics, MergePolicy(settings.merge_share))
         merging = [asyncio.create_task(merger.follow(), name="merging")] if settings.merge_share else []
-        stack.push_async_callback(_cancelled, [
-            *merging,
-            asyncio.create_task(_load(settings, store, pool, watcher, backbones), name="load"),
-            asyncio.create_task(intake.sweep(), name="dataset-sweep"),
-            asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),
-        ])  # fmt: skip
+        stack.push_async_callback(
+            _cancelled,
+            [
+                *merging,
+                asyncio.create_task(_load(settings, store, pool, watcher, backbones), name="load"),
+                asyncio.create_task(intake.sweep(), name="dataset-sweep"),
+                asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),
+            ],
+        )
         yield services
 
 
 def _selector(settings: ServingSettings, database: Database, metrics: ServingMetrics) -> EngineSelector:
     device = _resolve_device(settings.device)
     options = EngineOptions(
-        device=device, threads=settings.resolved_threads, adapter_slots=settings.adapter_slots,
+        device=device,
+        threads=settings.resolved_threads,
+        adapter_slots=settings.adapter_slots,
         slots_budget_bytes=settings.adapter_slots_bytes,
-    )  # fmt: skip
+    )
     policy = SelectionPolicy(
-        engine=settings.engine, precision=settings.precision, allow_int8=settings.allow_int8,
-        allow_compile=settings.allow_compile, allow_cuda_graphs=settings.allow_cuda_graphs,
+        engine=settings.engine,
+        precision=settings.precision,
+        allow_int8=settings.allow_int8,
+        allow_compile=settings.allow_compile,
+        allow_cuda_graphs=settings.allow_cuda_graphs,
         allow_tensorrt=settings.allow_tensorrt,
         stall_s=settings.engine_trial_stall_s,
-    )  # fmt: skip
+    )
 
     def count(backbone: str, engine: EngineSpec, error: Exception) -> None:
         metrics.count_engine_fallback(backbone, str(engine), to_engine=str(REFERENCE), reason=type(error).__name__)
@@ -134,9 +159,12 @@ async def _migrate_when_there(database: Database) -> None:
 
 
 async def _load(
-    settings: ServingSettings, store: FileStore, pool: ModelPool, watcher: RegistryWatcher,
+    settings: ServingSettings,
+    store: FileStore,
+    pool: ModelPool,
+    watcher: RegistryWatcher,
     backbones: dict[str, Backbone],
-) -> None:  # fmt: skip
+) -> None:
     """Brings the backbones up, then follows the registry. A backbone that cannot load keeps the process unready."""
     try:
         for name, source in settings.backbones.items():

@@ -21,13 +21,36 @@ class Peer:
         """How its users start it, on the CPU and with its defaults."""
         binaries = self.environment(environments) / "bin"
         if self.name == "naive":
-            return [str(binaries / "uvicorn"), "--app-dir", str(FOLDER), "naive_server:app", "--port", str(port),
-                    "--log-level", "warning"]  # fmt: skip
+            return [
+                str(binaries / "uvicorn"),
+                "--app-dir",
+                str(FOLDER),
+                "naive_server:app",
+                "--port",
+                str(port),
+                "--log-level",
+                "warning",
+            ]
         if self.name == "litserve":
             return [str(binaries / "python"), str(FOLDER / "litserve_server.py"), str(port)]
-        return [str(binaries / "infinity_emb"), "v2", "--model-id", str(self._weights(environments)),
-                "--served-model-name", "minilm", "--engine", "torch", "--device", "cpu", "--port", str(port),
-                "--host", "127.0.0.1", "--log-level", "warning"]  # fmt: skip
+        return [
+            str(binaries / "infinity_emb"),
+            "v2",
+            "--model-id",
+            str(self._weights(environments)),
+            "--served-model-name",
+            "minilm",
+            "--engine",
+            "torch",
+            "--device",
+            "cpu",
+            "--port",
+            str(port),
+            "--host",
+            "127.0.0.1",
+            "--log-level",
+            "warning",
+        ]
 
     def environment(self, environments: Path) -> Path:
         folder = environments / self.requirements.removesuffix(".txt")

@@ -203,8 +203,13 @@ class _FilesOfTable:
         key = str(PurePosixPath(name.strip())) if name is not None and name.strip() else ""
         if not key or key in self.rows:
             what = f"names the file {key[:80]!r} a second time" if key else "names no file"
-            self.log.note("named twice", f"row {number} of the metadata {what}", row=number, column=FILE_COLUMN,
-                          fix="name each file once")  # fmt: skip
+            self.log.note(
+                "named twice",
+                f"row {number} of the metadata {what}",
+                row=number,
+                column=FILE_COLUMN,
+                fix="name each file once",
+            )
             return
         self.rows[key] = (number, cells)
 

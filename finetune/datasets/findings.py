@@ -81,9 +81,7 @@ def _no_rows() -> Finding:
     )
 
 
-def _of_classes(
-    train: LabelledRows, held_out: dict[str, LabelledRows], groups: _Keys, needed: int
-) -> list[Finding]:  # fmt: skip
+def _of_classes(train: LabelledRows, held_out: dict[str, LabelledRows], groups: _Keys, needed: int) -> list[Finding]:
     return [
         *_single_class(train),
         *_label_case_collision(train, held_out),
@@ -92,9 +90,7 @@ def _of_classes(
     ]
 
 
-def _of_label_sets(
-    train: LabelledRows, held_out: dict[str, LabelledRows], groups: _Keys, needed: int
-) -> list[Finding]:  # fmt: skip
+def _of_label_sets(train: LabelledRows, held_out: dict[str, LabelledRows], groups: _Keys, needed: int) -> list[Finding]:
     return [*_label_case_collision(train, held_out), *label_set_findings(train, groups, needed)]
 
 

@@ -54,9 +54,13 @@ class LabelledRows:
 
 
 def load_labelled(
-    rows_parquet: Path, *, text_column: str, label_column: str, extra_columns: Sequence[str] = (),
+    rows_parquet: Path,
+    *,
+    text_column: str,
+    label_column: str,
+    extra_columns: Sequence[str] = (),
     target: Target = SINGLE_LABEL,
-) -> tuple[LabelledRows, list[Finding]]:  # fmt: skip
+) -> tuple[LabelledRows, list[Finding]]:
     """The rows that have a text and a label; labels lose surrounding whitespace, texts stand as given.
 
     The values of `extra_columns` come along as they are, None where a cell is empty.

@@ -20,9 +20,13 @@ NOTHING = LabelledRows(np.zeros(0, np.int64), [], [])
 
 
 def load_sides(
-    files: Mapping[str, Path], *, columns: Columns, options: SplitOptions, seed: int,
+    files: Mapping[str, Path],
+    *,
+    columns: Columns,
+    options: SplitOptions,
+    seed: int,
     task: WantedTask = "text-classification",
-) -> Sides:  # fmt: skip
+) -> Sides:
     """The sides out of the tables `train` and perhaps `validation` and `test`; what is not given is split off.
 
     With an error among the findings the rows mean nothing. Every side has the columns of `columns.slices`.

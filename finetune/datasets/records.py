@@ -101,9 +101,15 @@ def has_errors(findings: Iterable[Finding]) -> bool:
 
 
 def row_finding(
-    *, code: str, severity: Severity, message: str, rows: Sequence[int], fix: str, column: str | None = None,
+    *,
+    code: str,
+    severity: Severity,
+    message: str,
+    rows: Sequence[int],
+    fix: str,
+    column: str | None = None,
     count: int | None = None,
-) -> Finding:  # fmt: skip
+) -> Finding:
     """A finding about these rows, of which it shows the first; `count` is their number unless given."""
     total = len(rows) if count is None else count
     shown = list(rows[:ROWS_SHOWN])

@@ -107,10 +107,14 @@ def _by_text(pool: _Pool, options: SplitOptions, seed: int) -> Sides:
     assert options.strategy in {"hash", "stratified", "random"}
     pool.assign(
         split_rows(
-            pool.side(TRAIN), strategy=options.strategy, validation=shares[0], test=shares[1], seed=seed,
+            pool.side(TRAIN),
+            strategy=options.strategy,
+            validation=shares[0],
+            test=shares[1],
+            seed=seed,
             duplicates=pool.duplicates.take(pool.rows[TRAIN]),
         )
-    )  # fmt: skip
+    )
     return pool.result()
 
 
@@ -158,10 +162,14 @@ def _assign_predefined(pool: _Pool, options: SplitOptions, seed: int) -> None:
         )
         pool.assign(
             split_rows(
-                pool.side(TRAIN), strategy="hash", validation=shares[0], test=shares[1], seed=seed,
+                pool.side(TRAIN),
+                strategy="hash",
+                validation=shares[0],
+                test=shares[1],
+                seed=seed,
                 duplicates=pool.duplicates.take(pool.rows[TRAIN]),
             )
-        )  # fmt: skip
+        )
 
 
 def _misnamed(pool: _Pool, rows: LabelledRows, sides: npt.NDArray[np.int8], column: str) -> list[Finding]:
@@ -169,26 +177,40 @@ def _misnamed(pool: _Pool, rows: LabelledRows, sides: npt.NDArray[np.int8], colu
     doubled = np.flatnonzero([pool.is_given[side] and side != TRAIN for side in sides.tolist()])
     if len(doubled):
         name = _SIDES[int(sides[doubled[0]])]
-        return [row_finding(
-            code="unknown_split", severity="error", column=column, rows=rows.row_numbers[doubled].tolist(),
-            message=f"column {column!r} names {name} rows, and a {name}_dataset was given too",
-            fix=f"leave out {name}_dataset, or those rows",
-        )]  # fmt: skip
+        return [
+            row_finding(
+                code="unknown_split",
+                severity="error",
+                column=column,
+                rows=rows.row_numbers[doubled].tolist(),
+                message=f"column {column!r} names {name} rows, and a {name}_dataset was given too",
+                fix=f"leave out {name}_dataset, or those rows",
+            )
+        ]
     if not (sides == TRAIN).any():
-        return [row_finding(
-            code="unknown_split", severity="error", column=column, rows=rows.row_numbers.tolist(),
-            message=f"column {column!r} names no row for training",
-            fix="write train in the rows to train on",
-        )]  # fmt: skip
+        return [
+            row_finding(
+                code="unknown_split",
+                severity="error",
+                column=column,
+                rows=rows.row_numbers.tolist(),
+                message=f"column {column!r} names no row for training",
+                fix="write train in the rows to train on",
+            )
+        ]
     return []
 
 
 def _made_from_training(column: str, sides: list[str]) -> Finding:
     return row_finding(
-        code="unknown_split", severity="info", column=column, rows=[], count=len(sides),
+        code="unknown_split",
+        severity="info",
+        column=column,
+        rows=[],
+        count=len(sides),
         message=f"column {column!r} names no row for {' and '.join(sides)}: cut off the training rows by strategy hash",
         fix="nothing to do, or name such rows; split.test 0 goes without test rows",
-    )  # fmt: skip
+    )
 
 
 def _assign_by_time(pool: _Pool, options: SplitOptions) -> None:
@@ -213,18 +235,29 @@ def _group_findings(pool: _Pool, rows: LabelledRows, column: str, wanted: int) -
     empty = [row for row, value in enumerate(values) if value is None]
     findings = []
     if empty:
-        findings.append(row_finding(
-            code="empty_value", severity="warning", column=column, rows=rows.row_numbers[empty].tolist(),
-            message=f"{len(empty):,} rows have no value in the group column {column!r}; each is a group by itself",
-            fix=f"fill in {column!r} where rows belong together",
-        ))  # fmt: skip
+        findings.append(
+            row_finding(
+                code="empty_value",
+                severity="warning",
+                column=column,
+                rows=rows.row_numbers[empty].tolist(),
+                message=f"{len(empty):,} rows have no value in the group column {column!r}; each is a group by itself",
+                fix=f"fill in {column!r} where rows belong together",
+            )
+        )
     groups = len({value.strip() for value in values if value is not None}) + len(empty)
     if groups < wanted:
-        findings.append(row_finding(
-            code="class_too_small", severity="error", column=column, rows=rows.row_numbers.tolist(), count=groups,
-            message=f"column {column!r} has {groups} groups, too few for {wanted} sides: a group never parts",
-            fix="add rows of other groups, or choose another split.strategy",
-        ))  # fmt: skip
+        findings.append(
+            row_finding(
+                code="class_too_small",
+                severity="error",
+                column=column,
+                rows=rows.row_numbers.tolist(),
+                count=groups,
+                message=f"column {column!r} has {groups} groups, too few for {wanted} sides: a group never parts",
+                fix="add rows of other groups, or choose another split.strategy",
+            )
+        )
     return findings + _groups_across(pool, rows, column)
 
 
@@ -236,11 +269,17 @@ def _groups_across(pool: _Pool, rows: LabelledRows, column: str) -> list[Finding
         own = pool.given[side]
         shared = [row for row, value in enumerate(own.extras.get(column, [])) if value and value.strip() in known]
         if shared:
-            found.append(row_finding(
-                code="split_overlap", severity="warning", column=column, rows=own.row_numbers[shared].tolist(),
-                message=f"{len(shared):,} rows of the {_SIDES[side]} data are of groups that the training data has too",
-                fix="move each group to one of the two; scores come out too high otherwise",
-            ))  # fmt: skip
+            found.append(
+                row_finding(
+                    code="split_overlap",
+                    severity="warning",
+                    column=column,
+                    rows=own.row_numbers[shared].tolist(),
+                    message=f"{len(shared):,} rows of the {_SIDES[side]} data are of groups that the training data has "
+                    "too",
+                    fix="move each group to one of the two; scores come out too high otherwise",
+                )
+            )
     return found
 
 
@@ -269,11 +308,13 @@ def _would_vanish(rows: LabelledRows, leaked: npt.NDArray[np.bool_]) -> npt.NDAr
 
 def _dropped(side: str, rows: list[int], exact: int) -> Finding:
     return row_finding(
-        code="near_duplicate_across_splits", severity="warning", rows=rows,
+        code="near_duplicate_across_splits",
+        severity="warning",
+        rows=rows,
         message=f"{len(rows):,} {side} rows are left out, since a later side has their text ({exact:,}) or a near "
         "duplicate of it",
         fix="nothing to do; split.leaks keep trains on them all the same, and scores come out too high",
-    )  # fmt: skip
+    )
 
 
 def _absent_classes(pool: _Pool) -> list[Finding]:
@@ -286,11 +327,16 @@ def _absent_classes(pool: _Pool) -> list[Finding]:
         if absent and len(own) and not pool.is_given[side]:
             rows = rows_with(train, absent)
             named = ", ".join(map(repr, sorted(absent)[:5])) + (" …" if len(absent) > 5 else "")
-            found.append(row_finding(
-                code="class_too_small", severity="warning", rows=rows, count=len(absent),
-                message=f"the {_SIDES[side]} side has no row of {named}; nothing is measured for them there",
-                fix="add rows, move the borders of the split, or choose another split.strategy",
-            ))  # fmt: skip
+            found.append(
+                row_finding(
+                    code="class_too_small",
+                    severity="warning",
+                    rows=rows,
+                    count=len(absent),
+                    message=f"the {_SIDES[side]} side has no row of {named}; nothing is measured for them there",
+                    fix="add rows, move the borders of the split, or choose another split.strategy",
+                )
+            )
     return found
 
 

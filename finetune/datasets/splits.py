@@ -78,10 +78,15 @@ class _Shares:
 
 
 def split_rows(
-    rows: LabelledRows, *, strategy: Strategy, validation: float, test: float, seed: int,
+    rows: LabelledRows,
+    *,
+    strategy: Strategy,
+    validation: float,
+    test: float,
+    seed: int,
     duplicates: Duplicates | None = None,
     groups: Sequence[str | None] | None = None,
-) -> Split:  # fmt: skip
+) -> Split:
     """Splits by `strategy`; shares are of all rows, the rest trains.
 
     - `hash` (the default of jobs): the position is a stable hash of the text, whatever the seed, so a

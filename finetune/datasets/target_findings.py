@@ -24,18 +24,27 @@ def label_set_findings(rows: LabelledRows, groups: _Keys, needed: int) -> list[F
         for name in own:
             texts[name].add(group)
     if not texts:
-        return [row_finding(
-            code="single_class", severity="error", rows=rows.row_numbers.tolist(),
-            message=f"none of the {len(rows):,} rows has a label",
-            fix="give rows labels, or choose another label column",
-        )]  # fmt: skip
+        return [
+            row_finding(
+                code="single_class",
+                severity="error",
+                rows=rows.row_numbers.tolist(),
+                message=f"none of the {len(rows):,} rows has a label",
+                fix="give rows labels, or choose another label column",
+            )
+        ]
     found = [*_rare(rows, texts, needed), *_everywhere(names)]
     if max(map(len, names)) == 1:
-        found.append(row_finding(
-            code="single_class", severity="info", rows=[], count=1,
-            message="no row has more than one label",
-            fix="nothing to do; if every row has one label by nature, the task text-classification fits better",
-        ))  # fmt: skip
+        found.append(
+            row_finding(
+                code="single_class",
+                severity="info",
+                rows=[],
+                count=1,
+                message="no row has more than one label",
+                fix="nothing to do; if every row has one label by nature, the task text-classification fits better",
+            )
+        )
     return found
 
 
@@ -47,41 +56,60 @@ def _rare(rows: LabelledRows, texts: dict[str, set[int]], needed: int) -> list[F
     named = _listed([f"{name!r} ({sizes[name]})" for name in smallest_first])
     absent = sum(size < needed for size in sizes.values())
     consequence = f"; {absent:,} of them cannot stand on every side of the split" if absent else ""
-    return [row_finding(
-        code="class_too_small", severity="warning", rows=rows_with(rows, set(sizes)), count=len(sizes),
-        message=f"{len(sizes):,} of {len(texts):,} labels have fewer than {_FEW_ROWS} different texts (near duplicates "
-        f"count once); expect poor results for them{consequence}: {named}",
-        fix="add rows, merge these labels into others, or remove them",
-    )]  # fmt: skip
+    return [
+        row_finding(
+            code="class_too_small",
+            severity="warning",
+            rows=rows_with(rows, set(sizes)),
+            count=len(sizes),
+            message=f"{len(sizes):,} of {len(texts):,} labels have fewer than {_FEW_ROWS} different texts (near "
+            f"duplicates count once); expect poor results for them{consequence}: {named}",
+            fix="add rows, merge these labels into others, or remove them",
+        )
+    ]
 
 
 def _everywhere(names: Sequence[tuple[str, ...]]) -> list[Finding]:
     constant = set(names[0]).intersection(*names)
     if not constant:
         return []
-    return [row_finding(
-        code="single_class", severity="warning", rows=[], count=len(constant),
-        message=f"every row has the label {_listed([repr(name) for name in sorted(constant)])}, so nothing is learnt "
-        "of it",
-        fix="remove the label, or add rows without it",
-    )]  # fmt: skip
+    return [
+        row_finding(
+            code="single_class",
+            severity="warning",
+            rows=[],
+            count=len(constant),
+            message=f"every row has the label {_listed([repr(name) for name in sorted(constant)])}, so nothing is "
+            "learnt of it",
+            fix="remove the label, or add rows without it",
+        )
+    ]
 
 
 def number_findings(rows: LabelledRows, groups: _Keys, needed: int) -> list[Finding]:
     """One value everywhere, and fewer different texts than sides, are errors."""
     if len(set(rows.labels)) == 1:
-        return [row_finding(
-            code="constant_target", severity="error", rows=rows.row_numbers.tolist(),
-            message=f"all {len(rows):,} rows have the target {float(rows.labels[0]):g}; there is nothing to learn",
-            fix="add rows with other values, or choose another label column",
-        )]  # fmt: skip
+        return [
+            row_finding(
+                code="constant_target",
+                severity="error",
+                rows=rows.row_numbers.tolist(),
+                message=f"all {len(rows):,} rows have the target {float(rows.labels[0]):g}; there is nothing to learn",
+                fix="add rows with other values, or choose another label column",
+            )
+        ]
     texts = len(set(groups))
     if texts < needed:
-        return [row_finding(
-            code="class_too_small", severity="error", rows=rows.row_numbers.tolist(), count=texts,
-            message=f"there are only {texts} different texts (near duplicates count once) for {needed} sides",
-            fix="add rows, or bring validation and test data",
-        )]  # fmt: skip
+        return [
+            row_finding(
+                code="class_too_small",
+                severity="error",
+                rows=rows.row_numbers.tolist(),
+                count=texts,
+                message=f"there are only {texts} different texts (near duplicates count once) for {needed} sides",
+                fix="add rows, or bring validation and test data",
+            )
+        ]
     return []
 
 
@@ -97,12 +125,17 @@ def conflicting_numbers(rows: LabelledRows, keys: _Keys) -> list[Finding]:
         return []
     affected = np.flatnonzero(is_apart[text])
     first = int(affected[0])
-    return [row_finding(
-        code="conflicting_labels", severity="warning", rows=rows.row_numbers[affected].tolist(),
-        message=f"{int(is_apart.sum()):,} texts stand with targets more than a standard deviation ({values.std():.3g}) "
-        f"apart, the first (row {rows.row_numbers[first]}) with {low[text[first]]:g} and {high[text[first]]:g}",
-        fix="keep one target for each text, their mean say",
-    )]  # fmt: skip
+    return [
+        row_finding(
+            code="conflicting_labels",
+            severity="warning",
+            rows=rows.row_numbers[affected].tolist(),
+            message=f"{int(is_apart.sum()):,} texts stand with targets more than a standard deviation "
+            f"({values.std():.3g}) apart, the first (row {rows.row_numbers[first]}) "
+            f"with {low[text[first]]:g} and {high[text[first]]:g}",
+            fix="keep one target for each text, their mean say",
+        )
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,15 +12,41 @@ from model_registry.manifest import Task
 from model_registry.refs import NAME_PATTERN
 
 EVENT_TYPES = (
-    "state_changed", "phase_changed", "progress", "metrics", "baseline_ready", "checkpoint_saved", "best_updated",
-    "early_stopped", "data_warning", "resumed", "evaluation_ready", "model_registered", "gate_passed", "gate_failed",
-    "cancelled", "error",
-)  # fmt: skip
+    "state_changed",
+    "phase_changed",
+    "progress",
+    "metrics",
+    "baseline_ready",
+    "checkpoint_saved",
+    "best_updated",
+    "early_stopped",
+    "data_warning",
+    "resumed",
+    "evaluation_ready",
+    "model_registered",
+    "gate_passed",
+    "gate_failed",
+    "cancelled",
+    "error",
+)
 EventType = Literal[
-    "state_changed", "phase_changed", "progress", "metrics", "baseline_ready", "checkpoint_saved", "best_updated",
-    "early_stopped", "data_warning", "resumed", "evaluation_ready", "model_registered", "gate_passed", "gate_failed",
-    "cancelled", "error",
-]  # fmt: skip
+    "state_changed",
+    "phase_changed",
+    "progress",
+    "metrics",
+    "baseline_ready",
+    "checkpoint_saved",
+    "best_updated",
+    "early_stopped",
+    "data_warning",
+    "resumed",
+    "evaluation_ready",
+    "model_registered",
+    "gate_passed",
+    "gate_failed",
+    "cancelled",
+    "error",
+]
 
 
 class JobStatus(StrEnum):

@@ -48,9 +48,14 @@ class JobStore:
     # Callers' side
 
     def enqueue(
-        self, tenant: str, spec: JobSpec, *, is_data_ready: bool, idempotency_key: str | None = None,
+        self,
+        tenant: str,
+        spec: JobSpec,
+        *,
+        is_data_ready: bool,
+        idempotency_key: str | None = None,
         request_sha256: str = "",
-    ) -> FineTuneJob:  # fmt: skip
+    ) -> FineTuneJob:
         """Creates a job, or returns the one that the same key and request created before.
 
         Raises `IdempotencyMismatch` where the key came with another request.
@@ -74,17 +79,29 @@ class JobStore:
             status = JobStatus.QUEUED if is_data_ready else JobStatus.VALIDATING_FILES
             connection.execute(
                 jobs.insert().values(
-                    id=job_id, tenant=tenant, status=status, spec=spec.model_dump(mode="json"), attempt=0,
-                    max_attempts=self._max_attempts, lease_token=0, cancel_keep_best=False, last_seq=0, created_at=now,
+                    id=job_id,
+                    tenant=tenant,
+                    status=status,
+                    spec=spec.model_dump(mode="json"),
+                    attempt=0,
+                    max_attempts=self._max_attempts,
+                    lease_token=0,
+                    cancel_keep_best=False,
+                    last_seq=0,
+                    created_at=now,
                 )
-            )  # fmt: skip
+            )
             if idempotency_key is not None:
                 connection.execute(
                     idempotency_keys.insert().values(
-                        tenant=tenant, key=idempotency_key, request_sha256=request_sha256, job_id=job_id,
-                        status_code=202, created_at=now,
+                        tenant=tenant,
+                        key=idempotency_key,
+                        request_sha256=request_sha256,
+                        job_id=job_id,
+                        status_code=202,
+                        created_at=now,
                     )
-                )  # fmt: skip
+                )
             self._append(connection, job_id, "state_changed", f"the job is {status}", {"status": status})
             return self._get(connection, tenant, job_id)
 
@@ -179,10 +196,15 @@ class JobStore:
                 raise JobNotResumable(f"{job_id} is {job.status}; only a paused job can be resumed")
             idle_s = self._database.now(connection) - (job.heartbeat_at or 0.0)
             self._update(
-                connection, job_id, status=JobStatus.QUEUED, phase=None, worker_id=None, lease_expires_at=None,
+                connection,
+                job_id,
+                status=JobStatus.QUEUED,
+                phase=None,
+                worker_id=None,
+                lease_expires_at=None,
                 lease_token=job.lease_token + 1,
                 started_at=None if job.started_at is None else job.started_at + max(0.0, idle_s),
-            )  # fmt: skip
+            )
             self._append(connection, job_id, "resumed", "resume was requested", {"status": "queued"})
             return self._get(connection, tenant, job_id)
 
@@ -233,10 +255,18 @@ class JobStore:
                     continue
                 lease = Lease(job.id, worker_id, job.lease_token + 1, job.attempt + 1)
                 self._update(
-                    connection, job.id, status=JobStatus.RUNNING, worker_id=worker_id, lease_token=lease.token,
-                    attempt=lease.attempt, lease_expires_at=now + lease_s, heartbeat_at=now, progress_at=now,
-                    started_at=job.started_at or now, phase=None,
-                )  # fmt: skip
+                    connection,
+                    job.id,
+                    status=JobStatus.RUNNING,
+                    worker_id=worker_id,
+                    lease_token=lease.token,
+                    attempt=lease.attempt,
+                    lease_expires_at=now + lease_s,
+                    heartbeat_at=now,
+                    progress_at=now,
+                    started_at=job.started_at or now,
+                    phase=None,
+                )
                 kind: EventType = "resumed" if job.attempt else "state_changed"
                 self._append(connection, job.id, kind, f"attempt {lease.attempt} begins", {"status": "running"})
                 return lease, self._get(connection, job.tenant, job.id)
@@ -256,9 +286,13 @@ class JobStore:
             hint="look at the worker's log and memory; a smaller batch_size or max_length needs less",
         )
         self._update(
-            connection, job.id, status=JobStatus.FAILED, finished_at=now, lease_token=job.lease_token + 1,
+            connection,
+            job.id,
+            status=JobStatus.FAILED,
+            finished_at=now,
+            lease_token=job.lease_token + 1,
             error=failure.model_dump(mode="json"),
-        )  # fmt: skip
+        )
         self._append(connection, job.id, "error", failure.message, failure.model_dump(mode="json"), level="error")
         return True
 
@@ -286,17 +320,30 @@ class JobStore:
             yield connection
 
     def record(
-        self, lease: Lease, type_: EventType, message: str, data: dict[str, Any] | None = None, *, level: str = "info",
+        self,
+        lease: Lease,
+        type_: EventType,
+        message: str,
+        data: dict[str, Any] | None = None,
+        *,
+        level: str = "info",
         **columns: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Appends an event and sets columns of the job in one fenced transaction. Raises `LeaseLost`."""
         with self.fenced(lease) as connection:
             self.record_in(connection, lease, type_, message, data, level=level, **columns)
 
     def record_in(
-        self, connection: sa.Connection, lease: Lease, type_: EventType, message: str,
-        data: dict[str, Any] | None = None, *, level: str = "info", **columns: Any,
-    ) -> None:  # fmt: skip
+        self,
+        connection: sa.Connection,
+        lease: Lease,
+        type_: EventType,
+        message: str,
+        data: dict[str, Any] | None = None,
+        *,
+        level: str = "info",
+        **columns: Any,
+    ) -> None:
         """The same inside a transaction that `fenced` opened."""
         if columns:
             self._update(connection, lease.job_id, **columns)
@@ -353,9 +400,15 @@ class JobStore:
                 return JobStatus.FAILED
             status = JobStatus.PAUSED if is_paused else JobStatus.QUEUED
             self._update(
-                connection, lease.job_id, status=status, attempt=attempt, worker_id=None,
-                lease_token=lease.token + 1, lease_expires_at=None, phase=None,
-            )  # fmt: skip
+                connection,
+                lease.job_id,
+                status=status,
+                attempt=attempt,
+                worker_id=None,
+                lease_token=lease.token + 1,
+                lease_expires_at=None,
+                phase=None,
+            )
             level, why = ("info", "the worker let go of the paused job") if is_paused else ("warn", reason)
             self._append(connection, lease.job_id, "state_changed", why, {"status": status}, level=level)
             return status
@@ -411,17 +464,29 @@ class JobStore:
         connection.execute(jobs.update().where(jobs.c.id == job_id).values(**values))
 
     def _append(
-        self, connection: sa.Connection, job_id: str, type_: EventType, message: str, data: dict[str, Any],
-        *, level: str = "info",
-    ) -> None:  # fmt: skip
+        self,
+        connection: sa.Connection,
+        job_id: str,
+        type_: EventType,
+        message: str,
+        data: dict[str, Any],
+        *,
+        level: str = "info",
+    ) -> None:
         bumped = jobs.update().where(jobs.c.id == job_id).values(last_seq=jobs.c.last_seq + 1)
         row = connection.execute(bumped.returning(jobs.c.last_seq, jobs.c.attempt)).one()
         connection.execute(
             job_events.insert().values(
-                job_id=job_id, seq=row.last_seq, attempt=row.attempt, created_at=self._database.now(connection),
-                level=level, type=type_, message=message, data=data,
+                job_id=job_id,
+                seq=row.last_seq,
+                attempt=row.attempt,
+                created_at=self._database.now(connection),
+                level=level,
+                type=type_,
+                message=message,
+                data=data,
             )
-        )  # fmt: skip
+        )
 
 
 def _job(row: Any) -> FineTuneJob:

@@ -44,9 +44,13 @@ def read_champion(store: ArtifactStore, run: Run, pointer: dict[str, Any], *, te
     manifest = load_manifest(store, tenant=tenant, name=name, version=version, sha256=pointer["manifest_sha256"])
     parts = read_version(store, manifest)
     return Champion(
-        version, manifest.labels, _seen(store, manifest), _logits(store, run, parts),
-        task=manifest.task, answering=Answering(parts.temperature, parts.thresholds or None),
-    )  # fmt: skip
+        version,
+        manifest.labels,
+        _seen(store, manifest),
+        _logits(store, run, parts),
+        task=manifest.task,
+        answering=Answering(parts.temperature, parts.thresholds or None),
+    )
 
 
 def row_hash(text: str) -> str:

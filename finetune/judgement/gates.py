@@ -101,9 +101,12 @@ def _shared(duel: Duel | LabelDuel) -> list[int]:
 
 
 def _judged_drops(
-    duel: Duel | LabelDuel, rows: Mapping[int, int], drops_of: Callable[[Sequence[int]], list[dict[str, Any]]], *,
+    duel: Duel | LabelDuel,
+    rows: Mapping[int, int],
+    drops_of: Callable[[Sequence[int]], list[dict[str, Any]]],
+    *,
     most: float,
-) -> Gate:  # fmt: skip
+) -> Gate:
     judged = [index for index in rows if rows[index] >= LEAST_CLASS_ROWS]
     unjudged = {duel.names[index]: rows[index] for index in rows if index not in judged}
     figures: dict[str, Any] = {"max_class_drop": most, "least_rows": LEAST_CLASS_ROWS, "not_judged": unjudged}

@@ -35,9 +35,7 @@ def measure_growth(run: Run) -> dict[str, Any] | None:
         return None
     method, fit = _on_vectors(run) if run.has_features("train") else _on_words(run)
     every = np.arange(len(run.train.texts))
-    return data_curve(
-        run.train.labels, run.validation.labels, fit(every), fit, method=method, seed=run.plan.seed
-    )  # fmt: skip
+    return data_curve(run.train.labels, run.validation.labels, fit(every), fit, method=method, seed=run.plan.seed)
 
 
 def _on_vectors(run: Run) -> tuple[str, Callable[[IntArray], FloatArray]]:

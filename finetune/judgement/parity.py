@@ -34,9 +34,14 @@ class _Weights:
 
 
 def engine_parity(
-    run: Run, best: Candidate, servable: Servable, folder: Path, *, graphs_root: Path | None,
+    run: Run,
+    best: Candidate,
+    servable: Servable,
+    folder: Path,
+    *,
+    graphs_root: Path | None,
     answering: Answering = Answering(),
-) -> Gate:  # fmt: skip
+) -> Gate:
     """Torch in fp32 against ONNX Runtime in fp32 on up to 1000 test rows; skipped where there is no graph at hand.
 
     `folder` holds the version's weights as written, with the graph of those that are its own; for the others the
@@ -75,9 +80,14 @@ def _graphs(run: Run, best: Candidate, folder: Path, graphs_root: Path | None) -
 
 
 def _compared(
-    run: Run, best: Candidate, servable: Servable, texts: Sequence[str], folder: Path, files: GraphFiles,
+    run: Run,
+    best: Candidate,
+    servable: Servable,
+    texts: Sequence[str],
+    folder: Path,
+    files: GraphFiles,
     answering: Answering,
-) -> Gate:  # fmt: skip
+) -> Gate:
     weights = _written(run, best, folder)
     reference = _reference(weights.backbone) if best.kind == "full" else run.engine
     other = onnx_engine(files, threads=run.plan.cpu_threads)

@@ -38,18 +38,17 @@ def draw(evaluation: Mapping[str, Any], curves: Mapping[str, Any], labels: Seque
     numbers, points = evaluation[side], curves[side]
     drawable: dict[str, tuple[bool, Callable[[], Any]]] = {
         "confusion_matrix": (
-            "confusion_matrix" in numbers, lambda: confusion(numbers["confusion_matrix"], labels, side)
+            "confusion_matrix" in numbers,
+            lambda: confusion(numbers["confusion_matrix"], labels, side),
         ),
-        "precision_recall": (
-            "precision_recall" in points, lambda: precision_recall(points["precision_recall"], side)
-        ),
+        "precision_recall": ("precision_recall" in points, lambda: precision_recall(points["precision_recall"], side)),
         "calibration": ("reliability" in points, lambda: calibration(points["reliability"], numbers, side)),
         "risk_coverage": (
             "risk_coverage" in points,
             lambda: risk_coverage(points["risk_coverage"], evaluation["abstention"], side),
         ),
         "predicted": ("predicted" in points, lambda: predicted(points["predicted"], numbers, side)),
-    }  # fmt: skip
+    }
     wanted = {name: make for name, (is_there, make) in drawable.items() if is_there}
     if len(curves["history"]["entries"]) >= 2:
         wanted["learning_curves"] = lambda: learning(curves["history"])
@@ -159,15 +158,25 @@ def calibration(reliability: Mapping[str, Any], numbers: Mapping[str, Any], side
         above.plot(confidence, [one["accuracy"] for one in bins], color=color, marker="o", markersize=4, label=label)
         few = [one for one in bins if one["rows"] < _FEW_ROWS]
         above.plot(
-            [one["confidence"] for one in few], [one["accuracy"] for one in few], linestyle="", marker="o",
-            markersize=4, markerfacecolor="white", markeredgecolor=color, zorder=3,
-        )  # fmt: skip
+            [one["confidence"] for one in few],
+            [one["accuracy"] for one in few],
+            linestyle="",
+            marker="o",
+            markersize=4,
+            markerfacecolor="white",
+            markeredgecolor=color,
+            zorder=3,
+        )
     above.plot([], [], " ", label=f"hollow: fewer than {_FEW_ROWS} rows")
     bins = reliability["after"]["bins"]
     below.bar(
-        [one["low"] for one in bins], [one["rows"] for one in bins], width=[one["high"] - one["low"] for one in bins],
-        align="edge", color=_HELD_OUT, edgecolor="white",
-    )  # fmt: skip
+        [one["low"] for one in bins],
+        [one["rows"] for one in bins],
+        width=[one["high"] - one["low"] for one in bins],
+        align="edge",
+        color=_HELD_OUT,
+        edgecolor="white",
+    )
     above.set(title=f"Confidence against accuracy on the {side} rows", ylabel="accuracy", ylim=(0, 1.03))
     above.legend(fontsize=8, loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
     below.set(xlabel="confidence", ylabel="rows", xlim=(0, 1.01), yscale="log")

@@ -74,9 +74,13 @@ def _against(
     job: ChildJob, run: Run, store: ArtifactStore, contender: Contender, pointer: dict[str, Any]
 ) -> list[Gate]:
     parity = engine_parity(
-        run, contender.best, contender.servable, contender.folder, graphs_root=job.graphs_root,
+        run,
+        contender.best,
+        contender.servable,
+        contender.folder,
+        graphs_root=job.graphs_root,
         answering=contender.answering,
-    )  # fmt: skip
+    )
     try:
         champion = read_champion(store, run, pointer, tenant=job.tenant, name=job.spec.register_as)
         return [*_duel(run, contender, champion), parity]
@@ -96,12 +100,17 @@ def _duel(run: Run, contender: Contender, champion: Champion) -> list[Gate]:
     if contender.test_logits is None or not len(rows):
         return [Gate(name, "failed", _no_rows(champion, len(hashes), dropped), {"rows": 0, "left_out": dropped})]
     contest = Contest(
-        targets=run.test.labels[rows], names=run.labels,
-        outputs=contender.test_logits[rows], answering=contender.answering,
-        champion_outputs=champion.logits([run.test.texts[row] for row in rows]), champion_names=champion.labels,
+        targets=run.test.labels[rows],
+        names=run.labels,
+        outputs=contender.test_logits[rows],
+        answering=contender.answering,
+        champion_outputs=champion.logits([run.test.texts[row] for row in rows]),
+        champion_names=champion.labels,
         champion_answering=champion.answering,
-        metric=run.plan.deciding, options=run.plan.gate, seed=run.plan.seed,
-    )  # fmt: skip
+        metric=run.plan.deciding,
+        options=run.plan.gate,
+        seed=run.plan.seed,
+    )
     judged = run.rules.contest(contest)
     return [Gate(gate.name, gate.status, gate.message, {**gate.figures, "left_out": dropped}) for gate in judged]
 

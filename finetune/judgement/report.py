@@ -67,9 +67,14 @@ def _method(run: Run, candidate: Candidate) -> dict[str, Any]:
 
 def _side(run: Run, outputs: FloatArray, rows: Rows, answering: Answering) -> Side:
     return Side(
-        outputs, rows.labels, run.labels, rows.extras, answering=answering, metric=run.plan.deciding,
+        outputs,
+        rows.labels,
+        run.labels,
+        rows.extras,
+        answering=answering,
+        metric=run.plan.deciding,
         seed=run.plan.seed,
-    )  # fmt: skip
+    )
 
 
 def _abstention(run: Run, outcome: Outcome, curves: dict[str, Any]) -> dict[str, Any] | None:
@@ -96,13 +101,20 @@ def _figures(run: Run, outcome: Outcome, evaluation: dict[str, Any]) -> Figures:
     best, side = outcome.best, "test" if evaluation["test"] else "validation"
     fit_metric = run.rules.fit_metric or run.plan.metric
     return Figures(
-        method=best.method, metric=run.plan.metric, side_name=side, side=evaluation[side],
-        history=best.details.get("history", []), stopped=best.details.get("stopped"),
-        train_score=_train_score(run, best, fit_metric), validation_score=evaluation["validation"][fit_metric],
+        method=best.method,
+        metric=run.plan.metric,
+        side_name=side,
+        side=evaluation[side],
+        history=best.details.get("history", []),
+        stopped=best.details.get("stopped"),
+        train_score=_train_score(run, best, fit_metric),
+        validation_score=evaluation["validation"][fit_metric],
         against_baseline=_against_baseline(run, outcome),
         is_baseline_best=best.method == "baseline" and len(outcome.candidates) > 1,
-        data_curve=evaluation["data_curve"], fit_metric=fit_metric, least_fit=run.rules.least_fit,
-    )  # fmt: skip
+        data_curve=evaluation["data_curve"],
+        fit_metric=fit_metric,
+        least_fit=run.rules.least_fit,
+    )
 
 
 def _train_score(run: Run, best: Candidate, metric: str) -> float | None:

@@ -38,7 +38,7 @@ def slices(
 
 def slices_by(
     extras: Mapping[str, Sequence[str | None]], rows: int, figure: Figure, *, metric: Metric
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """The same of any metric; `figure` gives its value and interval on some of the rows. The worst come first."""
     return [
         {"column": column, **_column(values, figure, metric)}

@@ -41,9 +41,13 @@ def train(run: Run) -> Candidate:
         return Servable(logits=model.margins, linear=model)
 
     return Candidate(
-        method="baseline", kind="baseline", validation_logits=fitted[best][1], finish=finish,
-        seconds=time.monotonic() - started, details={"c": _STRENGTHS[best]},
-    )  # fmt: skip
+        method="baseline",
+        kind="baseline",
+        validation_logits=fitted[best][1],
+        finish=finish,
+        seconds=time.monotonic() - started,
+        details={"c": _STRENGTHS[best]},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +104,10 @@ def _of_numbers(run: Run, features: Any, targets: FloatArray, strength: float) -
 
 
 _MODELS: dict[Task, Callable[[Run, Any, Targets, float], tuple[FloatArray, FloatArray]]] = {
-    "text-classification": _of_classes, "text-multi-label": _of_labels, "text-regression": _of_numbers,
-}  # fmt: skip
+    "text-classification": _of_classes,
+    "text-multi-label": _of_labels,
+    "text-regression": _of_numbers,
+}
 
 
 def both_sides(coefficients: Any, intercepts: Any) -> tuple[FloatArray, FloatArray]:

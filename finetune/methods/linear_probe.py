@@ -16,8 +16,10 @@ from model_registry.manifest import Task
 from modeling.heads import TaskHead
 
 _MODELS: dict[Task, ModuleType] = {
-    "text-classification": logistic, "text-multi-label": one_vs_rest, "text-regression": ridge,
-}  # fmt: skip
+    "text-classification": logistic,
+    "text-multi-label": one_vs_rest,
+    "text-regression": ridge,
+}
 
 
 def train(run: Run) -> Candidate:
@@ -43,11 +45,17 @@ def train(run: Run) -> Candidate:
         head: TaskHead = model.fit(run, features, labels, strength=chosen.strength, start=chosen).head
 
         return Servable(
-            logits=lambda texts: head.logits(run.embed(texts)), head=head,
+            logits=lambda texts: head.logits(run.embed(texts)),
+            head=head,
             reference_logits=lambda texts: head.logits(run.embed_by_reference(texts)),
-        )  # fmt: skip
+        )
 
     return Candidate(
-        method="linear_probe", kind="head", validation_logits=chosen.head.logits(validation_features), finish=finish,
-        seconds=time.monotonic() - started, details={"c": chosen.strength}, head=chosen.head,
-    )  # fmt: skip
+        method="linear_probe",
+        kind="head",
+        validation_logits=chosen.head.logits(validation_features),
+        finish=finish,
+        seconds=time.monotonic() - started,
+        details={"c": chosen.strength},
+        head=chosen.head,
+    )

@@ -39,15 +39,23 @@ class Fit:
 
 
 def fit(
-    run: Run, features: FloatArray, labels: IntArray, *, strength: float, start: Fit | None = None,
+    run: Run,
+    features: FloatArray,
+    labels: IntArray,
+    *,
+    strength: float,
+    start: Fit | None = None,
     tolerance: float = 1e-4,
-) -> Fit:  # fmt: skip
+) -> Fit:
     """Multinomial logistic regression on standardised vectors; the standardisation is folded into the head."""
     mean, scale = standardisation(features)
     model = LogisticRegression(
-        C=strength, class_weight=_by_index(run, labels), max_iter=_ITERATIONS, tol=tolerance,
+        C=strength,
+        class_weight=_by_index(run, labels),
+        max_iter=_ITERATIONS,
+        tol=tolerance,
         warm_start=start is not None,
-    )  # fmt: skip
+    )
     if start is not None:
         model.coef_, model.intercept_ = start.coefficients, start.intercepts
     # Products this small gain nothing from a second thread, and lose a lot where another process wants the core.

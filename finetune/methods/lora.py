@@ -62,9 +62,14 @@ def _with_lora(encoder: nn.Module, targets: list[str], run: Run) -> nn.Module:
 
     options = run.plan.lora
     config = LoraConfig(
-        r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, use_rslora=options.rslora,
-        use_dora=options.dora, target_modules=targets, bias="none",
-    )  # fmt: skip
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        target_modules=targets,
+        bias="none",
+    )
     model: nn.Module = get_peft_model(encoder, config)
     return model
 
@@ -77,9 +82,13 @@ def in_four_bits(encoder: nn.Module) -> None:
     for name, module in list(encoder.named_modules()):
         if isinstance(module, nn.Linear):
             packed = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, bias=module.bias is not None,
-                compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
-            )  # fmt: skip
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
             packed.load_state_dict(module.state_dict())
             packed.requires_grad_(False)
             encoder.set_submodule(name, packed)

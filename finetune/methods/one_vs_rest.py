@@ -50,9 +50,12 @@ def path(run: Run, features: FloatArray, targets: FloatArray) -> Iterator[Fit]:
 
 
 def _solved(
-    features: FloatArray, targets: FloatArray, strength: float, positive: FloatArray | None,
+    features: FloatArray,
+    targets: FloatArray,
+    strength: float,
+    positive: FloatArray | None,
     start: tuple[FloatArray, FloatArray] | None,
-) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+) -> tuple[FloatArray, FloatArray]:
     """Weights [labels, hidden] and biases [labels] with the least penalised loss, divided by the rows."""
     rows, hidden = features.shape
     labels = targets.shape[1]

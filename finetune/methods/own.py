@@ -33,10 +33,16 @@ def serve_own(run: Run, encoder: nn.Module, *, method: str, composition: Composi
         info = run.backbone.info
         taken = composition.size if composition is not None and composition.kind == "prompt" else 0
         return write_encoder(
-            folder, encoder, like=run.backbone.folder, name=info.name, source=f"{method} fine-tune of {info.digest}",
-            pooling=info.pooling, normalize=False, max_length=min(run.plan.max_length, info.max_length - taken),
+            folder,
+            encoder,
+            like=run.backbone.folder,
+            name=info.name,
+            source=f"{method} fine-tune of {info.digest}",
+            pooling=info.pooling,
+            normalize=False,
+            max_length=min(run.plan.max_length, info.max_length - taken),
             composition=composition,
-        )  # fmt: skip
+        )
 
     def write_extra(folder: Path) -> None:
         write(folder / "full")

@@ -49,9 +49,13 @@ def train(run: Run) -> Candidate:
         return _servable(run, body, steps, [*train_rows, *validation_rows])
 
     return Candidate(
-        method="setfit", kind="full", validation_logits=head.logits(held_out), finish=finish,
-        seconds=time.monotonic() - started, details={"steps": steps},
-    )  # fmt: skip
+        method="setfit",
+        kind="full",
+        validation_logits=head.logits(held_out),
+        finish=finish,
+        seconds=time.monotonic() - started,
+        details={"steps": steps},
+    )
 
 
 def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Encoded]) -> Servable:

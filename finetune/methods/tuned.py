@@ -91,9 +91,12 @@ Serving = tuple[Engine, str | None, Callable[[Path], None]]
 
 
 def train_tuned(
-    run: Run, method: str, kind: VersionKind, build: Callable[[], Classifier],
+    run: Run,
+    method: str,
+    kind: VersionKind,
+    build: Callable[[], Classifier],
     serve: Callable[[Run, Classifier], Serving],
-) -> Candidate:  # fmt: skip
+) -> Candidate:
     """Trains what `build` makes, the same each time, and wraps it. `serve` turns it into an engine (and adapter key) as
     the server will run it."""
     started = time.monotonic()
@@ -112,14 +115,18 @@ def train_tuned(
         return Servable(logits=logits, head=head, write_extra=write_extra)
 
     return Candidate(
-        method=method, kind=kind, validation_logits=trained.validation_logits, finish=finish,
-        seconds=time.monotonic() - started, details=trained.details,
-    )  # fmt: skip
+        method=method,
+        kind=kind,
+        validation_logits=trained.validation_logits,
+        finish=finish,
+        seconds=time.monotonic() - started,
+        details=trained.details,
+    )
 
 
 def _refitted(
     run: Run, method: str, build: Callable[[], Classifier], trained: Trained
-) -> tuple[Scale, Classifier] | None:  # fmt: skip
+) -> tuple[Scale, Classifier] | None:
     """With `refit`: a model trained anew on training and validation rows, for as many epochs as the first one that is
     served otherwise. None without, and where it did not come out well: the first is then served indeed."""
     if not run.plan.refit or run.is_winding_down:
@@ -153,10 +160,15 @@ def _on_all_rows(run: Run, method: str, best_step: int) -> Run:
     plan = run.plan_of(method).model_copy(update={"total_steps": steps})
     others = tuple(plan if one.method == method else one for one in run.plan.methods)
     return replace(
-        run, train=rows, holds_out=False, on_evaluation=None,
-        plan=run.plan.model_copy(update={"methods": others, "processes": 1}), work_dir=run.work_dir / "refit",
-        earlier_work_dirs=tuple(folder / "refit" for folder in run.earlier_work_dirs), _features={},
-    )  # fmt: skip
+        run,
+        train=rows,
+        holds_out=False,
+        on_evaluation=None,
+        plan=run.plan.model_copy(update={"methods": others, "processes": 1}),
+        work_dir=run.work_dir / "refit",
+        earlier_work_dirs=tuple(folder / "refit" for folder in run.earlier_work_dirs),
+        _features={},
+    )
 
 
 def _lacks_time(everything: Run, method: str, first: Trained) -> str | None:
@@ -179,7 +191,7 @@ def _went_wrong(everything: Run, method: str, again: Trained, first: Trained) ->
     rows, seed = everything.validation, everything.plan.seed
     side = Side(
         again.validation_logits, rows.labels, everything.labels, {}, Answering(), everything.plan.deciding, seed
-    )  # fmt: skip
+    )
     figures = everything.rules.compare(side, first.validation_logits)
     if figures["gain"] >= 0 or figures["p_value"] > _WORSE_BY_CHANCE:
         return None

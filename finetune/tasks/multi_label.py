@@ -130,9 +130,12 @@ class MultiLabel(Summed):
                 thresholds[place] = given[known[name]]
         answering = Answering(theirs.temperature, tuple(thresholds))
         duel = LabelDuel(
-            due=contest.targets > 0, candidate=self._answers(contest.outputs, contest.answering),
-            champion=self._answers(outputs, answering), names=contest.names, champion_names=contest.champion_names,
-        )  # fmt: skip
+            due=contest.targets > 0,
+            candidate=self._answers(contest.outputs, contest.answering),
+            champion=self._answers(outputs, answering),
+            names=contest.names,
+            champion_names=contest.champion_names,
+        )
         return [
             self.better(contest, outputs, answering),
             gates.label_drop(duel, most=contest.options.max_class_drop),

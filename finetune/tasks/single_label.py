@@ -86,12 +86,12 @@ class SingleLabel:
 
     def contest(self, contest: Contest) -> list[Gate]:
         duel = Duel(
-            labels=contest.targets, candidate=contest.outputs.argmax(1),
-            champion=gates.translated(
-                contest.champion_outputs.argmax(1), contest.champion_names, contest.names
-            ),
-            names=contest.names, champion_names=contest.champion_names,
-        )  # fmt: skip
+            labels=contest.targets,
+            candidate=contest.outputs.argmax(1),
+            champion=gates.translated(contest.champion_outputs.argmax(1), contest.champion_names, contest.names),
+            names=contest.names,
+            champion_names=contest.champion_names,
+        )
         options = contest.options
         return [
             gates.better(duel, significance=options.p_value),

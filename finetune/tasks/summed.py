@@ -37,9 +37,7 @@ class Summed(ABC):
     def score(self, metric: str, outputs: FloatArray, targets: Targets) -> float:
         return self.summary(outputs, targets)[metric]
 
-    def summary(
-        self, outputs: FloatArray, targets: Targets, answering: Answering = Answering()
-    ) -> dict[str, float]:  # fmt: skip
+    def summary(self, outputs: FloatArray, targets: Targets, answering: Answering = Answering()) -> dict[str, float]:
         found = bootstrap.measured(self.parts(outputs, targets, answering), self.of_sums)
         return {**found, "loss": self.loss(outputs, targets), "rows": float(len(outputs))}
 

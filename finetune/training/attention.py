@@ -43,9 +43,15 @@ def chunked(encoder: nn.Module) -> Iterator[None]:
 
 
 def attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
     """[rows, length, heads, size] of queries, keys and values [rows, heads, length, size]; the mask is added to the
     scores."""
     scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -112,9 +118,15 @@ def _empty_like(states: torch.Tensor) -> torch.Tensor:
 
 
 def _mask(
-    batch_size: int, q_length: int, kv_length: int, *, mask_function: Callable[..., Any],
-    attention_mask: torch.Tensor | None, dtype: torch.dtype, **options: Any,
-) -> torch.Tensor | None:  # fmt: skip
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    **options: Any,
+) -> torch.Tensor | None:
     """[rows, 1, 1, length] where all positions see each other: `length` times smaller than what transformers makes."""
     if mask_function is not bidirectional_mask_function or q_length != kv_length:
         return eager_mask(

@@ -89,9 +89,10 @@ class _Loop:
         self.evaluate_every = max(1.0, self.steps_per_epoch * run.plan.eval_every)
         weights = run.rules.weights(run.plan.class_weights, run.train.labels, run.labels)
         self.objective = build_loss(
-            run.plan, task=run.plan.task,
+            run.plan,
+            task=run.plan.task,
             weight=None if weights is None else torch.from_numpy(weights).to(self.accelerator.device),
-        )  # fmt: skip
+        )
         self.targets = torch.from_numpy(run.scale.standard(run.train.labels))
         # Losses that compare rows need the whole pass that was asked for; on a CPU short passes use the caches better.
         divides = on_cpu and run.plan.loss not in EMBEDDING_LOSSES
@@ -279,9 +280,12 @@ class _Loop:
         known = self.steps_of_epoch
         if known is None or known[0] != epoch:
             order = epoch_order(
-                self.train_rows.lengths, rows_per_step=self.rows_per_step, seed=self.run.plan.seed, epoch=epoch,
+                self.train_rows.lengths,
+                rows_per_step=self.rows_per_step,
+                seed=self.run.plan.seed,
+                epoch=epoch,
                 classes=self.classes,
-            )  # fmt: skip
+            )
             known = self.steps_of_epoch = (epoch, list(order))
         return known[1][position]
 
@@ -326,12 +330,19 @@ class _Loop:
         """What the other processes need to know, and their rows."""
         run, tokens = self.run, self.train_rows
         assignment = {
-            "method": self.method, "plan": run.plan, "labels": run.labels, "backbone_folder": run.backbone.folder,
-        }  # fmt: skip
+            "method": self.method,
+            "plan": run.plan,
+            "labels": run.labels,
+            "backbone_folder": run.backbone.folder,
+        }
         arrays = {
-            "ids": tokens.ids, "types": tokens.types, "starts": tokens.starts, "pad_id": np.asarray([tokens.pad_id]),
-            "labels": run.train.labels, "numbers": np.asarray(run.train.numbers),
-        }  # fmt: skip
+            "ids": tokens.ids,
+            "types": tokens.types,
+            "starts": tokens.starts,
+            "pad_id": np.asarray([tokens.pad_id]),
+            "labels": run.train.labels,
+            "numbers": np.asarray(run.train.numbers),
+        }
         return assignment, arrays
 
     # Evaluation and early stopping
@@ -410,25 +421,37 @@ class _Loop:
         done = progress.step - self.first_step
         eta_s = (time.monotonic() - self.started) / max(1, done) * (total - progress.step)
         self.run.link.progress(
-            percent=round(100 * progress.step / total, 1), step=progress.step, total_steps=total, epoch=self._epoch(),
-            eta_seconds=round(eta_s, 1), method=self.method,
-        )  # fmt: skip
+            percent=round(100 * progress.step / total, 1),
+            step=progress.step,
+            total_steps=total,
+            epoch=self._epoch(),
+            eta_seconds=round(eta_s, 1),
+            method=self.method,
+        )
 
     def _identity(self) -> dict[str, Any]:
         """A checkpoint of another plan or of other rows is not gone on from."""
         return {
-            "seed": self.run.plan.seed, "rows": len(self.train_rows), "tokens": len(self.train_rows.ids),
-            "rows_per_step": self.rows_per_step, "total_steps": self.plan.total_steps,
+            "seed": self.run.plan.seed,
+            "rows": len(self.train_rows),
+            "tokens": len(self.train_rows.ids),
+            "rows_per_step": self.rows_per_step,
+            "total_steps": self.plan.total_steps,
             "trainable": sum(parameter.numel() for parameter in trainable(self.raw).values()),
-            "optimizer": self.run.plan.optimizer, "progress": [field.name for field in fields(Progress)],
-        }  # fmt: skip
+            "optimizer": self.run.plan.optimizer,
+            "progress": [field.name for field in fields(Progress)],
+        }
 
     def _save(self) -> None:
         self.saved = time.monotonic()
         checkpoint = to_checkpoint(
-            self.progress, self.raw, self.optimizer, self.best,
-            scaler=self.accelerator.scaler, identity=self._identity(),
-        )  # fmt: skip
+            self.progress,
+            self.raw,
+            self.optimizer,
+            self.best,
+            scaler=self.accelerator.scaler,
+            identity=self._identity(),
+        )
         try:
             save_checkpoint(self.folder, checkpoint, step=self.progress.step)
         except OSError as error:

@@ -340,9 +340,12 @@ def join_group(device: str, file: Path, *, rank: int, processes: int) -> None:
     if device.startswith("cuda"):
         own = {"backend": "nccl", "device_id": torch.device("cuda", 0)}
     dist.init_process_group(
-        **own, store=FileStore(str(file), processes), rank=rank, world_size=processes,
+        **own,
+        store=FileStore(str(file), processes),
+        rank=rank,
+        world_size=processes,
         timeout=datetime.timedelta(seconds=_EXCHANGE_S),
-    )  # fmt: skip
+    )
 
 
 def threads_of(plan: TrainingPlan) -> int:

@@ -70,9 +70,14 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
 
 
 def to_checkpoint(
-    progress: Progress, model: torch.nn.Module, optimizer: torch.optim.Optimizer, best: Best | None, *,
-    scaler: Any, identity: dict[str, Any],
-) -> Checkpoint:  # fmt: skip
+    progress: Progress,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: Best | None,
+    *,
+    scaler: Any,
+    identity: dict[str, Any],
+) -> Checkpoint:
     """`identity` says which run it is: only the same one goes on from it."""
     tensors = {f"model.{name}": value for name, value in trainable(model).items()}
     if best is not None:

@@ -52,9 +52,13 @@ class EngineOptions:
 
 
 def candidates(
-    device: str, *, allow_int8: bool = False, allow_compile: bool = False, allow_cuda_graphs: bool = False,
+    device: str,
+    *,
+    allow_int8: bool = False,
+    allow_compile: bool = False,
+    allow_cuda_graphs: bool = False,
     allow_tensorrt: bool = False,
-) -> list[EngineSpec]:  # fmt: skip
+) -> list[EngineSpec]:
     """What is installed and makes sense on `device`, the reference first."""
     from modeling.engines import onnx, openvino
 
@@ -90,9 +94,13 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
         if options.threads:
             torch.set_num_threads(options.threads)
         return TorchEngine(
-            backbone, device=options.device, precision=spec.precision, adapter_slots=options.adapter_slots,
-            slots_budget_bytes=options.slots_budget_bytes, is_compiled=spec.runtime == COMPILED,
-        )  # fmt: skip
+            backbone,
+            device=options.device,
+            precision=spec.precision,
+            adapter_slots=options.adapter_slots,
+            slots_budget_bytes=options.slots_budget_bytes,
+            is_compiled=spec.runtime == COMPILED,
+        )
     if files is None or not files.is_complete:
         raise EngineFailed(f"{spec} needs the exported graphs, which are missing or damaged")
     slots, budget = options.adapter_slots, options.slots_budget_bytes
@@ -112,9 +120,13 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
         from modeling.engines.openvino import openvino_engine
 
         return openvino_engine(
-            files, max_length=backbone.info.max_length, precision=spec.precision, threads=options.threads,
-            adapter_slots=slots, slots_budget_bytes=budget,
-        )  # fmt: skip
+            files,
+            max_length=backbone.info.max_length,
+            precision=spec.precision,
+            threads=options.threads,
+            adapter_slots=slots,
+            slots_budget_bytes=budget,
+        )
     raise EngineFailed(f"there is no engine {spec}")
 
 
@@ -130,9 +142,14 @@ def _build_on_gpu(spec: EngineSpec, backbone: Backbone, files: GraphFiles, optio
         if options.compiles:
             build_tensorrt(files, digest=digest, max_length=max_length, precision=spec.precision, device=device)
         return tensorrt_engine(
-            files, digest=digest, max_length=max_length, precision=spec.precision, device=device, adapter_slots=slots,
+            files,
+            digest=digest,
+            max_length=max_length,
+            precision=spec.precision,
+            device=device,
+            adapter_slots=slots,
             slots_budget_bytes=budget,
-        )  # fmt: skip
+        )
     if spec.precision != "fp32":
         files = low_precision_graphs(files, spec.precision)
     captured = ladder(max_length) if spec.runtime == CAPTURED else None

@@ -66,9 +66,15 @@ def _of_gpu(device: str, libraries: dict[str, str]) -> DeviceFingerprint:
     capability = f"{properties.major}.{properties.minor}"
     driver = _read("/proc/driver/nvidia/version").splitlines()[:1]
     return DeviceFingerprint(
-        "cuda", properties.name, properties.multi_processor_count, (), int(properties.total_memory), capability,
-        (driver[0] if driver else "")[:200], libraries | {"cuda": str(torch.version.cuda)},
-    )  # fmt: skip
+        "cuda",
+        properties.name,
+        properties.multi_processor_count,
+        (),
+        int(properties.total_memory),
+        capability,
+        (driver[0] if driver else "")[:200],
+        libraries | {"cuda": str(torch.version.cuda)},
+    )
 
 
 def _version(distribution: str) -> str | None:

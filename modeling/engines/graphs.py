@@ -168,10 +168,18 @@ class GraphEngine:
     """One backbone on one runtime. The adapters' graph is opened with the first adapter, at most one is merged."""
 
     def __init__(
-        self, name: str, files: GraphFiles, open_session: Callable[[Path], Session], *, device: str, precision: str,
-        stack_dtype: npt.DTypeLike = np.float32, adapter_slots: int = 32, slots_budget_bytes: int = 1 << 40,
+        self,
+        name: str,
+        files: GraphFiles,
+        open_session: Callable[[Path], Session],
+        *,
+        device: str,
+        precision: str,
+        stack_dtype: npt.DTypeLike = np.float32,
+        adapter_slots: int = 32,
+        slots_budget_bytes: int = 1 << 40,
         width: Callable[[int], int] = lambda longest: longest,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`width` rounds a batch's longest row up, for a runtime that would have few different shapes."""
         self.width = width
         self.name, self.device, self.precision = name, device, precision

@@ -19,14 +19,23 @@ from modeling.weights import FloatArray, IntArray
 
 
 def onnx_engine(
-    files: GraphFiles, *, precision: str = "fp32", threads: int = 0, adapter_slots: int = 32,
+    files: GraphFiles,
+    *,
+    precision: str = "fp32",
+    threads: int = 0,
+    adapter_slots: int = 32,
     slots_budget_bytes: int = 1 << 40,
-) -> GraphEngine:  # fmt: skip
+) -> GraphEngine:
     """The backbone in fp32, or with its weights in int8. ONNX Runtime has no bf16 or fp16 products on x86 CPUs."""
     return GraphEngine(
-        "onnx", files, lambda path: OnnxSession(path, threads=threads), device="cpu", precision=precision,
-        adapter_slots=adapter_slots, slots_budget_bytes=slots_budget_bytes,
-    )  # fmt: skip
+        "onnx",
+        files,
+        lambda path: OnnxSession(path, threads=threads),
+        device="cpu",
+        precision=precision,
+        adapter_slots=adapter_slots,
+        slots_budget_bytes=slots_budget_bytes,
+    )
 
 
 class OnnxSession:

@@ -27,9 +27,14 @@ _NO_GRAPH = "-1"
 
 
 def cuda_engine(
-    files: GraphFiles, *, precision: str = "fp32", device: str = "cuda", ladder: Ladder | None = None,
-    adapter_slots: int = 32, slots_budget_bytes: int = 1 << 40,
-) -> GraphEngine:  # fmt: skip
+    files: GraphFiles,
+    *,
+    precision: str = "fp32",
+    device: str = "cuda",
+    ladder: Ladder | None = None,
+    adapter_slots: int = 32,
+    slots_budget_bytes: int = 1 << 40,
+) -> GraphEngine:
     """The graphs of `files`, which are in `precision` already, on the CUDA provider.
 
     With `ladder`, its shapes are captured as CUDA graphs. For processes in which nobody else uses the GPU: ONNX Runtime
@@ -47,9 +52,14 @@ def cuda_engine(
             return open_session(path)
 
     return GraphEngine(
-        "onnx" if ladder is None else "onnx-graphs", files, open_graph, device=device, precision=precision,
-        adapter_slots=adapter_slots, slots_budget_bytes=slots_budget_bytes,
-    )  # fmt: skip
+        "onnx" if ladder is None else "onnx-graphs",
+        files,
+        open_graph,
+        device=device,
+        precision=precision,
+        adapter_slots=adapter_slots,
+        slots_budget_bytes=slots_budget_bytes,
+    )
 
 
 def cuda_session(

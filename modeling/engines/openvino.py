@@ -31,19 +31,30 @@ def import_runtime() -> None:
 
 
 def openvino_engine(
-    files: GraphFiles, *, max_length: int, precision: str = "fp32", threads: int = 0, adapter_slots: int = 32,
-    slots_budget_bytes: int = 1 << 40, cache: Path | None = None,
-) -> GraphEngine:  # fmt: skip
+    files: GraphFiles,
+    *,
+    max_length: int,
+    precision: str = "fp32",
+    threads: int = 0,
+    adapter_slots: int = 32,
+    slots_budget_bytes: int = 1 << 40,
+    cache: Path | None = None,
+) -> GraphEngine:
     """The backbone on the CPU; in bf16 the stacks are bf16 too. `cache` keeps compiled models between starts.
 
     Widths are stepped, up to `max_length` tokens: a shape that OpenVINO has not seen costs it several ms.
     """
     return GraphEngine(
-        "openvino", files, lambda path: OpenVinoSession(path, precision=precision, threads=threads, cache=cache),
-        device="cpu", precision=precision, stack_dtype=ml_dtypes.bfloat16 if precision == "bf16" else np.float32,
-        adapter_slots=adapter_slots, slots_budget_bytes=slots_budget_bytes,
+        "openvino",
+        files,
+        lambda path: OpenVinoSession(path, precision=precision, threads=threads, cache=cache),
+        device="cpu",
+        precision=precision,
+        stack_dtype=ml_dtypes.bfloat16 if precision == "bf16" else np.float32,
+        adapter_slots=adapter_slots,
+        slots_budget_bytes=slots_budget_bytes,
         width=partial(stepped_width, limit=max_length),
-    )  # fmt: skip
+    )
 
 
 class OpenVinoSession:
@@ -95,10 +106,12 @@ class OpenVinoSession:
                 steps.input(index).tensor().set_element_type(openvino.Type.bf16)
             model = steps.build()
         options = {
-            "INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
             **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {}),
             **({"CACHE_DIR": str(cache)} if cache is not None else {}),
-        }  # fmt: skip
+        }
         self._request = core.compile_model(model, "CPU", options).create_infer_request()
         self._tokens = [name for name in names if name not in {names[index] for index in stacks}]
 

@@ -60,9 +60,15 @@ def build_tensorrt(files: GraphFiles, *, digest: str, max_length: int, precision
 
 
 def tensorrt_engine(
-    files: GraphFiles, *, digest: str, max_length: int, precision: str, device: str = "cuda",
-    adapter_slots: int = 32, slots_budget_bytes: int = 1 << 40,
-) -> GraphEngine:  # fmt: skip
+    files: GraphFiles,
+    *,
+    digest: str,
+    max_length: int,
+    precision: str,
+    device: str = "cuda",
+    adapter_slots: int = 32,
+    slots_budget_bytes: int = 1 << 40,
+) -> GraphEngine:
     """The engines that `build_tensorrt` left. Raises `EngineFailed` where they are missing: it compiles nothing."""
     plans = _plans(files, digest=digest, max_length=max_length, precision=precision, device=device)
     if not all(plan.engine.is_dir() for plan in plans):
@@ -76,9 +82,14 @@ def tensorrt_engine(
         return cuda_session(adapted, pad_id=files.pad_id, precision=precision, device_id=device_id(device))
 
     return GraphEngine(
-        "tensorrt", files, open_graph, device=device, precision=precision, adapter_slots=adapter_slots,
+        "tensorrt",
+        files,
+        open_graph,
+        device=device,
+        precision=precision,
+        adapter_slots=adapter_slots,
         slots_budget_bytes=slots_budget_bytes,
-    )  # fmt: skip
+    )
 
 
 class TensorrtSession:
@@ -110,18 +121,32 @@ class TensorrtSession:
 
 
 def engine_plans(
-    files: GraphFiles, inputs: Sequence[str], *, digest: str, max_length: int, precision: str,
-    gpu: DeviceFingerprint, device: int, version: str,
-) -> list[EnginePlan]:  # fmt: skip
+    files: GraphFiles,
+    inputs: Sequence[str],
+    *,
+    digest: str,
+    max_length: int,
+    precision: str,
+    gpu: DeviceFingerprint,
+    device: int,
+    version: str,
+) -> list[EnginePlan]:
     """One per profile. Pure: `inputs` are the graph's, `version` is TensorRT's."""
     root = files.folder.parent / "tensorrt"
     plans = []
     for profile in providers.shape_profiles(max_length):
         key = EngineCacheKey(
-            digest=digest, graphs=files.folder.name, precision=precision, profile=profile, gpu=gpu.name,
-            compute_capability=gpu.compute_capability, driver=gpu.driver, cuda=gpu.libraries.get("cuda", ""),
-            tensorrt=version, onnxruntime=gpu.libraries.get("onnxruntime-gpu", ""),
-        )  # fmt: skip
+            digest=digest,
+            graphs=files.folder.name,
+            precision=precision,
+            profile=profile,
+            gpu=gpu.name,
+            compute_capability=gpu.compute_capability,
+            driver=gpu.driver,
+            cuda=gpu.libraries.get("cuda", ""),
+            tensorrt=version,
+            onnxruntime=gpu.libraries.get("onnxruntime-gpu", ""),
+        )
         timings = root / "timings" / key.timings
         session = partial(providers.tensorrt, profile, inputs, precision=precision, timings=timings, device_id=device)
         plans.append(EnginePlan(key, root / "engines" / key.directory, timings, session))
@@ -164,9 +189,15 @@ def _plans(files: GraphFiles, *, digest: str, max_length: int, precision: str, d
     if version is None:
         raise EngineFailed(f"TensorRT's libraries are not installed; {INSTALL[TENSORRT]}")
     return engine_plans(
-        files, _inputs(files.bare), digest=digest, max_length=max_length, precision=precision,
-        gpu=fingerprint(device), device=device_id(device), version=version,
-    )  # fmt: skip
+        files,
+        _inputs(files.bare),
+        digest=digest,
+        max_length=max_length,
+        precision=precision,
+        gpu=fingerprint(device),
+        device=device_id(device),
+        version=version,
+    )
 
 
 def _version() -> str | None:

@@ -29,9 +29,15 @@ class TorchEngine:
     """
 
     def __init__(
-        self, backbone: Backbone, *, device: str = "cpu", precision: str = "fp32", adapter_slots: int = 32,
-        slots_budget_bytes: int = 1 << 40, is_compiled: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        backbone: Backbone,
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        adapter_slots: int = 32,
+        slots_budget_bytes: int = 1 << 40,
+        is_compiled: bool = False,
+    ) -> None:
         self.name = "torch-compile" if is_compiled else "torch"
         self.device = device
         self.precision = precision

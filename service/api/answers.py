@@ -122,9 +122,14 @@ ROUTES: Final[Mapping[str, DirectRoute[Any]]] = {
 
 
 async def predicted(
-    call: Call, model: str | None, inputs: Sequence[str | tuple[str, str]], options: Any, *,
-    timeout_ms: int | None = None, needs_labels: bool = True,
-) -> PredictResult:  # fmt: skip
+    call: Call,
+    model: str | None,
+    inputs: Sequence[str | tuple[str, str]],
+    options: Any,
+    *,
+    timeout_ms: int | None = None,
+    needs_labels: bool = True,
+) -> PredictResult:
     """The predictor's result within the request's deadline, as long as its client is there; names the model to the
     metrics."""
     services, tenant = call.services, call.principal.tenant
@@ -186,21 +191,26 @@ def _encoded(result: PredictResult) -> bytes:
 def _rows(predictions: Sequence[Any]) -> Any:
     return [
         wire.Row(
-            index, prediction.label, prediction.score, list(starmap(wire.Score, prediction.scores)),
+            index,
+            prediction.label,
+            prediction.score,
+            list(starmap(wire.Score, prediction.scores)),
             UNSET if prediction.embedding is None else wire.decimals(prediction.embedding),
         )
         for index, prediction in enumerate(predictions)
-    ]  # fmt: skip
+    ]
 
 
 def _label_rows(predictions: Sequence[Any]) -> Any:
     return [
         wire.LabelsRow(
-            index, prediction.labels, list(starmap(wire.Score, prediction.scores)),
+            index,
+            prediction.labels,
+            list(starmap(wire.Score, prediction.scores)),
             UNSET if prediction.embedding is None else wire.decimals(prediction.embedding),
         )
         for index, prediction in enumerate(predictions)
-    ]  # fmt: skip
+    ]
 
 
 def _value_rows(predictions: Sequence[Any]) -> Any:
@@ -214,8 +224,9 @@ def _value_rows(predictions: Sequence[Any]) -> Any:
 
 # What is not listed has one label a text, or no label at all.
 _ROWS: Final[Mapping[str, Callable[[Sequence[Any]], Any]]] = {
-    "text-multi-label": _label_rows, "text-regression": _value_rows,
-}  # fmt: skip
+    "text-multi-label": _label_rows,
+    "text-regression": _value_rows,
+}
 
 
 def _openai_error(problem: Problem) -> Response:

@@ -82,9 +82,11 @@ class KeyAuthentication:
         principal = self.identify(headers)
         if principal is None:
             raise Problem(
-                401, "unauthenticated", "send a valid key as 'Authorization: Bearer <key>'",
+                401,
+                "unauthenticated",
+                "send a valid key as 'Authorization: Bearer <key>'",
                 headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
+            )
         return principal
 
     def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Principal | None:

@@ -172,8 +172,10 @@ class DirectRoutes:
             await response(scope, receive, send)
             return
         headers = [
-            (b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer.content)), *answer.headers,
-        ]  # fmt: skip
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(answer.content)),
+            *answer.headers,
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer.content})
 

@@ -41,9 +41,13 @@ class EarlyRefusal:
     """`services` is asked only once the application has started."""
 
     def __init__(
-        self, routes: Mapping[str, DirectRoute[Any]], services: Callable[[], Inference],
-        authentication: KeyAuthentication, metrics: Counts, drain: DrainState,
-    ) -> None:  # fmt: skip
+        self,
+        routes: Mapping[str, DirectRoute[Any]],
+        services: Callable[[], Inference],
+        authentication: KeyAuthentication,
+        metrics: Counts,
+        drain: DrainState,
+    ) -> None:
         self._routes, self._services, self._drain = routes, services, drain
         self._authentication, self._metrics = authentication, metrics
 

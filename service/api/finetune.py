@@ -137,10 +137,18 @@ def _accept(
         check_task(wanted, task)
         services.registry.check_task(tenant=principal.tenant, name=body.register_as, task=task)
     spec = JobSpec(
-        dataset=body.dataset, validation_dataset=body.validation_dataset, test_dataset=body.test_dataset,
-        backbone=backbone, task=task, columns=body.columns, register_as=body.register_as, promote=body.promote,
-        hyperparameters=body.hyperparameters, metadata=body.metadata, actor=principal.name,
-    )  # fmt: skip
+        dataset=body.dataset,
+        validation_dataset=body.validation_dataset,
+        test_dataset=body.test_dataset,
+        backbone=backbone,
+        task=task,
+        columns=body.columns,
+        register_as=body.register_as,
+        promote=body.promote,
+        hyperparameters=body.hyperparameters,
+        metadata=body.metadata,
+        actor=principal.name,
+    )
     for id_, record in records.items():
         _check_dataset(record, spec, split_column=wanted.split.column_read if id_ == spec.dataset else None)
     return spec, records, wanted
@@ -203,13 +211,18 @@ def _dry_run(
     plan = resolve(
         wanted,
         data=DatasetProfile(
-            train_rows=max(1, total - cut), validation_rows=validation or 0, test_rows=test or 0,
-            labels=len(rows.names()), max_length_p99=lengths[int(0.99 * (len(lengths) - 1))] if lengths else 8,
+            train_rows=max(1, total - cut),
+            validation_rows=validation or 0,
+            test_rows=test or 0,
+            labels=len(rows.names()),
+            max_length_p99=lengths[int(0.99 * (len(lengths) - 1))] if lengths else 8,
             largest_class=round(rows.most_of_a_label() * max(1, total - cut) / max(1, total)),
         ),
         worker=WorkerProfile.model_validate(profile) if profile else WorkerProfile(),
-        parameters=info.parameters, model_max_length=info.max_length, task=target.task,
-    )  # fmt: skip
+        parameters=info.parameters,
+        model_max_length=info.max_length,
+        task=target.task,
+    )
     return {
         "object": "finetune.plan",
         "plan": plan.model_dump(mode="json"),

@@ -93,10 +93,15 @@ async def put_alias(
     await services.pool.ensure(tenant, name, version)
     change = await asyncio.to_thread(
         lambda: services.registry.set_alias(
-            tenant=tenant, name=name, alias=alias, version=body.version, expected_version=body.expected_version,
-            actor=principal.name, reason=body.reason,
+            tenant=tenant,
+            name=name,
+            alias=alias,
+            version=body.version,
+            expected_version=body.expected_version,
+            actor=principal.name,
+            reason=body.reason,
         )
-    )  # fmt: skip
+    )
     await services.watcher.refresh()
     return _change(change)
 
@@ -139,10 +144,16 @@ async def import_model(body: ImportRequest, services: ServicesDep, principal: Ad
         raise Problem(422, "invalid_request", f"name: {body.name!r} is the name of a backbone")
     version = await asyncio.to_thread(
         lambda: import_checkpoint(
-            body.name, body.source, tenant=principal.tenant, actor=principal.name, registry=services.registry,
-            store=services.store, import_root=services.import_root, offline=services.settings.is_offline,
+            body.name,
+            body.source,
+            tenant=principal.tenant,
+            actor=principal.name,
+            registry=services.registry,
+            store=services.store,
+            import_root=services.import_root,
+            offline=services.settings.is_offline,
         )
-    )  # fmt: skip
+    )
     await services.watcher.refresh()
     model = await asyncio.to_thread(services.registry.model, principal.tenant, body.name)
     found = next(item for item in model.versions if item.version == version)

@@ -236,9 +236,12 @@ def _mapped(error: Exception, status: int, code: str) -> Problem:
     detail = str(error) if is_open else f"{code.replace('_', ' ').capitalize()}."
     retry_after_s = getattr(error, "retry_after_s", None)
     return Problem(
-        status, code, detail, errors=_errors_of(error),
+        status,
+        code,
+        detail,
+        errors=_errors_of(error),
         retry_after_s=RETRY_AFTER_S.get(code) if retry_after_s is None else retry_after_s,
-    )  # fmt: skip
+    )
 
 
 def _errors_of(error: Exception) -> list[dict[str, Any]]:

@@ -81,9 +81,13 @@ class Usage(BaseModel):
 
 def _example(model: str, **prediction: Any) -> dict[str, Any]:
     return {
-        "id": "pred_…", "object": "predictions", "model": model, "version": 1,
-        "predictions": [{"index": 0, **prediction}], "usage": {"input_tokens": 7},
-    }  # fmt: skip
+        "id": "pred_…",
+        "object": "predictions",
+        "model": model,
+        "version": 1,
+        "predictions": [{"index": 0, **prediction}],
+        "usage": {"input_tokens": 7},
+    }
 
 
 class PredictResponse(BaseModel):

@@ -60,9 +60,12 @@ class Sockets:
 
 
 def serve_behind_front_ends(
-    settings: ServingSettings, build: Callable[[], AbstractAsyncContextManager[Services]], drain: DrainState,
-    metrics: ServingMetrics, times: DrainTimes,
-) -> None:  # fmt: skip
+    settings: ServingSettings,
+    build: Callable[[], AbstractAsyncContextManager[Services]],
+    drain: DrainState,
+    metrics: ServingMetrics,
+    times: DrainTimes,
+) -> None:
     """Serves until a signal ends it. Exits with status 1 where the address is taken, 3 where the start fails."""
     held = hold(settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix="polyhead-", ignore_cleanup_errors=True) as folder:
@@ -80,9 +83,12 @@ def serve_behind_front_ends(
             async with build() as services:
                 listened = replace(services, is_listening=front_ends.have_listened)
                 frames = exchange(
-                    listened, drain, metrics, path=sockets.frames,
+                    listened,
+                    drain,
+                    metrics,
+                    path=sockets.frames,
                     max_request_bytes=settings.max_body_bytes + FRAME_ROOM_BYTES,
-                )  # fmt: skip
+                )
                 async with frames, front_ends.running():
                     yield listened
 

@@ -34,9 +34,14 @@ _log = logging.getLogger("service.front")
 
 @asynccontextmanager
 async def exchange(
-    services: Inference, drain: DrainState, counts: Counts, *, path: str, max_request_bytes: int,
+    services: Inference,
+    drain: DrainState,
+    counts: Counts,
+    *,
+    path: str,
+    max_request_bytes: int,
     max_answer_bytes: int = MAX_ANSWER_BYTES,
-) -> AsyncIterator[None]:  # fmt: skip
+) -> AsyncIterator[None]:
     """Answers frames on the Unix socket `path` until the block ends. Requests of frames are in flight for `drain` too.
 
     Whoever connects is believed, so `path` must lie where only this user can reach it.
@@ -62,9 +67,14 @@ class _End(FrameConnection):
     """One front end's connection. When it is lost, so is the interest in what it asked."""
 
     def __init__(
-        self, services: Inference, drain: DrainState, counts: Counts, max_request_bytes: int, max_answer_bytes: int,
+        self,
+        services: Inference,
+        drain: DrainState,
+        counts: Counts,
+        max_request_bytes: int,
+        max_answer_bytes: int,
         ends: set[_End],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(decode_request, max_request_bytes, on_message=self._take, on_lost=self._lost)
         self._services, self._drain, self._counts = services, drain, counts
         self._max_answer_bytes = max_answer_bytes

@@ -210,9 +210,13 @@ class FrameConnection(asyncio.Protocol):
     """One end. `on_message` gets each message, `on_lost` the end, with what was wrong if a frame was."""
 
     def __init__(
-        self, decode: Callable[[bytes], Any], max_bytes: int, *, on_message: Callable[[Any], None],
+        self,
+        decode: Callable[[bytes], Any],
+        max_bytes: int,
+        *,
+        on_message: Callable[[Any], None],
         on_lost: Callable[[MalformedFrame | None], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._decode, self._reader = decode, FrameReader(max_bytes)
         self._on_message, self._on_lost = on_message, on_lost
         self._fault: MalformedFrame | None = None

@@ -97,9 +97,15 @@ class EngineLink:
         await self._open.wait()
 
     async def predict(
-        self, tenant: str, ref: ModelRef, inputs: Sequence[str | tuple[str, str]], options: Options, *,
-        deadline: float, needs_labels: bool = True,
-    ) -> Result:  # fmt: skip
+        self,
+        tenant: str,
+        ref: ModelRef,
+        inputs: Sequence[str | tuple[str, str]],
+        options: Options,
+        *,
+        deadline: float,
+        needs_labels: bool = True,
+    ) -> Result:
         """As `Predictor.predict`, with the same errors; `ModelNotReady` also where the connection is or gets lost.
         A caller that is cancelled cancels the work."""
         connection = self._connection

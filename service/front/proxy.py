@@ -19,10 +19,17 @@ from service.front.link import unreachable
 
 _OF_A_CONNECTION: Final = frozenset(
     {
-        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-        b"trailer", b"transfer-encoding", b"upgrade",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
     }
-)  # fmt: skip
+)
 _TIMEOUT: Final = {"connect": 5.0, "read": None, "write": None, "pool": None}
 Headers = list[tuple[bytes, bytes]]
 

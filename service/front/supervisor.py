@@ -64,9 +64,16 @@ class FrontEnds:
     """`count` front ends under one configuration, a JSON document in one line."""
 
     def __init__(
-        self, count: int, configuration: bytes, *, environment: Mapping[str, str], listening: Gauge, restarts: Counter,
-        times: RestartTimes | None = None, command: tuple[str, ...] = COMMAND,
-    ) -> None:  # fmt: skip
+        self,
+        count: int,
+        configuration: bytes,
+        *,
+        environment: Mapping[str, str],
+        listening: Gauge,
+        restarts: Counter,
+        times: RestartTimes | None = None,
+        command: tuple[str, ...] = COMMAND,
+    ) -> None:
         self._configuration, self._environment, self._command = configuration, dict(environment), command
         self._listening, self._restarts = listening, restarts
         self._times = times or RestartTimes()

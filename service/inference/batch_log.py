@@ -27,8 +27,11 @@ class BatchLog:
     def __call__(self, name: tuple[str, str], batch: Batch) -> None:
         """`lengths` and `adapters` stand in the order of the rows."""
         line = {
-            "backbone": name[0], "engine": batch.engine, "width": batch.width, "seconds": round(batch.seconds, 6),
+            "backbone": name[0],
+            "engine": batch.engine,
+            "width": batch.width,
+            "seconds": round(batch.seconds, 6),
             "lengths": [entry.length for entry in batch.entries],
             "adapters": [entry.model.adapter_key for entry in batch.entries],
-        }  # fmt: skip
+        }
         self._file.write(json.dumps(line) + "\n")

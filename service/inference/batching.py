@@ -61,10 +61,16 @@ class DynamicBatcher:
     """
 
     def __init__(
-        self, name: tuple[str, str], computing: Computing, metrics: ServingMetrics, limits: BatchLimits, *,
-        padded_width: Callable[[int], int] = lambda longest: longest, record: Record | None = None,
+        self,
+        name: tuple[str, str],
+        computing: Computing,
+        metrics: ServingMetrics,
+        limits: BatchLimits,
+        *,
+        padded_width: Callable[[int], int] = lambda longest: longest,
+        record: Record | None = None,
         runtime: Runtime = Runtime(),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name = name
         self._computing, self._limits, self._padded_width, self._record = computing, limits, padded_width, record
         self._clock = runtime.clock
@@ -76,9 +82,11 @@ class DynamicBatcher:
         self._worker = EngineWorker(name[0], self, timeout_s=limits.engine_timeout_s, runtime=runtime)
         self._lock = self._worker.lock
         self.supervisor = EngineSupervisor(
-            check=lambda: self._worker.call(computing.check), on_unfit=lambda: self._fail_waiting(self._unfit()),
-            on_fit=self._wake, clock=runtime.clock,
-        )  # fmt: skip
+            check=lambda: self._worker.call(computing.check),
+            on_unfit=lambda: self._fail_waiting(self._unfit()),
+            on_fit=self._wake,
+            clock=runtime.clock,
+        )
         self._ahead: asyncio.TimerHandle | None = None
         self._delay: asyncio.TimerHandle | None = None
         self._series.follow_queue(self._queue.__len__, lambda: self._queue.tokens)
@@ -279,9 +287,11 @@ class DynamicBatcher:
 
     def _form(self) -> list[QueueEntry]:
         return self._queue.take(
-            self._clock(), max_tokens=self.max_tokens, max_rows=self._limits.max_rows,
+            self._clock(),
+            max_tokens=self.max_tokens,
+            max_rows=self._limits.max_rows,
             fixed_tokens=self.cost.fixed_tokens,
-        )  # fmt: skip
+        )
 
     def _form_ahead(self) -> None:
         """Sees to it that a full batch stands ready shortly before the run in progress ends.
@@ -358,9 +368,12 @@ class DynamicBatcher:
             if batch.is_saturated:
                 self._drain.observe(useful=useful, padded=batch.tokens, fixed_tokens=self.cost.fixed_tokens)
         self._series.observe(
-            rows=len(batch.entries), useful=useful, padded=batch.tokens, seconds=batch.seconds,
+            rows=len(batch.entries),
+            useful=useful,
+            padded=batch.tokens,
+            seconds=batch.seconds,
             waits_s=[batch.started_at - entry.ticket.enqueued_at for entry in batch.entries],
-        )  # fmt: skip
+        )
         if self._record is not None:
             self._record(self.name, batch)
 
@@ -375,8 +388,16 @@ class Batch:
     """Entries of one engine run, all padded to `width`. `is_saturated`: more waited than it could hold."""
 
     __slots__ = (
-        "_batcher", "_outcomes", "engine", "entries", "is_saturated", "predicted_s", "seconds", "started_at", "width",
-    )  # fmt: skip
+        "_batcher",
+        "_outcomes",
+        "engine",
+        "entries",
+        "is_saturated",
+        "predicted_s",
+        "seconds",
+        "started_at",
+        "width",
+    )
 
     def __init__(self, batcher: DynamicBatcher, entries: list[QueueEntry], *, is_saturated: bool) -> None:
         self._batcher, self.entries, self.is_saturated = batcher, entries, is_saturated

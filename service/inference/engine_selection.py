@@ -70,9 +70,14 @@ class EngineSelector:
     """One per process. `open…` block and belong on a loader thread; `select` is for the event loop."""
 
     def __init__(
-        self, policy: SelectionPolicy, options: EngineOptions, cache: Path, reports: EngineReports | None, *,
+        self,
+        policy: SelectionPolicy,
+        options: EngineOptions,
+        cache: Path,
+        reports: EngineReports | None,
+        *,
         on_fallback: Callable[[str, EngineSpec, Exception], None] = lambda backbone, engine, error: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`on_fallback` hears of a remembered engine that does not open, on the thread that tried."""
         self.policy, self._options, self._cache, self._reports = policy, options, cache, reports
         self._on_fallback = on_fallback
@@ -112,12 +117,17 @@ class EngineSelector:
         async with self._one_trial:
             reports = await measure(
                 TrialRequest(
-                    backbone=str(backbone.folder), graphs=str(files.folder), candidates=tuple(names),
-                    device=self._options.device, threads=self._options.threads, texts=self.policy.texts,
-                    batch_tokens=self.policy.batch_tokens, niceness=self.policy.niceness,
+                    backbone=str(backbone.folder),
+                    graphs=str(files.folder),
+                    candidates=tuple(names),
+                    device=self._options.device,
+                    threads=self._options.threads,
+                    texts=self.policy.texts,
+                    batch_tokens=self.policy.batch_tokens,
+                    niceness=self.policy.niceness,
                 ),
                 stall_s=self.policy.stall_s,
-            )  # fmt: skip
+            )
         rows = [asdict(report) for report in reports]
         choice = choose(rows, reference=str(REFERENCE), bound=self.policy.bound)
         if self.policy.engine != "auto" and choice.engine == str(REFERENCE):
@@ -142,10 +152,12 @@ class EngineSelector:
     def _candidates(self, like: Backbone | None) -> list[str]:
         policy = self.policy
         found = candidates(
-            self._options.device, allow_int8=policy.allow_int8 or policy.precision == "int8",
-            allow_compile=policy.allow_compile, allow_cuda_graphs=policy.allow_cuda_graphs,
+            self._options.device,
+            allow_int8=policy.allow_int8 or policy.precision == "int8",
+            allow_compile=policy.allow_compile,
+            allow_cuda_graphs=policy.allow_cuda_graphs,
             allow_tensorrt=policy.allow_tensorrt or policy.engine == TENSORRT,
-        )  # fmt: skip
+        )
         admitted = [str(spec) for spec in found if policy.admits(spec)]
         remembered = None if like is None else self._remembered(like)
         return [name for name in admitted if remembered is None or name == remembered.chosen]
@@ -166,10 +178,13 @@ class EngineSelector:
 
     def _device_key(self) -> str:
         policy = {
-            "engine": self.policy.engine, "precision": self.policy.precision, "int8": self.policy.allow_int8,
-            "compile": self.policy.allow_compile, "graphs": self.policy.allow_cuda_graphs,
+            "engine": self.policy.engine,
+            "precision": self.policy.precision,
+            "int8": self.policy.allow_int8,
+            "compile": self.policy.allow_compile,
+            "graphs": self.policy.allow_cuda_graphs,
             "tensorrt": self.policy.allow_tensorrt,
-        }  # fmt: skip
+        }
         values = [self._device.key, policy, self._options.threads, self.policy.batch_tokens, asdict(self.policy.bound)]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -224,8 +239,11 @@ async def _attempt(
 ) -> tuple[list[EngineReport] | None, str | None, str]:
     """The reports; or None, which engine ran last and what happened to it."""
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LINE_BYTES,
-    )  # fmt: skip
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=_LINE_BYTES,
+    )
     assert process.stdin is not None and process.stdout is not None
     culprit: str | None = None
     try:

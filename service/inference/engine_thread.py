@@ -16,9 +16,12 @@ class EngineThread:
     """
 
     def __init__(
-        self, name: str, next_work: Callable[[EngineThread], Any], execute: Callable[[Any], None],
+        self,
+        name: str,
+        next_work: Callable[[EngineThread], Any],
+        execute: Callable[[Any], None],
         on_crash: Callable[[EngineThread], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._next_work, self._execute, self._on_crash = next_work, execute, on_crash
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)

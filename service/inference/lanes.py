@@ -54,9 +54,15 @@ class BackboneLane:
     """One backbone's engine and tokenizer. Another engine may take over between two batches."""
 
     def __init__(
-        self, backbone: Backbone, engine: Engine, metrics: ServingMetrics, limits: BatchLimits, *, label: str,
+        self,
+        backbone: Backbone,
+        engine: Engine,
+        metrics: ServingMetrics,
+        limits: BatchLimits,
+        *,
+        label: str,
         record: Record | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.backbone = backbone
         self.engine = engine
         self.max_length = backbone.info.max_length
@@ -65,9 +71,13 @@ class BackboneLane:
         self._rows: Counter[str | None] = Counter()
         self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=self.max_length)
         self.batcher = DynamicBatcher(
-            (label, self.engine_name), self, metrics, limits, padded_width=lambda longest: self.engine.width(longest),
+            (label, self.engine_name),
+            self,
+            metrics,
+            limits,
+            padded_width=lambda longest: self.engine.width(longest),
             record=record,
-        )  # fmt: skip
+        )
 
     @property
     def engine_name(self) -> str:
@@ -100,9 +110,11 @@ class BackboneLane:
         Raises `EngineFailed` where it cannot compute at all.
         """
         steps = ladder(
-            max_tokens=self._limits.max_tokens, max_rows=self._limits.max_rows, max_length=self.max_length,
+            max_tokens=self._limits.max_tokens,
+            max_rows=self._limits.max_rows,
+            max_length=self.max_length,
             seconds=_MEASURE_S,
-        )  # fmt: skip
+        )
         try:
             shape = next(steps)
             while True:

@@ -94,11 +94,13 @@ class AdapterMerger:
         if not graph.is_file():
             await write_graph(
                 MergeRequest(
-                    bare=str(engine.files.variant("").bare), target=str(graph), variant=engine.files.suffix,
+                    bare=str(engine.files.variant("").bare),
+                    target=str(graph),
+                    variant=engine.files.suffix,
                     adapter=str(self._store.local_path(manifest.prefix) / "adapter"),
                 ),
                 timeout_s=_WRITE_S,
-            )  # fmt: skip
+            )
         try:
             session = await asyncio.to_thread(engine.open_merged, graph)
             await self._install(model, lane, engine, session)

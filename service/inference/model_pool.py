@@ -53,9 +53,15 @@ AliasKey = tuple[str, str, str]
 
 class ModelPool:
     def __init__(
-        self, store: ArtifactStore, selector: EngineSelector, limits: BatchLimits, metrics: ServingMetrics, *,
-        memory_budget_bytes: int, batch_log: BatchLog | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        store: ArtifactStore,
+        selector: EngineSelector,
+        limits: BatchLimits,
+        metrics: ServingMetrics,
+        *,
+        memory_budget_bytes: int,
+        batch_log: BatchLog | None = None,
+    ) -> None:
         self._store, self._selector, self._limits, self._metrics = store, selector, limits, metrics
         self._memory_budget_bytes = memory_budget_bytes
         self._batch_log = batch_log
@@ -78,9 +84,15 @@ class ModelPool:
         """Loads and warms a backbone, which then answers embeddings. Raises `ModelingError`."""
         lane = await self._lane_of(backbone)
         model = self._backbones[name] = ServedModel(
-            tenant="", name=name, version=None, task=_BACKBONE_TASK, labels=(), lane=lane,
-            normalize_embedding=backbone.info.normalize, owns_weights=True,
-        )  # fmt: skip
+            tenant="",
+            name=name,
+            version=None,
+            task=_BACKBONE_TASK,
+            labels=(),
+            lane=lane,
+            normalize_embedding=backbone.info.normalize,
+            owns_weights=True,
+        )
         self._metrics.start_model(name, "", _BACKBONE_TASK, backbone=name, engine=lane.engine_name)
         self._metrics.set_model_state(name, "", _BACKBONE_TASK, state="ready")
         self._metrics.model_memory_bytes.labels(name, "", _BACKBONE_TASK).set(model.own_bytes)
@@ -305,12 +317,20 @@ class ModelPool:
         parts = await loop.run_in_executor(self._loader, read)
         lane = await self._lane_for(parts)
         model = ServedModel(
-            tenant=tenant, name=name, version=number, task=parts.manifest.task, labels=parts.manifest.labels, lane=lane,
+            tenant=tenant,
+            name=name,
+            version=number,
+            task=parts.manifest.task,
+            labels=parts.manifest.labels,
+            lane=lane,
             # The engine keeps the adapter's weights; a second copy here would only cost memory.
-            parts=replace(parts, adapter=None), answering=answering_of(parts), max_length=parts.max_length,
-            state="warming", adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None,
+            parts=replace(parts, adapter=None),
+            answering=answering_of(parts),
+            max_length=parts.max_length,
+            state="warming",
+            adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None,
             owns_weights=parts.backbone is not None,
-        )  # fmt: skip
+        )
         try:
             await self._warm_or_reopen(model, parts.adapter)
         except BaseException:
@@ -412,9 +432,13 @@ class ModelPool:
                 self._loader, functools.partial(self._selector.open_first, backbone, like=like)
             )
             lane = BackboneLane(
-                backbone, engine, self._metrics, self._limits, label=label or backbone.info.name,
+                backbone,
+                engine,
+                self._metrics,
+                self._limits,
+                label=label or backbone.info.name,
                 record=self._batch_log,
-            )  # fmt: skip
+            )
             lane.batcher.start()
             lane.batcher.supervisor.on_engine_failed = lambda reason: self._in_background(self._fall_back(lane, reason))
             await lane.measure()
@@ -490,9 +514,14 @@ class ModelPool:
         measurement = self._selector.measured_here(lane.backbone.info.digest)
         for row in [] if measurement is None else measurement.engines:
             metrics.set_engine_report(
-                label, row["engine"], is_serving=row["engine"] == lane.engine_name, texts_per_s=row["texts_per_s"],
-                flips=row["flips"], min_cosine=row["min_cosine"], max_abs_dp=row["max_abs_dp"],
-            )  # fmt: skip
+                label,
+                row["engine"],
+                is_serving=row["engine"] == lane.engine_name,
+                texts_per_s=row["texts_per_s"],
+                flips=row["flips"],
+                min_cosine=row["min_cosine"],
+                max_abs_dp=row["max_abs_dp"],
+            )
 
     def _adapters_of(self, models: Sequence[ServedModel]) -> dict[str, Adapter]:
         """Read anew: the engine in use holds them in its own precision."""

@@ -62,9 +62,15 @@ class PredictResult:
 
 class Predictor:
     def __init__(
-        self, pool: ModelPool, admission: AdmissionController, metrics: ServingMetrics, *, max_inputs: int,
-        tokenizer_threads: int, runtime: Runtime = Runtime(),
-    ) -> None:  # fmt: skip
+        self,
+        pool: ModelPool,
+        admission: AdmissionController,
+        metrics: ServingMetrics,
+        *,
+        max_inputs: int,
+        tokenizer_threads: int,
+        runtime: Runtime = Runtime(),
+    ) -> None:
         self._pool, self._admission, self._metrics = pool, admission, metrics
         self._max_inputs, self._clock = max_inputs, runtime.clock
         self._tokenizers = TokenizerStage(tokenizer_threads, runtime)
@@ -74,9 +80,15 @@ class Predictor:
         self._tokenizers.close()
 
     async def predict(
-        self, tenant: str, ref: ModelRef, inputs: Sequence[TextInput], options: PredictOptions, *, deadline: float,
+        self,
+        tenant: str,
+        ref: ModelRef,
+        inputs: Sequence[TextInput],
+        options: PredictOptions,
+        *,
+        deadline: float,
         needs_labels: bool = True,
-    ) -> PredictResult:  # fmt: skip
+    ) -> PredictResult:
         """Answers for `inputs`, in their order. `deadline` is in `time.monotonic` seconds.
 
         Raises `ModelNotFound`, `ModelNotReady`, `EmptyInput`, `BatchTooLarge`, `QueueFull`, `InputTooLong`,
@@ -138,9 +150,14 @@ class Predictor:
         lane = model.lane
         max_length = min(options.max_length or lane.max_length, model.max_length or lane.max_length, lane.max_length)
         ticket = Ticket(
-            model, inputs, deadline, asyncio.get_running_loop().create_future(), truncate=options.truncate,
-            max_length=max_length, tokens=lane.token_estimate.tokens(inputs, max_length),
-        )  # fmt: skip
+            model,
+            inputs,
+            deadline,
+            asyncio.get_running_loop().create_future(),
+            truncate=options.truncate,
+            max_length=max_length,
+            tokens=lane.token_estimate.tokens(inputs, max_length),
+        )
         forecast = lane.batcher.forecast(ticket.tokens)
         self._admission.admit(len(inputs), forecast=forecast, time_left_s=deadline - now)
         try:

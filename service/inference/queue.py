@@ -50,9 +50,12 @@ class EntryQueue:
             return []
         overdue = next((position for position, entry in enumerate(window) if entry.due_at > now), len(window))
         positions = pack(
-            [entry.width for entry in window], max_tokens=max_tokens, max_rows=max_rows, fixed_tokens=fixed_tokens,
+            [entry.width for entry in window],
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            fixed_tokens=fixed_tokens,
             overdue=overdue,
-        )  # fmt: skip
+        )
         entries = [window[position] for position in positions]
         for entry in entries:
             del self._entries[entry]

@@ -21,9 +21,13 @@ class EngineSupervisor:
     """
 
     def __init__(
-        self, *, check: Callable[[], Awaitable[None]], on_unfit: Callable[[], None], on_fit: Callable[[], None],
+        self,
+        *,
+        check: Callable[[], Awaitable[None]],
+        on_unfit: Callable[[], None],
+        on_fit: Callable[[], None],
         clock: Callable[[], float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._check, self._on_unfit, self._on_fit, self._clock = check, on_unfit, on_fit, clock
         self.on_engine_failed: Callable[[str], None] = lambda reason: None
         self.failure: str | None = None

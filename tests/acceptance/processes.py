@@ -46,9 +46,14 @@ class Process:
         self.name, self.log_file = module, log_file
         with log_file.open("ab") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", module], cwd=REPOSITORY, env=environment(settings), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-m", module],
+                cwd=REPOSITORY,
+                env=environment(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self.running.append(self)
 
     @property
@@ -164,9 +169,12 @@ class Client:
         """Submits a job on the backbone `tiny` (or the one given) and returns its id."""
         backbone = hyperparameters.pop("backbone", "tiny")
         body = {
-            "dataset": dataset, "test_dataset": test, "backbone": backbone, "register_as": register_as,
+            "dataset": dataset,
+            "test_dataset": test,
+            "backbone": backbone,
+            "register_as": register_as,
             "hyperparameters": hyperparameters,
-        }  # fmt: skip
+        }
         response = self.http.post("/finetune", json=body)
         assert response.status_code == 202, response.text
         assert response.headers["location"] == f"/finetune/{response.json()['id']}"

@@ -71,11 +71,13 @@ def keyed(make_home: Callable[..., Home]) -> Iterator[Keyed]:
     keys = {name: f"sk-{name}-0123456789" for name in scopes}
     listed = [
         {
-            "name": name.replace(":", "-"), "sha256": hashlib.sha256(keys[name].encode()).hexdigest(),
-            "scopes": scopes[name], "tenant": "them" if name == "theirs" else "us",
+            "name": name.replace(":", "-"),
+            "sha256": hashlib.sha256(keys[name].encode()).hexdigest(),
+            "scopes": scopes[name],
+            "tenant": "them" if name == "theirs" else "us",
         }
         for name in scopes
-    ]  # fmt: skip
+    ]
     home = make_home(POLYHEAD_API_KEYS=json.dumps(listed))
     with home.server() as server, home.worker() as worker:
         server.wait_ready()

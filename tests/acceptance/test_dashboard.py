@@ -45,9 +45,15 @@ def test_every_query_returns_data(make_home: Callable[..., Home], tmp_path: Path
         shutil.copy(REPOSITORY / "deploy" / "prometheus" / "alerts.yml", tmp_path)
         with (tmp_path / "prometheus.log").open("w") as log:
             prometheus = subprocess.Popen(
-                [PROMETHEUS, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
-                 f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log,
-            )  # fmt: skip
+                [
+                    PROMETHEUS,
+                    f"--config.file={tmp_path}/prometheus.yml",
+                    f"--storage.tsdb.path={tmp_path}/data",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                ],
+                stdout=log,
+                stderr=log,
+            )
         try:
             with Client(server.url) as client, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as asked:
                 dataset = client.upload(words[0].csv)["id"]

@@ -119,9 +119,11 @@ def faulty(make_home: Callable[..., Home], tiny_checkpoint: Path) -> Iterator[Fa
 def patient(make_home: Callable[..., Home], tiny_checkpoint: Path) -> Iterator[Faulty]:
     """Nobody is refused for want of room, and no run is soon taken for hung."""
     home = make_home(
-        POLYHEAD_ENGINE_TIMEOUT_S="120", POLYHEAD_REQUEST_TIMEOUT_S="120", POLYHEAD_MAX_QUEUE_DELAY_MS="100000",
+        POLYHEAD_ENGINE_TIMEOUT_S="120",
+        POLYHEAD_REQUEST_TIMEOUT_S="120",
+        POLYHEAD_MAX_QUEUE_DELAY_MS="100000",
         POLYHEAD_MAX_CONCURRENT_REQUESTS="20000",
-    )  # fmt: skip
+    )
     with serving(home, tiny_checkpoint) as found:
         yield found
 

@@ -145,8 +145,9 @@ def test_a_job_that_loses_every_run_fails_and_says_so(
             lambda attempt=attempt: any(  # type: ignore[misc]
                 (event["attempt"], event["type"]) == (attempt, "phase_changed") for event in client.events(job_id)
             ),
-            within_s=60, what=f"attempt {attempt}",
-        )  # fmt: skip
+            within_s=60,
+            what=f"attempt {attempt}",
+        )
         os.kill(worker.training_child(), signal.SIGKILL)
     job = client.wait(job_id, status="failed")
     assert (job["error"]["code"], job["result"]) == ("stalled", None)

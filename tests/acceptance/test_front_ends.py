@@ -102,7 +102,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     ("DELETE", "/datasets/ds_" + "0" * 24, {}),
     ("POST", "/finetune", {"json": {"dataset": "none"}}),
     ("POST", "/datasets", {"content": b"no form", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}),
-]  # fmt: skip
+]
 
 
 def comparable(response: httpx.Response) -> tuple[int, dict[str, str], Any]:
@@ -253,15 +253,19 @@ KEYS = {name: f"sk-{name}-0123456789" for name in SCOPES}
 def keyed(make_home: Callable[..., Home]) -> Iterator[Server]:
     listed = [
         {
-            "name": name, "sha256": hashlib.sha256(key.encode()).hexdigest(), "scopes": SCOPES[name],
+            "name": name,
+            "sha256": hashlib.sha256(key.encode()).hexdigest(),
+            "scopes": SCOPES[name],
             "tenant": "them" if name == "theirs" else "us",
         }
         for name, key in KEYS.items()
-    ]  # fmt: skip
+    ]
     home = make_home(
-        POLYHEAD_API_KEYS=json.dumps(listed), POLYHEAD_HTTP_PROCESSES="2", POLYHEAD_DRAIN_DELAY_S=str(DELAY_S),
+        POLYHEAD_API_KEYS=json.dumps(listed),
+        POLYHEAD_HTTP_PROCESSES="2",
+        POLYHEAD_DRAIN_DELAY_S=str(DELAY_S),
         POLYHEAD_DRAIN_GRACE_S=str(GRACE_S),
-    )  # fmt: skip
+    )
     with home.server() as server:
         yield server.wait_ready()
 

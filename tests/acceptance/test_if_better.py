@@ -32,10 +32,13 @@ def test_rows(service: Service) -> str:
 
 def train(service: Service, test: str, words: dict[str, list[str]], *, seed: int, promote: str, **more: object) -> dict:
     body = {
-        "dataset": service.client.upload(table(words, 120, seed=seed))["id"], "test_dataset": test,
-        "backbone": "tiny", "register_as": "judged", "promote": promote,
+        "dataset": service.client.upload(table(words, 120, seed=seed))["id"],
+        "test_dataset": test,
+        "backbone": "tiny",
+        "register_as": "judged",
+        "promote": promote,
         "hyperparameters": {"method": "baseline", **more},
-    }  # fmt: skip
+    }
     response = service.client.http.post("/finetune", json=body)
     assert response.status_code == 202, response.text
     return service.client.wait(response.json()["id"])
@@ -70,8 +73,11 @@ def test_every_gate_is_an_event_with_its_figures(service: Service, jobs: list[di
     assert gates(jobs[0]) == {}
     assert gates(jobs[1])["mcnemar"] == "failed"
     assert gates(jobs[2]) == {
-        "min_metric": "passed", "mcnemar": "passed", "class_drop": "passed", "engine_parity": "skipped",
-    }  # fmt: skip
+        "min_metric": "passed",
+        "mcnemar": "passed",
+        "class_drop": "passed",
+        "engine_parity": "skipped",
+    }
     report = service.client.get(f"/finetune/{jobs[1]['id']}/evaluation")
     assert report["promotion"]["champion"] == 1 and report["promotion"]["is_passed"] is False
     assert {one["code"] for one in report["verdict"]} & {"calibrated", "roughly_calibrated", "poorly_calibrated"}

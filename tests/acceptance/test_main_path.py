@@ -67,8 +67,16 @@ def test_events_tell_the_whole_story_in_order(service: Service, probe: dict[str,
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert {(event["object"], event["job_id"]) for event in events} == {("finetune.event", job_id)}
     phases = [event["data"]["phase"] for event in events if event["type"] == "phase_changed"]
-    for phase in ("preparing_data", "loading_backbone", "embedding", "training", "evaluating", "calibrating",
-                  "exporting", "registering"):  # fmt: skip
+    for phase in (
+        "preparing_data",
+        "loading_backbone",
+        "embedding",
+        "training",
+        "evaluating",
+        "calibrating",
+        "exporting",
+        "registering",
+    ):
         assert phase in phases
     types = [event["type"] for event in events]
     assert types.index("evaluation_ready") < types.index("model_registered")
@@ -200,9 +208,14 @@ def test_one_request_may_bring_its_file_and_a_repeat_starts_nothing_new(
 def test_a_cancelled_job_may_keep_its_best(service: Service, service_words: tuple[str, str]) -> None:
     client = service.client
     job_id = client.finetune(
-        service_words[0], "cancelled", method="full", epochs=1000, eval_every=2, early_stopping={"patience": 1000},
+        service_words[0],
+        "cancelled",
+        method="full",
+        epochs=1000,
+        eval_every=2,
+        early_stopping={"patience": 1000},
         export=[],
-    )  # fmt: skip
+    )
     client.wait_event(job_id, "checkpoint_saved")
     cancelled = client.http.post(f"/finetune/{job_id}/cancel", json={"keep_best": True})
     assert cancelled.json()["status"] == "cancelling"

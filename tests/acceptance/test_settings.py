@@ -28,9 +28,14 @@ from tests.acceptance.processes import REPOSITORY, environment
 def test_the_server_refuses_to_start(make_home: Callable[..., Home], settings: dict[str, str], complaint: str) -> None:
     home = make_home(**settings)
     ended = subprocess.run(
-        [sys.executable, "-m", "service"], cwd=REPOSITORY, env=environment(home.settings), capture_output=True,
-        text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "service"],
+        cwd=REPOSITORY,
+        env=environment(home.settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert ended.returncode == 1
     assert complaint in ended.stderr
     assert "Traceback" not in ended.stderr

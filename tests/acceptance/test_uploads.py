@@ -67,8 +67,13 @@ def test_what_a_dead_server_was_receiving_is_removed_and_what_arrives_is_not(tmp
         (tmp_path / name).mkdir()
         (tmp_path / name / "raw").write_bytes(b"text")
     long_ago = time.time() - 5000
-    for path in (tmp_path / ".incoming-old" / "raw", tmp_path / ".incoming-old", tmp_path / "default" / "raw",
-                 tmp_path / "default", tmp_path / ".incoming-new"):  # fmt: skip
+    for path in (
+        tmp_path / ".incoming-old" / "raw",
+        tmp_path / ".incoming-old",
+        tmp_path / "default" / "raw",
+        tmp_path / "default",
+        tmp_path / ".incoming-new",
+    ):
         os.utime(path, (long_ago, long_ago))
     _remove_abandoned(tmp_path, older_than_s=3600)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".incoming-new", "default"]
@@ -86,8 +91,11 @@ def packed_tar(files: dict[str, bytes]) -> bytes:
 
 
 def test_class_folders_become_a_table_over_http(lone: Service) -> None:
-    files = {f"films/{label}/{number}.txt": f"a {label} film, number {number}".encode()
-             for number in range(3) for label in ("good", "bad")}  # fmt: skip
+    files = {
+        f"films/{label}/{number}.txt": f"a {label} film, number {number}".encode()
+        for number in range(3)
+        for label in ("good", "bad")
+    }
     dataset = lone.client.upload(packed_tar(files), "films.tar.gz")
     assert (dataset["status"], dataset["format"], dataset["rows"]) == ("ready", "tar", 6)
     preview = lone.client.get(f"/datasets/{dataset['id']}/preview", limit=2)
@@ -160,8 +168,10 @@ def test_a_dry_run_tells_what_is_wrong_with_the_rows_before_anything_is_spent(lo
         assert answer.status_code in {200, 503}, answer.text
         return answer.json() if answer.status_code == 200 else None
 
-    found = {(finding["code"], finding["severity"]): finding["rows"] for finding in until(
-        ask, within_s=60, what="the plan")["findings"]}  # type: ignore[attr-defined, union-attr]  # fmt: skip
+    found = {
+        (finding["code"], finding["severity"]): finding["rows"]
+        for finding in until(ask, within_s=60, what="the plan")["findings"]
+    }  # type: ignore[attr-defined, union-attr]
     assert found["class_too_small", "error"] == [41]
     assert found["unknown_label", "error"] == [2]
     assert found["split_overlap", "warning"] == [1]

@@ -97,9 +97,13 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
                 )
             case "onnx-buckets":
                 return GraphEngine(
-                    "onnx", files, lambda path: in_buckets(path, files), device="cpu", precision="fp32",
+                    "onnx",
+                    files,
+                    lambda path: in_buckets(path, files),
+                    device="cpu",
+                    precision="fp32",
                     adapter_slots=SLOTS,
-                )  # fmt: skip
+                )
             case name:
                 precision = "bf16" if name == "openvino-bf16" else "fp32"
                 return openvino.openvino_engine(
@@ -153,9 +157,13 @@ def test_a_batch_with_any_mix_of_adapters_equals_each_row_merged_and_alone(
     bare = engine.run(EngineBatch(encoded))
     assert bare.dtype == np.float32 and bare.shape == (len(TEXTS), 32)
     mixes: list[list[str | None]] = [
-        [None] * 5, ["all"] * 5, ["all", None, "some", "all", None], ["one", "high", None, "some", "last"],
-        ["last", "all", "high", "one", "some"], [None, "high", None, None, None],
-    ]  # fmt: skip
+        [None] * 5,
+        ["all"] * 5,
+        ["all", None, "some", "all", None],
+        ["one", "high", None, "some", "last"],
+        ["last", "all", "high", "one", "some"],
+        [None, "high", None, None, None],
+    ]
     for keys in mixes:  # the last ones name more adapters than there are slots
         vectors = engine.run(EngineBatch(encoded, keys))
         for row, key in enumerate(keys):
@@ -231,9 +239,12 @@ def test_a_merged_adapter_computes_what_it_computed_from_its_slot(
     for key, change in known.items():
         engine.load_adapter(key, change)
     mixes: list[list[str | None]] = [
-        ["some"] * 5, ["some", None, "all", "some", None], ["high", "some", "one", "last", None], [None] * 5,
+        ["some"] * 5,
+        ["some", None, "all", "some", None],
+        ["high", "some", "one", "last", None],
+        [None] * 5,
         ["one", "all", None, "all", "last"],
-    ]  # fmt: skip
+    ]
     before = [engine.run(EngineBatch(encoded, keys)) for keys in mixes]
     memory = engine.memory()
     merge(engine, "some", known["some"], tmp_path)

@@ -23,9 +23,15 @@ def publish(registry: Registry, promotion: Promotion | None = None) -> tuple[int
             connection, tenant="default", name="m", task="text-classification", kind="head", method="x", job_id=None
         )
         manifest = ModelManifest(
-            tenant="default", name="m", version=version, kind="head", method="x", labels=("a", "b"), created_at=0.0,
+            tenant="default",
+            name="m",
+            version=version,
+            kind="head",
+            method="x",
+            labels=("a", "b"),
+            created_at=0.0,
             files=(),
-        )  # fmt: skip
+        )
         return version, registry.publish(connection, manifest, actor="ann", promotion=promotion)
 
 

@@ -39,13 +39,25 @@ def publish(
     promotion = Promotion(is_wanted=True, over=over, reason="promoted at registration") if promote else None
     with registry.transaction() as connection:
         version = registry.reserve(
-            connection, tenant=tenant, name=name, task="text-classification", kind="head", method="linear_probe",
+            connection,
+            tenant=tenant,
+            name=name,
+            task="text-classification",
+            kind="head",
+            method="linear_probe",
             job_id=job_id,
-        )  # fmt: skip
+        )
         manifest = ModelManifest(
-            tenant=tenant, name=name, version=version, kind="head", method="linear_probe", labels=("a", "b"),
-            created_at=0.0, job_id=job_id, files=(),
-        )  # fmt: skip
+            tenant=tenant,
+            name=name,
+            version=version,
+            kind="head",
+            method="linear_probe",
+            labels=("a", "b"),
+            created_at=0.0,
+            job_id=job_id,
+            files=(),
+        )
         registry.publish(connection, manifest, actor="test", promotion=promotion)
     return version
 
@@ -59,9 +71,16 @@ def test_a_name_stands_for_one_task_once_a_version_is_ready(registry: Registry) 
 
     def publish_as(version: int, task: Task) -> None:
         manifest = ModelManifest(
-            tenant="default", name="m", version=version, kind="head", task=task, method="x",
-            labels=() if task == "text-regression" else ("a",), created_at=0.0, files=(),
-        )  # fmt: skip
+            tenant="default",
+            name="m",
+            version=version,
+            kind="head",
+            task=task,
+            method="x",
+            labels=() if task == "text-regression" else ("a",),
+            created_at=0.0,
+            files=(),
+        )
         with registry.transaction() as connection:
             registry.publish(connection, manifest, actor="test")
 
@@ -86,9 +105,16 @@ def test_the_first_version_that_is_ready_says_the_task(registry: Registry) -> No
         version = registry.reserve(connection, task="text-multi-label", **take)  # type: ignore[arg-type]
         registry.reserve(connection, task="text-regression", **take)  # type: ignore[arg-type]
         manifest = ModelManifest(
-            tenant="default", name="m", version=version, kind="head", task="text-multi-label", method="x",
-            labels=("a",), created_at=0.0, files=(),
-        )  # fmt: skip
+            tenant="default",
+            name="m",
+            version=version,
+            kind="head",
+            task="text-multi-label",
+            method="x",
+            labels=("a",),
+            created_at=0.0,
+            files=(),
+        )
         registry.publish(connection, manifest, actor="test")
     assert registry.model("default", "m").task == "text-multi-label"
 
@@ -270,9 +296,13 @@ def test_a_database_that_is_gone_is_reported_without_its_address() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("m", ModelRef("m")), ("m@canary", ModelRef("m", "canary")), ("m:7", ModelRef("m", None, 7)),
-     ("a.b-c_1", ModelRef("a.b-c_1"))],
-)  # fmt: skip
+    [
+        ("m", ModelRef("m")),
+        ("m@canary", ModelRef("m", "canary")),
+        ("m:7", ModelRef("m", None, 7)),
+        ("a.b-c_1", ModelRef("a.b-c_1")),
+    ],
+)
 def test_references_are_read(text: str, expected: ModelRef) -> None:
     assert ModelRef.parse(text) == expected
 

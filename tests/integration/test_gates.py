@@ -65,8 +65,11 @@ def test_a_better_candidate_passes_and_every_gate_is_told(shop: Workshop, weak: 
     assert found["min_metric"]["status"] == found["class_drop"]["status"] == "passed"
     assert found["engine_parity"]["status"] == "skipped"
     assert [event["data"]["gate"] for event in record.of("gate_passed")] == [
-        "min_metric", "mcnemar", "class_drop", "engine_parity",
-    ]  # fmt: skip
+        "min_metric",
+        "mcnemar",
+        "class_drop",
+        "engine_parity",
+    ]
     card = shop.store.get_bytes("models/default/m/2/MODEL_CARD.md", max_bytes=1 << 20).decode()
     assert "Gates, against version 1: all passed" in card and found["mcnemar"]["message"] in card
 
@@ -175,9 +178,15 @@ def bare_run(shop: Workshop) -> Run:
     )
     nothing = Rows([], np.zeros(0, np.int64), np.zeros(0, np.int64))
     return Run(
-        train=nothing, validation=nothing, test=nothing, labels=("down", "flat", "up"), plan=plan,
-        backbone=Backbone.open(shop.backbone_folder), link=Record(), work_dir=shop.folder,
-    )  # fmt: skip
+        train=nothing,
+        validation=nothing,
+        test=nothing,
+        labels=("down", "flat", "up"),
+        plan=plan,
+        backbone=Backbone.open(shop.backbone_folder),
+        link=Record(),
+        work_dir=shop.folder,
+    )
 
 
 # Engine parity

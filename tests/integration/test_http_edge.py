@@ -139,9 +139,12 @@ class Edge:
 
 @contextmanager
 def running(
-    limits: GuardLimits | None = None, header_limits: HeaderLimits | None = None, early: EarlyAnswers | None = None,
-    app: Any = None, lifespan: Any = "on",
-) -> Iterator[Edge]:  # fmt: skip
+    limits: GuardLimits | None = None,
+    header_limits: HeaderLimits | None = None,
+    early: EarlyAnswers | None = None,
+    app: Any = None,
+    lifespan: Any = "on",
+) -> Iterator[Edge]:
     app, state = app or make_app(), DrainState()
     guard = RequestGuard(app, limits or GuardLimits(), state, body_limit)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -40,9 +40,12 @@ class Processes:
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "finetune.child", "--ahead", "bert"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.DEVNULL,
             env=child_environment(1) | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,14 @@ def test_five_kills_do_not_change_a_figure(
     job: Callable[..., ChildJob], processes: Processes, tmp_path: Path, method: str
 ) -> None:
     options: dict[str, Any] = {
-        "method": method, "epochs": 30, "eval_every": 0.5, "dropout": 0.1, "precision": "bf16", "scheduler": "plateau",
+        "method": method,
+        "epochs": 30,
+        "eval_every": 0.5,
+        "dropout": 0.1,
+        "precision": "bf16",
+        "scheduler": "plateau",
         "early_stopping": {"patience": 1000},
-    }  # fmt: skip
+    }
     (whole,) = [m for m in train(job("whole", **options), processes.take()) if m["kind"] == "succeeded"]
     draw = random.Random(method)
     attempt = job("attempt-0", **options)

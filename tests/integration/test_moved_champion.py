@@ -46,9 +46,15 @@ def published(registry: Registry) -> int:
             connection, tenant="default", name="m", task="text-classification", kind="head", method="x", job_id=None
         )
         manifest = ModelManifest(
-            tenant="default", name="m", version=version, kind="head", method="x", labels=("a", "b"), created_at=0.0,
+            tenant="default",
+            name="m",
+            version=version,
+            kind="head",
+            method="x",
+            labels=("a", "b"),
+            created_at=0.0,
             files=(),
-        )  # fmt: skip
+        )
         registry.publish(connection, manifest, actor="ann")
     return version
 
@@ -66,16 +72,26 @@ class World:
         claimed = self.jobs.claim("w", lease_s=60)
         assert claimed is not None
         child = ChildJob(
-            job_id=self.job.id, tenant="default", attempt=1, spec=spec,
+            job_id=self.job.id,
+            tenant="default",
+            attempt=1,
+            spec=spec,
             train=DatasetInput(id="ds_1", sha256="0" * 64, rows_file=self.folder / "rows"),
-            backbone_folder=self.folder, store_root=self.folder / "store", work_dir=self.folder / "work",
+            backbone_folder=self.folder,
+            store_root=self.folder / "store",
+            work_dir=self.folder / "work",
             worker=WorkerProfile(),
-        )  # fmt: skip
+        )
         ledger = Ledger(self.jobs, self.registry, FileStore(self.folder / "store"), WorkerMetrics())
         return Supervisor(
-            ledger, claimed[0], child, Timing(60, 10, 60, 10), should_stop=lambda: False,
-            log_file=self.folder / "log", command=[sys.executable, "-c", CHILD, str(self.pipe)],
-        )  # fmt: skip
+            ledger,
+            claimed[0],
+            child,
+            Timing(60, 10, 60, 10),
+            should_stop=lambda: False,
+            log_file=self.folder / "log",
+            command=[sys.executable, "-c", CHILD, str(self.pipe)],
+        )
 
     def outcome(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         job = self.jobs.get("default", self.job.id)

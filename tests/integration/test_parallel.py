@@ -108,10 +108,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     # Uneven shares in every step, passes within a step, and rows that weigh differently.
     "full": {
-        "method": "full", "optimizer": "sgd", "batch_size": 7, "gradient_accumulation": 3, "unfreeze_layers": 1,
-        "loss": "focal", "class_weights": {"good": 3.0},
+        "method": "full",
+        "optimizer": "sgd",
+        "batch_size": 7,
+        "gradient_accumulation": 3,
+        "unfreeze_layers": 1,
+        "loss": "focal",
+        "class_weights": {"good": 3.0},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -244,9 +249,11 @@ def test_a_loss_that_is_not_finite_in_one_ends_all_and_names_the_row(
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("if len(passes) == 3: os.kill(os.getpid(), signal.SIGKILL)", r"1 of 2 ended \(SIGKILL.*at step 2"),
-     ("if len(passes) == 3: raise ValueError('no')", r"1 of 2 failed \(ValueError: no\) at step 2")],
-)  # fmt: skip
+    [
+        ("if len(passes) == 3: os.kill(os.getpid(), signal.SIGKILL)", r"1 of 2 ended \(SIGKILL.*at step 2"),
+        ("if len(passes) == 3: raise ValueError('no')", r"1 of 2 failed \(ValueError: no\) at step 2"),
+    ],
+)
 def test_one_that_dies_in_a_step_fails_the_job(
     two: Build, follower_with: Callable[[str], None], fault: str, said: str
 ) -> None:

@@ -114,12 +114,16 @@ def job(store: FileStore, backbone_folder: Path, rows_file: Path, tmp_path: Path
         hyperparameters = {"export": [], **asked}
         (tmp_path / work).mkdir(exist_ok=True)
         return ChildJob(
-            job_id="ft_1", tenant="default", attempt=1,
+            job_id="ft_1",
+            tenant="default",
+            attempt=1,
             spec=JobSpec(dataset="ds_1", backbone="tiny", register_as="m", hyperparameters=hyperparameters),
             train=DatasetInput(id="ds_1", sha256="0" * 64, rows_file=rows or rows_file),
-            backbone_folder=backbone_folder, store_root=store.root, work_dir=tmp_path / work,
+            backbone_folder=backbone_folder,
+            store_root=store.root,
+            work_dir=tmp_path / work,
             worker=WorkerProfile(cpu_threads=1),
-        )  # fmt: skip
+        )
 
     return build
 
@@ -177,10 +181,21 @@ def test_what_a_method_registers_reproduces_itself_from_the_store(
     check_golden(read_version(store, manifest), served_logits(store, manifest))
     assert result["evaluation"]["test"]["rows"] > 0
     assert {file.path for file in manifest.files} >= {
-        "labels.json", "preprocess.json", "calibration.json", "golden.json", "reference_stats.json", "MODEL_CARD.md",
-        "eval/report.json", "eval/confusion_matrix.csv", "train/params.json", "train/environment.json",
-        "train/metrics.jsonl", "train/events.jsonl", "data/fingerprint.json", "eval/curves.json",
-    }  # fmt: skip
+        "labels.json",
+        "preprocess.json",
+        "calibration.json",
+        "golden.json",
+        "reference_stats.json",
+        "MODEL_CARD.md",
+        "eval/report.json",
+        "eval/confusion_matrix.csv",
+        "train/params.json",
+        "train/environment.json",
+        "train/metrics.jsonl",
+        "train/events.jsonl",
+        "data/fingerprint.json",
+        "eval/curves.json",
+    }
     assert _events(store, manifest)[0]["type"] == "phase_changed"
     assert {event["type"] for event in _events(store, manifest)} >= {"evaluation_ready", "phase_changed"}
     assert not any(file.path.endswith((".bin", ".pt", ".pkl", ".pth")) for file in manifest.files)
@@ -440,9 +455,12 @@ def test_a_probe_on_known_vectors_does_without_torch(job: Callable[..., ChildJob
     probe = job(method="linear_probe").model_copy(update={"embedding": kept})
     first = finish(probe, RecordingLink())
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "finetune.child"], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-X", "importtime", "-m", "finetune.child"],
+        capture_output=True,
+        text=True,
+        timeout=120,
         input=f'{probe.model_dump_json()}\n{{"kind": "reserved", "version": 1}}\n',
-    )  # fmt: skip
+    )
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["kind"] == "succeeded", done.stderr[-2000:]
     assert last["evaluation"]["validation"] == first["evaluation"]["validation"]

@@ -54,8 +54,10 @@ def row(number: int) -> dict[str, str]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     ingest(FileStore(folder / "store"), write_tiny_checkpoint(folder / "tiny"), name="tiny", source="file:tiny")
-    for name, numbers, keys in (("train", range(240), ("text", "label", "who", "source")),
-                                ("test", range(1000, 1030), ("text", "label"))):  # fmt: skip
+    for name, numbers, keys in (
+        ("train", range(240), ("text", "label", "who", "source")),
+        ("test", range(1000, 1030), ("text", "label")),
+    ):
         (folder / name).mkdir()
         lines = [json.dumps({key: row(number)[key] for key in keys}) for number in numbers]
         (folder / name / "raw").write_text("\n".join(lines))
@@ -68,13 +70,23 @@ def job(home: Path, tmp_path: Path) -> Callable[..., ChildJob]:
     def build(*, test: bool = False, columns: Columns | None = None, **hyperparameters: Any) -> ChildJob:
         (backbone,) = (home / "store" / "backbones").glob("[!.]*/model.safetensors")
         return ChildJob(
-            job_id="ft_1", tenant="default", attempt=1,
-            spec=JobSpec(dataset="ds_1", backbone="tiny", register_as="m", columns=columns or Columns(),
-                         hyperparameters={"method": "baseline", **hyperparameters}),
+            job_id="ft_1",
+            tenant="default",
+            attempt=1,
+            spec=JobSpec(
+                dataset="ds_1",
+                backbone="tiny",
+                register_as="m",
+                columns=columns or Columns(),
+                hyperparameters={"method": "baseline", **hyperparameters},
+            ),
             train=DatasetInput(id="ds_1", sha256="1" * 64, rows_file=home / "train" / ROWS_FILE),
             test=DatasetInput(id="ds_2", sha256="2" * 64, rows_file=home / "test" / ROWS_FILE) if test else None,
-            backbone_folder=backbone.parent, store_root=home / "store", work_dir=tmp_path, worker=WorkerProfile(),
-        )  # fmt: skip
+            backbone_folder=backbone.parent,
+            store_root=home / "store",
+            work_dir=tmp_path,
+            worker=WorkerProfile(),
+        )
 
     return build
 
@@ -88,8 +100,11 @@ def test_split_columns_and_rows_are_recorded_with_the_version(job: Callable[...,
     fingerprint = json.loads((home / "store" / manifest.prefix / "data" / "fingerprint.json").read_bytes())
     assert fingerprint["datasets"] == {"train": {"id": "ds_1", "sha256": "1" * 64}}
     assert {name: fingerprint["split"][name] for name in ("strategy", "group_column", "leaks", "test")} == {
-        "strategy": "group", "group_column": "who", "leaks": "drop", "test": 0.15,
-    }  # fmt: skip
+        "strategy": "group",
+        "group_column": "who",
+        "leaks": "drop",
+        "test": 0.15,
+    }
     assert fingerprint["columns"]["slices"] == ["source"]
     hashes = fingerprint["row_hashes"]
     assert {side: len(own) for side, own in hashes.items()} == fingerprint["rows"]

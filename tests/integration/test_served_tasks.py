@@ -63,10 +63,20 @@ class ServedWorld(AppUnderTest):
             predictor = Predictor(pool, admission, self.metrics, max_inputs=50, tokenizer_threads=1)
             try:
                 self.services = Services(
-                    settings=self.settings, pool=pool, predictor=predictor, watcher=unused,
-                    registry=self.world.registry, jobs=unused, datasets=unused, intake=unused, store=self.world.store,
-                    metrics=self.metrics, drain=self.drain, backbones={"tiny": self.world.backbone}, import_root=None,
-                )  # fmt: skip
+                    settings=self.settings,
+                    pool=pool,
+                    predictor=predictor,
+                    watcher=unused,
+                    registry=self.world.registry,
+                    jobs=unused,
+                    datasets=unused,
+                    intake=unused,
+                    store=self.world.store,
+                    metrics=self.metrics,
+                    drain=self.drain,
+                    backbones={"tiny": self.world.backbone},
+                    import_root=None,
+                )
                 yield self.services
             finally:
                 predictor.close()
@@ -189,11 +199,14 @@ def test_tasks_in_one_batch_answer_as_alone(served: ServedWorld) -> None:
         services = served.services
         work = [
             services.predictor.predict(
-                "default", ModelRef.parse(name), TEXTS, services.make_options(None, None, True, None, False),
+                "default",
+                ModelRef.parse(name),
+                TEXTS,
+                services.make_options(None, None, True, None, False),
                 deadline=time.monotonic() + 30,
             )
             for name in names
-        ]  # fmt: skip
+        ]
         return [(result.predictions, result.batch_rows) for result in await asyncio.gather(*work)]
 
     mixed = served.run(together())
@@ -242,17 +255,27 @@ def test_a_name_stands_for_one_task(world: World) -> None:
 
 def imported(world: World, name: str, checkpoint: Path) -> None:
     import_checkpoint(
-        name, checkpoint.name, tenant="default", actor="test", registry=world.registry, store=world.store,
-        import_root=checkpoint.parent, offline=True,
-    )  # fmt: skip
+        name,
+        checkpoint.name,
+        tenant="default",
+        actor="test",
+        registry=world.registry,
+        store=world.store,
+        import_root=checkpoint.parent,
+        offline=True,
+    )
 
 
 @pytest.mark.parametrize(
     ("labels", "problem", "task"),
-    [(["x", "y", "z"], "multi_label_classification", "text-multi-label"), (["only"], "regression", "text-regression"),
-     (["only"], None, "text-regression"), (["only"], "multi_label_classification", "text-multi-label"),
-     (["x", "y"], None, "text-classification")],
-)  # fmt: skip
+    [
+        (["x", "y", "z"], "multi_label_classification", "text-multi-label"),
+        (["only"], "regression", "text-regression"),
+        (["only"], None, "text-regression"),
+        (["only"], "multi_label_classification", "text-multi-label"),
+        (["x", "y"], None, "text-classification"),
+    ],
+)
 def test_a_published_checkpoint_answers_as_transformers_does(
     world: World, labels: list[str], problem: str | None, task: str
 ) -> None:

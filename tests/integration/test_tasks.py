@@ -30,8 +30,9 @@ from tests.support.registering import Record, Workshop, pointer
 METHODS = ["baseline", "linear_probe", "lora", "full"]
 # A backbone of random weights has everything to learn.
 LEARNS: dict[str, dict[str, Any]] = {
-    "lora": {"epochs": 2, "learning_rate": 1e-3}, "full": {"epochs": 15, "learning_rate": 5e-3},
-}  # fmt: skip
+    "lora": {"epochs": 2, "learning_rate": 1e-3},
+    "full": {"epochs": 15, "learning_rate": 5e-3},
+}
 WORDS = {"plot": ["plot", "story"], "cast": ["actor", "cast"], "look": ["film", "movie"], "rare": ["was"]}
 CHANCES = {"plot": 0.5, "cast": 0.4, "look": 0.3, "rare": 0.04}
 WORTH = {"great": 3.0, "good": 1.0, "bad": -3.0, "dull": -2.0, "film": 0.0, "not": -1.0}
@@ -60,8 +61,9 @@ def valued(draw: random.Random, number: int) -> dict[str, Any]:
 
 
 MAKERS: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
-    "text-multi-label": labelled, "text-regression": valued,
-}  # fmt: skip
+    "text-multi-label": labelled,
+    "text-regression": valued,
+}
 
 
 def dataset(shop: Workshop, task: str, *, rows: int, seed: int) -> tuple[DatasetInput, list[dict[str, Any]]]:

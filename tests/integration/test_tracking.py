@@ -26,14 +26,31 @@ SPEC = JobSpec(dataset="ds_1", backbone="tiny", register_as="m", metadata={"team
 
 def ended(status: JobStatus = JobStatus.SUCCEEDED, **changed: Any) -> FineTuneJob:
     values: dict[str, Any] = {
-        "id": "ft_1", "tenant": "default", "status": status, "phase": None, "spec": SPEC, "attempt": 1,
+        "id": "ft_1",
+        "tenant": "default",
+        "status": status,
+        "phase": None,
+        "spec": SPEC,
+        "attempt": 1,
         "plan": {"seed": 42, "lora": {"r": 16}, "methods": [{"method": "lora", "learning_rate": 5e-4}]},
-        "max_attempts": 3, "worker_id": "w", "lease_token": 1, "lease_expires_at": None, "heartbeat_at": None,
-        "progress_at": None, "cancel_requested_at": None, "cancel_keep_best": False, "progress": None, "best": None,
-        "result": {"name": "m", "version": 3, "is_champion": True}, "error": None,
-        "evaluation": {"test": {"accuracy": 0.9, "macro_f1": 0.88, "ece_after": 0.02}}, "last_seq": 9,
-        "created_at": 1000.0, "started_at": 1001.0, "finished_at": 1060.0,
-    }  # fmt: skip
+        "max_attempts": 3,
+        "worker_id": "w",
+        "lease_token": 1,
+        "lease_expires_at": None,
+        "heartbeat_at": None,
+        "progress_at": None,
+        "cancel_requested_at": None,
+        "cancel_keep_best": False,
+        "progress": None,
+        "best": None,
+        "result": {"name": "m", "version": 3, "is_champion": True},
+        "error": None,
+        "evaluation": {"test": {"accuracy": 0.9, "macro_f1": 0.88, "ece_after": 0.02}},
+        "last_seq": 9,
+        "created_at": 1000.0,
+        "started_at": 1001.0,
+        "finished_at": 1060.0,
+    }
     return FineTuneJob(**(values | changed))
 
 
@@ -61,9 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
-        )  # fmt: skip
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
     try:
         while not _is_up(url):

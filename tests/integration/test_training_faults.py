@@ -51,9 +51,15 @@ def test_every_optimiser_learns_and_resumes(job: Build, optimizer: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"scheduler": "plateau"}, {"scheduler": "cyclic"}, {"gradient_checkpointing": True}, {"layer_decay": 0.8},
-     {"gradient_accumulation": 3, "batch_size": 8}, {"class_weights": {"good": 3.0}, "loss": "focal"}],
-)  # fmt: skip
+    [
+        {"scheduler": "plateau"},
+        {"scheduler": "cyclic"},
+        {"gradient_checkpointing": True},
+        {"layer_decay": 0.8},
+        {"gradient_accumulation": 3, "batch_size": 8},
+        {"class_weights": {"good": 3.0}, "loss": "focal"},
+    ],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_option_trains(job: Build, options: dict[str, Any], precision: str) -> None:
     assert finish(job(method="full", epochs=1, precision=precision, **options), RecordingLink())
@@ -96,9 +102,12 @@ def _failing(times: int, error: Exception) -> Callable[[Any, Any, Any], Any]:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")],
-)  # fmt: skip
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_out_of_memory_halves_the_pass_once_and_the_run_ends_the_same(
     job: Build, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -60,9 +60,15 @@ class RecordingPredictor:
         return self.refused
 
     async def predict(
-        self, tenant: str, ref: ModelRef, inputs: Sequence[TextInput], options: PredictOptions, *, deadline: float,
+        self,
+        tenant: str,
+        ref: ModelRef,
+        inputs: Sequence[TextInput],
+        options: PredictOptions,
+        *,
+        deadline: float,
         needs_labels: bool = True,
-    ) -> PredictResult:  # fmt: skip
+    ) -> PredictResult:
         self.asked.append(Asked(tenant, ref, list(inputs), options, needs_labels, deadline - time.monotonic()))
         try:
             await (asyncio.Event().wait() if self.hold else asyncio.sleep(0))
@@ -80,9 +86,15 @@ def result_for(rows: int, *, with_embedding: bool = False) -> PredictResult:
     vector = np.array([0.1, -2.5, 3e-8], dtype=np.float32) if with_embedding else None
     prediction = Prediction(label="good", score=0.75, scores=[("good", 0.75), ("bad", 0.25)], embedding=vector)
     return PredictResult(
-        model="p", version=1, task="text-classification", predictions=[prediction] * rows, input_tokens=7,
-        engine="torch", batch_rows=2, timings=Timings(queue=0.001, tokenize=0.002, inference=0.003, total=0.0064),
-    )  # fmt: skip
+        model="p",
+        version=1,
+        task="text-classification",
+        predictions=[prediction] * rows,
+        input_tokens=7,
+        engine="torch",
+        batch_rows=2,
+        timings=Timings(queue=0.001, tokenize=0.002, inference=0.003, total=0.0064),
+    )
 
 
 @dataclass(frozen=True)
@@ -113,9 +125,14 @@ class AppUnderTest:
         self._runner.close()
 
     def ask(
-        self, path: str, body: bytes, *, method: str = "POST", headers: dict[str, str] | None = None,
+        self,
+        path: str,
+        body: bytes,
+        *,
+        method: str = "POST",
+        headers: dict[str, str] | None = None,
         leaves: bool = False,
-    ) -> Answered:  # fmt: skip
+    ) -> Answered:
         """With `leaves` the client goes as soon as its request is sent."""
         return self._runner.run(_ask(self.app, path, body, method, HEADERS | (headers or {}), leaves))
 
@@ -125,10 +142,20 @@ class AppUnderTest:
         pool: Any = SimpleNamespace(labels_of=lambda tenant, ref: LABELS if ref.name == "p" else ("", "", ""))
         predictor: Any = self.predictor
         yield Services(
-            settings=self.settings, pool=pool, predictor=predictor, watcher=unused, registry=unused, jobs=unused,
-            datasets=unused, intake=unused, store=unused, metrics=self.metrics, drain=self.drain, backbones={},
+            settings=self.settings,
+            pool=pool,
+            predictor=predictor,
+            watcher=unused,
+            registry=unused,
+            jobs=unused,
+            datasets=unused,
+            intake=unused,
+            store=unused,
+            metrics=self.metrics,
+            drain=self.drain,
+            backbones={},
             import_root=None,
-        )  # fmt: skip
+        )
 
 
 async def _started(app: ASGIApp) -> Callable[[], Any]:
@@ -149,11 +176,19 @@ async def _started(app: ASGIApp) -> Callable[[], Any]:
 async def _ask(app: ASGIApp, path: str, body: bytes, method: str, headers: dict[str, str], leaves: bool) -> Answered:
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
         "headers": [*raw, (b"content-length", str(len(body)).encode())],
-        "server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 50000),
-    }  # fmt: skip
+        "server": ("127.0.0.1", 8000),
+        "client": ("127.0.0.1", 50000),
+    }
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[Message] = []
 

@@ -65,9 +65,13 @@ def expected(path: Path, inputs: Mapping[str, np.ndarray]) -> FloatArray:
 
 
 def save(
-    path: Path, nodes: Sequence[NodeProto], inputs: Sequence[onnx.ValueInfoProto], weights: Mapping[str, np.ndarray],
-    *, output: Sequence[int | str | None],
-) -> Path:  # fmt: skip
+    path: Path,
+    nodes: Sequence[NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    weights: Mapping[str, np.ndarray],
+    *,
+    output: Sequence[int | str | None],
+) -> Path:
     initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
     pooled = helper.make_tensor_value_info("pooled", TensorProto.FLOAT, output)
     graph = helper.make_graph(nodes, "graph", inputs, [pooled], initializers)

@@ -81,20 +81,38 @@ class Workshop:
         return DatasetInput(id=name, sha256="0" * 64, rows_file=folder / ROWS_FILE)
 
     def job(
-        self, train: DatasetInput, test: DatasetInput, *, work: str = "work", promote: Any = "manual",
-        earlier: tuple[str, ...] = (), **hyperparameters: Any,
-    ) -> ChildJob:  # fmt: skip
+        self,
+        train: DatasetInput,
+        test: DatasetInput,
+        *,
+        work: str = "work",
+        promote: Any = "manual",
+        earlier: tuple[str, ...] = (),
+        **hyperparameters: Any,
+    ) -> ChildJob:
         (self.folder / work).mkdir(exist_ok=True)
         spec = JobSpec(
-            dataset=train.id, test_dataset=test.id, backbone="tiny", register_as="m", promote=promote,
+            dataset=train.id,
+            test_dataset=test.id,
+            backbone="tiny",
+            register_as="m",
+            promote=promote,
             hyperparameters={"method": "baseline", **hyperparameters},
-        )  # fmt: skip
+        )
         return ChildJob(
-            job_id="ft_1", tenant="default", attempt=1, spec=spec, train=train, test=test,
-            backbone_folder=self.backbone_folder, store_root=self.store.root, work_dir=self.folder / work,
-            earlier_work_dirs=tuple(self.folder / name for name in earlier), worker=WorkerProfile(cpu_threads=1),
+            job_id="ft_1",
+            tenant="default",
+            attempt=1,
+            spec=spec,
+            train=train,
+            test=test,
+            backbone_folder=self.backbone_folder,
+            store_root=self.store.root,
+            work_dir=self.folder / work,
+            earlier_work_dirs=tuple(self.folder / name for name in earlier),
+            worker=WorkerProfile(cpu_threads=1),
             graphs_root=self.graphs_root,
-        )  # fmt: skip
+        )
 
     def register(self, job: ChildJob, record: Record) -> ModelManifest:
         """Runs the job and writes its manifest; `record` holds the rest."""

@@ -45,9 +45,12 @@ class VirtualThread:
     seconds: Callable[[Any], float] = staticmethod(lambda work: 0.0)
 
     def __init__(
-        self, name: str, next_work: Callable[[Any], Any], execute: Callable[[Any], None],
+        self,
+        name: str,
+        next_work: Callable[[Any], Any],
+        execute: Callable[[Any], None],
         on_crash: Callable[[Any], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._next_work, self._execute, self._on_crash = next_work, execute, on_crash
         self.is_retired = False
         self.is_alive = False

@@ -44,10 +44,17 @@ class World:
     make_engine: Callable[[Backbone], Engine] = TorchEngine
 
     def publish(
-        self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, promote: bool = False,
-        adapter: Adapter | None = None, spoil: Callable[[Path], None] | None = None,
-        task: Task = "text-classification", thresholds: Sequence[float] | None = None,
-    ) -> ModelVersion:  # fmt: skip
+        self,
+        name: str,
+        labels: tuple[str, ...] = ("a", "b"),
+        *,
+        seed: int = 0,
+        promote: bool = False,
+        adapter: Adapter | None = None,
+        spoil: Callable[[Path], None] | None = None,
+        task: Task = "text-classification",
+        thresholds: Sequence[float] | None = None,
+    ) -> ModelVersion:
         """A linear head with random weights, over the backbone or an `adapter` of it. `spoil` may damage the staged
         files, or add to them, before they are hashed."""
         random = np.random.default_rng(seed)
@@ -65,9 +72,15 @@ class World:
 
         def write(staged: Path) -> None:
             write_version_files(
-                staged, head=head, labels=labels, max_length=32, temperature=1.0, golden=_golden(logits), task=task,
+                staged,
+                head=head,
+                labels=labels,
+                max_length=32,
+                temperature=1.0,
+                golden=_golden(logits),
+                task=task,
                 thresholds=thresholds,
-            )  # fmt: skip
+            )
             if adapter is not None:
                 write_adapter(staged / "adapter", adapter)
             if spoil is not None:
@@ -77,9 +90,14 @@ class World:
         return self._register(name, labels, write, kind=kind, method=method, base=base, promote=promote, task=task)
 
     def publish_baseline(
-        self, name: str, labels: tuple[str, ...] = ("a", "b"), *, seed: int = 0, task: Task = "text-classification",
+        self,
+        name: str,
+        labels: tuple[str, ...] = ("a", "b"),
+        *,
+        seed: int = 0,
+        task: Task = "text-classification",
         thresholds: Sequence[float] | None = None,
-    ) -> ModelVersion:  # fmt: skip
+    ) -> ModelVersion:
         """A linear model over a few words, with random weights. It needs no backbone."""
         labels = () if task == "text-regression" else labels
         outputs = outputs_of(task, labels)
@@ -90,16 +108,30 @@ class World:
 
         def write(staged: Path) -> None:
             write_version_files(
-                staged, linear=linear, labels=labels, max_length=None, temperature=1.0, golden=golden, task=task,
+                staged,
+                linear=linear,
+                labels=labels,
+                max_length=None,
+                temperature=1.0,
+                golden=golden,
+                task=task,
                 thresholds=thresholds,
-            )  # fmt: skip
+            )
 
         return self._register(name, labels, write, kind="baseline", method="baseline", task=task)
 
     def _register(
-        self, name: str, labels: tuple[str, ...], write: Callable[[Path], None], *, kind: VersionKind, method: str,
-        base: BackboneRef | None = None, promote: bool = False, task: Task = "text-classification",
-    ) -> ModelVersion:  # fmt: skip
+        self,
+        name: str,
+        labels: tuple[str, ...],
+        write: Callable[[Path], None],
+        *,
+        kind: VersionKind,
+        method: str,
+        base: BackboneRef | None = None,
+        promote: bool = False,
+        task: Task = "text-classification",
+    ) -> ModelVersion:
         with self.registry.transaction() as connection:
             version = self.registry.reserve(
                 connection, tenant="default", name=name, task=task, kind=kind, method=method, job_id=None
@@ -107,9 +139,17 @@ class World:
         staged = self.folder / f"staged-{name}-{version}"
         write(staged)
         manifest = ModelManifest(
-            tenant="default", name=name, version=version, kind=kind, task=task, method=method, labels=labels, base=base,
-            created_at=time.time(), files=(),
-        )  # fmt: skip
+            tenant="default",
+            name=name,
+            version=version,
+            kind=kind,
+            task=task,
+            method=method,
+            labels=labels,
+            base=base,
+            created_at=time.time(),
+            files=(),
+        )
         manifest = manifest.model_copy(update={"files": put_tree(self.store, manifest.prefix, staged)})
         self.store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
         champion = self.registry.champion("default", name)
@@ -124,9 +164,12 @@ class World:
     async def pool(self, *, memory_budget_bytes: int = 1 << 30, metrics: ServingMetrics | None = None) -> Any:
         selector = _FixedEngine(self)
         pool = ModelPool(
-            self.store, selector, BatchLimits(1024, 32, 0.0), metrics or ServingMetrics(),
+            self.store,
+            selector,
+            BatchLimits(1024, 32, 0.0),
+            metrics or ServingMetrics(),
             memory_budget_bytes=memory_budget_bytes,
-        )  # fmt: skip
+        )
         await pool.add_backbone("tiny", self.backbone)
         try:
             yield pool

@@ -16,11 +16,21 @@ from benchmarks.rate import Sample
 def figures_of(times: Sequence[float], *, duration_s: float) -> dict[str, float]:
     """What wrk.lua prints for answers at `times`."""
     return {
-        "requests": len(times), "duration_us": duration_s * 1e6, "p50_us": 880_000, "p95_us": 950_000,
-        "p99_us": 990_000, "max_us": 1_000_000, "refused": 0, "broken": 0, "n": len(times),
-        "t_first": min(times, default=0), "t_last": max(times, default=0), "sum_t": sum(times),
-        "sum_tt": sum(t * t for t in times), "sum_ti": sum(t * i for i, t in enumerate(times, 1)),
-    }  # fmt: skip
+        "requests": len(times),
+        "duration_us": duration_s * 1e6,
+        "p50_us": 880_000,
+        "p95_us": 950_000,
+        "p99_us": 990_000,
+        "max_us": 1_000_000,
+        "refused": 0,
+        "broken": 0,
+        "n": len(times),
+        "t_first": min(times, default=0),
+        "t_last": max(times, default=0),
+        "sum_t": sum(times),
+        "sum_tt": sum(t * t for t in times),
+        "sum_ti": sum(t * i for i, t in enumerate(times, 1)),
+    }
 
 
 def bursts(count: int, *, rows: int, every_s: float) -> list[float]:
@@ -83,10 +93,12 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
 def test_only_the_window_counts() -> None:
     samples = [
         Sample(0.0, 0.0, 2.5, "200"),  # due before, answered within: goodput, but no latency
-        Sample(2.0, 2.0, 2.1, "200"), Sample(2.2, 2.2, 2.21, "429"), Sample(2.4, 2.4, 3.4, "timeout"),
+        Sample(2.0, 2.0, 2.1, "200"),
+        Sample(2.2, 2.2, 2.21, "429"),
+        Sample(2.4, 2.4, 3.4, "timeout"),
         Sample(2.9, 2.9, 3.1, "200"),  # due within, answered after: latency, but no goodput
         Sample(3.0, 3.0, 3.1, "200"),
-    ]  # fmt: skip
+    ]
     seen = rate.summarise(samples, 2.0, 3.0)
     assert seen.outcomes == {"200": 2, "429": 1, "timeout": 1}
     assert (seen.offered, seen.goodput) == (4.0, 2.0)

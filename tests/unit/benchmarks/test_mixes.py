@@ -47,5 +47,6 @@ def test_scored_texts_become_a_binary_task(tmp_path: Path) -> None:
     (tmp_path / "scored.csv").write_text("text,score\nbad,-1.5\nneither,0\ngood,0.1\n")
     target = datasets.snippets(tmp_path / "scored.csv", tmp_path / "labelled.csv")
     assert datasets.rows(target) == [
-        {"text": "bad", "label": "negative"}, {"text": "good", "label": "positive"},
-    ]  # fmt: skip
+        {"text": "bad", "label": "negative"},
+        {"text": "good", "label": "positive"},
+    ]

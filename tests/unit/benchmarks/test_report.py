@@ -10,17 +10,32 @@ from benchmarks import report, tables
 from benchmarks.tables import TABLES, claims
 
 MACHINE = {
-    "cpu": "a processor", "cores": 2, "flags": ["avx512f"], "memory_gib": 24, "kernel": "6.1", "python": "3.11.7",
-    "governor": None, "gemm_gflops": {"float32": 190, "bfloat16": 1834},
-}  # fmt: skip
+    "cpu": "a processor",
+    "cores": 2,
+    "flags": ["avx512f"],
+    "memory_gib": 24,
+    "kernel": "6.1",
+    "python": "3.11.7",
+    "governor": None,
+    "gemm_gflops": {"float32": 190, "bfloat16": 1834},
+}
 ABOUT: dict[str, Any] = {
-    "date": "2026-11-21", "revision": "abc", "machine": MACHINE, "versions": {"torch": "2.13.0"},
-}  # fmt: skip
+    "date": "2026-11-21",
+    "revision": "abc",
+    "machine": MACHINE,
+    "versions": {"torch": "2.13.0"},
+}
 SERVERS: dict[str, Any] = {"polyhead": {"settings": {}, "info": {}}, "naive": {"command": []}, "infinity": {}}
 OPEN = {
-    "offered": 40.0, "outcomes": {"200": 30, "429": 10}, "p50_ms": 20.0, "p99_ms": 1500.0, "p999_ms": None,
-    "max_ms": 1600.0, "refused_p99_ms": 3.0, "lag_ms": 0.1,
-}  # fmt: skip
+    "offered": 40.0,
+    "outcomes": {"200": 30, "429": 10},
+    "p50_ms": 20.0,
+    "p99_ms": 1500.0,
+    "p999_ms": None,
+    "max_ms": 1600.0,
+    "refused_p99_ms": 3.0,
+    "lag_ms": 0.1,
+}
 
 
 def closed_loop() -> dict[str, Any]:
@@ -30,12 +45,20 @@ def closed_loop() -> dict[str, Any]:
         "infinity": [(40, 30.0), (25, 60.0)],
     }
     rows = [
-        {"server": server, "mix": "long", "connections": connections, "texts": 1, "round": number,
-         "texts_per_s": texts, "p50_ms": p50, "p99_ms": 2 * p50}
+        {
+            "server": server,
+            "mix": "long",
+            "connections": connections,
+            "texts": 1,
+            "round": number,
+            "texts_per_s": texts,
+            "p50_ms": p50,
+            "p99_ms": 2 * p50,
+        }
         for connections in (1, 64)
         for server, rounds in figures.items()
         for number, (texts, p50) in enumerate(rounds)
-    ]  # fmt: skip
+    ]
     return {**ABOUT, "benchmark": "closed_loop", "servers": SERVERS, "rows": rows}
 
 
@@ -47,15 +70,29 @@ def overload() -> dict[str, Any]:
 
 def many_models() -> dict[str, Any]:
     http = [
-        {"where": "http", "kind": "head", "mix": "long", "models": models, "round": 0, "requests_per_s": value,
-         "p99_ms": 5.0}
+        {
+            "where": "http",
+            "kind": "head",
+            "mix": "long",
+            "models": models,
+            "round": 0,
+            "requests_per_s": value,
+            "p99_ms": 5.0,
+        }
         for models, value in ((1, 100.0), (100, 97.0))
-    ]  # fmt: skip
+    ]
     process = [
-        {"where": "process", "kind": "lora", "mix": "long", "models": models, "round": 0, "texts_per_s": value,
-         "engine": "openvino/bf16"}
+        {
+            "where": "process",
+            "kind": "lora",
+            "mix": "long",
+            "models": models,
+            "round": 0,
+            "texts_per_s": value,
+            "engine": "openvino/bf16",
+        }
         for models, value in ((0, 100.0), (32, 81.0))
-    ]  # fmt: skip
+    ]
     memory = {"head": 12320, "lora": 2666528}
     return {**ABOUT, "benchmark": "many_models", "model_memory_bytes": memory, "rows": http + process}
 
@@ -117,18 +154,40 @@ def test_other_tables() -> None:
     lengths = {"servers": SERVERS, "rows": [row, {**row, "connections": 64}]}
     assert "1 connection, p50 in ms" in tables.length_cost(lengths)
     assert "| 8 | 250 | – | – |" in tables.length_cost(lengths)
-    start = {"server": "polyhead", "caches": "without", "round": 0, "first_answer_s": 5.0, "first_engine": "torch/fp32",
-             "engine": "openvino/bf16", "engine_s": 60.0}  # fmt: skip
+    start = {
+        "server": "polyhead",
+        "caches": "without",
+        "round": 0,
+        "first_answer_s": 5.0,
+        "first_engine": "torch/fp32",
+        "engine": "openvino/bf16",
+        "engine_s": 60.0,
+    }
     peer = {"server": "naive", "caches": "none", "round": 0, "first_answer_s": 8.0}
     assert "| polyhead | without | 5.0 | torch/fp32, then openvino/bf16 | 60.0 |" in tables.cold_start(
         {"rows": [start]}
     )
     assert "| naive | none | 8.0 | – | – |" in tables.cold_start({"rows": [peer]})
-    parity = {"server": "polyhead", "engine": "openvino/bf16", "rows": 2189, "flips": 1, "min_cosine": 0.99987,
-              "accuracy": 0.967, "reference_accuracy": 0.9675}  # fmt: skip
+    parity = {
+        "server": "polyhead",
+        "engine": "openvino/bf16",
+        "rows": 2189,
+        "flips": 1,
+        "min_cosine": 0.99987,
+        "accuracy": 0.967,
+        "reference_accuracy": 0.9675,
+    }
     assert "| 2,189 | 1 (0.05%) | 0.99987 |" in tables.parity({"rows": [parity]})
-    replayed = {"mix": "long", "round": 0, "http_texts_per_s": 90.0, "replay_texts_per_s": 100.0, "ratio": 0.9,
-                "mean_rows": 31.5, "padding": 0.021, "engine_busy": 0.97}  # fmt: skip
+    replayed = {
+        "mix": "long",
+        "round": 0,
+        "http_texts_per_s": 90.0,
+        "replay_texts_per_s": 100.0,
+        "ratio": 0.9,
+        "mean_rows": 31.5,
+        "padding": 0.021,
+        "engine_busy": 0.97,
+    }
     assert "| long | 90.0 | 100.0 | 0.90 | 31.5 | 2.1% | 97% |" in tables.replay({"rows": [replayed]})
     offered = {"server": "polyhead", "mix": "long", "share": 0.5, "round": 0, "goodput": 39.0, **OPEN}
     assert "| long | 40.0 (50%) | polyhead | 39.0 | 20.0 | 1,500.0 | – | 25.0% |" in tables.open_loop(
@@ -136,15 +195,27 @@ def test_other_tables() -> None:
     )
     one = {"method": "auto", "seed": 42, "chosen": "full", "report": 0.98, "seconds": 1444.0}
     assert "| `auto` | 42 | 0.9800 | full 0.9800 | 1,444 |" in tables.quality({"rows": [one]})
-    method = {"name": "lora, dora", "seed": 1, "served": 0.97, "served_s": 100.0, "train_s": 90.0, "peak_mb": 900,
-              "version_mb": 90.1}  # fmt: skip
+    method = {
+        "name": "lora, dora",
+        "seed": 1,
+        "served": 0.97,
+        "served_s": 100.0,
+        "train_s": 90.0,
+        "peak_mb": 900,
+        "version_mb": 90.1,
+    }
     text = tables.methods({"rows": [method, {**method, "seed": 2, "served": 0.98}]})
     assert "| lora, dora | 2 | 0.9750 ± 0.0635 | 100.0 |" in text  # 12.706 x 0.00707 / sqrt(2)
     peaks = [
-        {"training_rows": count, "round": 0, "peak_mb": peak, "steps": 40,
-         "phases_mb": {"preparing_data": data, "training": 900 + data // 10}}
+        {
+            "training_rows": count,
+            "round": 0,
+            "peak_mb": peak,
+            "steps": 40,
+            "phases_mb": {"preparing_data": data, "training": 900 + data // 10},
+        }
         for count, peak, data in ((5_000, 1000, 600), (50_000, 1112, 700))
-    ]  # fmt: skip
+    ]
     assert "| 50,000 | 40 | 700 | 970 | 1,112 | +10 |" in tables.memory({"rows": peaks})
     assert "| +112 | ≤ +150 |" in tables.claims({"memory": {"rows": peaks}})
     jobs = [

@@ -21,18 +21,22 @@ def card(*, with_test: bool = True, **changed: Any) -> str:
     side = report(logits, truth, LABELS, temperature=1.5)
     side["slices"] = slices({"site": ["x|y"] * 200}, truth, logits.argmax(1), metric="accuracy")
     evaluation = {
-        "metric": "macro_f1", "temperature": 1.5, "validation": side, "test": side if with_test else None,
+        "metric": "macro_f1",
+        "temperature": 1.5,
+        "validation": side,
+        "test": side if with_test else None,
         "methods": [{"method": "lora", "seconds": 3.0, "validation": side}],
         "rows": {"train": 900, "validation": 200, "test": 200},
         "verdict": [{"code": "overfitting", "severity": "warning", "message": "It overfits.", "evidence": {}}],
-    } | changed  # fmt: skip
+    } | changed
     return render_card(manifest(), evaluation, CONTEXT)
 
 
 CONTEXT = CardContext(
-    metadata={"team": "news"}, files=["eval/residuals.svg", "eval/calibration.svg", "labels.json"],
+    metadata={"team": "news"},
+    files=["eval/residuals.svg", "eval/calibration.svg", "labels.json"],
     fingerprint={"datasets": {"train": {"id": "ds_1", "sha256": "ab" * 32}}},
-)  # fmt: skip
+)
 
 
 def manifest(**changed: Any) -> ModelManifest:
@@ -71,13 +75,21 @@ def test_gates_and_abstention_are_told() -> None:
 
 def test_a_value_has_its_own_figures_and_no_labels() -> None:
     side = {
-        "rmse": 0.5, "mae": 0.25, "r2": 0.75, "rows": 40.0, "loss": 0.25, "intervals_95": {"rmse": (0.4, 0.6)},
+        "rmse": 0.5,
+        "mae": 0.25,
+        "r2": 0.75,
+        "rows": 40.0,
+        "loss": 0.25,
+        "intervals_95": {"rmse": (0.4, 0.6)},
         "residuals": {"mean": 0.125, "quantiles": {"0.05": -1.5, "0.95": 2}},
-    }  # fmt: skip
+    }
     evaluation = {
-        "metric": "rmse", "validation": side, "test": None, "rows": {"train": 90, "validation": 40, "test": 0},
+        "metric": "rmse",
+        "validation": side,
+        "test": None,
+        "rows": {"train": 90, "validation": 40, "test": 0},
         "methods": [{"method": "linear_probe", "seconds": 3.0, "validation": side}],
-    }  # fmt: skip
+    }
     metrics = {name: value for name, value in side.items() if isinstance(value, float)}
     text = render_card(manifest(task="text-regression", labels=(), metrics=metrics), evaluation, CONTEXT)
     assert "- Task: text-regression\n" in text and "chosen by rmse" in text
@@ -93,9 +105,12 @@ def test_several_labels_have_a_table_of_each() -> None:
     row = {"label": "a|b", "precision": 0.5, "recall": 0.25, "f1": 0.333, "rows": 12, "threshold": 0.3}
     side = {"micro_f1": 0.5, "macro_f1": 0.4, "per_class": [row]}
     evaluation = {
-        "metric": "micro_f1", "validation": side, "test": side, "rows": {"train": 90, "validation": 40, "test": 40},
+        "metric": "micro_f1",
+        "validation": side,
+        "test": side,
+        "rows": {"train": 90, "validation": 40, "test": 40},
         "methods": [{"method": "linear_probe", "seconds": 3.0, "validation": {"micro_f1": 0.5}}],
-    }  # fmt: skip
+    }
     metrics = {"micro_f1": 0.5, "subset_accuracy": 0.3, "rows": 40.0}
     text = render_card(manifest(task="text-multi-label", metrics=metrics), evaluation, CONTEXT)
     assert "| micro_f1 | 0.5000 | – |\n| subset_accuracy | 0.3000 | – |" in text

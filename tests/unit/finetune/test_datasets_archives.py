@@ -109,8 +109,16 @@ def test_a_table_alone(tmp_path: Path, kind: Kind, name: str, content: bytes) ->
 
 
 def test_what_file_managers_and_authors_add_is_left_out(tmp_path: Path) -> None:
-    files = {"d/": b"", "d/pos/1.txt": b"a", "d/neg/1.txt": b"b", "d/.DS_Store": b"\0", "d/pos/Thumbs.db": b"\0",
-             "d/.ipynb_checkpoints/x.txt": b"c", "d/README.txt": b"about", "d/LICENSE": b"free"}  # fmt: skip
+    files = {
+        "d/": b"",
+        "d/pos/1.txt": b"a",
+        "d/neg/1.txt": b"b",
+        "d/.DS_Store": b"\0",
+        "d/pos/Thumbs.db": b"\0",
+        "d/.ipynb_checkpoints/x.txt": b"c",
+        "d/README.txt": b"about",
+        "d/LICENSE": b"free",
+    }
     for kind in KINDS:
         rows, findings = read(tmp_path, packed(kind, files))
         assert [row["label"] for _, row in rows] == ["pos", "neg"] and findings == []

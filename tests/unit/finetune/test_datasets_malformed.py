@@ -124,9 +124,13 @@ def bomb_gz() -> bytes:
 
 def damaged_row_group() -> bytes:
     content = bytearray(
-        table({"text": [f"text number {n}" for n in range(300)], "label": ["a"] * 300}, row_group_size=100,
-              compression="zstd", use_dictionary=False)
-    )  # fmt: skip
+        table(
+            {"text": [f"text number {n}" for n in range(300)], "label": ["a"] * 300},
+            row_group_size=100,
+            compression="zstd",
+            use_dictionary=False,
+        )
+    )
     second = pq.ParquetFile(io.BytesIO(bytes(content))).metadata.row_group(1).column(0)
     start = second.data_page_offset
     content[start : start + second.total_compressed_size] = b"\xff" * second.total_compressed_size
@@ -167,14 +171,24 @@ FILES: list[tuple[str, str, bytes | Callable[[], bytes], str, int | None]] = [
     ("a JSON array", "a.json", b'[{"text": "a", "label": "b"}]', "parse_error", None),
     ("parquet cut off", "a.parquet", PARQUET[: len(PARQUET) // 2], "parse_error", None),
     ("parquet with a damaged group", "a.parquet", damaged_row_group, "parse_error", 101),
-    ("parquet of bad text", "a.parquet", lambda: table(
-        {"text": pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string()), "label": ["a", "b"]}), "encoding", 2),
+    (
+        "parquet of bad text",
+        "a.parquet",
+        lambda: table({"text": pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string()), "label": ["a", "b"]}),
+        "encoding",
+        2,
+    ),
     ("parquet of lists of numbers", "a.parquet", table({"text": [[1], [2]]}), "parse_error", None),
     ("gzip of a table", "a.csv.gz", gzip.compress(csv(b"a,b")), "parse_error", None),
     ("a program", "a.bin", b"\x7fELF\0\0\0\0", "parse_error", None),
     ("zip cut off", "a.zip", zipped(*TEXTS)[:-30], "parse_error", None),
-    ("zip with a wrong checksum", "a.zip",
-     lambda: zipped(*TEXTS, method=zipfile.ZIP_STORED).replace(b"fine words", b"fine wordz"), "parse_error", None),
+    (
+        "zip with a wrong checksum",
+        "a.zip",
+        lambda: zipped(*TEXTS, method=zipfile.ZIP_STORED).replace(b"fine words", b"fine wordz"),
+        "parse_error",
+        None,
+    ),
     ("zip of nothing", "a.zip", zipped(), "parse_error", None),
     ("zip of two tables", "a.zip", zipped(("a.csv", csv(b"a,b")), ("b.csv", csv(b"a,b"))), "parse_error", None),
     ("a workbook", "a.xlsx", zipped(("[Content_Types].xml", b"<x/>"), ("xl/book.xml", b"<x/>")), "parse_error", None),
@@ -198,21 +212,41 @@ FILES: list[tuple[str, str, bytes | Callable[[], bytes], str, int | None]] = [
     ("tar with a device", "a.tar", link_in_tar(tarfile.CHRTYPE), "archive_unsafe", 2),
     ("tar with a sparse file", "a.tar", sparse_tar, "archive_unsafe", 1),
     ("tar.gz bomb", "a.tar.gz", bomb_gz, "archive_unsafe", None),
-    ("tar.gz cut off", "a.tar.gz", tarred(*TEXTS, ("pos/2.txt", bytes(range(32, 127)) * 9), mode="w:gz")[:200],
-     "parse_error", None),
+    (
+        "tar.gz cut off",
+        "a.tar.gz",
+        tarred(*TEXTS, ("pos/2.txt", bytes(range(32, 127)) * 9), mode="w:gz")[:200],
+        "parse_error",
+        None,
+    ),
     ("a file in no class folder", "a.zip", zipped(*TEXTS, ("stray.txt", b"x")), "file_without_label", 3),
     ("a file too deep", "a.tar.gz", tarred(*TEXTS, ("pos/more/2.txt", b"x"), mode="w:gz"), "file_without_label", 3),
-    ("a file that the metadata lacks", "a.zip", zipped(("metadata.csv", META), ("notes/a.txt", b"x"),
-     ("notes/b.txt", b"y"), ("notes/c.txt", b"z")), "file_without_label", 4),
+    (
+        "a file that the metadata lacks",
+        "a.zip",
+        zipped(("metadata.csv", META), ("notes/a.txt", b"x"), ("notes/b.txt", b"y"), ("notes/c.txt", b"z")),
+        "file_without_label",
+        4,
+    ),
     ("metadata naming no such file", "a.zip", zipped(("metadata.csv", META), ("notes/a.txt", b"x")), "missing_file", 2),
-    ("metadata naming a file twice", "a.zip", zipped(("metadata.csv", META + b"notes/a.txt,y\n"),
-     ("notes/a.txt", b"x"), ("notes/b.txt", b"y")), "parse_error", 3),
-    ("metadata without names", "a.zip", zipped(("metadata.csv", b"path,label\na.txt,x\n"), ("a.txt", b"x")),
-     "missing_column", None),
+    (
+        "metadata naming a file twice",
+        "a.zip",
+        zipped(("metadata.csv", META + b"notes/a.txt,y\n"), ("notes/a.txt", b"x"), ("notes/b.txt", b"y")),
+        "parse_error",
+        3,
+    ),
+    (
+        "metadata without names",
+        "a.zip",
+        zipped(("metadata.csv", b"path,label\na.txt,x\n"), ("a.txt", b"x")),
+        "missing_column",
+        None,
+    ),
     ("a Latin-1 file in a folder", "a.zip", zipped(*TEXTS, ("pos/2.txt", b"caf\xe9")), "encoding", 3),
     ("a UTF-16 file in a folder", "a.zip", zipped(*TEXTS, ("pos/2.txt", "words".encode("utf-16"))), "encoding", 3),
     ("a huge file in a folder", "a.zip", zipped(*TEXTS, ("pos/2.txt", b"word " * 900)), "parse_error", 3),
-]  # fmt: skip
+]
 
 
 def uploaded(filename: str, content: bytes, folder: Path) -> DatasetReport:
@@ -265,38 +299,97 @@ def split(strategy: str, **options: Any) -> dict[str, Any]:
 
 TIMED = b"text,label,at"
 JOBS = [
-    Job("a label column that is not there", csv(*many("a", 12), *many("b", 12)), "missing_column", None,
-        Columns(label="lable")),
-    Job("a slice that is not there", csv(*many("a", 12), *many("b", 12)), "missing_column", None,
-        Columns(slices=("source",))),
-    Job("a group column that is not there", csv(*many("a", 12), *many("b", 12)), "missing_column", None,
-        hyperparameters=split("group", group_column="customer")),
+    Job(
+        "a label column that is not there",
+        csv(*many("a", 12), *many("b", 12)),
+        "missing_column",
+        None,
+        Columns(label="lable"),
+    ),
+    Job(
+        "a slice that is not there",
+        csv(*many("a", 12), *many("b", 12)),
+        "missing_column",
+        None,
+        Columns(slices=("source",)),
+    ),
+    Job(
+        "a group column that is not there",
+        csv(*many("a", 12), *many("b", 12)),
+        "missing_column",
+        None,
+        hyperparameters=split("group", group_column="customer"),
+    ),
     Job("no text anywhere", csv(*[b",a"] * 12), "empty_value", 1),
     Job("no label anywhere", csv(*[b"text,"] * 12), "empty_value", 1),
     Job("one class", csv(*many("a", 12)), "single_class", 1),
     Job("one row", csv(b"text,a"), "single_class", 1),
     Job("a class too small", csv(*many("a", 12), *many("b", 12), b"only one,c"), "class_too_small", 25),
     Job("a class of copies", csv(*many("a", 12), *[b"the same text,b"] * 12), "class_too_small", 13),
-    Job("a class of near copies", csv(*many("a", 12), *[
-        b"it is a very long letter that says the same each time no matter who wrote it or why %d,b" % n
-        for n in range(12)]), "class_too_small", 13),
+    Job(
+        "a class of near copies",
+        csv(
+            *many("a", 12),
+            *[
+                b"it is a very long letter that says the same each time no matter who wrote it or why %d,b" % n
+                for n in range(12)
+            ],
+        ),
+        "class_too_small",
+        13,
+    ),
     Job("labels apart by case", csv(*many("a", 12), *many("b", 12), b"odd one,A"), "label_case_collision", 25),
     Job("a quantity as label", csv(*[b"text number %d,%d.5" % (n, n) for n in range(30)]), "class_too_small", 1),
-    Job("a label that training lacks", csv(*many("a", 12), *many("b", 12)), "unknown_label", 2,
-        test=csv(b"one,a", b"two,zebra", b"three,b")),
-    Job("a time that does not parse", csv(*many("a", 12, "2026-01-02"), *many("b", 12, "2026-02-30"), header=TIMED),
-        "invalid_time", 13, hyperparameters=split("time", time_column="at")),
-    Job("dates and numbers", csv(*many("a", 12, "2026-01-02"), *many("b", 11, "17"), header=TIMED), "invalid_time", 13,
-        hyperparameters=split("time", time_column="at")),
-    Job("one time", csv(*many("a", 12, "2026"), *many("b", 12, "2026"), header=TIMED), "invalid_time", 1,
-        hyperparameters=split("time", time_column="at")),
-    Job("a split nobody knows", csv(*many("a", 12, "train"), *many("b", 12, "trial"), header=TIMED), "unknown_split",
-        13, hyperparameters=split("predefined", column="at")),
-    Job("nothing to train on", csv(*many("a", 12, "test"), *many("b", 12, "val"), header=TIMED), "unknown_split", 1,
-        hyperparameters=split("predefined", column="at")),
-    Job("two groups for three sides", csv(*many("a", 12, "x"), *many("b", 12, "y"), header=TIMED), "class_too_small", 1,
-        hyperparameters=split("group", group_column="at")),
-]  # fmt: skip
+    Job(
+        "a label that training lacks",
+        csv(*many("a", 12), *many("b", 12)),
+        "unknown_label",
+        2,
+        test=csv(b"one,a", b"two,zebra", b"three,b"),
+    ),
+    Job(
+        "a time that does not parse",
+        csv(*many("a", 12, "2026-01-02"), *many("b", 12, "2026-02-30"), header=TIMED),
+        "invalid_time",
+        13,
+        hyperparameters=split("time", time_column="at"),
+    ),
+    Job(
+        "dates and numbers",
+        csv(*many("a", 12, "2026-01-02"), *many("b", 11, "17"), header=TIMED),
+        "invalid_time",
+        13,
+        hyperparameters=split("time", time_column="at"),
+    ),
+    Job(
+        "one time",
+        csv(*many("a", 12, "2026"), *many("b", 12, "2026"), header=TIMED),
+        "invalid_time",
+        1,
+        hyperparameters=split("time", time_column="at"),
+    ),
+    Job(
+        "a split nobody knows",
+        csv(*many("a", 12, "train"), *many("b", 12, "trial"), header=TIMED),
+        "unknown_split",
+        13,
+        hyperparameters=split("predefined", column="at"),
+    ),
+    Job(
+        "nothing to train on",
+        csv(*many("a", 12, "test"), *many("b", 12, "val"), header=TIMED),
+        "unknown_split",
+        1,
+        hyperparameters=split("predefined", column="at"),
+    ),
+    Job(
+        "two groups for three sides",
+        csv(*many("a", 12, "x"), *many("b", 12, "y"), header=TIMED),
+        "class_too_small",
+        1,
+        hyperparameters=split("group", group_column="at"),
+    ),
+]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=[job.name for job in JOBS])
@@ -323,10 +416,22 @@ def child_job(job: Job, folder: Path) -> ChildJob:
             assert uploaded("rows.csv", content, folder / name).is_valid
             inputs[name] = DatasetInput(id=f"ds_{name}", sha256="0" * 64, rows_file=folder / name / ROWS_FILE)
     spec = JobSpec(
-        dataset="ds_train", test_dataset="ds_test" if job.test else None, backbone="tiny", columns=job.columns,
-        register_as="m", hyperparameters=json.loads(json.dumps(job.hyperparameters)),
-    )  # fmt: skip
+        dataset="ds_train",
+        test_dataset="ds_test" if job.test else None,
+        backbone="tiny",
+        columns=job.columns,
+        register_as="m",
+        hyperparameters=json.loads(json.dumps(job.hyperparameters)),
+    )
     return ChildJob(
-        job_id="ft_1", tenant="default", attempt=1, spec=spec, train=inputs["train"], test=inputs.get("test"),
-        backbone_folder=folder, store_root=folder, work_dir=folder, worker=WorkerProfile(),
-    )  # fmt: skip
+        job_id="ft_1",
+        tenant="default",
+        attempt=1,
+        spec=spec,
+        train=inputs["train"],
+        test=inputs.get("test"),
+        backbone_folder=folder,
+        store_root=folder,
+        work_dir=folder,
+        worker=WorkerProfile(),
+    )

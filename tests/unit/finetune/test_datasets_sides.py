@@ -81,8 +81,11 @@ def test_groups_never_part_and_keep_their_side() -> None:
     sides = cut(rows_of(400, {"customer": values}), strategy="group", group_column="customer")
     groups = [set(side.extras["customer"]) for side in (sides.train, sides.validation, sides.test)]
     assert all(groups) and not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
-    later = cut(rows_of(900, {"customer": [*values, *(f"new {n % 60}" for n in range(500))]}, seed=9), strategy="group",
-                group_column="customer")  # fmt: skip
+    later = cut(
+        rows_of(900, {"customer": [*values, *(f"new {n % 60}" for n in range(500))]}, seed=9),
+        strategy="group",
+        group_column="customer",
+    )
     again = [set(side.extras["customer"]) for side in (later.train, later.validation, later.test)]
     assert all(before <= after for before, after in zip(groups, again, strict=True))
 
@@ -189,8 +192,10 @@ def test_a_named_side_and_a_dataset_for_it_contradict() -> None:
 @pytest.mark.parametrize("leaks", ["auto", "keep", "drop"])
 @pytest.mark.parametrize("strategy", ["time", "predefined"])
 def test_what_becomes_of_leaks(strategy: str, leaks: str) -> None:
-    values = [str(number) if strategy == "time" else "train" if number < 60 else "val" if number < 80 else "test"
-              for number in range(100)]  # fmt: skip
+    values = [
+        str(number) if strategy == "time" else "train" if number < 60 else "val" if number < 80 else "test"
+        for number in range(100)
+    ]
     rows = with_text(with_text(rows_of(100, {"c": values}), 3, NEAR), 97, NEARER)
     rows = with_text(rows, 5, rows.texts[96])
     column = "time_column" if strategy == "time" else "column"

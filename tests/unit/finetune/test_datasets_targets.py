@@ -51,10 +51,8 @@ def everything(sides: Sides) -> dict[int, str]:
     """Labels by row number."""
     rows = (sides.train, sides.validation, sides.test)
     return {
-        number: label
-        for side in rows
-        for number, label in zip(side.row_numbers.tolist(), side.labels, strict=True)
-    }  # fmt: skip
+        number: label for side in rows for number, label in zip(side.row_numbers.tolist(), side.labels, strict=True)
+    }
 
 
 def errors(sides: Sides) -> dict[str, Any]:
@@ -149,10 +147,13 @@ def test_equal_texts_with_far_numbers_conflict_and_near_ones_do_not(tmp_path: Pa
     far = json.dumps({"text": text(0), "label": 9})
     near = json.dumps({"text": text(1), "label": 1.1})
     conflicts = [
-        [finding for finding in load(tmp_path / name, "\n".join([*lines, extra]), task="text-regression").findings
-         if finding.code == "conflicting_labels"]
+        [
+            finding
+            for finding in load(tmp_path / name, "\n".join([*lines, extra]), task="text-regression").findings
+            if finding.code == "conflicting_labels"
+        ]
         for name, extra in (("far", far), ("near", near))
-    ]  # fmt: skip
+    ]
     assert [len(found) for found in conflicts] == [1, 0]
     assert conflicts[0][0].rows == [1, 61]
 
@@ -179,8 +180,10 @@ def rows_of(labels: list[str], target: Any) -> LabelledRows:
 def test_every_label_has_its_share_on_every_side_of_a_stratified_split() -> None:
     draw = np.random.default_rng(0)
     chances = np.array([0.5, 0.3, 0.1, 0.04])
-    labels = [json.dumps([name for name, is_due in zip("abcd", draw.random(4) < chances, strict=True) if is_due])
-              for _ in range(1000)]  # fmt: skip
+    labels = [
+        json.dumps([name for name, is_due in zip("abcd", draw.random(4) < chances, strict=True) if is_due])
+        for _ in range(1000)
+    ]
     rows = rows_of(labels, LabelSets())
     sides = divide(rows, None, None, options=SplitOptions(strategy="stratified"), seed=1)
     for side, share in ((sides.train, 0.7), (sides.validation, 0.15), (sides.test, 0.15)):

@@ -282,10 +282,14 @@ def test_a_class_new_to_the_champion_is_not_held_against_anybody() -> None:
 @pytest.mark.parametrize(
     ("rows", "flips", "cosine", "status"),
     [
-        (999, 0, 0.9995, "passed"), (999, 1, 0.9995, "failed"), (1000, 1, 0.9995, "passed"),
-        (1000, 2, 0.9995, "failed"), (1000, 0, 0.998, "failed"), (1000, 0, -1.0, "failed"),
+        (999, 0, 0.9995, "passed"),
+        (999, 1, 0.9995, "failed"),
+        (1000, 1, 0.9995, "passed"),
+        (1000, 2, 0.9995, "failed"),
+        (1000, 0, 0.998, "failed"),
+        (1000, 0, -1.0, "failed"),
     ],
-)  # fmt: skip
+)
 def test_parity_allows_one_flip_in_a_thousand(rows: int, flips: int, cosine: float, status: str) -> None:
     assert gates.parity("onnx/fp32", rows=rows, flips=flips, least_cosine=cosine).status == status
 

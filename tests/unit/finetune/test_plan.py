@@ -21,9 +21,15 @@ def plan(*, worker: WorkerProfile | None = None, parameters: int = 22_000_000, *
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("learning_rat", "learning_rate"), ("lr_scheduler", "scheduler"), ("epoch", "epochs"), ("batchsize", "batch_size"),
-     ("early_stop", "early_stopping"), ("maxlength", "max_length")],
-)  # fmt: skip
+    [
+        ("learning_rat", "learning_rate"),
+        ("lr_scheduler", "scheduler"),
+        ("epoch", "epochs"),
+        ("batchsize", "batch_size"),
+        ("early_stop", "early_stopping"),
+        ("maxlength", "max_length"),
+    ],
+)
 def test_an_unknown_name_gets_the_nearest_one(typed: str, meant: str) -> None:
     with pytest.raises(PlanError, match=f"did you mean {meant}"):
         parse_hyperparameters({typed: 1})
@@ -37,12 +43,30 @@ def test_what_is_not_built_yet_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"epochs": 0}, {"epochs": "many"}, {"learning_rate": 2}, {"batch_size": 0}, {"seed": -1}, {"max_seconds": 0},
-     {"method": "magic"}, {"lora": {"r": 0}}, {"lora": {"rank": 4}}, {"split": {"validation": 0.5, "test": 0.5}},
-     {"class_weights": {"a": -1}}, {"class_weights": "heavy"}, {"metric": "vibes"}, {"max_length": 2},
-     {"label_smoothing": 1.0}, {"unfreeze_layers": 0}, {"unfreeze_layers": "some"}, {"bottleneck": {"size": 0}},
-     {"prompt": {"tokens": 1000}}, {"early_stopping": {"patience": 0}}, {"dropout": float("nan")}],
-)  # fmt: skip
+    [
+        {"epochs": 0},
+        {"epochs": "many"},
+        {"learning_rate": 2},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"max_seconds": 0},
+        {"method": "magic"},
+        {"lora": {"r": 0}},
+        {"lora": {"rank": 4}},
+        {"split": {"validation": 0.5, "test": 0.5}},
+        {"class_weights": {"a": -1}},
+        {"class_weights": "heavy"},
+        {"metric": "vibes"},
+        {"max_length": 2},
+        {"label_smoothing": 1.0},
+        {"unfreeze_layers": 0},
+        {"unfreeze_layers": "some"},
+        {"bottleneck": {"size": 0}},
+        {"prompt": {"tokens": 1000}},
+        {"early_stopping": {"patience": 0}},
+        {"dropout": float("nan")},
+    ],
+)
 def test_values_out_of_bounds_are_refused_with_their_place(values: dict[str, Any]) -> None:
     with pytest.raises(PlanError) as refused:
         parse_hyperparameters(values)
@@ -72,9 +96,13 @@ def test_auto_adds_pairs_after_the_probe_where_classes_have_few_rows() -> None:
 
 @pytest.mark.parametrize(
     ("worker", "reason"),
-    [(None, "no worker"), (WorkerProfile(), "trains on cpu"), (WorkerProfile(device="cuda"), "no bitsandbytes"),
-     (WorkerProfile(has_bitsandbytes=True), "trains on cpu")],
-)  # fmt: skip
+    [
+        (None, "no worker"),
+        (WorkerProfile(), "trains on cpu"),
+        (WorkerProfile(device="cuda"), "no bitsandbytes"),
+        (WorkerProfile(has_bitsandbytes=True), "trains on cpu"),
+    ],
+)
 def test_qlora_is_refused_where_the_worker_cannot_run_it(worker: WorkerProfile | None, reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         refuse_unavailable(Hyperparameters(method="qlora"), worker)
@@ -86,10 +114,17 @@ GPUS = WorkerProfile(device="cuda", devices=4, cpu_threads=16)
 
 @pytest.mark.parametrize(
     ("worker", "values", "processes"),
-    [(WorkerProfile(cpu_threads=8), {}, 1), (WorkerProfile(cpu_threads=8), {"processes": 2}, 2), (GPUS, {}, 4),
-     (GPUS, {"devices": 3}, 3), (GPUS, {"batch_size": 16}, 2), (GPUS, {"batch_size": 4}, 1),
-     (GPUS, {"batch_size": 4, "gradient_accumulation": 4}, 2), (GPUS, {"loss": "mnrl"}, 1)],
-)  # fmt: skip
+    [
+        (WorkerProfile(cpu_threads=8), {}, 1),
+        (WorkerProfile(cpu_threads=8), {"processes": 2}, 2),
+        (GPUS, {}, 4),
+        (GPUS, {"devices": 3}, 3),
+        (GPUS, {"batch_size": 16}, 2),
+        (GPUS, {"batch_size": 4}, 1),
+        (GPUS, {"batch_size": 4, "gradient_accumulation": 4}, 2),
+        (GPUS, {"loss": "mnrl"}, 1),
+    ],
+)
 def test_a_run_takes_the_devices_that_get_enough_rows(
     worker: WorkerProfile, values: dict[str, Any], processes: int
 ) -> None:
@@ -98,11 +133,15 @@ def test_a_run_takes_the_devices_that_get_enough_rows(
 
 @pytest.mark.parametrize(
     ("worker", "values", "reason"),
-    [(GPUS, {"devices": 5}, "the worker has 4"), (WorkerProfile(cpu_threads=8), {"devices": 2}, "trains on cpu"),
-     (GPUS, {"processes": 2}, "use devices"), (WorkerProfile(cpu_threads=1), {"processes": 2}, "1 threads"),
-     (GPUS, {"devices": 2, "loss": "triplet"}, "compares the rows"),
-     (GPUS, {"devices": 2, "method": "setfit"}, "no effect with method setfit")],
-)  # fmt: skip
+    [
+        (GPUS, {"devices": 5}, "the worker has 4"),
+        (WorkerProfile(cpu_threads=8), {"devices": 2}, "trains on cpu"),
+        (GPUS, {"processes": 2}, "use devices"),
+        (WorkerProfile(cpu_threads=1), {"processes": 2}, "1 threads"),
+        (GPUS, {"devices": 2, "loss": "triplet"}, "compares the rows"),
+        (GPUS, {"devices": 2, "method": "setfit"}, "no effect with method setfit"),
+    ],
+)
 def test_devices_that_cannot_be_had_are_refused_by_name(
     worker: WorkerProfile, values: dict[str, Any], reason: str
 ) -> None:
@@ -160,9 +199,7 @@ def test_oversampling_lengthens_an_epoch() -> None:
 
     def steps(**values: Any) -> int:
         wanted = parse_hyperparameters({"method": "full", "epochs": 2, **values})
-        (method,) = resolve(
-            wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256
-        ).methods  # fmt: skip
+        (method,) = resolve(wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256).methods
         return method.total_steps
 
     assert steps() == 2 * -(-1000 // 32)
@@ -196,9 +233,13 @@ def test_rates_follow_the_backbone_s_size_and_an_explicit_one_holds_for_all() ->
 
 @pytest.mark.parametrize(
     ("worker", "precision"),
-    [(WorkerProfile(), "fp32"), (WorkerProfile(has_bf16=True), "bf16"), (WorkerProfile(device="cuda"), "fp16"),
-     (WorkerProfile(device="cuda", has_bf16=True), "bf16")],
-)  # fmt: skip
+    [
+        (WorkerProfile(), "fp32"),
+        (WorkerProfile(has_bf16=True), "bf16"),
+        (WorkerProfile(device="cuda"), "fp16"),
+        (WorkerProfile(device="cuda", has_bf16=True), "bf16"),
+    ],
+)
 def test_precision_follows_the_device(worker: WorkerProfile, precision: str) -> None:
     assert plan(worker=worker).precision == precision
     assert plan(worker=worker, precision="fp32").precision == "fp32"

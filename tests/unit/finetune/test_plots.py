@@ -31,15 +31,21 @@ def drawn(labels: list[str], *, history: list[dict[str, Any]] = HISTORY) -> dict
             "risk_coverage": risk_coverage(logits, truth, temperature=1.0),
         },
         "history": {
-            "method": "lora", "metric": "macro_f1", "entries": history, "best_step": 20, "overfits_after_step": 10,
+            "method": "lora",
+            "metric": "macro_f1",
+            "entries": history,
+            "best_step": 20,
+            "overfits_after_step": 10,
         },
-    }  # fmt: skip
+    }
     evaluation = {
         "test": report(logits, truth, labels, temperature=1.0),
         "abstention": {
-            "threshold": 0.7, "target_accuracy": 0.9, "test": {"coverage": 0.8, "accuracy": 0.91},
+            "threshold": 0.7,
+            "target_accuracy": 0.9,
+            "test": {"coverage": 0.8, "accuracy": 0.91},
         },
-    }  # fmt: skip
+    }
     return plots.draw(evaluation, curves, labels)
 
 
@@ -50,8 +56,12 @@ def texts(svg: bytes) -> list[str]:
 def test_all_pictures_are_drawn_and_the_same_figures_give_the_same_bytes() -> None:
     first = drawn(["a", "b", "c"])
     assert set(first) == {
-        "learning_curves.svg", "confusion_matrix.svg", "precision_recall.svg", "calibration.svg", "risk_coverage.svg",
-    }  # fmt: skip
+        "learning_curves.svg",
+        "confusion_matrix.svg",
+        "precision_recall.svg",
+        "calibration.svg",
+        "risk_coverage.svg",
+    }
     assert first == drawn(["a", "b", "c"])
     assert {"best, kept", "overfitting"} <= set(texts(first["learning_curves.svg"]))
     assert any("threshold 0.700" in text for text in texts(first["risk_coverage.svg"]))

@@ -58,14 +58,16 @@ def test_no_trials_no_space() -> None:
         ({"method": "lora", "trials": 3, "space": {"lora.q": [8]}}, ["space", "lora.q"], "lora.q"),
         (
             {"method": "lora", "trials": 3, "space": {"learning_rate": {"low": 1e-4, "high": 5}}},
-            ["space", "learning_rate"], "learning_rate 5",
+            ["space", "learning_rate"],
+            "learning_rate 5",
         ),
         (
             {"method": "lora", "trials": 3, "space": {"learning_rate": {"low": 1e-2, "high": 1e-4}}},
-            ["space", "learning_rate"], "low must be below high",
+            ["space", "learning_rate"],
+            "low must be below high",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_search_that_cannot_be_run_is_refused_with_its_place(
     values: dict[str, Any], place: list[str], part: str
 ) -> None:

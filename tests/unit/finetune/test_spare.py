@@ -115,9 +115,13 @@ def test_what_cannot_be_imported_ahead_is_left_to_the_job() -> None:
 
 def test_a_real_child_without_a_job_ends_in_silence() -> None:
     done = subprocess.run(
-        child_command(model_types=["bert", "no-such-type"], is_ahead=True), input="", capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        child_command(model_types=["bert", "no-such-type"], is_ahead=True),
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

@@ -85,9 +85,12 @@ def test_figures_of_numbers_are_scikit_learns() -> None:
     found = Regression().summary(values, targets)
     r2 = r2_score(targets, values[:, 0])
     wanted = {
-        "rmse": root_mean_squared_error(targets, values[:, 0]), "mae": mean_absolute_error(targets, values[:, 0]),
-        "r2": r2, "loss": 1 - r2, "rows": 300,
-    }  # fmt: skip
+        "rmse": root_mean_squared_error(targets, values[:, 0]),
+        "mae": mean_absolute_error(targets, values[:, 0]),
+        "r2": r2,
+        "loss": 1 - r2,
+        "rows": 300,
+    }
     assert found == pytest.approx(wanted, rel=1e-4)
     assert set(Regression.figures) == set(found)
 
@@ -293,10 +296,17 @@ def test_a_minimum_of_an_error_may_be_any_number() -> None:
 def contest(outputs: Any, champion: Any, targets: Any, metric: str, **changed: Any) -> Contest:
     names = NAMES if targets.ndim == 2 else ()
     values = {
-        "targets": targets, "names": names, "outputs": outputs, "answering": Answering(), "champion_outputs": champion,
-        "champion_names": names, "champion_answering": Answering(), "metric": metric_of(metric),
-        "options": GateOptions(), "seed": 0,
-    }  # fmt: skip
+        "targets": targets,
+        "names": names,
+        "outputs": outputs,
+        "answering": Answering(),
+        "champion_outputs": champion,
+        "champion_names": names,
+        "champion_answering": Answering(),
+        "metric": metric_of(metric),
+        "options": GateOptions(),
+        "seed": 0,
+    }
     return Contest(**(values | changed))
 
 

@@ -101,10 +101,13 @@ def curve(gain: float, half_width: float, expected: float) -> dict[str, Any]:
         "method": "linear_probe",
         "points": [{"rows": 500, "accuracy": 0.8 - gain}, {"rows": 1000, "accuracy": 0.8}],
         "last_doubling": {
-            "from_rows": 500, "to_rows": 1000, "gain": gain, "interval_95": [gain - half_width, gain + half_width],
+            "from_rows": 500,
+            "to_rows": 1000,
+            "gain": gain,
+            "interval_95": [gain - half_width, gain + half_width],
         },
         "next_doubling": {"rows": 2000, "accuracy": 0.8 + expected, "range": [0.8, 0.9], "exponent": -0.2},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

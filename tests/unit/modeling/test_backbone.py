@@ -29,9 +29,17 @@ def edit(folder: Path, **values: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "key", ["auto_map", "_attn_implementation_internal", "_attn_implementation", "custom_pipelines",
-            "trust_remote_code", "quantization_config", "_anything"],
-)  # fmt: skip
+    "key",
+    [
+        "auto_map",
+        "_attn_implementation_internal",
+        "_attn_implementation",
+        "custom_pipelines",
+        "trust_remote_code",
+        "quantization_config",
+        "_anything",
+    ],
+)
 def test_keys_that_name_code_are_refused_by_name(copy: Path, key: str) -> None:
     with pytest.raises(ConfigRefused, match=key):
         ingest(FileStore(copy.parent / "store"), edit(copy, **{key: "evil/repo--evil.Evil"}), name="x", source="x")
@@ -102,10 +110,16 @@ def test_the_digest_follows_content_and_pooling(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [("hub:org/name", "commit"), ("hub:org/name@main", "commit"), ("pkg:no_such_package/model", "not installed"),
-     ("pkg:json/model", "no folder"), ("file:/no/such/folder", "no such folder"), ("s3://bucket", "write pkg:"),
-     ("", "write pkg:")],
-)  # fmt: skip
+    [
+        ("hub:org/name", "commit"),
+        ("hub:org/name@main", "commit"),
+        ("pkg:no_such_package/model", "not installed"),
+        ("pkg:json/model", "no folder"),
+        ("file:/no/such/folder", "no such folder"),
+        ("s3://bucket", "write pkg:"),
+        ("", "write pkg:"),
+    ],
+)
 def test_sources_that_cannot_be_found_say_how_to_mend_it(source: str, says: str) -> None:
     with pytest.raises(BackboneUnavailable, match=says):
         locate(source, offline=True)
@@ -144,14 +158,26 @@ def test_the_serving_process_starts_without_torch() -> None:
 
 def test_a_fine_tune_runs_like_its_backbone_and_a_larger_one_does_not() -> None:
     base = BackboneInfo(
-        digest="a", name="minilm", source="pkg:a/b", model_type="bert", hidden_size=384, layers=6, max_length=256,
-        pooling="mean", normalize=True, parameters=22_713_728,
-    )  # fmt: skip
+        digest="a",
+        name="minilm",
+        source="pkg:a/b",
+        model_type="bert",
+        hidden_size=384,
+        layers=6,
+        max_length=256,
+        pooling="mean",
+        normalize=True,
+        parameters=22_713_728,
+    )
     without_pooler = 384 * 384 + 384
     tuned = replace(
-        base, digest="b", source="full fine-tune of a", max_length=128, normalize=False,
+        base,
+        digest="b",
+        source="full fine-tune of a",
+        max_length=128,
+        normalize=False,
         parameters=base.parameters - without_pooler,
-    )  # fmt: skip
+    )
     assert tuned.runs_like(base)
     adapters = 6 * 2 * 2 * 384 * 64
     assert not replace(tuned, parameters=tuned.parameters + adapters).runs_like(base)

@@ -47,12 +47,14 @@ def test_tensorrt_is_never_a_candidate_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("spec", "missing"),
     [
-        ("onnx/fp32", "no CUDAExecutionProvider"), ("onnx/fp16", "no CUDAExecutionProvider"),
+        ("onnx/fp32", "no CUDAExecutionProvider"),
+        ("onnx/fp16", "no CUDAExecutionProvider"),
         ("onnx-graphs/fp16", "no CUDAExecutionProvider"),
-        ("onnx/int8", "not converted to int8"), ("tensorrt/fp16", "no TensorrtExecutionProvider"),
+        ("onnx/int8", "not converted to int8"),
+        ("tensorrt/fp16", "no TensorrtExecutionProvider"),
         ("tensorrt/int8", "not in int8"),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_named(
     spec: str, missing: str, compiles: bool, backbone: Backbone, files: GraphFiles
 ) -> None:

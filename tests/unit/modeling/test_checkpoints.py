@@ -43,10 +43,15 @@ def test_the_parts_give_the_logits_of_the_whole(model_type: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("labels", "problem", "task"),
-    [(2, None, "text-classification"), (2, "single_label_classification", "text-classification"),
-     (2, "multi_label_classification", "text-multi-label"), (1, "multi_label_classification", "text-multi-label"),
-     (1, None, "text-regression"), (1, "regression", "text-regression")],
-)  # fmt: skip
+    [
+        (2, None, "text-classification"),
+        (2, "single_label_classification", "text-classification"),
+        (2, "multi_label_classification", "text-multi-label"),
+        (1, "multi_label_classification", "text-multi-label"),
+        (1, None, "text-regression"),
+        (1, "regression", "text-regression"),
+    ],
+)
 def test_the_problem_type_says_the_task(tmp_path: Path, labels: int, problem: str | None, task: str) -> None:
     names = [f"l{index}" for index in range(labels)]
     folder = write_tiny_checkpoint(tmp_path / "whole", labels=names, problem_type=problem)
@@ -72,9 +77,16 @@ def version(tmp_path: Path) -> tuple[FileStore, ModelManifest, TaskHead]:
     store = FileStore(tmp_path / "store")
     base = BackboneRef(name="tiny", digest="0" * 64, source="x")
     draft = ModelManifest(
-        tenant="t", name="m", version=1, kind="head", method="linear_probe", labels=("p", "q"), base=base,
-        created_at=0.0, files=(),
-    )  # fmt: skip
+        tenant="t",
+        name="m",
+        version=1,
+        kind="head",
+        method="linear_probe",
+        labels=("p", "q"),
+        base=base,
+        created_at=0.0,
+        files=(),
+    )
     return store, draft.model_copy(update={"files": put_tree(store, draft.prefix, tmp_path / "v")}), head
 
 

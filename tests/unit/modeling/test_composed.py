@@ -51,9 +51,16 @@ def trained(backbone: Backbone, composition: Composition) -> torch.nn.Module:
 
 def written(backbone: Backbone, composition: Composition, folder: Path) -> Backbone:
     return write_encoder(
-        folder, trained(backbone, composition), like=backbone.folder, name="tiny", source="a test",
-        pooling=backbone.info.pooling, normalize=False, max_length=32, composition=composition,
-    )  # fmt: skip
+        folder,
+        trained(backbone, composition),
+        like=backbone.folder,
+        name="tiny",
+        source="a test",
+        pooling=backbone.info.pooling,
+        normalize=False,
+        max_length=32,
+        composition=composition,
+    )
 
 
 @pytest.mark.parametrize("composition", KINDS, ids=lambda kind: kind.kind)

@@ -105,9 +105,11 @@ def test_inputs_that_the_graph_lacks_are_ignored(pooled: Path) -> None:
 
 def test_padding_stands_behind_and_below_and_every_row_sees_a_token() -> None:
     tokens = {
-        "input_ids": np.array([[7, 8], [9, 1]]), "attention_mask": np.array([[1, 1], [1, 0]]),
-        "token_type_ids": np.array([[0, 1], [0, 0]]), SLOTS_INPUT: np.array([2, 1]),
-    }  # fmt: skip
+        "input_ids": np.array([[7, 8], [9, 1]]),
+        "attention_mask": np.array([[1, 1], [1, 0]]),
+        "token_type_ids": np.array([[0, 1], [0, 0]]),
+        SLOTS_INPUT: np.array([2, 1]),
+    }
     padded = pad_to((3, 4), tokens, pad_id=1)
     assert padded["input_ids"].tolist() == [[7, 8, 1, 1], [9, 1, 1, 1], [1, 1, 1, 1]]
     assert padded["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]

@@ -38,9 +38,11 @@ def block(tmp_path: Path) -> Path:
     ]
     draw = np.random.default_rng(0)
     weights = {
-        "w1": draw.normal(size=(HIDDEN, HIDDEN)), "w2": draw.normal(size=(HIDDEN, HIDDEN)),
-        "shared": draw.normal(size=HIDDEN), "scale": draw.normal(size=HIDDEN),
-    }  # fmt: skip
+        "w1": draw.normal(size=(HIDDEN, HIDDEN)),
+        "w2": draw.normal(size=(HIDDEN, HIDDEN)),
+        "shared": draw.normal(size=HIDDEN),
+        "scale": draw.normal(size=HIDDEN),
+    }
     floats = {name: (value * 0.3).astype(np.float32) for name, value in weights.items()}
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", HIDDEN])]
     return save(tmp_path / "block.onnx", nodes, inputs, floats, output=["batch", "length", HIDDEN])
@@ -69,16 +71,20 @@ def test_products_and_what_lies_between_them_change_the_rest_does_not(block: Pat
     for name in ("residual", "norm", "turn", "softmax"):
         assert set(read[name]) == {TensorProto.FLOAT}, name
     assert {value.name: types[value.name] for value in (*lowered.graph.input, *lowered.graph.output)} == {
-        "x": TensorProto.FLOAT, "pooled": TensorProto.FLOAT,
-    }  # fmt: skip
+        "x": TensorProto.FLOAT,
+        "pooled": TensorProto.FLOAT,
+    }
 
 
 def test_weights_are_kept_in_the_precisions_that_are_read(block: Path) -> None:
     weights = {tensor.name: tensor.data_type for tensor in lower(onnx.load(block), "fp16").graph.initializer}
     assert weights == {
-        "w1.fp16": TensorProto.FLOAT16, "w2.fp16": TensorProto.FLOAT16, "scale": TensorProto.FLOAT,
-        "shared": TensorProto.FLOAT, "shared.fp16": TensorProto.FLOAT16,
-    }  # fmt: skip
+        "w1.fp16": TensorProto.FLOAT16,
+        "w2.fp16": TensorProto.FLOAT16,
+        "scale": TensorProto.FLOAT,
+        "shared": TensorProto.FLOAT,
+        "shared.fp16": TensorProto.FLOAT16,
+    }
 
 
 def test_a_value_is_cast_once_however_often_it_is_read(block: Path) -> None:
@@ -128,9 +134,11 @@ def test_a_weight_beyond_fp16_is_refused_and_fits_bf16(tmp_path: Path) -> None:
 
 def test_a_graph_with_branches_is_refused(tmp_path: Path) -> None:
     branch = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"])], "branch", [],
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "branch",
+        [],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
-    )  # fmt: skip
+    )
     nodes = [helper.make_node("If", ["condition"], ["pooled"], then_branch=branch, else_branch=branch)]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2])]
     path = save(tmp_path / "if.onnx", nodes, inputs, {"condition": np.array(True)}, output=["batch", 2])
@@ -145,8 +153,11 @@ def test_both_graphs_are_written_once_beside_the_originals(block: Path, tmp_path
         path.write_bytes(block.read_bytes())
     lowered = low_precision_graphs(files, "fp16")
     assert sorted(path.name for path in files.folder.iterdir()) == [
-        "backbone.fp16.onnx", "backbone.onnx", "lora.fp16.onnx", "lora.onnx",
-    ]  # fmt: skip
+        "backbone.fp16.onnx",
+        "backbone.onnx",
+        "lora.fp16.onnx",
+        "lora.onnx",
+    ]
     written = lowered.bare.stat().st_mtime_ns
     low_precision_graphs(files, "fp16")
     assert lowered.bare.stat().st_mtime_ns == written

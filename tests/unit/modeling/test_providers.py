@@ -25,9 +25,17 @@ from modeling.engines.providers import (
 
 PROFILE = ShapeProfile((1, 2), (8, 64), (128, 128))
 KEY = EngineCacheKey(
-    digest="d", graphs="g", precision="fp16", profile=PROFILE, gpu="A GPU", compute_capability="9.0", driver="580",
-    cuda="13.0", tensorrt="10.16.1", onnxruntime="1.31.1",
-)  # fmt: skip
+    digest="d",
+    graphs="g",
+    precision="fp16",
+    profile=PROFILE,
+    gpu="A GPU",
+    compute_capability="9.0",
+    driver="580",
+    cuda="13.0",
+    tensorrt="10.16.1",
+    onnxruntime="1.31.1",
+)
 ELSEWHERE = {"gpu": "B GPU", "compute_capability": "8.0", "digest": "other weights"}
 CHANGED = {"graphs": "g2", "driver": "581", "cuda": "13.1", "tensorrt": "10.17", "onnxruntime": "1.32", "schema": 99}
 ANOTHER = {"precision": "bf16", "profile": ShapeProfile((1, 2), (8, 64), (128, 256))}

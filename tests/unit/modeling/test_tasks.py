@@ -35,8 +35,10 @@ from modeling.weights import FloatArray
 
 logits_of = arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.floats(-200, 200, width=32))
 TORCH: dict[Task, Any] = {
-    "text-classification": lambda x: x.softmax(1), "text-multi-label": torch.sigmoid, "text-regression": lambda x: x,
-}  # fmt: skip
+    "text-classification": lambda x: x.softmax(1),
+    "text-multi-label": torch.sigmoid,
+    "text-regression": lambda x: x,
+}
 
 
 @given(logits=logits_of)
@@ -110,9 +112,16 @@ def staged(folder: Path, task: Task, logits: Sequence[tuple[float, ...]], **opti
     )
     store = FileStore(folder / "store")
     draft = ModelManifest(
-        tenant="t", name="m", version=1, kind="head", task=task, method="linear_probe", labels=tuple(labels),
-        created_at=0.0, files=(),
-    )  # fmt: skip
+        tenant="t",
+        name="m",
+        version=1,
+        kind="head",
+        task=task,
+        method="linear_probe",
+        labels=tuple(labels),
+        created_at=0.0,
+        files=(),
+    )
     return store, draft.model_copy(update={"files": put_tree(store, draft.prefix, folder / "v")})
 
 

@@ -97,15 +97,27 @@ def test_upload_of_what_cannot_be_used(service: Service, tmp_path: Path) -> None
 def test_finetune_prints_the_id(service: Service) -> None:
     service.on("POST /finetune", (202, job()))
     result = run(
-        service, "finetune", "ds_1", "--register-as", "reviews", "--test-dataset", "ds_2", "--label-column", "y",
-        "--task", "text-multi-label",
-    )  # fmt: skip
+        service,
+        "finetune",
+        "ds_1",
+        "--register-as",
+        "reviews",
+        "--test-dataset",
+        "ds_2",
+        "--label-column",
+        "y",
+        "--task",
+        "text-multi-label",
+    )
     assert result.stdout == "ft_1\n"
     assert service.asked[0].json == {
-        "dataset": "ds_1", "register_as": "reviews", "test_dataset": "ds_2", "task": "text-multi-label",
+        "dataset": "ds_1",
+        "register_as": "reviews",
+        "test_dataset": "ds_2",
+        "task": "text-multi-label",
         "columns": {"label": "y"},
         "hyperparameters": {"method": "auto"},
-    }  # fmt: skip
+    }
 
 
 def test_finetune_watch_shows_events_and_the_result(service: Service) -> None:
@@ -188,9 +200,14 @@ def test_up_refuses_a_data_folder_it_cannot_write(tmp_path: Path) -> None:
 def test_the_processes_get_the_options_and_keep_what_was_set() -> None:
     given = {"POLYHEAD_PORT": "1", "POLYHEAD_DRAIN_DELAY_S": "7", "HF_HUB_OFFLINE": "0", "PATH": "/bin"}
     assert child_environment(given, port=8001, data_dir=Path("/d")) == {
-        "POLYHEAD_PORT": "8001", "POLYHEAD_DATA_DIR": "/d", "POLYHEAD_DRAIN_DELAY_S": "7", "HF_HUB_OFFLINE": "0",
-        "PATH": "/bin", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+        "POLYHEAD_PORT": "8001",
+        "POLYHEAD_DATA_DIR": "/d",
+        "POLYHEAD_DRAIN_DELAY_S": "7",
+        "HF_HUB_OFFLINE": "0",
+        "PATH": "/bin",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     assert child_environment({}, port=8001, data_dir=Path("/d"))["POLYHEAD_DRAIN_DELAY_S"] == "0"
 
 

@@ -76,8 +76,11 @@ def test_finetune_sends_only_what_was_given(service: Service) -> None:
             "ds_1", "reviews", task="text-regression", hyperparameters={"method": "lora"}, idempotency_key="once"
         )
     assert service.asked[0].json == {
-        "dataset": "ds_1", "register_as": "reviews", "task": "text-regression", "hyperparameters": {"method": "lora"},
-    }  # fmt: skip
+        "dataset": "ds_1",
+        "register_as": "reviews",
+        "task": "text-regression",
+        "hyperparameters": {"method": "lora"},
+    }
     assert service.asked[0].headers["idempotency-key"] == "once"
 
 

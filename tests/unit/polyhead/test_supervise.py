@@ -74,9 +74,13 @@ class Up:
         arguments = json.dumps([serving, worker, str(folder), {"poll_s": 0.02, "first_delay_s": 0.05, **times}])
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env={**os.environ, "PORT": str(port)}, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-c", MAIN, arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "PORT": str(port)},
+                start_new_session=True,
+            )
 
     def said(self) -> str:
         return self.output.read_text()

@@ -32,9 +32,15 @@ def test_a_valid_key_names_its_tenant_and_scopes() -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}, {"authorization": "secret"},
-     {"x_api_key": ""}, {"authorization": "Bearer " + "x" * 10_000}],
-)  # fmt: skip
+    [
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic secret"},
+        {"authorization": "secret"},
+        {"x_api_key": ""},
+        {"authorization": "Bearer " + "x" * 10_000},
+    ],
+)
 def test_anything_else_is_unauthenticated(headers: dict[str, str]) -> None:
     with pytest.raises(Problem) as refused:
         admit([KEY], **headers)
@@ -48,9 +54,13 @@ def test_without_keys_any_authorization_header_is_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    "headers", [{"host": "evil.example:8000"}, {"host": "127.0.0.1", "origin": "https://evil.example"},
-                {"host": "127.0.0.1", "origin": "null"}],
-)  # fmt: skip
+    "headers",
+    [
+        {"host": "evil.example:8000"},
+        {"host": "127.0.0.1", "origin": "https://evil.example"},
+        {"host": "127.0.0.1", "origin": "null"},
+    ],
+)
 def test_without_keys_web_pages_and_foreign_names_are_refused(headers: dict[str, str]) -> None:
     with pytest.raises(Problem) as refused:
         admit([], **headers)

@@ -566,6 +566,10 @@ def test_the_log_holds_what_a_replay_needs(tmp_path: Path) -> None:
     run_virtually(scenario())
     (line,) = (tmp_path / "logs" / "batches.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "backbone": "tiny", "engine": "fake/fp32", "width": 3, "seconds": RUN_S, "lengths": [2, 3],
+        "backbone": "tiny",
+        "engine": "fake/fp32",
+        "width": 3,
+        "seconds": RUN_S,
+        "lengths": [2, 3],
         "adapters": [None, "default/m/1"],
-    }  # fmt: skip
+    }

@@ -29,12 +29,10 @@ from tests.support.virtual import VirtualLoop, virtual_runtime
 EXPECTED = (InferenceFailed, DeadlineExceeded, ModelNotReady, QueueFull, InputTooLong, asyncio.CancelledError)
 RUN_S, TIMEOUT_S = 0.1, 5.0
 TEXTS = st.lists(
-    st.one_of(
-        st.integers(1, 40).map(lambda count: "w " * count), st.sampled_from([POISON, NOT_A_NUMBER, "w " * 200])
-    ),
+    st.one_of(st.integers(1, 40).map(lambda count: "w " * count), st.sampled_from([POISON, NOT_A_NUMBER, "w " * 200])),
     min_size=1,
     max_size=6,
-)  # fmt: skip
+)
 
 
 class Requests(RuleBasedStateMachine):

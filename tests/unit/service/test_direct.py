@@ -55,9 +55,14 @@ def calm(under_test: AppUnderTest) -> None:
 surrogates = st.characters(categories=["Cs"])
 words = st.text(st.characters(codec="utf-8") | surrogates, max_size=6)
 scalars = (
-    st.none() | st.booleans() | st.integers(-3, 12) | st.integers() | st.floats() | words
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 12)
+    | st.integers()
+    | st.floats()
+    | words
     | st.sampled_from([10**30, 2**63, 2**64, 1e300, 0.5, 3_600_000, 3_600_001, 100_000, 100_001, "5", "", "float"])
-)  # fmt: skip
+)
 anything = st.recursive(
     scalars, lambda child: st.lists(child, max_size=3) | st.dictionaries(words, child, max_size=3), max_leaves=8
 )
@@ -127,24 +132,51 @@ def damaged(draw: st.DrawFn) -> bytes:
 bodies = objects() | damaged() | anything.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20)
 
 ODD_BODIES = [
-    b"", b"null", b"[]", b'"inputs"', b"{}", b"{", b"\xef\xbb\xbf" + GOOD[PREDICT], "é".encode("utf-16"),
-    b'{"inputs": "a"}x', b'{"inputs": "a",}', b"{'inputs': 'a'}", b'{"inputs": "\xff"}', b'{"inputs": "\xed\xa0\x80"}',
-    b'{"inputs": "\\ud800"}', b'{"inputs": "\\ud83d\\ude00"}', b'{"inputs": "a\x00"}', b'{"inputs": "a\\u0000"}',
-    b'{"inputs": "a", "inputs": ["b"]}', b'{"inputs": 1, "inputs": ["b"]}', b'{"\\u0069nputs": "a"}',
-    b'{"inputs": ["a", ["b", "c"]]}', b'{"inputs": [["b", "c"], "a"]}', b'{"inputs": [["a"]]}', b'{"inputs": [[]]}',
-    b'{"inputs": "a", "parameters": null}', b'{"inputs": "a", "parameters": {"top_k": 5.0}}',
-    b'{"inputs": "a", "parameters": {"top_k": true}}', b'{"inputs": "a", "parameters": {"truncate": "no"}}',
-    b'{"inputs": "a", "parameters": {"threshold": NaN}}', b'{"inputs": "a", "parameters": {"threshold": Infinity}}',
-    b'{"inputs": "a", "parameters": {"threshold": 1e-999}}', b'{"inputs": "a", "parameters": {"threshold": -0.0}}',
+    b"",
+    b"null",
+    b"[]",
+    b'"inputs"',
+    b"{}",
+    b"{",
+    b"\xef\xbb\xbf" + GOOD[PREDICT],
+    "é".encode("utf-16"),
+    b'{"inputs": "a"}x',
+    b'{"inputs": "a",}',
+    b"{'inputs': 'a'}",
+    b'{"inputs": "\xff"}',
+    b'{"inputs": "\xed\xa0\x80"}',
+    b'{"inputs": "\\ud800"}',
+    b'{"inputs": "\\ud83d\\ude00"}',
+    b'{"inputs": "a\x00"}',
+    b'{"inputs": "a\\u0000"}',
+    b'{"inputs": "a", "inputs": ["b"]}',
+    b'{"inputs": 1, "inputs": ["b"]}',
+    b'{"\\u0069nputs": "a"}',
+    b'{"inputs": ["a", ["b", "c"]]}',
+    b'{"inputs": [["b", "c"], "a"]}',
+    b'{"inputs": [["a"]]}',
+    b'{"inputs": [[]]}',
+    b'{"inputs": "a", "parameters": null}',
+    b'{"inputs": "a", "parameters": {"top_k": 5.0}}',
+    b'{"inputs": "a", "parameters": {"top_k": true}}',
+    b'{"inputs": "a", "parameters": {"truncate": "no"}}',
+    b'{"inputs": "a", "parameters": {"threshold": NaN}}',
+    b'{"inputs": "a", "parameters": {"threshold": Infinity}}',
+    b'{"inputs": "a", "parameters": {"threshold": 1e-999}}',
+    b'{"inputs": "a", "parameters": {"threshold": -0.0}}',
     b'{"inputs": "a", "parameters": {"top_k": 1' + b"0" * 400 + b"}}",
     b'{"inputs": "a", "parameters": {"top_k": 1' + b"0" * 5000 + b"}}",
     b'{"inputs": "a", "parameters": {"threshold": 0.' + b"3" * 5000 + b"}}",
-    b'{"inputs": ' + b"[" * 31 + b"]" * 31 + b"}", b'{"inputs": ' + b"[" * 40 + b"]" * 40 + b"}",
-    b'{"input": "a", "model": "p", "x": "\\ud800"}', b'{"input": "a", "model": "p", "x": {"y": [1e999]}}',
-    b'{"input": [1, 2], "model": "p"}', b'{"input": "a", "model": "p", "dimensions": 3}',
-    b'{"input": "a", "model": "p", "dimensions": 4}', b'{"input": [], "model": "p", "dimensions": 4}',
+    b'{"inputs": ' + b"[" * 31 + b"]" * 31 + b"}",
+    b'{"inputs": ' + b"[" * 40 + b"]" * 40 + b"}",
+    b'{"input": "a", "model": "p", "x": "\\ud800"}',
+    b'{"input": "a", "model": "p", "x": {"y": [1e999]}}',
+    b'{"input": [1, 2], "model": "p"}',
+    b'{"input": "a", "model": "p", "dimensions": 3}',
+    b'{"input": "a", "model": "p", "dimensions": 4}',
+    b'{"input": [], "model": "p", "dimensions": 4}',
     b'{"input": "a", "model": "p", "encoding_format": "BASE64"}',
-]  # fmt: skip
+]
 
 
 # Both ways
@@ -216,9 +248,13 @@ def test_good_embeddings_are_answered_alike(under_test: AppUnderTest, body: Any)
     ],
 )
 def test_errors_are_answered_alike(
-    under_test: AppUnderTest, caplog: pytest.LogCaptureFixture, path: str, error: Exception, status: int,
+    under_test: AppUnderTest,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    error: Exception,
+    status: int,
     retry_after: str | None,
-) -> None:  # fmt: skip
+) -> None:
     under_test.predictor.error = error
     # The framework raises an error of ours once more after its answer; the guard lets it go, as it is logged.
     answered = both(under_test, path, GOOD[path])
@@ -236,9 +272,21 @@ def logged_text(record: logging.LogRecord) -> str:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("timeout", "allowed_s"),
-    [("1", 0.001), ("2500", 2.5), ("3600000", 30), ("000000000001", 0.001), ("0", None), ("3600001", None),
-     ("-1", None), ("1.5", None), ("\xb2", None), ("", None), ("1" + "0" * 20, None), ("0" * 11 + "1" * 5000, None)],
-)  # fmt: skip
+    [
+        ("1", 0.001),
+        ("2500", 2.5),
+        ("3600000", 30),
+        ("000000000001", 0.001),
+        ("0", None),
+        ("3600001", None),
+        ("-1", None),
+        ("1.5", None),
+        ("\xb2", None),
+        ("", None),
+        ("1" + "0" * 20, None),
+        ("0" * 11 + "1" * 5000, None),
+    ],
+)
 def test_the_deadline_in_the_header(under_test: AppUnderTest, path: str, timeout: str, allowed_s: float | None) -> None:
     answered = both(under_test, path, GOOD[path], x_request_timeout_ms=timeout)
     if allowed_s is None:
@@ -478,8 +526,11 @@ def test_vectors_of_any_layout(dtype: Any) -> None:
     vector = np.arange(8, dtype=dtype)[::2]
     assert json.loads(bytes(wire.decimals(vector))) == [0.0, 2.0, 4.0, 6.0]
     assert np.frombuffer(base64.b64decode(json.loads(wire.encode(wire.in_base64(vector)))), "<f4").tolist() == [
-        0.0, 2.0, 4.0, 6.0,
-    ]  # fmt: skip
+        0.0,
+        2.0,
+        4.0,
+        6.0,
+    ]
 
 
 def test_an_embedding_as_floats_and_as_base64(under_test: AppUnderTest) -> None:

@@ -33,10 +33,17 @@ def test_the_fastest_inside_the_bound_serves() -> None:
 @pytest.mark.parametrize(
     "spoiled",
     [
-        {"flips": 0.0011}, {"min_cosine": 0.9989}, {"error": "it crashed"}, {"flips": None}, {"min_cosine": None},
-        {"min_cosine": math.nan}, {"flips": math.nan}, {"texts_per_s": None}, {"texts_per_s": 0.0},
+        {"flips": 0.0011},
+        {"min_cosine": 0.9989},
+        {"error": "it crashed"},
+        {"flips": None},
+        {"min_cosine": None},
+        {"min_cosine": math.nan},
+        {"flips": math.nan},
+        {"texts_per_s": None},
+        {"texts_per_s": 0.0},
     ],
-)  # fmt: skip
+)
 def test_whatever_is_outside_the_bound_or_unmeasured_never_serves(spoiled: dict[str, Any]) -> None:
     assert chosen(report("fast/int8", 900.0) | spoiled, report("safe/fp32", 130.0)) == "safe/fp32"
     assert chosen(report("fast/int8", 900.0) | spoiled) == REFERENCE

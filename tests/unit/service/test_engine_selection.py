@@ -323,9 +323,15 @@ def test_where_the_reference_itself_fails_the_service_says_so_until_it_passes_ag
 def test_the_pool_knows_a_fine_tune_for_the_like_of_its_backbone(world: World, tmp_path: Path) -> None:
     """Though it lacks the pooler, and its vectors are not normalised."""
     tuned = write_encoder(
-        tmp_path / "full", load_encoder(world.backbone.folder), like=world.backbone.folder, name="tiny",
-        source="full fine-tune", pooling="mean", normalize=not world.backbone.info.normalize, max_length=8,
-    )  # fmt: skip
+        tmp_path / "full",
+        load_encoder(world.backbone.folder),
+        like=world.backbone.folder,
+        name="tiny",
+        source="full fine-tune",
+        pooling="mean",
+        normalize=not world.backbone.info.normalize,
+        max_length=8,
+    )
     assert tuned.info.parameters < world.backbone.info.parameters
     asked: list[Backbone | None] = []
 
@@ -336,9 +342,12 @@ def test_the_pool_knows_a_fine_tune_for_the_like_of_its_backbone(world: World, t
 
     async def scenario() -> None:
         pool = ModelPool(
-            world.store, Asked(world, "torch/fp32"), BatchLimits(1024, 32, 0.0), ServingMetrics(),
+            world.store,
+            Asked(world, "torch/fp32"),
+            BatchLimits(1024, 32, 0.0),
+            ServingMetrics(),
             memory_budget_bytes=1 << 30,
-        )  # fmt: skip
+        )
         try:
             await pool.add_backbone("tiny", world.backbone)
             await pool._lane_of(tuned)
@@ -361,9 +370,15 @@ def test_weights_of_a_known_shape_begin_on_the_engine_that_serves_there(
     reports.put(EngineMeasurement(world.backbone.info.digest, finder._device_key(), {}, "onnx/fp32", []))
     export_graphs(world.backbone, finder._graphs(world.backbone).folder)
     other = write_encoder(
-        tmp_path / "full", load_encoder(world.backbone.folder), like=world.backbone.folder, name="tiny", source="test",
-        pooling="mean", normalize=False, max_length=16,
-    )  # fmt: skip
+        tmp_path / "full",
+        load_encoder(world.backbone.folder),
+        like=world.backbone.folder,
+        name="tiny",
+        source="test",
+        pooling="mean",
+        normalize=False,
+        max_length=16,
+    )
     assert other.info.digest != world.backbone.info.digest
     engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
     assert (engine.name, is_final) == ("torch", False), "without an export there is nothing to begin on"

@@ -77,24 +77,37 @@ vectors = st.lists(st.floats(width=32, allow_nan=False), max_size=5).map(lambda 
 results = rows_of_one_task(texts=texts, numbers=floats, vectors=vectors).flatmap(
     lambda answered: st.builds(
         PredictResult,
-        model=texts, version=st.none() | st.integers(1, 10**9), task=st.just(answered[0]),
+        model=texts,
+        version=st.none() | st.integers(1, 10**9),
+        task=st.just(answered[0]),
         predictions=st.just(answered[1]),
-        input_tokens=st.integers(0, 2**40), engine=texts, batch_rows=st.integers(0, 4096),
+        input_tokens=st.integers(0, 2**40),
+        engine=texts,
+        batch_rows=st.integers(0, 4096),
         timings=st.builds(Timings, floats, floats, floats, floats),
     )
-)  # fmt: skip
+)
 requests = st.one_of(
     st.builds(
-        Ask, st.integers(1, 2**60), texts, refs, st.lists(texts | st.tuples(texts, texts), max_size=4),
+        Ask,
+        st.integers(1, 2**60),
+        texts,
+        refs,
+        st.lists(texts | st.tuples(texts, texts), max_size=4),
         st.builds(
-            make_options, st.none() | st.integers(1, 10**30), st.none() | floats, st.booleans(),
-            st.none() | st.integers(4, 10**5), st.booleans(),
+            make_options,
+            st.none() | st.integers(1, 10**30),
+            st.none() | floats,
+            st.booleans(),
+            st.none() | st.integers(4, 10**5),
+            st.booleans(),
         ),
-        st.floats(-10, 3600), st.booleans(),
+        st.floats(-10, 3600),
+        st.booleans(),
     ),
     st.builds(Cancel, st.integers(1, 2**60)),
     st.builds(Count, st.none() | st.builds(Asked, texts, refs), st.integers(100, 599), floats),
-)  # fmt: skip
+)
 
 
 def payload(message: Any) -> bytes:
@@ -126,9 +139,15 @@ def without_id(content: bytes) -> dict[str, Any]:
 
 def test_numbers_of_numpy_become_plain() -> None:
     odd: Any = PredictResult(
-        "m", 1, "t", [Prediction("a", np.float32(0.5), [("a", np.float64(0.5))], None)], np.int64(3), "e", 1,  # type: ignore[arg-type]
+        "m",
+        1,
+        "t",
+        [Prediction("a", np.float32(0.5), [("a", np.float64(0.5))], None)],
+        np.int64(3),
+        "e",
+        1,  # type: ignore[arg-type]
         Timings(np.float64(0.1), 0.0, 0.0, 0.0),
-    )  # fmt: skip
+    )
     received = decode_answer(payload(Answered(1, odd))).result
     assert (received.predictions[0].score, received.input_tokens, received.timings.queue) == (0.5, 3, 0.1)
 
@@ -235,9 +254,13 @@ class Engine:
         parts: Any = dict.fromkeys(field.name for field in dataclasses.fields(Services)[:-2])
         services = Services(**parts | {"settings": ServingSettings(), "pool": pool, "predictor": self.predictor})
         async with exchange(
-            services, self.drain, self, path=self.path, max_request_bytes=100_000,
+            services,
+            self.drain,
+            self,
+            path=self.path,
+            max_request_bytes=100_000,
             max_answer_bytes=self.max_answer_bytes,
-        ):  # fmt: skip
+        ):
             yield
 
     @asynccontextmanager
@@ -463,9 +486,15 @@ def scope_of(headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
 
 def test_headers_of_a_connection_stay_on_it() -> None:
     given_headers = [
-        (b"Connection", b"close, X-Hop"), (b"x-hop", b"1"), (b"Keep-Alive", b"5"), (b"TE", b"gzip"), (b"A", b"1 \t"),
-        (b"a", b"2"), (b"Transfer-Encoding", b"chunked"), (b"upgrade", b"h2c"),
-    ]  # fmt: skip
+        (b"Connection", b"close, X-Hop"),
+        (b"x-hop", b"1"),
+        (b"Keep-Alive", b"5"),
+        (b"TE", b"gzip"),
+        (b"A", b"1 \t"),
+        (b"a", b"2"),
+        (b"Transfer-Encoding", b"chunked"),
+        (b"upgrade", b"h2c"),
+    ]
     assert of_the_message(given_headers) == [(b"a", b"1"), (b"a", b"2")]
 
 
@@ -531,10 +560,14 @@ def test_front_ends_are_started_again_told_and_ended() -> None:
 
     async def main() -> None:
         front_ends = FrontEnds(
-            2, b"{}", environment={}, listening=SimpleNamespace(set=metrics.listening.append),
-            restarts=SimpleNamespace(inc=inc), times=RestartTimes(first_delay_s=0.01),
+            2,
+            b"{}",
+            environment={},
+            listening=SimpleNamespace(set=metrics.listening.append),
+            restarts=SimpleNamespace(inc=inc),
+            times=RestartTimes(first_delay_s=0.01),
             command=(sys.executable, "-c", STUB),
-        )  # fmt: skip
+        )
         assert not front_ends.have_listened()
         async with front_ends.running():
             await until(front_ends.have_listened)
