@@ -21,11 +21,11 @@ import torch
 
 from benchmarks import datasets
 from benchmarks.service import write_results
-from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.events import ChildJob, DatasetInput, EmbeddingInput, Nobody
+from finetune.data.check import ROWS_FILE, write_checked
+from finetune.jobs.events import ChildJob, DatasetInput, EmbeddingInput, Nobody
+from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
-from finetune.plan import WorkerProfile
-from finetune.recipe import run_job
+from finetune.training.recipe import run_job
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate
 

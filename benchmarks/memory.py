@@ -20,11 +20,11 @@ from typing import Any
 from benchmarks import datasets
 from benchmarks.processes import ROOT
 from benchmarks.service import write_results
-from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.events import ChildJob, DatasetInput
+from finetune.data.check import ROWS_FILE, write_checked
+from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
-from finetune.plan import WorkerProfile
-from finetune.settings import child_environment
+from finetune.training.settings import child_environment
 from model_registry.store import FileStore
 from modeling.backbone import ingest, locate
 
@@ -111,7 +111,7 @@ def _job(work: Path, inputs: dict[str, DatasetInput], options: Namespace, *, row
 
 def measure(job: ChildJob) -> dict[str, Any]:
     """Runs a worker's training process on `job`; peak resident memory at each phase's end and over all, in MB."""
-    command = [sys.executable, "-m", "finetune.child"]
+    command = [sys.executable, "-m", "finetune.worker.child"]
     environment = child_environment(job.worker.cpu_threads)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import datasets
 from benchmarks.service import Service, running, write_results
-from finetune.embedding import run_all
+from finetune.training.embedding import run_all
 from model_registry.store import FileStore
 from modeling.backbone import ingest, locate
 from modeling.engines.build import EngineOptions, EngineSpec, build_engine

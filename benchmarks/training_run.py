@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.events import Nobody
-from finetune.hyperparameters import parse_hyperparameters
-from finetune.methods import METHODS
-from finetune.plan import DatasetProfile, WorkerProfile, resolve
-from finetune.run import Rows, Run
+from finetune.jobs.events import Nobody
+from finetune.jobs.hyperparameters import parse_hyperparameters
+from finetune.jobs.plan import DatasetProfile, WorkerProfile, resolve
+from finetune.training.methods import METHODS
+from finetune.training.run_context import Rows, Run
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate
 

@@ -12,16 +12,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.datasets.store import DatasetStore
+from finetune.data.store import DatasetStore
+from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.store import JobStore
-from finetune.metrics import WorkerMetrics
-from finetune.plan import WorkerProfile
-from finetune.settings import WorkerSettings, load_worker_settings
-from finetune.spare import SpareChild, child_command
-from finetune.speed import forward_rows_per_s
-from finetune.supervisor import Ledger, Timing
-from finetune.tracking import MlflowSink
-from finetune.worker import Worker, WorkerFolders
+from finetune.worker.claim_loop import Worker, WorkerFolders
+from finetune.worker.metrics import WorkerMetrics
+from finetune.worker.settings import WorkerSettings, load_worker_settings
+from finetune.worker.supervisor import Ledger, Timing
+from finetune.worker.throughput_probe import forward_rows_per_s
+from finetune.worker.tracking import MlflowSink
+from finetune.worker.warm_child import SpareChild, child_command
 from model_registry.db import Database
 from model_registry.engine_reports import EngineReports
 from model_registry.errors import DatabaseUnavailable

@@ -26,7 +26,7 @@ from modeling.errors import BackboneUnavailable, ConfigRefused, UnsupportedArchi
 Pooling = Literal["mean", "cls"]
 BACKBONE_FILE = "backbone.json"
 GRAPHS_FOLDER = "graphs"  # of a backbone that came with its export
-# Modules beside the plain weights, see `modeling.composed`; most backbones have none.
+# Modules beside the plain weights, see `modeling.adapters_in_encoder`; most backbones have none.
 COMPOSITION_FILE = "composition.json"
 COMPOSITION_WEIGHTS = "composition.safetensors"
 

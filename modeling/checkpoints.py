@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from modeling.adapters_in_encoder import Composition, plain_weights, write_composition
 from modeling.backbone import (
     BACKBONE_FILE,
     Backbone,
@@ -26,7 +27,6 @@ from modeling.backbone import (
     read_config,
     weight_files,
 )
-from modeling.composed import Composition, plain_weights, write_composition
 from modeling.encoder import load_pretrained
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, takes_type_ids
@@ -72,7 +72,7 @@ def write_encoder(
 ) -> Backbone:
     """Writes `encoder` as a backbone folder, with the tokenizer and configuration of the folder `like`.
 
-    `composition` is what `modeling.composed.compose` made it with, if it did.
+    `composition` is what `modeling.adapters_in_encoder.compose` made it with, if it did.
     """
     from safetensors.torch import save_file
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from modeling.adapters_in_encoder import read_composed
 from modeling.backbone import read_config, weight_files
-from modeling.composed import read_composed
 from modeling.errors import BackboneUnavailable
 
 _EAGER_ONLY = frozenset({"deberta-v2", "mpnet"})  # no fused attention in transformers 5

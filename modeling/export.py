@@ -21,7 +21,7 @@ from modeling.backbone import Backbone
 from modeling.encoder import load_encoder
 from modeling.engines.graphs import SLOTS_INPUT, GraphFiles, a_input, b_input
 from modeling.engines.torch import pool, takes_type_ids
-from modeling.routed import Routing, route
+from modeling.multi_lora import Routing, route
 
 # From 23 on attention is one operator, which both CPU runtimes compute fused: 3 to 25 % less time a batch.
 OPSET = 23

@@ -21,7 +21,7 @@ import numpy as np
 
 from model_registry.manifest import FileEntry
 from modeling.adapters import Adapter
-from modeling.aside import step_aside
+from modeling.child_process import run_in_background
 from modeling.engines.graphs import GraphEngine
 from modeling.engines.protocol import Engine
 from modeling.errors import AdapterMismatch, EngineFailed, ModelingError
@@ -138,7 +138,7 @@ def _layer(node: onnx.NodeProto) -> str | None:
 
 def main() -> None:
     request = MergeRequest(**json.loads(sys.stdin.readline()))
-    step_aside(request.niceness)
+    run_in_background(request.niceness)
     try:
         write_merged(request)
     except (ModelingError, OSError) as error:

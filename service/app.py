@@ -7,8 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
-from finetune.datasets.errors import ColumnMissing, DatasetNotFound, DatasetUnreadable
-from finetune.hyperparameters import PlanError
+from finetune.data.errors import ColumnMissing, DatasetNotFound, DatasetUnreadable
 from finetune.jobs.errors import (
     IdempotencyInProgress,
     IdempotencyMismatch,
@@ -17,6 +16,7 @@ from finetune.jobs.errors import (
     JobNotPausable,
     JobNotResumable,
 )
+from finetune.jobs.hyperparameters import PlanError
 from modeling import errors as modeling
 from service.api import answers, datasets, finetune, health, models, predict
 from service.api.auth import KeyAuthentication

@@ -11,11 +11,11 @@ import shutil
 import time
 from pathlib import Path
 
-from finetune.datasets.check import check_upload
-from finetune.datasets.errors import DatasetCheckFailed, DatasetUnreadable
-from finetune.datasets.readers import detect_format, unrecognised
-from finetune.datasets.records import DatasetRecord, DatasetReport, DatasetStatus
-from finetune.datasets.store import DatasetStore, new_dataset_id
+from finetune.data.check import check_upload
+from finetune.data.errors import DatasetCheckFailed, DatasetUnreadable
+from finetune.data.readers import detect_format, unrecognised
+from finetune.data.records import DatasetRecord, DatasetReport, DatasetStatus
+from finetune.data.store import DatasetStore, new_dataset_id
 from model_registry.errors import DatabaseUnavailable
 
 _log = logging.getLogger("service.dataset_intake")

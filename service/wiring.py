@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from finetune.datasets.store import DatasetStore
+from finetune.data.store import DatasetStore
 from finetune.jobs.store import JobStore
 from model_registry.db import Database
 from model_registry.engine_reports import EngineReports

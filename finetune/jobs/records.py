@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from finetune.data.options import Columns, FrozenModel
 from model_registry.manifest import Task
 from model_registry.refs import NAME_PATTERN
 
@@ -75,19 +76,7 @@ class JobPhase(StrEnum):
     REGISTERING = "registering"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Columns(_Model):
-    """Which columns of the dataset hold what. `slices` name groups of rows to evaluate apart."""
-
-    text: str = Field("text", min_length=1, max_length=200)
-    label: str = Field("label", min_length=1, max_length=200)
-    slices: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field((), max_length=5)
-
-
-class JobSpec(_Model):
+class JobSpec(FrozenModel):
     """A fine-tune request as accepted: hyperparameters as asked for, not yet resolved."""
 
     dataset: str
@@ -98,8 +87,8 @@ class JobSpec(_Model):
     columns: Columns = Columns()
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"
-    hyperparameters: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
+    hyperparameters: dict[str, Any] = Field({})
+    metadata: dict[str, str] = Field({})
     actor: str = "anonymous"
 
     @property
@@ -107,14 +96,14 @@ class JobSpec(_Model):
         return tuple(id_ for id_ in (self.dataset, self.validation_dataset, self.test_dataset) if id_ is not None)
 
 
-class JobFailure(_Model):
+class JobFailure(FrozenModel):
     """Why a job failed, in a form a person can act on."""
 
     code: str
     message: str
     hint: str = ""
     retryable: bool = False
-    findings: list[dict[str, Any]] = []
+    findings: list[dict[str, Any]] = Field([])
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from finetune.checkpoints import load_checkpoint, save_checkpoint
-from finetune.errors import Cancelled, NonFiniteLoss, Stopped
-from finetune.hyperparameters import EMBEDDING_LOSSES
-from finetune.losses import build_loss
-from finetune.optimizers import build_optimizer, plateau_factor, schedule
-from finetune.plan import MethodPlan
-from finetune.run import Run
+from finetune.jobs.failures import Cancelled, NonFiniteLoss, Stopped
+from finetune.jobs.hyperparameters import EMBEDDING_LOSSES
+from finetune.jobs.plan import MethodPlan
 from finetune.training import bf16_cpu
 from finetune.training.batches import Ahead, Batch, TokenRows, epoch_order, epoch_size, make_batch, passes
+from finetune.training.checkpoints import load_checkpoint, save_checkpoint
+from finetune.training.losses import build_loss
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
+from finetune.training.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.training.parallel import Follower, Order, Share, seed_of, share_of
+from finetune.training.run_context import Run
 from finetune.training.state import Best, Progress, copied, from_checkpoint, load_weights, to_checkpoint, trainable
 from modeling.weights import FloatArray, IntArray
 

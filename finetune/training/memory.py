@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from finetune.errors import RunError
+from finetune.jobs.failures import RunError
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """Several processes compute a step's gradient together: the `Leader` in the job's own process, a `Follower` in each of
-the others (`finetune.rank`).
+the others (`finetune.worker.ddp_follower`).
 
 The leader alone has the optimiser, the checkpoints, the evaluation and the line to the supervisor. In each step it
 sends the weights out, every process computes the gradient of its share of the rows, and the sum comes back. What is
@@ -30,16 +30,16 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch._C._distributed_c10d import FileStore
 
-from finetune.errors import ProcessLost
-from finetune.plan import TrainingPlan
-from finetune.settings import rank_environment
-from finetune.spare import describe_exit
+from finetune.jobs.failures import ProcessLost
+from finetune.jobs.plan import TrainingPlan
 from finetune.training.memory import is_out_of_memory, release
+from finetune.training.settings import rank_environment
+from modeling.child_process import describe_exit
 from modeling.weights import IntArray
 
 _EXCHANGE_S = 300.0  # all are there when it begins
 _ANSWER_S = 300.0  # and ten times what the leader's own share took
-_COMMAND = (sys.executable, "-m", "finetune.rank")
+_COMMAND = (sys.executable, "-m", "finetune.worker.ddp_follower")
 
 
 class Assignment(BaseModel):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.checkpoints import Checkpoint
-from finetune.hyperparameters import EarlyStopping
-from finetune.quality import Metric
+from finetune.jobs.hyperparameters import EarlyStopping
+from finetune.jobs.task_metrics import Metric
+from finetune.training.checkpoints import Checkpoint
 
 
 @dataclass(slots=True)

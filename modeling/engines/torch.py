@@ -15,7 +15,7 @@ from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first, pad
 from modeling.engines.slots import AdapterStacks, Stack
 from modeling.errors import EngineFailed
-from modeling.routed import Routing, route
+from modeling.multi_lora import Routing, route
 from modeling.weights import FloatArray, IntArray
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,10 +11,10 @@ from typing import Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from finetune.datasets.canonical import read_batches
-from finetune.datasets.check import ROWS_FILE
-from finetune.datasets.profile import class_counts
-from finetune.datasets.records import ColumnReport, DatasetRecord, DatasetStatus
+from finetune.data.canonical import read_batches
+from finetune.data.check import ROWS_FILE
+from finetune.data.profile import class_counts
+from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus
 from service.api.deps import Services, ServicesDep, Uploading
 from service.api.problems import Problem
 from service.api.uploads import receive_multipart

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from finetune.datasets.store import DatasetStore
+from finetune.data.store import DatasetStore
 from finetune.jobs.store import JobStore
 from model_registry.registry import Registry
 from model_registry.store import ArtifactStore

@@ -14,14 +14,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from sse_starlette.sse import EventSourceResponse
 
-from finetune.datasets.check import ROWS_FILE
-from finetune.datasets.errors import ColumnMissing, DatasetUnreadable
-from finetune.datasets.labelled import load_labelled
-from finetune.datasets.load import find_target, load_sides
-from finetune.datasets.records import DatasetRecord, DatasetStatus
-from finetune.hyperparameters import Hyperparameters, check_task, parse_hyperparameters
+from finetune.data.check import ROWS_FILE
+from finetune.data.errors import ColumnMissing, DatasetUnreadable
+from finetune.data.labelled import load_labelled
+from finetune.data.load import find_target, load_sides
+from finetune.data.records import DatasetRecord, DatasetStatus
+from finetune.jobs.hyperparameters import Hyperparameters, check_task, parse_hyperparameters
+from finetune.jobs.plan import DatasetProfile, WorkerProfile, refuse_unavailable, resolve
 from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
-from finetune.plan import DatasetProfile, WorkerProfile, refuse_unavailable, resolve
 from model_registry.errors import ModelNotFound
 from model_registry.manifest import Task
 from service.api.auth import Principal
@@ -224,7 +224,7 @@ def _dry_run(
         task=target.task,
     )
     return {
-        "object": "finetune.plan",
+        "object": "finetune.jobs.plan",
         "plan": plan.model_dump(mode="json"),
         "estimated_seconds": round(plan.estimated_seconds, 1) if profile else None,
         "findings": [finding.model_dump() for finding in findings],
@@ -257,7 +257,7 @@ def get_evaluation(job_id: str, services: ServicesDep, principal: Training) -> d
     job = services.jobs.get(principal.tenant, job_id)
     if job.evaluation is None:
         raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
-    return {"object": "finetune.evaluation", "job_id": job.id, **job.evaluation}
+    return {"object": "finetune.evaluation.classification", "job_id": job.id, **job.evaluation}
 
 
 @router.get("/finetune/{job_id}/events", summary="Events of a job, as JSON or as a stream")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from finetune.jobs.records import Columns
+from finetune.data.options import Columns
 from model_registry.manifest import Task
 from model_registry.refs import NAME_PATTERN
 

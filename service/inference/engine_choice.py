@@ -30,7 +30,7 @@ class EngineChoice:
 
 
 def choose(reports: Sequence[Mapping[str, Any]], *, reference: str, bound: ParityBound = ParityBound()) -> EngineChoice:
-    """The fastest of `reports` (fields of `modeling.trial.EngineReport`) inside the bound; else the reference."""
+    """Choose the fastest of `reports`, fields of `EngineReport`, inside the bound; else the reference."""
     refused = {}
     eligible = {}
     for report in reports:

@@ -1,6 +1,6 @@
 """Finds the engine to serve a backbone on: remembered for this device, or measured in a process of its own.
 
-`engine_choice` decides, `modeling.trial` measures; here is what runs, waits, remembers and falls back.
+`engine_choice` decides, `modeling.engine_benchmark` measures; here is what runs, waits, remembers and falls back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.errors import DatabaseUnavailable
 from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.calibration import TEXTS
+from modeling.engine_benchmark import EngineReport, TrialRequest
 from modeling.engines.build import (
     CAPTURED,
     COMPILED,
@@ -34,7 +35,6 @@ from modeling.engines.device import fingerprint
 from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.protocol import Engine
 from modeling.errors import EngineFailed, ModelingError
-from modeling.trial import EngineReport, TrialRequest
 from service.inference.engine_choice import EngineChoice, ParityBound, choose
 
 _log = logging.getLogger("service.engine_selection")
@@ -217,7 +217,10 @@ class EngineSelector:
 
 
 async def measure(
-    request: TrialRequest, *, stall_s: float, command: Sequence[str] = (sys.executable, "-m", "modeling.trial")
+    request: TrialRequest,
+    *,
+    stall_s: float,
+    command: Sequence[str] = (sys.executable, "-m", "modeling.engine_benchmark"),
 ) -> list[EngineReport]:
     """Runs the trial; an engine that takes the process down, or hangs, is left out of the next try.
 

@@ -130,7 +130,7 @@ class Worker(Process):
     def training_child(self) -> int:
         """The process id of the run in progress."""
         return until(
-            lambda: next(iter(children(self.pid, "finetune.child")), 0), within_s=30, what="a training process"
+            lambda: next(iter(children(self.pid, "finetune.worker.child")), 0), within_s=30, what="a training process"
         )
 
 

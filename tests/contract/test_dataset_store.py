@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from finetune.datasets.errors import DatasetNotFound
-from finetune.datasets.records import ColumnReport, DatasetRecord, DatasetReport, DatasetStatus, Finding
-from finetune.datasets.store import DatasetStore, new_dataset_id
+from finetune.data.errors import DatasetNotFound
+from finetune.data.records import ColumnReport, DatasetRecord, DatasetReport, DatasetStatus, Finding
+from finetune.data.store import DatasetStore, new_dataset_id
 from model_registry.db import Database
 
 REPORT = DatasetReport(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.supervisor import promotion_of
+from finetune.worker.supervisor import promotion_of
 from model_registry.db import Database
 from model_registry.manifest import ModelManifest
 from model_registry.registry import Promotion, Registry

@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from finetune.metrics import WorkerMetrics
+from finetune.worker.metrics import WorkerMetrics
 from service.metrics import ServingMetrics
 
 ROOT = Path(__file__).parents[2]

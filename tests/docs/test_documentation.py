@@ -21,10 +21,10 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from finetune.datasets.batches import FindingLog
-from finetune.hyperparameters import NOT_YET, Hyperparameters
-from finetune.metrics import WorkerMetrics
-from finetune.settings import WorkerSettings
+from finetune.data.record_batches import FindingLog
+from finetune.jobs.hyperparameters import NOT_YET, Hyperparameters
+from finetune.worker.metrics import WorkerMetrics
+from finetune.worker.settings import WorkerSettings
 from service.api.guard import DrainState
 from service.api.problems import _CODE_BY_STATUS, STATUS_BY_ERROR
 from service.app import create_app
@@ -113,14 +113,14 @@ def test_problem_codes_are_literals() -> None:
 
 def test_codes_of_failed_jobs_are_documented() -> None:
     codes = {code for call in calls_in("finetune", "JobFailure") for code in keyword_texts(call, "code")}
-    for call in calls(ROOT / "finetune" / "errors.py", "__init__"):  # of a `RunError`: code, message
+    for call in calls(ROOT / "finetune" / "jobs" / "failures.py", "__init__"):  # of a `RunError`: code, message
         codes |= {first_text(call)} if len(call.args) > 1 else set()
     assert set(table_rows(section(page("errors"), "Failed jobs"))) == codes
 
 
 def test_codes_of_findings_are_documented() -> None:
-    codes = {code for call in calls_in("finetune/datasets") for code in keyword_texts(call, "code")}
-    codes |= {first_text(call) for call in calls_in("finetune/datasets", "_finding")}
+    codes = {code for call in calls_in("finetune/data") for code in keyword_texts(call, "code")}
+    codes |= {first_text(call) for call in calls_in("finetune/data", "_finding")}
     codes |= {inspect.signature(FindingLog.note).parameters["code"].default}
     assert set(table_rows(section(page("errors"), "Findings"))) == codes
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.judgement import parity
-from finetune.judgement.champion import read_champion
-from finetune.run import Rows, Run
+from finetune.training import parity
+from finetune.training.champion import read_champion
+from finetune.training.run_context import Rows, Run
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from modeling.assemble import read_version
@@ -169,8 +169,8 @@ def test_a_champion_answers_as_its_golden_rows_say(shop: Workshop, method: str) 
 
 
 def bare_run(shop: Workshop) -> Run:
-    from finetune.hyperparameters import parse_hyperparameters
-    from finetune.plan import DatasetProfile, WorkerProfile, resolve
+    from finetune.jobs.hyperparameters import parse_hyperparameters
+    from finetune.jobs.plan import DatasetProfile, WorkerProfile, resolve
 
     data = DatasetProfile(train_rows=1, validation_rows=1, test_rows=1, labels=3, max_length_p99=16)
     plan = resolve(

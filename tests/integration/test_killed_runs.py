@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from finetune.events import ChildJob
-from finetune.settings import child_environment
+from finetune.jobs.events import ChildJob
+from finetune.training.settings import child_environment
 from tests.integration.test_recipe import backbone_folder, job, rows_file, store
 
 __all__ = ["backbone_folder", "job", "rows_file", "store"]
@@ -39,7 +39,7 @@ class Processes:
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "finetune.child", "--ahead", "bert"],
+            [sys.executable, "-m", "finetune.worker.child", "--ahead", "bert"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from finetune.events import ChildJob, DatasetInput
+from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec, JobStatus
 from finetune.jobs.store import JobStore
-from finetune.metrics import WorkerMetrics
-from finetune.plan import WorkerProfile
-from finetune.supervisor import Ledger, Supervisor, Timing
+from finetune.worker.metrics import WorkerMetrics
+from finetune.worker.supervisor import Ledger, Supervisor, Timing
 from model_registry.db import Database
 from model_registry.manifest import ModelManifest
 from model_registry.registry import Registry

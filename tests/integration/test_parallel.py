@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from finetune.errors import NonFiniteLoss, ProcessLost, Stopped
-from finetune.events import ChildJob
-from finetune.plan import WorkerProfile
-from finetune.recipe import run_job
+from finetune.jobs.events import ChildJob
+from finetune.jobs.failures import NonFiniteLoss, ProcessLost, Stopped
+from finetune.jobs.plan import WorkerProfile
 from finetune.training import parallel
 from finetune.training.loop import _Loop
 from finetune.training.parallel import Leader, leading, share_of
+from finetune.training.recipe import run_job
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from tests.integration.test_killed_runs import assert_same
@@ -60,7 +60,7 @@ def pair(job: Build, kept: list[Leader], monkeypatch: pytest.MonkeyPatch) -> Bui
             kept.append(Leader(plan, work_dir=work_dir))
         return _Kept(kept[0])
 
-    monkeypatch.setattr("finetune.recipe._leading", keep)
+    monkeypatch.setattr("finetune.training.recipe._leading", keep)
     return _of_two(job)
 
 
@@ -190,7 +190,7 @@ def test_a_search_keeps_its_processes(pair: Build, kept: list[Leader]) -> None:
 
 _FAULTY = """
 import os, signal, sys, torch
-from finetune import rank
+from finetune.worker import ddp_follower as rank
 from finetune.training.loop import _Loop
 
 original, passes = _Loop._losses, []

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import embedding
-from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.errors import Cancelled, DatasetInvalid, NonFiniteLoss, Stopped
-from finetune.events import ChildJob, DatasetInput, EmbeddingInput
+from finetune.data.check import ROWS_FILE, write_checked
+from finetune.jobs.events import ChildJob, DatasetInput, EmbeddingInput
+from finetune.jobs.failures import Cancelled, DatasetInvalid, NonFiniteLoss, Stopped
+from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
-from finetune.methods import METHODS
-from finetune.plan import WorkerProfile
-from finetune.recipe import run_job
-from finetune.run import Run
+from finetune.training import embedding
+from finetune.training.methods import METHODS
+from finetune.training.recipe import run_job
+from finetune.training.run_context import Run
 from model_registry.manifest import MANIFEST_NAME, ModelManifest
 from model_registry.store import FileStore
 from modeling.assemble import check_golden, read_version
@@ -366,7 +366,7 @@ def test_the_events_of_earlier_attempts_are_in_the_record(job: Callable[..., Chi
 def test_metadata_columns_become_slices_and_the_verdict_stands_in_the_card(
     job: Callable[..., ChildJob], store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import recipe
+    from finetune.training import recipe
 
     real = recipe._rows
 
@@ -455,7 +455,7 @@ def test_a_probe_on_known_vectors_does_without_torch(job: Callable[..., ChildJob
     probe = job(method="linear_probe").model_copy(update={"embedding": kept})
     first = finish(probe, RecordingLink())
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "finetune.child"],
+        [sys.executable, "-X", "importtime", "-m", "finetune.worker.child"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -465,7 +465,7 @@ def test_a_probe_on_known_vectors_does_without_torch(job: Callable[..., ChildJob
     assert last["kind"] == "succeeded", done.stderr[-2000:]
     assert last["evaluation"]["validation"] == first["evaluation"]["validation"]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "finetune.recipe" in imported
+    assert "finetune.training.recipe" in imported
     assert not imported & {"torch", "transformers", "accelerate", "peft", "onnxruntime"}
 
 

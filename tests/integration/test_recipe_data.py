@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.datasets.texts import text_digest
-from finetune.errors import DatasetInvalid
-from finetune.events import ChildJob, DatasetInput
-from finetune.jobs.records import Columns, JobSpec
-from finetune.plan import WorkerProfile
-from finetune.recipe import frozen_vectors, load_sides, planner, run_job
+from finetune.data.check import ROWS_FILE, write_checked
+from finetune.data.options import Columns
+from finetune.data.text_identity import text_digest
+from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.failures import DatasetInvalid
+from finetune.jobs.plan import WorkerProfile
+from finetune.jobs.records import JobSpec
+from finetune.training.recipe import frozen_vectors, load_sides, planner, run_job
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("optuna", reason="needs the extra finetune")
 
-from finetune import search
-from finetune.errors import SearchFailed, SearchUnavailable, Stopped
-from finetune.recipe import run_job
+from finetune.jobs.failures import SearchFailed, SearchUnavailable, Stopped
+from finetune.training import search
+from finetune.training.recipe import run_job
 from model_registry.store import FileStore
 from modeling.backbone import ingest
 from modeling.testing import write_tiny_checkpoint
@@ -136,7 +136,7 @@ def test_a_search_in_which_every_trial_diverges_fails_with_advice(
 
 
 def _diverge(monkeypatch: pytest.MonkeyPatch, *, numbers: set[int]) -> None:
-    from finetune.errors import NonFiniteLoss
+    from finetune.jobs.failures import NonFiniteLoss
 
     real, count = search.METHODS["lora"], iter(range(100))
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score, root_mean_squared_error
 
-from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.errors import DatasetInvalid
-from finetune.events import ChildJob, DatasetInput
-from finetune.hyperparameters import PlanError
+from finetune.data.check import ROWS_FILE, write_checked
+from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.failures import DatasetInvalid
+from finetune.jobs.hyperparameters import PlanError
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from modeling.assemble import check_golden, read_version

@@ -17,7 +17,7 @@ import pytest
 
 from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
 from finetune.jobs.store import JobStore
-from finetune.tracking import MlflowSink, TrackingFailed, batches, flat
+from finetune.worker.tracking import MlflowSink, TrackingFailed, batches, flat
 from model_registry.db import Database
 from tests.acceptance.processes import free_port
 

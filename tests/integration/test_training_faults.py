@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.child import explain
-from finetune.errors import NonFiniteLoss, Stopped
-from finetune.events import ChildJob
-from finetune.hyperparameters import PlanError
-from finetune.recipe import run_job
+from finetune.jobs.events import ChildJob
+from finetune.jobs.failures import NonFiniteLoss, Stopped
+from finetune.jobs.hyperparameters import PlanError
 from finetune.training.loop import _Loop
 from finetune.training.memory import OutOfMemory, PassSize, largest_that_fits
+from finetune.training.recipe import run_job
+from finetune.worker.child import explain
 from tests.integration.test_recipe import RecordingLink, _stop_after, backbone_folder, finish, job, rows_file, store
 
 __all__ = ["backbone_folder", "job", "rows_file", "store"]

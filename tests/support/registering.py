@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.datasets.check import ROWS_FILE, write_checked
-from finetune.events import ChildJob, DatasetInput
+from finetune.data.check import ROWS_FILE, write_checked
+from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
-from finetune.plan import WorkerProfile
-from finetune.recipe import run_job
+from finetune.training.recipe import run_job
 from model_registry.manifest import MANIFEST_NAME, ModelManifest, sha256_hex
 from model_registry.store import FileStore
 

@@ -23,12 +23,12 @@ from model_registry.refs import ModelRef
 from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.checkpoints import write_encoder
 from modeling.encoder import load_encoder
+from modeling.engine_benchmark import TrialRequest
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.export import export_graphs
-from modeling.trial import TrialRequest
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
 from service.inference.answering import PredictOptions
@@ -41,7 +41,7 @@ from service.inference.predictor import Predictor, PredictResult
 from service.metrics import ServingMetrics
 from tests.support.world import World, run
 
-# Stands for `modeling.trial`: opens each candidate in turn; `crash` dies, `hang` says nothing more.
+# Stands for `modeling.engine_benchmark`: opens each candidate in turn; `crash` dies, `hang` says nothing more.
 _TRIAL = """
 import json, sys, time
 request = json.loads(sys.stdin.readline())

@@ -18,8 +18,8 @@ from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed, GoldenRowsDiffer, ModelingError
+from modeling.multi_lora import Routing, route
 from modeling.preprocess import TextInput
-from modeling.routed import Routing, route
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
 from service.inference.answering import PredictOptions

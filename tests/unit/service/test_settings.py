@@ -45,7 +45,7 @@ def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_worker_s_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune import settings as worker
+    from finetune.worker import settings as worker
     from service import settings as serving
 
     serving_names = {name.upper() for name in serving.ServingSettings.model_fields}

@@ -1,0 +1,135 @@
+"""Rows of a csv file, through the standard library's parser in strict mode.
+
+Knows delimiters, quotes and ragged rows. Strict, because the lenient mode takes a quote that is never
+closed for one cell up to the end of the file and says nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.data.record_batches import (
+    NOTHING,
+    BatchBuilder,
+    FindingLog,
+    Limits,
+    RowBatch,
+    RowSource,
+    are_names_sound,
+    cell_problem,
+    note_cell_problem,
+    note_too_many_rows,
+)
+from finetune.data.text_lines import Utf8Lines
+
+_OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs"}
+
+
+@contextlib.contextmanager
+def open_csv(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSource]:
+    csv.field_size_limit(limits.cell_bytes)  # in characters; process-wide, and the default is below our limit
+    delimiter = _delimiter(path, limits)
+    if delimiter in _OTHER_DELIMITERS:
+        message = f"the columns are separated by {_OTHER_DELIMITERS[delimiter]}"
+        log.note("delimiter", message, severity="info", fix="nothing to do, or save with commas")
+    with path.open("rb") as stream:
+        reader = _CsvRows(Utf8Lines(stream, log, limits), delimiter, log, limits)
+        header = reader.header()
+        yield NOTHING if header is None else RowSource(header, reader.batches(header))
+
+
+class _CsvRows:
+    def __init__(self, lines: Utf8Lines, delimiter: str, log: FindingLog, limits: Limits) -> None:
+        self._lines = lines
+        self._parser = csv.reader(lines, delimiter=delimiter, strict=True)
+        self._log = log
+        self._limits = limits
+
+    def header(self) -> tuple[str, ...] | None:
+        """The column names, or None where there is no usable header."""
+        fields = self._next_record()
+        if fields is None or self._lines.is_damaged:
+            return None
+        names = tuple(name.strip() or self._unnamed(position) for position, name in enumerate(fields, 1))
+        return names if are_names_sound(names, self._log, self._limits) else None
+
+    def _unnamed(self, position: int) -> str:
+        name = f"column_{position}"
+        message = f"column {position} has no name in the header; it is called {name!r}"
+        self._log.note("unnamed", message, severity="warning", column=name, fix="name the column in the header")
+        return name
+
+    def batches(self, header: tuple[str, ...]) -> Iterator[RowBatch]:
+        builder = BatchBuilder(len(header), self._limits)
+        while True:
+            self._lines.row += 1
+            if self._lines.row > self._limits.rows:
+                if self._next_record() is not None:
+                    note_too_many_rows(self._log, self._limits, row=self._lines.row)
+                break
+            fields = self._next_record()
+            if fields is None:
+                break
+            if self._is_sound(fields, header):
+                builder.add(self._lines.row, fields)
+            if builder.is_full:
+                yield builder.take()
+        if builder:
+            yield builder.take()
+
+    def _next_record(self) -> list[str] | None:
+        """The next record, empty where it could not be parsed; None at the end of what can be read."""
+        self._lines.is_damaged = False
+        try:
+            for fields in self._parser:
+                if fields or self._lines.is_damaged:
+                    return fields
+        except csv.Error as error:
+            return self._after_error(str(error))
+        return None
+
+    def _after_error(self, reason: str) -> list[str] | None:
+        row = self._lines.row
+        where = f"row {row}" if row > 0 else "the header"
+        is_too_large = "field limit" in reason
+        if is_too_large:
+            # What follows would be parsed from the middle of a cell: every later row would be wrong too.
+            message = f"{where} has a cell larger than {self._limits.cell_bytes:,} bytes; reading stopped there"
+            fix = "shorten the cell; if it is not long, a double quote before it is never closed"
+        else:
+            message = f"{where} cannot be parsed: {reason}"
+            fix = 'put cells with quotes, commas or line breaks in double quotes, and double the quotes inside: ""'
+        self._log.note("huge cell" if is_too_large else "csv syntax", message, row=row, fix=fix)
+        self._lines.is_damaged = True
+        return None if is_too_large else []
+
+    def _is_sound(self, fields: list[str], header: tuple[str, ...]) -> bool:
+        row = self._lines.row
+        if self._lines.is_damaged:
+            return False
+        if len(fields) != len(header):
+            message = f"row {row} has {_fields(len(fields))}, the header has {len(header)}"
+            fix = "give every row as many fields as the header; put cells with commas in double quotes"
+            self._log.note("ragged", message, row=row, fix=fix)
+            return False
+        problems = [(name, cell_problem(cell, self._limits)) for name, cell in zip(header, fields, strict=True)]
+        for name, problem in problems:
+            if problem is not None:
+                note_cell_problem(self._log, problem, row=row, column=name)
+        return all(problem is None for _, problem in problems)
+
+
+def _fields(count: int) -> str:
+    return "1 field" if count == 1 else f"{count} fields"
+
+
+def _delimiter(path: Path, limits: Limits) -> str:
+    """A comma, unless the header holds none and does hold a semicolon or a tab."""
+    with path.open("rb") as stream:
+        first = next(Utf8Lines(stream, FindingLog(), limits), "")
+    if "," in first:
+        return ","
+    return next((delimiter for delimiter in _OTHER_DELIMITERS if delimiter in first), ",")

@@ -1,0 +1,147 @@
+"""Rows of a jsonl file: one object a line, of scalars and lists of them. Numbers keep the digits they were written
+with; a list of strings or numbers becomes the JSON of its strings, for rows that have several labels.
+
+The file is read twice: columns may first appear in the last line, and a table needs them at its start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.data.record_batches import (
+    NOTHING,
+    BatchBuilder,
+    FindingLog,
+    Limits,
+    RowBatch,
+    RowSource,
+    are_names_sound,
+    cell_problem,
+    note_cell_problem,
+    note_too_many_rows,
+)
+from finetune.data.text_lines import Utf8Lines
+
+Row = dict[str, str | None]
+
+
+class _Refused(ValueError):
+    """A line that is JSON but not a row."""
+
+    def __init__(self, kind: str, reason: str, fix: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.fix = fix
+
+
+@contextlib.contextmanager
+def open_jsonl(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSource]:
+    columns = _column_names(path, limits)
+    if not are_names_sound(columns, log, limits):
+        yield NOTHING
+        return
+    with path.open("rb") as stream:
+        yield RowSource(columns, _batches(Utf8Lines(stream, log, limits), columns, log, limits))
+
+
+def _column_names(path: Path, limits: Limits) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    with path.open("rb") as stream:
+        log = FindingLog()  # the second reading reports
+        for _, row in _rows(Utf8Lines(stream, log, limits), log, limits):
+            names.update(dict.fromkeys(row))
+            if len(names) > limits.columns:
+                break
+    return tuple(names)
+
+
+def _batches(lines: Utf8Lines, columns: tuple[str, ...], log: FindingLog, limits: Limits) -> Iterator[RowBatch]:
+    builder = BatchBuilder(len(columns), limits)
+    for number, row in _rows(lines, log, limits):
+        builder.add(number, [row.get(name) for name in columns])
+        if builder.is_full:
+            yield builder.take()
+    if builder:
+        yield builder.take()
+
+
+def _rows(lines: Utf8Lines, log: FindingLog, limits: Limits) -> Iterator[tuple[int, Row]]:
+    """Line numbers and rows; blank and bad lines are left out."""
+    read = 0
+    while True:
+        lines.row += 1
+        lines.is_damaged = False
+        line = next(lines, None)
+        if line is None:
+            return
+        if lines.is_damaged or not line.strip():
+            continue
+        read += 1
+        if read > limits.rows:
+            return note_too_many_rows(log, limits, row=lines.row)
+        row = _parse(line, lines.row, log)
+        if row is not None and _are_cells_sound(row, lines.row, log, limits):
+            yield lines.row, row
+
+
+def _parse(line: str, number: int, log: FindingLog) -> Row | None:
+    try:
+        return _as_row(_DECODER.decode(line.strip()))
+    except _Refused as refused:
+        log.note(refused.kind, f"line {number} {refused}", row=number, fix=refused.fix)
+    except json.JSONDecodeError as error:
+        message = f"line {number} is not JSON: {error.msg} at character {error.colno}"
+        log.note("json syntax", message, row=number, fix='write one JSON object on each line: {"text": …, "label": …}')
+    except RecursionError:
+        log.note("nested", f"line {number} is nested too deeply", row=number, fix=_FLATTEN)
+    return None
+
+
+def _as_row(value: Any) -> Row:
+    # Objects arrive as tuples of pairs (see _DECODER), so that a key given twice is still there twice.
+    if not isinstance(value, tuple):
+        raise _Refused("not an object", "is JSON but not an object", 'write one object on each line, {"text": …}')
+    row: Row = {}
+    for name, cell in value:
+        if name in row:
+            raise _Refused("duplicate key", f"has the key {name[:80]!r} twice", "keep one of the two values")
+        row[name] = _as_cell(name, cell)
+    return row
+
+
+def _as_cell(name: str, cell: Any) -> str | None:
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    if cell is None or isinstance(cell, str):
+        return cell
+    if isinstance(cell, list) and all(isinstance(item, str) for item in cell):
+        return json.dumps(cell, ensure_ascii=False)
+    what = f"has an object or a nested list under {name[:80]!r}; a cell must be a single value or a list of strings"
+    raise _Refused("nested", what, _FLATTEN)
+
+
+def _are_cells_sound(row: Row, number: int, log: FindingLog, limits: Limits) -> bool:
+    is_sound = True
+    for name, cell in row.items():
+        if cell is not None and (problem := cell_problem(cell, limits)) is not None:
+            note_cell_problem(log, problem, row=number, column=_printable(name))
+            is_sound = False
+    return is_sound
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "replace").decode()[:80]
+
+
+def _refuse_constant(constant: str) -> None:
+    raise _Refused("not a number", f"holds {constant}, which is not JSON", "write null, or leave the key out")
+
+
+_FLATTEN = "give every key one string, number, boolean or null, or a list of strings"
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=tuple, parse_float=str, parse_int=str, parse_constant=_refuse_constant, strict=True
+)

@@ -1,0 +1,96 @@
+"""What a column looks like, gathered batch by batch in bounded memory. Knows no file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from finetune.data.errors import ColumnMissing
+from finetune.data.records import ColumnReport, ColumnType
+from finetune.data.targets import parse_list
+
+_DISTINCT_AT_MOST = 1000
+_EXAMPLE_CHARACTERS = 200
+_COUNTED_AT_MOST = 100
+_LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment", "tag", "y")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_BOOLEANS = frozenset({"true", "false"})
+
+
+class ColumnProfile:
+    """Counts one column's values; `report` may be asked for at any time."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._empty = 0
+        self._example: str | None = None
+        self._may_be_number = True
+        self._may_be_boolean = True
+        self._may_be_list = True
+        # Hashes, since a thousand values of a megabyte would not fit; None above the limit.
+        self._distinct: set[int] | None = set()
+        self._counts: Counter[str] | None = Counter()  # None above the limit, or where a value is no class name
+
+    def add(self, values: list[str | None]) -> None:
+        filled = [stripped for value in values if value is not None and (stripped := value.strip())]
+        self._empty += len(values) - len(filled)
+        if not filled:
+            return
+        if self._example is None:
+            self._example = filled[0][:_EXAMPLE_CHARACTERS]
+        self._may_be_number = self._may_be_number and all(_NUMBER.fullmatch(value) for value in filled)
+        self._may_be_boolean = self._may_be_boolean and all(value.lower() in _BOOLEANS for value in filled)
+        lists = [parse_list(value) for value in filled]
+        self._may_be_list = self._may_be_list and None not in lists
+        self._count_distinct(filled)
+        self._count_values(
+            item for value, found in zip(filled, lists, strict=True) for item in ([value] if found is None else found)
+        )
+
+    def _count_distinct(self, filled: list[str]) -> None:
+        if self._distinct is None:
+            return
+        self._distinct.update(map(hash, filled))
+        if len(self._distinct) > _DISTINCT_AT_MOST:
+            self._distinct = None
+
+    def _count_values(self, values: Iterable[str]) -> None:
+        if self._counts is None:
+            return
+        self._counts.update(values)
+        if len(self._counts) > _COUNTED_AT_MOST or any(len(value) > _EXAMPLE_CHARACTERS for value in self._counts):
+            self._counts = None
+
+    def report(self) -> ColumnReport:
+        return ColumnReport(
+            name=self._name,
+            type=self._type(),
+            empty=self._empty,
+            distinct=None if self._distinct is None else len(self._distinct),
+            example=self._example,
+            counts=None if self._counts is None else dict(self._counts.most_common()),
+        )
+
+    def _type(self) -> ColumnType:
+        if self._example is None:
+            return "other"
+        if self._may_be_boolean:
+            return "boolean"
+        if self._may_be_list:
+            return "list"
+        return "number" if self._may_be_number else "text"
+
+
+def class_counts(columns: Sequence[ColumnReport], label: str | None) -> dict[str, Any] | None:
+    """The rows of each class of the column `label`; where none is named, of one that is called like a label.
+
+    None where no column is called so; `rows` is None for a column of more than 100 values. Raises `ColumnMissing`.
+    """
+    by_name = {column.name: column for column in columns}
+    if label is not None and label not in by_name:
+        raise ColumnMissing(label, available=list(by_name))
+    folded = {name.casefold(): name for name in reversed(by_name)}
+    name = label or next((folded[guess] for guess in _LABEL_NAMES if guess in folded), None)
+    return None if name is None else {"column": name, "is_guess": label is None, "rows": by_name[name].counts}

@@ -1,0 +1,202 @@
+"""What every reader yields and reports: batches of rows in bounded memory, limits, and a log of findings.
+
+Knows no file format. The readers fill it, `check` drains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from finetune.data.records import ROWS_SHOWN, Finding, Severity
+
+ROW_COLUMN = "__row__"
+_NAME_CHARACTERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of a file is accepted. `row_bytes` bounds one line; `batch_*` bound what stands in memory.
+
+    An archive may have so many `entries` and bytes of names, and unpack to `unpacked_ratio` times its size plus
+    `unpacked_slack_bytes`, at most to `unpacked_bytes`.
+    """
+
+    rows: int = 10_000_000
+    columns: int = 2000
+    cell_bytes: int = 1_000_000
+    row_bytes: int = 32 * 1024 * 1024
+    batch_rows: int = 65_536
+    batch_cells: int = 1_000_000
+    batch_characters: int = 16 * 1024 * 1024
+    entries: int = 500_000
+    directory_bytes: int = 64 * 1024 * 1024
+    unpacked_bytes: int = 16 * 1024**3
+    unpacked_ratio: int = 100
+    unpacked_slack_bytes: int = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Some rows, column by column in the order of `RowSource.columns`. Values stand exactly as given."""
+
+    row_numbers: list[int]
+    columns: list[list[str | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """An open file: its column names and its rows, to be read once."""
+
+    columns: tuple[str, ...]
+    batches: Iterator[RowBatch]
+
+
+NOTHING = RowSource(columns=(), batches=iter(()))
+
+
+@dataclass(slots=True)
+class _Occurrences:
+    code: str
+    severity: Severity
+    message: str
+    fix: str
+    column: str | None
+    rows: list[int] = field(default_factory=list)
+    count: int = 0
+
+
+class FindingLog:
+    """Gathers problems of one kind into one finding: the first message, the first rows, the count."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[str, str | None], _Occurrences] = {}
+
+    def note(
+        self,
+        kind: str,
+        message: str,
+        *,
+        fix: str,
+        code: str = "parse_error",
+        severity: Severity = "error",
+        row: int = 0,
+        column: str | None = None,
+    ) -> None:
+        """Files one occurrence. `row` 0 stands for the header or the file as a whole."""
+        key = (kind, column)
+        if key not in self._kinds:
+            self._kinds[key] = _Occurrences(code, severity, message, fix, column)
+        seen = self._kinds[key]
+        seen.count += 1
+        if row > 0 and len(seen.rows) < ROWS_SHOWN and row not in seen.rows:
+            seen.rows.append(row)
+
+    def findings(self) -> list[Finding]:
+        return [
+            Finding(
+                code=seen.code,
+                severity=seen.severity,
+                message=seen.message,
+                column=seen.column,
+                rows=seen.rows,
+                count=seen.count,
+                fix=seen.fix,
+            )
+            for seen in self._kinds.values()
+        ]
+
+
+class BatchBuilder:
+    """Collects rows until a batch is full."""
+
+    def __init__(self, width: int, limits: Limits) -> None:
+        self._width = width
+        self._most_rows = rows_per_batch(width, limits)
+        self._most_characters = limits.batch_characters
+        self._start()
+
+    def _start(self) -> None:
+        self._row_numbers: list[int] = []
+        self._rows: list[Sequence[str | None]] = []
+        self._characters = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: int, cells: Sequence[str | None]) -> None:
+        self._row_numbers.append(row)
+        self._rows.append(cells)
+        self._characters += sum(len(cell) for cell in cells if cell is not None)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._rows) >= self._most_rows or self._characters >= self._most_characters
+
+    def take(self) -> RowBatch:
+        """The rows so far; the builder starts afresh."""
+        batch = RowBatch(self._row_numbers, [list(column) for column in zip(*self._rows, strict=True)])
+        self._start()
+        return batch
+
+
+def rows_per_batch(width: int, limits: Limits) -> int:
+    return max(1, min(limits.batch_rows, limits.batch_cells // max(1, width)))
+
+
+def cell_problem(cell: str, limits: Limits) -> str | None:
+    """What is wrong with one value, or None: too large, a NUL, or a lone surrogate."""
+    if len(cell) * 4 > limits.cell_bytes and len(cell.encode("utf-8", "replace")) > limits.cell_bytes:
+        return f"a cell larger than {limits.cell_bytes:,} bytes"
+    if "\0" in cell:
+        return "a NUL character"
+    if not cell.isascii() and _has_lone_surrogate(cell):
+        return "a lone surrogate (half of a character)"
+    return None
+
+
+def note_cell_problem(log: FindingLog, problem: str, *, row: int, column: str) -> None:
+    fix = "shorten the text or move it to another file" if "larger" in problem else "remove the character from the cell"
+    log.note(f"cell: {problem}", f"row {row}, column {column!r}: {problem}", row=row, column=column, fix=fix)
+
+
+def note_too_many_rows(log: FindingLog, limits: Limits, *, row: int) -> None:
+    message = f"the file has more than {limits.rows:,} rows; reading stopped at row {row:,}"
+    log.note("too many rows", message, row=row, fix="upload fewer rows, or several datasets")
+
+
+def are_names_sound(names: Sequence[str], log: FindingLog, limits: Limits) -> bool:
+    """Checks column names; files what is wrong with them."""
+    if len(names) > limits.columns:
+        message = f"the file has more than {limits.columns:,} columns"
+        log.note("too many columns", message, fix="keep only the columns to train on")
+        return False
+    problems = [(name, problem) for name, problem in _name_problems(names) if problem is not None]
+    for name, problem in problems:
+        log.note(f"name: {problem}", f"the column name {name[:80]!r} {problem}", fix="rename the column in the file")
+    return not problems
+
+
+def _name_problems(names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    seen: set[str] = set()
+    for name in names:
+        yield name, "stands twice in the header" if name in seen else _name_problem(name)
+        seen.add(name)
+
+
+def _name_problem(name: str) -> str | None:
+    if name == ROW_COLUMN:
+        return "is reserved"
+    if len(name) > _NAME_CHARACTERS:
+        return f"is longer than {_NAME_CHARACTERS} characters"
+    if "\0" in name or _has_lone_surrogate(name):
+        return "holds a NUL character or half of a character"
+    return None
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False

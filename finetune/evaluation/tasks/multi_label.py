@@ -1,0 +1,162 @@
+"""Any number of labels a row: each is given where its probability reaches its threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.evaluation import gates
+from finetune.evaluation.bootstrap import Values
+from finetune.evaluation.calibration import binary_calibration_error, fit_binary_temperature, mean_binary_log_loss
+from finetune.evaluation.curves import one_against_rest
+from finetune.evaluation.gates import Gate, LabelDuel
+from finetune.evaluation.tasks.class_weights import positive_weights
+from finetune.evaluation.tasks.rules import Answering, Contest, Scale, Side
+from finetune.evaluation.tasks.summed import Summed
+from finetune.evaluation.tasks.thresholds import fit_thresholds
+from model_registry.manifest import Task
+from modeling.tasks import DEFAULT_THRESHOLD, reached, scores_of
+from modeling.weights import FloatArray
+
+_MOST_CURVES = 50
+_NEVER = np.float32(-1e4)  # the logit of a label that the champion does not know
+
+
+class MultiLabel(Summed):
+    name: Task = "text-multi-label"
+    figures: tuple[str, ...] = ("micro_f1", "macro_f1", "subset_accuracy", "hamming_loss", "loss", "rows")
+    fit_metric: str | None = None
+    least_fit = 0.8
+
+    def encode(self, labels: Sequence[Sequence[str]], numbers: Sequence[str], names: Sequence[str]) -> FloatArray:
+        index = {name: position for position, name in enumerate(names)}
+        targets = np.zeros((len(labels), len(names)), np.float32)
+        for row, own in enumerate(labels):
+            targets[row, [index[name] for name in own]] = 1
+        return targets
+
+    def scale(self, targets: FloatArray) -> Scale:
+        return Scale()
+
+    def weights(self, wanted: Any, targets: FloatArray, names: Sequence[str]) -> FloatArray | None:
+        return positive_weights(wanted, targets, names)
+
+    def loss(self, outputs: FloatArray, targets: FloatArray) -> float:
+        return mean_binary_log_loss(outputs, targets)
+
+    def parts(self, outputs: FloatArray, targets: FloatArray, answering: Answering) -> Values:
+        """Hits, labels given and labels due of each label, then the rows that are right in all and the wrong cells."""
+        said, due = self._answers(outputs, answering), targets > 0
+        wrong = (said != due).sum(1, keepdims=True)
+        ones = np.ones((len(targets), 1))
+        return np.concatenate([said & due, said, due, wrong == 0, wrong, ones], axis=1).astype(np.float64)
+
+    def of_sums(self, sums: Values) -> Mapping[str, Values]:
+        """F1 = 2 hits / (given + due). Labels without a row due do not count in macro F1, as classes without one."""
+        labels = (sums.shape[1] - 3) // 3
+        hits, given, due = (sums[:, place * labels : (place + 1) * labels] for place in range(3))
+        right, wrong, rows = sums[:, -3], sums[:, -2], np.maximum(sums[:, -1], 1)
+        f1 = 2 * hits / np.maximum(given + due, 1)
+        present = due > 0
+        return {
+            "micro_f1": 2 * hits.sum(1) / np.maximum((given + due).sum(1), 1),
+            "macro_f1": (f1 * present).sum(1) / np.maximum(present.sum(1), 1),
+            "subset_accuracy": right / rows,
+            "hamming_loss": wrong / (rows * max(1, labels)),
+        }
+
+    def _answers(self, outputs: FloatArray, answering: Answering) -> Any:
+        thresholds = DEFAULT_THRESHOLD if answering.thresholds is None else answering.thresholds
+        return reached(scores_of(self.name, outputs, temperature=answering.temperature), thresholds)
+
+    def calibrate(self, outputs: FloatArray, targets: FloatArray, *, with_temperature: bool) -> Answering:
+        """The temperature first, then the thresholds of its probabilities."""
+        temperature = fit_binary_temperature(outputs, targets) if with_temperature else 1.0
+        probabilities = scores_of(self.name, outputs, temperature=temperature)
+        return Answering(temperature, fit_thresholds(probabilities, targets))
+
+    def report(self, side: Side) -> dict[str, Any]:
+        temperature = side.answering.temperature
+        return {
+            **self.summed_report(side),
+            "per_class": self._per_label(side),
+            "ece_before": binary_calibration_error(side.outputs, side.targets),
+            "ece_after": binary_calibration_error(side.outputs, side.targets, temperature=temperature),
+        }
+
+    def _per_label(self, side: Side) -> list[dict[str, Any]]:
+        said, due = self._answers(side.outputs, side.answering), side.targets > 0
+        hits, given, rows = (said & due).sum(0), said.sum(0), due.sum(0)
+        thresholds = side.answering.thresholds or (DEFAULT_THRESHOLD,) * len(side.names)
+        return [
+            {
+                "label": name,
+                "precision": float(hits[i] / max(1, given[i])),
+                "recall": float(hits[i] / max(1, rows[i])),
+                "f1": float(2 * hits[i] / max(1, given[i] + rows[i])),
+                "rows": int(rows[i]),
+                "threshold": thresholds[i],
+            }
+            for i, name in enumerate(side.names)
+        ]
+
+    def curves(self, side: Side) -> dict[str, Any]:
+        """The precision-recall curves of the 50 most frequent labels."""
+        probabilities = scores_of(self.name, side.outputs, temperature=side.answering.temperature)
+        counts = side.targets.sum(0)
+        frequent = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]][:_MOST_CURVES]
+        return {
+            "precision_recall": [
+                {"label": side.names[i], **one_against_rest(probabilities[:, i], side.targets[:, i] > 0)}
+                for i in frequent
+            ]
+        }
+
+    def tables(self, document: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[list[Any]]]:
+        return {}
+
+    def contest(self, contest: Contest) -> list[Gate]:
+        """The champion answers with its own thresholds; a label that it lacks it never gives."""
+        known = {name: place for place, name in enumerate(contest.champion_names)}
+        outputs = np.full_like(contest.outputs, _NEVER)
+        theirs = contest.champion_answering
+        given = theirs.thresholds or (DEFAULT_THRESHOLD,) * len(known)
+        thresholds = [DEFAULT_THRESHOLD] * len(contest.names)
+        for place, name in enumerate(contest.names):
+            if name in known:
+                outputs[:, place] = contest.champion_outputs[:, known[name]]
+                thresholds[place] = given[known[name]]
+        answering = Answering(theirs.temperature, tuple(thresholds))
+        duel = LabelDuel(
+            due=contest.targets > 0,
+            candidate=self._answers(contest.outputs, contest.answering),
+            champion=self._answers(outputs, answering),
+            names=contest.names,
+            champion_names=contest.champion_names,
+        )
+        return [
+            self.better(contest, outputs, answering),
+            gates.label_drop(duel, most=contest.options.max_class_drop),
+        ]
+
+    def flips(self, one: FloatArray, other: FloatArray, answering: Answering) -> int:
+        return int((self._answers(one, answering) != self._answers(other, answering)).any(1).sum())
+
+    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Answering) -> dict[str, Any]:
+        """The share of rows that are given each label; the shares need not sum to one."""
+        said = self._answers(outputs, answering)
+        shares = said.mean(0) if len(said) else np.zeros(len(names))
+        return {
+            "rows": len(said),
+            "answer_shares": dict(zip(names, shares.tolist(), strict=True)),
+            "labels_per_row": float(said.sum(1).mean()) if len(said) else 0.0,
+        }
+
+    def counts(self, targets: FloatArray, names: Sequence[str]) -> dict[str, Any]:
+        return dict(zip(names, targets.sum(0).astype(int).tolist(), strict=True))
+
+    def golden(self, targets: FloatArray) -> list[int]:
+        firsts = [int(np.flatnonzero(column)[0]) for column in targets.T if column.any()]
+        return list(dict.fromkeys(firsts))

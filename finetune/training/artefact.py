@@ -1,0 +1,197 @@
+"""A version's folder, from its weights to its card, and its way into the store."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data.text_identity import text_digest
+from finetune.evaluation.plots import draw
+from finetune.evaluation.tasks.rules import Answering
+from finetune.jobs.events import ChildJob
+from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.report import Assessment
+from finetune.training.run_context import Run
+from model_registry.card import CardContext, render_card
+from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
+from model_registry.store import ArtifactStore, put_tree
+from modeling.assemble import GOLDEN_ROWS, GoldenRow, write_version_files
+from modeling.backbone import GRAPHS_FOLDER, Backbone
+
+_log = logging.getLogger("finetune.training.artefact")
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "tokenizers", "safetensors")
+
+
+def stage_weights(folder: Path, run: Run, best: Candidate, servable: Servable) -> None:
+    """Writes what the version carries beside its head, and the graph of weights of its own, so that a server need not
+    export them. Without the graph, which is told, it serves them on torch until it has."""
+    if servable.write_extra is not None:
+        servable.write_extra(folder)
+    if best.kind != "full" or "onnx" not in run.plan.export:
+        return
+    graphs = folder / "full" / GRAPHS_FOLDER
+    try:
+        from modeling.export import export_graphs
+
+        export_graphs(Backbone.open(folder / "full"), graphs, has_adapters=False)
+    except Exception as error:  # torch's exporter raises whatever its stages raise; OSError of a full disk is one too
+        shutil.rmtree(graphs, ignore_errors=True)  # half of it may be what fills the disk
+        _log.exception("no graph was exported", extra={"action": "export_failed"})
+        message = f"the version comes without its ONNX graph, which servers then export themselves: {error}"[:500]
+        run.link.event("data_warning", message, {"code": "export_failed"}, level="warn")
+
+
+def write_artefact(
+    folder: Path,
+    job: ChildJob,
+    run: Run,
+    best: Candidate,
+    servable: Servable,
+    *,
+    answering: Answering,
+    evaluation: dict[str, Any],
+) -> None:
+    texts = _golden_texts(run)
+    logits = (servable.reference_logits or servable.logits)(texts)
+    golden = [GoldenRow(text, tuple(float(x) for x in row)) for text, row in zip(texts, logits, strict=True)]
+    held_out = evaluation["validation"]
+    calibration = {name: held_out[name] for name in ("ece_before", "ece_after") if name in held_out}
+    write_version_files(
+        folder,
+        head=servable.head,
+        linear=servable.linear,
+        labels=run.labels,
+        max_length=None if best.kind == "baseline" else run.plan.max_length,
+        temperature=answering.temperature,
+        calibration=calibration,
+        golden=golden,
+        task=run.plan.task,
+        thresholds=answering.thresholds,
+    )
+    documents = {
+        "eval/report.json": evaluation,
+        "train/params.json": run.plan.model_dump(mode="json"),
+        "train/environment.json": environment(run),
+        "data/fingerprint.json": fingerprint(job, run),
+        "reference_stats.json": run.rules.reference(best.validation_logits, run.labels, answering),
+    }
+    for name, document in documents.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document, indent=1))
+    (folder / "train" / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"method": candidate["method"], **entry}) + "\n"
+            for candidate in evaluation["methods"]
+            for entry in candidate["details"].get("history", [])
+        )
+    )
+    for name, rows in run.rules.tables(evaluation["test"] or evaluation["validation"], run.labels).items():
+        (folder / "eval" / f"{name}.csv").write_text(_csv(rows))
+
+
+def write_judgement(folder: Path, assessment: Assessment, labels: Sequence[str]) -> None:
+    """The points of the curves, and the pictures of them where matplotlib is installed."""
+    (folder / "eval" / "curves.json").write_text(json.dumps(assessment.curves))
+    for name, content in draw(assessment.evaluation, assessment.curves, labels).items():
+        (folder / "eval" / name).write_bytes(content)
+
+
+def write_events(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """All events of the job up to its registration."""
+    (folder / "train" / "events.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def store_artefact(
+    store: ArtifactStore,
+    folder: Path,
+    job: ChildJob,
+    run: Run,
+    best: Candidate,
+    *,
+    version: int,
+    evaluation: dict[str, Any],
+) -> ModelManifest:
+    """Copies the folder into the store and returns the manifest, which the supervisor writes last."""
+    side = evaluation["test"] or evaluation["validation"]
+    info = run.backbone.info
+    draft = ModelManifest(
+        tenant=job.tenant,
+        name=job.spec.register_as,
+        version=version,
+        kind=best.kind,
+        method=best.method,
+        task=run.plan.task,
+        labels=run.labels,
+        base=BackboneRef(name=job.spec.backbone, digest=info.digest, source=info.source),
+        job_id=job.job_id,
+        created_at=time.time(),
+        metrics={name: side[name] for name in run.rules.figures},
+        dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train.texts)},
+        files=(),
+    )
+    (folder / "MODEL_CARD.md").write_text(render_card(draft, evaluation, _card_context(folder, job.spec.metadata)))
+    store.delete_tree(draft.prefix)  # a number is reserved once, so whatever is there was never served
+    files: tuple[FileEntry, ...] = put_tree(store, draft.prefix, folder)
+    return draft.model_copy(update={"files": files})
+
+
+def _card_context(folder: Path, metadata: dict[str, str]) -> CardContext:
+    return CardContext(
+        metadata=metadata,
+        fingerprint=json.loads((folder / "data" / "fingerprint.json").read_text()),
+        environment=json.loads((folder / "train" / "environment.json").read_text()),
+        files=[path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()],
+    )
+
+
+def environment(run: Run) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "libraries": versions,
+        "device": run.plan.device,
+        "cpu_threads": run.plan.cpu_threads,
+        "seed": run.plan.seed,
+        "backbone": {"digest": run.backbone.info.digest, "source": run.backbone.info.source},
+    }
+
+
+def fingerprint(job: ChildJob, run: Run) -> dict[str, Any]:
+    """What the version was trained on, as hashes of the normalised inputs: enough to find overlap, not to read them."""
+    sides = {"train": run.train, "validation": run.validation, "test": run.test}
+    inputs = {"train": job.train, "validation": job.validation, "test": job.test}
+    return {
+        "datasets": {side: {"id": given.id, "sha256": given.sha256} for side, given in inputs.items() if given},
+        "split": run.plan.split.model_dump(mode="json"),
+        "columns": job.spec.columns.model_dump(mode="json"),
+        "rows": {side: len(rows.texts) for side, rows in sides.items()},
+        "targets" if run.plan.task == "text-regression" else "label_counts": {
+            side: run.rules.counts(rows.labels, run.labels) for side, rows in sides.items()
+        },
+        "row_hashes": {side: [text_digest(text).hex()[:16] for text in rows.texts] for side, rows in sides.items()},
+    }
+
+
+def _golden_texts(run: Run) -> list[str]:
+    """Rows of every kind first, then more, from those held out."""
+    rows = run.validation
+    firsts = run.rules.golden(rows.labels)
+    rest = [row for row in range(len(rows.texts)) if row not in set(firsts)]
+    return [rows.texts[row] for row in [*firsts, *rest][:GOLDEN_ROWS]]
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,120 @@
+"""Logistic regression on pooled vectors, along a path of strengths: what the probe and `setfit` put on top."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from finetune.evaluation.tasks.class_weights import class_weights
+from finetune.training.methods.baseline import both_sides
+from finetune.training.run_context import Run
+from modeling.heads import DenseLayer, TaskHead
+from modeling.weights import FloatArray, IntArray
+
+# Inverse regularisation on standardised vectors, from strong to weak; each fit starts from the one before.
+STRENGTHS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+# Some dimensions of a backbone are dead (3 of MiniLM's 384 hardly vary): scaled up, they would be noise.
+_LEAST_SPREAD = 0.01
+_ITERATIONS = 500
+_PATH_TOLERANCE = 1e-3  # a third of the iterations of 1e-4, and the same choice on R8
+_PATIENCE = 3  # strengths without a gain until weaker ones are not tried any more
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A head on raw vectors, the strength it was fitted with, and where the solver ended."""
+
+    head: TaskHead
+    strength: float
+    coefficients: Any
+    intercepts: Any
+
+
+def fit(
+    run: Run,
+    features: FloatArray,
+    labels: IntArray,
+    *,
+    strength: float,
+    start: Fit | None = None,
+    tolerance: float = 1e-4,
+) -> Fit:
+    """Multinomial logistic regression on standardised vectors; the standardisation is folded into the head."""
+    mean, scale = standardisation(features)
+    model = LogisticRegression(
+        C=strength,
+        class_weight=_by_index(run, labels),
+        max_iter=_ITERATIONS,
+        tol=tolerance,
+        warm_start=start is not None,
+    )
+    if start is not None:
+        model.coef_, model.intercept_ = start.coefficients, start.intercepts
+    # Products this small gain nothing from a second thread, and lose a lot where another process wants the core.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is good enough to compare
+        model.fit((features - mean) / scale, labels)
+    weight, bias = both_sides(model.coef_, model.intercept_)
+    return Fit(folded_head(weight, bias, mean, scale), strength, model.coef_.copy(), model.intercept_.copy())
+
+
+def standardisation(features: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and deviation float32[hidden], the deviation of dimensions that hardly vary raised."""
+    mean, spread = features.mean(0), features.std(0)
+    return mean, np.maximum(spread, np.float32(max(_LEAST_SPREAD * float(np.median(spread)), 1e-6)))
+
+
+def folded_head(weight: FloatArray, bias: FloatArray, mean: FloatArray, scale: FloatArray) -> TaskHead:
+    """A head on raw vectors from weights [outputs, hidden] on standardised ones."""
+    folded = (weight / scale).astype(np.float32)
+    return TaskHead((DenseLayer(folded, (bias - folded @ mean).astype(np.float32)),))
+
+
+def _by_index(run: Run, labels: IntArray) -> dict[int, float] | None:
+    weights = class_weights(run.plan.weights_of_solved, labels, run.labels)
+    return None if weights is None else dict(enumerate(weights.tolist()))
+
+
+def path(run: Run, features: FloatArray, labels: IntArray) -> Iterator[Fit]:
+    """Fits from strong to weak regularisation, each started from the last."""
+    last: Fit | None = None
+    for strength in STRENGTHS:
+        last = fit(run, features, labels, strength=strength, start=last, tolerance=_PATH_TOLERANCE)
+        yield last
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A fit by rows held out: the job's metric (larger is better), and the mean loss."""
+
+    fit: Fit
+    score: float
+    loss: float
+
+
+def best_of(fits: Iterator[Fit], judge: Callable[[Fit], Judged], *, rows: int | None) -> Fit:
+    """Of the fits whose score on `rows` rows is within one standard error of the highest, the one with the least loss.
+
+    On some hundred rows the highest score is a matter of chance, the log loss much less. Without `rows` (the score is
+    no share of them) the highest score counts alone. The path ends where several in a row gained in neither.
+    """
+    judged: list[Judged] = []
+    behind = 0
+    for fitted in fits:
+        last = judge(fitted)
+        is_gain = all(last.score > other.score for other in judged) or all(last.loss < other.loss for other in judged)
+        judged.append(last)
+        behind = 0 if is_gain else behind + 1
+        if behind >= _PATIENCE:
+            break
+    highest = max(one.score for one in judged)
+    error = 0.0 if rows is None else math.sqrt(max(0.0, highest * (1 - highest)) / max(1, rows))
+    return min((one for one in judged if one.score >= highest - error), key=lambda one: one.loss).fit

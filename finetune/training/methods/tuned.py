@@ -1,0 +1,199 @@
+"""What methods that train by steps share: a classifier on the backbone, and how it becomes a candidate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.evaluation.tasks.rules import Answering, Scale, Side
+from finetune.jobs.failures import RunError
+from finetune.jobs.records import JobPhase
+from finetune.training import Trained, run_training
+from finetune.training.batches import epoch_size
+from finetune.training.layers import FrozenTrunk
+from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.run_context import Run, embed, joined
+from model_registry.manifest import VersionKind
+from modeling.engines.protocol import Engine
+from modeling.engines.torch import pool, takes_type_ids
+from modeling.heads import DenseLayer, TaskHead
+from modeling.weights import FloatArray
+
+_WORSE_BY_CHANCE = 0.05
+
+
+class Classifier(nn.Module):
+    """Encoder, pooling and one linear layer; forward gives logits [rows, labels] in float32."""
+
+    def __init__(self, encoder: nn.Module, *, pooling: str, hidden_size: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, labels)
+        config: Any = encoder.config
+        self.takes_types = takes_type_ids(config)
+        self._trunk: tuple[FrozenTrunk, ...] = ()  # a tuple, or its weights would have two names
+
+    @property
+    def trunk(self) -> FrozenTrunk | None:
+        """The encoder's frozen layers, where they keep what they have computed."""
+        return self._trunk[0] if self._trunk else None
+
+    def keep_in(self, trunk: FrozenTrunk | None) -> None:
+        self._trunk = () if trunk is None else (trunk,)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.dropout(self.pooled(ids, mask, types)))
+        return logits
+
+    def pooled(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """Vectors float32[rows, hidden] of int64[rows, tokens]."""
+        if self.trunk is not None:
+            self.trunk.expect(ids, mask, types)
+        extra = {"token_type_ids": types} if self.takes_types else {}
+        states = self.encoder(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+        return pool(states, mask, self.pooling).float()
+
+    def task_head(self) -> TaskHead:
+        weight, bias = (np.array(p.detach().float().cpu().numpy()) for p in (self.head.weight, self.head.bias))
+        return TaskHead((DenseLayer(weight, bias),))
+
+
+def start_head(model: Classifier, probe: TaskHead | None, scale: Scale = Scale()) -> None:
+    """From the probe's weights where there are some: the encoder's features are then kept, not distorted at first
+    (Kumar et al., ICLR 2022). Otherwise small random ones by the run's seed."""
+    if probe is not None:
+        (layer,) = scale.unfolded(probe).layers
+        with torch.no_grad():
+            model.head.weight.copy_(torch.from_numpy(layer.weight))
+            model.head.bias.copy_(torch.from_numpy(layer.bias))
+        return
+    nn.init.normal_(model.head.weight, std=1 / math.sqrt(model.head.in_features))
+    nn.init.zeros_(model.head.bias)
+
+
+def set_dropout(encoder: nn.Module, value: float) -> None:
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = value
+
+
+Serving = tuple[Engine, str | None, Callable[[Path], None]]
+
+
+def train_tuned(
+    run: Run,
+    method: str,
+    kind: VersionKind,
+    build: Callable[[], Classifier],
+    serve: Callable[[Run, Classifier], Serving],
+) -> Candidate:
+    """Trains what `build` makes, the same each time, and wraps it. `serve` turns it into an engine (and adapter key) as
+    the server will run it."""
+    started = time.monotonic()
+    run.link.phase(JobPhase.TRAINING)
+    model = build()
+    trained: Trained = run_training(run, method, model)
+
+    def finish() -> Servable:
+        scale, final = _refitted(run, method, build, trained) or (run.scale, model)
+        engine, adapter, write_extra = serve(run, final)
+        head = scale.folded(final.task_head())
+
+        def logits(texts: Any) -> FloatArray:
+            return head.logits(embed(engine, run.preprocessor, texts, adapter=adapter))
+
+        return Servable(logits=logits, head=head, write_extra=write_extra)
+
+    return Candidate(
+        method=method,
+        kind=kind,
+        validation_logits=trained.validation_logits,
+        finish=finish,
+        seconds=time.monotonic() - started,
+        details=trained.details,
+    )
+
+
+def _refitted(
+    run: Run, method: str, build: Callable[[], Classifier], trained: Trained
+) -> tuple[Scale, Classifier] | None:
+    """With `refit`: a model trained anew on training and validation rows, for as many epochs as the first one that is
+    served otherwise. None without, and where it did not come out well: the first is then served indeed."""
+    if not run.plan.refit or run.is_winding_down:
+        return None
+    everything = _on_all_rows(run, method, trained.details["best_step" if run.plan.restore_best else "steps"])
+    reason = _lacks_time(everything, method, trained)
+    if reason is None:
+        run.link.phase(JobPhase.TRAINING)
+        model = build()
+        try:
+            reason = _went_wrong(everything, method, run_training(everything, method, model), trained)
+        except RunError as error:  # hours of training are not lost to what the first one did not meet
+            reason = f"it did not come to its end ({error})"
+        run.is_winding_down = everything.is_winding_down
+    if reason is None:
+        steps = everything.plan_of(method).total_steps
+        trained.details["refit"] = {"rows": len(everything.train.texts), "steps": steps}
+        return everything.scale, model
+    message = f"{method}: the refit is left out, and the model of the training rows is served: {reason}"
+    run.link.event("data_warning", message[:500], {"code": "refit_left_out", "method": method}, level="warn")
+    return None
+
+
+def _on_all_rows(run: Run, method: str, best_step: int) -> Run:
+    """The run as a refit sees it: no row is held out, so nothing is evaluated on the way."""
+    rows = joined(run.train, run.validation)
+    size, first = (
+        epoch_size(len(side.texts), side.labels if run.plan.oversample else None) for side in (rows, run.train)
+    )
+    steps = max(1, round(best_step * size / max(1, first)))
+    plan = run.plan_of(method).model_copy(update={"total_steps": steps})
+    others = tuple(plan if one.method == method else one for one in run.plan.methods)
+    return replace(
+        run,
+        train=rows,
+        holds_out=False,
+        on_evaluation=None,
+        plan=run.plan.model_copy(update={"methods": others, "processes": 1}),
+        work_dir=run.work_dir / "refit",
+        earlier_work_dirs=tuple(folder / "refit" for folder in run.earlier_work_dirs),
+        _features={},
+    )
+
+
+def _lacks_time(everything: Run, method: str, first: Trained) -> str | None:
+    """A refit that cannot end in time is not begun: unlike a first training it gives nothing then."""
+    left, plan = everything.seconds_left(), everything.plan_of(method)
+    if left is None:
+        return None
+    rows = plan.total_steps * plan.batch_size * plan.gradient_accumulation
+    rate = first.details["rows_per_second"] / first.details["processes"]  # 0 where there was no time for a step
+    if rows <= rate * left:
+        return None
+    return f"{rows:,} rows at {rate:.1f} a second do not fit into the {max(0.0, left):.0f} s that are left"
+
+
+def _went_wrong(everything: Run, method: str, again: Trained, first: Trained) -> str | None:
+    """Nothing is held out to judge a refit by, but rows that it has learnt from it must not answer worse than the
+    model that has never seen them, beyond chance."""
+    if again.details["steps"] < everything.plan_of(method).total_steps:
+        return f"it did not come to its end ({again.details['stopped']})"
+    rows, seed = everything.validation, everything.plan.seed
+    side = Side(
+        again.validation_logits, rows.labels, everything.labels, {}, Answering(), everything.plan.deciding, seed
+    )
+    figures = everything.rules.compare(side, first.validation_logits)
+    if figures["gain"] >= 0 or figures["p_value"] > _WORSE_BY_CHANCE:
+        return None
+    place = "on the validation rows, which it has learnt from"
+    return f"it is worse {place}: {figures['metric']} by {figures['difference']:+.4f}, p {figures['p_value']:.2g}"

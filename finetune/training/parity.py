@@ -1,0 +1,125 @@
+"""Does an engine that serves answer as the reference did? The written weights on an exported graph against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.evaluation.gates import Gate, parity
+from finetune.evaluation.tasks.rules import Answering
+from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.run_context import Run, embed
+from modeling.adapters import Adapter
+from modeling.backbone import GRAPHS_FOLDER, Backbone
+from modeling.engines.build import REFERENCE, EngineOptions, build_engine
+from modeling.engines.graphs import GraphFiles, graphs_key
+from modeling.engines.onnx import is_available, onnx_engine
+from modeling.engines.protocol import Engine
+from modeling.errors import ModelingError
+from modeling.weights import FloatArray
+
+MOST_ROWS = 1000
+_KEY = "parity"
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The version's weights as written: its own backbone or the shared one, and its adapter if it has one."""
+
+    backbone: Backbone
+    adapter: Adapter | None
+
+
+def engine_parity(
+    run: Run,
+    best: Candidate,
+    servable: Servable,
+    folder: Path,
+    *,
+    graphs_root: Path | None,
+    answering: Answering = Answering(),
+) -> Gate:
+    """Torch in fp32 against ONNX Runtime in fp32 on up to 1000 test rows; skipped where there is no graph at hand.
+
+    `folder` holds the version's weights as written, with the graph of those that are its own; for the others the
+    backbone's export must be in the cache, where a server has put it.
+    """
+    texts = list(run.test.texts[:MOST_ROWS])
+    files = _graphs(run, best, folder, graphs_root)
+    reason = _reason_to_skip(best, texts, files)
+    if reason is not None:
+        return Gate("engine_parity", "skipped", f"skipped: {reason}")
+    try:
+        return _compared(run, best, servable, texts, folder, files, answering)
+    except (ModelingError, OSError) as error:
+        return Gate("engine_parity", "failed", f"the graph could not be run: {error}"[:500])
+
+
+def _reason_to_skip(best: Candidate, texts: Sequence[str], files: GraphFiles) -> str | None:
+    if best.kind == "baseline":
+        return "the baseline is served by the code that was evaluated"
+    if best.kind not in {"head", "lora", "full"}:
+        return f"versions of kind {best.kind} are served by torch"
+    if not texts:
+        return "there are no rows to compare on"
+    if not is_available():
+        return "onnxruntime is not installed on this worker"
+    if not files.is_complete:
+        of_own = "the version was not exported" if best.kind == "full" else "no server has exported this backbone yet"
+        return f"{of_own}, so there is no graph to compare with"
+    return None
+
+
+def _graphs(run: Run, best: Candidate, folder: Path, graphs_root: Path | None) -> GraphFiles:
+    if best.kind == "full":
+        return GraphFiles(folder / "full" / GRAPHS_FOLDER)
+    return GraphFiles((graphs_root or Path("/nonexistent")) / graphs_key(run.backbone.info.digest))
+
+
+def _compared(
+    run: Run,
+    best: Candidate,
+    servable: Servable,
+    texts: Sequence[str],
+    folder: Path,
+    files: GraphFiles,
+    answering: Answering,
+) -> Gate:
+    weights = _written(run, best, folder)
+    reference = _reference(weights.backbone) if best.kind == "full" else run.engine
+    other = onnx_engine(files, threads=run.plan.cpu_threads)
+    wanted, got = (_vectors(engine, run, texts, weights.adapter) for engine in (reference, other))
+    assert servable.head is not None
+    flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)
+    return parity("onnx/fp32", rows=len(texts), flips=flips, least_cosine=least_cosine(wanted, got))
+
+
+def _reference(backbone: Backbone) -> Engine:
+    return build_engine(REFERENCE, backbone, None, EngineOptions())
+
+
+def _written(run: Run, best: Candidate, folder: Path) -> _Weights:
+    return _Weights(
+        backbone=Backbone.open(folder / "full") if best.kind == "full" else run.backbone,
+        adapter=Adapter.read(folder / "adapter") if best.kind == "lora" else None,
+    )
+
+
+def _vectors(engine: Engine, run: Run, texts: Sequence[str], adapter: Adapter | None) -> FloatArray:
+    if adapter is None:
+        return embed(engine, run.preprocessor, texts)
+    engine.load_adapter(_KEY, adapter)
+    try:
+        return embed(engine, run.preprocessor, texts, adapter=_KEY)
+    finally:
+        engine.unload_adapter(_KEY)
+
+
+def least_cosine(one: FloatArray, other: FloatArray) -> float:
+    """The smallest cosine between rows of two arrays float32[rows, width]; NaN counts as turned away."""
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    cosines = (one * other).sum(1) / np.maximum(lengths, 1e-12)
+    return float(np.nan_to_num(cosines, nan=-1.0).min())

@@ -1,0 +1,124 @@
+"""Runs the gates that a job asked for, against the champion of this moment.
+
+The outcome is a document: the supervisor acts on it in the transaction that registers the version, and
+only if the champion is still the one that was judged against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.evaluation import gates
+from finetune.evaluation.gates import Gate
+from finetune.evaluation.tasks.rules import Answering, Contest
+from finetune.jobs.events import ChildJob, Link
+from finetune.jobs.records import EventType
+from finetune.training.champion import Champion, read_champion, row_hash
+from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.parity import engine_parity
+from finetune.training.run_context import Run
+from model_registry.errors import RegistryError
+from model_registry.store import ArtifactStore
+from modeling.errors import ModelingError
+from modeling.weights import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """The version that would be champion: as trained, as served, the folder of its weights as written, its answers on
+    the test rows and what they mean, its report."""
+
+    best: Candidate
+    servable: Servable
+    folder: Path
+    test_logits: FloatArray | None
+    answering: Answering
+    evaluation: dict[str, Any]
+
+
+def judge(job: ChildJob, run: Run, link: Link, store: ArtifactStore, contender: Contender) -> dict[str, Any] | None:
+    """`{wanted, champion, is_passed, gates}`, or None where nothing was asked for. Each gate becomes an event."""
+    options = run.plan.gate
+    if job.spec.promote == "manual" and options.min_metric is None:
+        return None
+    pointer = link.champion() if job.spec.promote == "if_better" else None
+    judged = []
+    if options.min_metric is not None:
+        judged.append(_minimum(run, contender.evaluation, options.min_metric))
+    if pointer is not None:
+        judged += _against(job, run, store, contender, pointer)
+    for gate in judged:
+        _announce(link, gate)
+    return {
+        "wanted": job.spec.promote,
+        "champion": None if pointer is None else int(pointer["version"]),
+        "is_passed": gates.is_passed(judged),
+        "gates": [gate.as_dict() for gate in judged],
+    }
+
+
+def _announce(link: Link, gate: Gate) -> None:
+    kind: EventType = "gate_failed" if gate.status == "failed" else "gate_passed"
+    level = "warn" if gate.status == "failed" else "info"
+    link.event(kind, f"{gate.name}: {gate.message}", gate.as_dict(), level=level)
+
+
+def _minimum(run: Run, evaluation: dict[str, Any], least: float) -> Gate:
+    side = "test" if evaluation["test"] else "validation"
+    return gates.minimum(run.plan.metric, evaluation[side][run.plan.metric], least=least, side=side)
+
+
+def _against(
+    job: ChildJob, run: Run, store: ArtifactStore, contender: Contender, pointer: dict[str, Any]
+) -> list[Gate]:
+    parity = engine_parity(
+        run,
+        contender.best,
+        contender.servable,
+        contender.folder,
+        graphs_root=job.graphs_root,
+        answering=contender.answering,
+    )
+    try:
+        champion = read_champion(store, run, pointer, tenant=job.tenant, name=job.spec.register_as)
+        return [*_duel(run, contender, champion), parity]
+    except (RegistryError, ModelingError, OSError) as error:
+        message = f"the champion, version {pointer['version']}, cannot be compared with: {error}"[:500]
+        return [Gate(run.rules.contest_gate, "failed", message), parity]
+
+
+def _duel(run: Run, contender: Contender, champion: Champion) -> list[Gate]:
+    name = run.rules.contest_gate
+    if champion.task != run.plan.task:
+        message = f"the champion, version {champion.version}, is for {champion.task}, this version for {run.plan.task}"
+        return [Gate(name, "failed", message)]
+    seen = frozenset(row_hash(text) for side in (run.train, run.validation) for text in side.texts)
+    hashes = [row_hash(text) for text in run.test.texts]
+    rows, dropped = gates.shared_rows(hashes, seen=seen, champion_seen=champion.seen)
+    if contender.test_logits is None or not len(rows):
+        return [Gate(name, "failed", _no_rows(champion, len(hashes), dropped), {"rows": 0, "left_out": dropped})]
+    contest = Contest(
+        targets=run.test.labels[rows],
+        names=run.labels,
+        outputs=contender.test_logits[rows],
+        answering=contender.answering,
+        champion_outputs=champion.logits([run.test.texts[row] for row in rows]),
+        champion_names=champion.labels,
+        champion_answering=champion.answering,
+        metric=run.plan.deciding,
+        options=run.plan.gate,
+        seed=run.plan.seed,
+    )
+    judged = run.rules.contest(contest)
+    return [Gate(gate.name, gate.status, gate.message, {**gate.figures, "left_out": dropped}) for gate in judged]
+
+
+def _no_rows(champion: Champion, test_rows: int, dropped: dict[str, int]) -> str:
+    if champion.seen is None:
+        return f"the champion, version {champion.version}, does not tell which rows it was trained on"
+    return (
+        f"no test row is new to both versions: of {test_rows} the champion was trained or chosen on "
+        f"{dropped['seen_by_champion']}; bring a test_dataset that neither has seen"
+    )

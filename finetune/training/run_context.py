@@ -1,0 +1,167 @@
+"""What every method works with: the rows, the plan, the backbone and its cached features."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetune.evaluation.tasks import rules_of
+from finetune.evaluation.tasks.rules import Scale, Targets, TaskRules
+from finetune.jobs.events import Link
+from finetune.jobs.plan import MethodPlan, TrainingPlan
+from finetune.jobs.records import JobPhase
+from finetune.training.embedding import FrozenVectors, OnBatch, length_batches, run_all
+from modeling.backbone import Backbone
+from modeling.engines.build import REFERENCE
+from modeling.engines.protocol import Engine
+from modeling.heads import TaskHead
+from modeling.preprocess import TextPreprocessor
+from modeling.tasks import outputs_of
+from modeling.weights import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from finetune.training.batches import TokenRows
+    from finetune.training.parallel import Follower, Leader
+
+__all__ = ["Rows", "Run", "embed", "joined", "length_batches"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One side of a split: `labels` as the task's rules encode them (`labels[i]` indexes `Run.labels` for one label a
+    row); `numbers` are the rows' numbers in their file.
+
+    `extras` holds metadata columns by name, a value or None for each row.
+    """
+
+    texts: list[str]
+    labels: Targets
+    numbers: IntArray
+    extras: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+
+
+def joined(first: Rows, second: Rows) -> Rows:
+    """The rows of both, without their metadata."""
+    return Rows(
+        [*first.texts, *second.texts],
+        np.concatenate([first.labels, second.labels]),
+        np.concatenate([first.numbers, second.numbers]),
+    )
+
+
+@dataclass
+class Run:
+    """A run in progress. `features` of the frozen backbone are computed once and shared by all methods.
+
+    `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training. Where the
+    run does not hold out the validation rows, as in a refit, they are among the training rows and nothing is evaluated.
+    With a `leader` several processes train; in those that follow it there is a `follower`, and `tokens` are the
+    training rows.
+    """
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    labels: tuple[str, ...]
+    plan: TrainingPlan
+    backbone: Backbone
+    link: Link
+    work_dir: Path
+    earlier_work_dirs: tuple[Path, ...] = ()
+    deadline: float | None = None
+    probe_head: TaskHead | None = None
+    is_winding_down: bool = False
+    holds_out: bool = True
+    vectors: FrozenVectors | None = None
+    on_evaluation: Callable[[int, float], None] | None = None
+    leader: Leader | None = None
+    follower: Follower | None = None
+    tokens: TokenRows | None = None
+    _features: dict[str, FloatArray] = field(default_factory=dict)
+
+    @cached_property
+    def preprocessor(self) -> TextPreprocessor:
+        return TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=self.plan.max_length)
+
+    @cached_property
+    def reference(self) -> FrozenVectors:
+        """The frozen backbone's vectors by torch in fp32, which golden rows are computed on."""
+        opens = partial(self.link.phase, JobPhase.LOADING_BACKBONE)
+        return replace(self._frozen(), engine_name=str(REFERENCE), graphs=None, on_open=opens)
+
+    @property
+    def engine(self) -> Engine:
+        """The reference itself."""
+        return self.reference.engine
+
+    @property
+    def rules(self) -> TaskRules:
+        return rules_of(self.plan.task)
+
+    @property
+    def outputs(self) -> int:
+        """How many values a head gives for a row."""
+        return outputs_of(self.plan.task, self.labels)
+
+    @cached_property
+    def scale(self) -> Scale:
+        return self.rules.scale(self.train.labels)
+
+    def score(self, outputs: FloatArray) -> float:
+        """The job's metric of outputs for the validation rows."""
+        return self.rules.score(self.plan.metric, outputs, self.validation.labels)
+
+    def plan_of(self, method: str) -> MethodPlan:
+        return next(plan for plan in self.plan.methods if plan.method == method)
+
+    def features(self, side: str) -> FloatArray:
+        """Pooled vectors float32[rows, hidden] of `train`, `validation` or `test` by the frozen backbone."""
+        if side not in self._features:
+            self.link.phase(JobPhase.EMBEDDING)
+            texts = {"train": self.train, "validation": self.validation, "test": self.test}[side].texts
+            self._features[side] = self.embed(texts)
+        return self._features[side]
+
+    def has_features(self, side: str) -> bool:
+        """Whether `features` of this side are computed already."""
+        return side in self._features
+
+    def embed(self, texts: Sequence[str]) -> FloatArray:
+        """Pooled vectors float32[texts, hidden] by the frozen backbone, on the engine that it is served on."""
+        return self._frozen().of(texts, max_length=self.plan.max_length, on_batch=self._report_embedding)
+
+    def embed_by_reference(self, texts: Sequence[str]) -> FloatArray:
+        """The same by torch in fp32."""
+        return self.reference.of(texts, max_length=self.plan.max_length)
+
+    def seconds_left(self) -> float | None:
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def _frozen(self) -> FrozenVectors:
+        if self.vectors is None:
+            self.vectors = FrozenVectors(self.backbone, device=self.plan.device)
+        return self.vectors
+
+    def _report_embedding(self, done: int, total: int) -> None:
+        if not self.is_winding_down:
+            self.link.check_cancelled()
+        self.link.progress(percent=round(100 * done / max(1, total), 1), step=done, total_steps=total)
+
+
+def embed(
+    engine: Engine,
+    preprocessor: TextPreprocessor,
+    texts: Sequence[str],
+    *,
+    on_batch: OnBatch | None = None,
+    adapter: str | None = None,
+) -> FloatArray:
+    """Pooled vectors in the order of `texts`, computed in batches of similar length."""
+    rows = preprocessor.encode(texts) if texts else []
+    return run_all(engine, rows, adapter=adapter, on_batch=on_batch)

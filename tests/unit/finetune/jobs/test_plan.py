@@ -1,0 +1,254 @@
+"""Planning is pure: unknown names are refused with advice, every `auto` becomes a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.jobs.hyperparameters import NOT_YET, Hyperparameters, PlanError, check_task, parse_hyperparameters
+from finetune.jobs.plan import COST_ORDER, DatasetProfile, TrainingPlan, WorkerProfile, refuse_unavailable, resolve
+
+DATA = DatasetProfile(train_rows=1000, validation_rows=150, test_rows=150, labels=4, max_length_p99=101)
+
+
+def plan(*, worker: WorkerProfile | None = None, parameters: int = 22_000_000, **values: Any) -> TrainingPlan:
+    wanted = parse_hyperparameters(values)
+    return resolve(wanted, data=DATA, worker=worker or WorkerProfile(), parameters=parameters, model_max_length=256)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("lr_scheduler", "scheduler"),
+        ("epoch", "epochs"),
+        ("batchsize", "batch_size"),
+        ("early_stop", "early_stopping"),
+        ("maxlength", "max_length"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_one(typed: str, meant: str) -> None:
+    with pytest.raises(PlanError, match=f"did you mean {meant}"):
+        parse_hyperparameters({typed: 1})
+
+
+@pytest.mark.parametrize("name", sorted(NOT_YET))
+def test_what_is_not_built_yet_is_refused_by_name(name: str) -> None:
+    with pytest.raises(PlanError, match="not available yet"):
+        parse_hyperparameters({name: 1})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": 0},
+        {"epochs": "many"},
+        {"learning_rate": 2},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"max_seconds": 0},
+        {"method": "magic"},
+        {"lora": {"r": 0}},
+        {"lora": {"rank": 4}},
+        {"split": {"validation": 0.5, "test": 0.5}},
+        {"class_weights": {"a": -1}},
+        {"class_weights": "heavy"},
+        {"metric": "vibes"},
+        {"max_length": 2},
+        {"label_smoothing": 1.0},
+        {"unfreeze_layers": 0},
+        {"unfreeze_layers": "some"},
+        {"bottleneck": {"size": 0}},
+        {"prompt": {"tokens": 1000}},
+        {"early_stopping": {"patience": 0}},
+        {"dropout": float("nan")},
+    ],
+)
+def test_values_out_of_bounds_are_refused_with_their_place(values: dict[str, Any]) -> None:
+    with pytest.raises(PlanError) as refused:
+        parse_hyperparameters(values)
+    assert refused.value.errors[0]["loc"][0] == "hyperparameters"
+    assert next(iter(values)) in str(refused.value)
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(PlanError) as refused:
+        parse_hyperparameters({"epochz": 1, "augment": "light"})
+    assert len(refused.value.errors) == 2
+
+
+def test_auto_tries_methods_in_order_of_cost() -> None:
+    assert tuple(item.method for item in plan().methods) == COST_ORDER
+    assert [item.method for item in plan(method="lora").methods] == ["lora"]
+
+
+def test_auto_adds_pairs_after_the_probe_where_classes_have_few_rows() -> None:
+    wanted = parse_hyperparameters({})
+    for rows, has_pairs in ((4 * 32, True), (4 * 32 + 1, False)):
+        data = DATA.model_copy(update={"train_rows": rows})
+        found = resolve(wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256).methods
+        expected = ["baseline", "linear_probe", *(["setfit"] if has_pairs else []), "lora", "full"]
+        assert [item.method for item in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("worker", "reason"),
+    [
+        (None, "no worker"),
+        (WorkerProfile(), "trains on cpu"),
+        (WorkerProfile(device="cuda"), "no bitsandbytes"),
+        (WorkerProfile(has_bitsandbytes=True), "trains on cpu"),
+    ],
+)
+def test_qlora_is_refused_where_the_worker_cannot_run_it(worker: WorkerProfile | None, reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        refuse_unavailable(Hyperparameters(method="qlora"), worker)
+    refuse_unavailable(Hyperparameters(method="lora"), worker)
+
+
+GPUS = WorkerProfile(device="cuda", devices=4, cpu_threads=16)
+
+
+@pytest.mark.parametrize(
+    ("worker", "values", "processes"),
+    [
+        (WorkerProfile(cpu_threads=8), {}, 1),
+        (WorkerProfile(cpu_threads=8), {"processes": 2}, 2),
+        (GPUS, {}, 4),
+        (GPUS, {"devices": 3}, 3),
+        (GPUS, {"batch_size": 16}, 2),
+        (GPUS, {"batch_size": 4}, 1),
+        (GPUS, {"batch_size": 4, "gradient_accumulation": 4}, 2),
+        (GPUS, {"loss": "mnrl"}, 1),
+    ],
+)
+def test_a_run_takes_the_devices_that_get_enough_rows(
+    worker: WorkerProfile, values: dict[str, Any], processes: int
+) -> None:
+    assert plan(worker=worker, method="lora", **values).processes == processes
+
+
+@pytest.mark.parametrize(
+    ("worker", "values", "reason"),
+    [
+        (GPUS, {"devices": 5}, "the worker has 4"),
+        (WorkerProfile(cpu_threads=8), {"devices": 2}, "trains on cpu"),
+        (GPUS, {"processes": 2}, "use devices"),
+        (WorkerProfile(cpu_threads=1), {"processes": 2}, "1 threads"),
+        (GPUS, {"devices": 2, "loss": "triplet"}, "compares the rows"),
+        (GPUS, {"devices": 2, "method": "setfit"}, "no effect with method setfit"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused_by_name(
+    worker: WorkerProfile, values: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(PlanError, match=reason) as refused:
+        plan(worker=worker, **({"method": "full"} | values))
+    assert refused.value.errors[0]["loc"][1] in {"devices", "processes"}
+
+
+def test_half_precision_is_refused_without_a_gpu() -> None:
+    with pytest.raises(PlanError, match="fp16 needs a GPU"):
+        refuse_unavailable(Hyperparameters(precision="fp16"), WorkerProfile())
+    refuse_unavailable(Hyperparameters(precision="fp16"), GPUS)
+    refuse_unavailable(Hyperparameters(precision="fp16", devices=4), None)
+
+
+def test_the_estimate_counts_trials_and_the_refit_and_ends_with_the_budget() -> None:
+    auto = plan()
+    seconds = {method.method: method.estimated_seconds or 0.0 for method in auto.methods}
+    assert auto.estimated_seconds == pytest.approx(sum(seconds.values()) + max(seconds["lora"], seconds["full"]))
+    assert plan(refit=False).estimated_seconds == pytest.approx(sum(seconds.values()))
+    assert plan(method="full", trials=3).estimated_seconds == pytest.approx(3 * seconds["full"])
+    assert plan(max_seconds=7).estimated_seconds == 7
+
+
+def test_qlora_is_planned_where_the_worker_can_run_it() -> None:
+    able = WorkerProfile(device="cuda", has_bitsandbytes=True)
+    assert [item.method for item in plan(method="qlora", worker=able).methods] == ["qlora"]
+
+
+def test_virtual_tokens_take_their_place_from_the_text() -> None:
+    assert plan(method="prompt_tuning", max_length=256, prompt={"tokens": 20}).max_length == 236
+    assert plan(method="lora", max_length=256).max_length == 256
+
+
+def test_the_cap_on_pairs_gives_the_steps() -> None:
+    (capped,) = plan(method="setfit", setfit={"max_pairs": 1000}).methods
+    assert capped.total_steps == 3  # of 496 pairs
+    (more,) = plan(method="setfit").methods
+    assert more.total_steps > capped.total_steps
+    assert (more.estimated_seconds or 0) > (capped.estimated_seconds or 0)
+
+
+def test_estimates_follow_the_worker_s_measured_speed() -> None:
+    slow, fast = (plan(worker=WorkerProfile(forward_rows_per_s=speed)) for speed in (10, 100))
+    for ours, theirs in zip(slow.methods[1:], fast.methods[1:], strict=True):
+        assert (ours.estimated_seconds or 0) > (theirs.estimated_seconds or 0)
+
+
+def test_no_auto_is_left() -> None:
+    assert "auto" not in str(plan().model_dump(exclude={"is_auto"}))
+
+
+def test_oversampling_lengthens_an_epoch() -> None:
+    data = DATA.model_copy(update={"train_rows": 1000, "labels": 4, "largest_class": 700})
+
+    def steps(**values: Any) -> int:
+        wanted = parse_hyperparameters({"method": "full", "epochs": 2, **values})
+        (method,) = resolve(wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256).methods
+        return method.total_steps
+
+    assert steps() == 2 * -(-1000 // 32)
+    assert steps(oversample=True) == 2 * -(-2800 // 32)
+    assert plan(oversample=True).weights_of_solved == "balanced"
+    with pytest.raises(PlanError, match=r"^oversample and class_weights .* use one of them$"):
+        parse_hyperparameters({"oversample": True, "class_weights": "balanced"})
+    with pytest.raises(PlanError, match="oversample is for text-classification"):
+        check_task(parse_hyperparameters({"oversample": True}), "text-multi-label")
+
+
+def test_only_auto_refits_unasked() -> None:
+    assert plan().refit is True
+    assert plan(method="full").refit is False
+    assert (plan(refit=False).refit, plan(method="lora", refit=True).refit) == (False, True)
+
+
+def test_lengths_are_rounded_up_and_bounded_by_the_model() -> None:
+    assert plan().max_length == 104
+    assert plan(max_length=8192).max_length == 256
+
+
+def test_rates_follow_the_backbone_s_size_and_an_explicit_one_holds_for_all() -> None:
+    small = {item.method: item.learning_rate for item in plan().methods}
+    large = {item.method: item.learning_rate for item in plan(parameters=110_000_000).methods}
+    assert (small["full"], large["full"]) == (1e-4, 3e-5)
+    assert (small["lora"], large["lora"]) == (5e-4, 2e-4)
+    (full,) = plan(method="full", learning_rate=2e-5).methods
+    assert (full.learning_rate, full.head_learning_rate) == (2e-5, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("worker", "precision"),
+    [
+        (WorkerProfile(), "fp32"),
+        (WorkerProfile(has_bf16=True), "bf16"),
+        (WorkerProfile(device="cuda"), "fp16"),
+        (WorkerProfile(device="cuda", has_bf16=True), "bf16"),
+    ],
+)
+def test_precision_follows_the_device(worker: WorkerProfile, precision: str) -> None:
+    assert plan(worker=worker).precision == precision
+    assert plan(worker=worker, precision="fp32").precision == "fp32"
+
+
+@given(st.integers(1, 10_000_000), st.integers(1, 4096), st.integers(1, 8))
+def test_steps_cover_the_epochs(rows: int, batch: int, accumulation: int) -> None:
+    wanted = Hyperparameters(method="full", epochs=3, batch_size=batch, gradient_accumulation=accumulation)
+    data = DATA.model_copy(update={"train_rows": rows})
+    (full,) = resolve(wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256).methods
+    assert full.total_steps * batch * accumulation >= 3 * rows
+    assert (full.total_steps - 3) * batch * accumulation < 3 * rows

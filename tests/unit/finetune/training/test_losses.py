@@ -1,0 +1,212 @@
+"""Losses against each other, against slow definitions, and at their ends."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from finetune.evaluation.tasks import rules_of
+from finetune.jobs.hyperparameters import LOSSES, parse_hyperparameters
+from finetune.jobs.plan import DatasetProfile, TrainingPlan, WorkerProfile, resolve
+from finetune.training import losses
+from model_registry.manifest import Task
+
+DATA = DatasetProfile(train_rows=100, validation_rows=10, test_rows=10, labels=4, max_length_p99=20)
+
+
+def plan(**values: object) -> TrainingPlan:
+    wanted = parse_hyperparameters(dict(values))
+    return resolve(wanted, data=DATA, worker=WorkerProfile(), parameters=1, model_max_length=64)
+
+
+def drawn(seed: int, rows: int = 12, width: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=random), torch.randint(0, width, (rows,), generator=random)
+
+
+seeds = st.integers(0, 1000)
+
+
+@given(seeds, st.sampled_from([0.0, 0.1]), st.booleans())
+def test_focal_with_gamma_0_is_cross_entropy(seed: int, smoothing: float, is_weighted: bool) -> None:
+    logits, labels = drawn(seed)
+    weight = torch.tensor([0.5, 1.0, 2.0, 3.0]) if is_weighted else None
+    focal = losses.focal(logits, labels, gamma=0.0, weight=weight, smoothing=smoothing)
+    torch.testing.assert_close(focal, losses.cross_entropy(logits, labels, weight=weight, smoothing=smoothing))
+
+
+@given(seeds, st.floats(0.5, 5))
+def test_focal_takes_from_the_rows_that_are_right(seed: int, gamma: float) -> None:
+    logits, labels = drawn(seed)
+    ratio = losses.focal(logits, labels, gamma=gamma) / losses.cross_entropy(logits, labels)
+    p = logits.softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(ratio, (1 - p) ** gamma, rtol=1e-4, atol=1e-5)
+
+
+@given(seeds)
+def test_one_versus_rest_is_binary_cross_entropy_of_one_hot_rows(seed: int) -> None:
+    logits, labels = drawn(seed)
+    expected = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 4).float(), reduction="none").mean(1)
+    torch.testing.assert_close(losses.one_versus_rest(logits, labels), expected)
+
+
+@given(seeds)
+def test_huber_is_half_of_mse_near_and_linear_far(seed: int) -> None:
+    values, _ = drawn(seed)
+    near = losses.huber(values[:, 0] * 0.1, torch.zeros(12))
+    torch.testing.assert_close(near[:3], 0.5 * losses.mse(values[:, 0] * 0.1, torch.zeros(12))[:3])
+    far = losses.huber(torch.tensor([10.0, 11.0]), torch.zeros(2))
+    assert float(far[1] - far[0]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "focal"])
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 3.0]])
+def test_how_a_step_is_divided_does_not_change_its_mean(loss: str, weights: list[float] | None) -> None:
+    logits, labels = drawn(3)
+    objective = losses.build_loss(plan(loss=loss), weight=None if weights is None else torch.tensor(weights))
+    whole = objective.of_output(logits, labels).sum() / objective.weights(labels).sum()
+    total = objective.weights(labels).sum()
+    parts = sum(objective.of_output(logits[a:b], labels[a:b]).sum() / total for a, b in ((0, 1), (1, 7), (7, 12)))
+    torch.testing.assert_close(parts, whole)
+    if loss == "cross_entropy":
+        weight = None if weights is None else torch.tensor(weights)
+        torch.testing.assert_close(whole, F.cross_entropy(logits, labels, weight=weight, label_smoothing=0.05))
+
+
+def test_every_task_builds_each_of_its_losses() -> None:
+    logits, labels = drawn(0)
+    targets = {"text-classification": labels, "text-regression": logits[:, 0], "text-multi-label": (logits > 0).float()}
+    for task, names in LOSSES.items():
+        for name in names:
+            asked = plan() if task != "text-classification" else plan(loss=name)
+            objective = losses.build_loss(asked.model_copy(update={"loss": name}), task=task)
+            output = logits[:, :1] if task == "text-regression" else logits
+            values = objective.of_output(output, targets[task])
+            assert values.shape == (12,) and torch.isfinite(values).all()
+            assert objective.weights(targets[task]).shape == (12,)
+
+
+def test_the_plain_loss_is_validations_whatever_is_minimised() -> None:
+    logits, labels = drawn(0)
+    values = logits[:, 0] - logits[:, 0].mean()
+    cases: dict[Task, tuple[torch.Tensor, torch.Tensor]] = {
+        "text-classification": (logits, labels),
+        "text-multi-label": (logits, (drawn(1)[0] > 0).float()),
+        "text-regression": (logits[:, 1:2], values / values.std(correction=0)),  # as training has them
+    }
+    for task, (output, targets) in cases.items():
+        expected = rules_of(task).loss(output.numpy(), targets.numpy())
+        for name in LOSSES[task]:
+            asked = plan(label_smoothing=0.3).model_copy(update={"loss": name})
+            weight = None if task == "text-regression" else torch.tensor([0.5, 1.0, 2.0, 3.0])
+            objective = losses.build_loss(asked, task=task, weight=weight)
+            assert float(objective.plain(output, targets).mean()) == pytest.approx(expected, rel=1e-4)
+
+
+# Losses of vectors
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(F.cosine_similarity(a, b, dim=0))
+
+
+@settings(max_examples=20)
+@given(seeds)
+def test_contrastive_of_labels_is_contrastive_of_all_pairs(seed: int) -> None:
+    vectors, labels = drawn(seed)
+    pairs = list(itertools.combinations(range(12), 2))
+    first, second = (vectors[[pair[side] for pair in pairs]] for side in (0, 1))
+    alike = torch.tensor([bool(labels[i] == labels[j]) for i, j in pairs])
+    expected = losses.contrastive(first, second, alike)
+    torch.testing.assert_close(losses.contrastive_of_labels(vectors, labels), expected)
+
+
+@settings(max_examples=20)
+@given(seeds)
+def test_triplet_of_labels_takes_the_hardest_of_each_kind(seed: int) -> None:
+    vectors, labels = drawn(seed)
+    found = []
+    for i in range(12):
+        alike = [cosine(vectors[i], vectors[j]) for j in range(12) if j != i and labels[i] == labels[j]]
+        others = [cosine(vectors[i], vectors[j]) for j in range(12) if labels[i] != labels[j]]
+        if alike and others:
+            found.append(max(0.0, max(others) - min(alike) + losses.TRIPLET_MARGIN))
+    assert float(losses.triplet_of_labels(vectors, labels)) == pytest.approx(sum(found) / len(found), abs=1e-5)
+
+
+@settings(max_examples=20)
+@given(seeds)
+def test_mnrl_of_labels_by_its_definition(seed: int) -> None:
+    vectors, labels = drawn(seed)
+    means = []
+    for i in range(12):
+        negatives = [math.exp(20 * cosine(vectors[i], vectors[j])) for j in range(12) if labels[i] != labels[j]]
+        positives = [
+            math.exp(20 * cosine(vectors[i], vectors[j])) for j in range(12) if j != i and labels[i] == labels[j]
+        ]
+        if positives and negatives:
+            means.append(sum(-math.log(p / (p + sum(negatives))) for p in positives) / len(positives))
+    assert float(losses.mnrl_of_labels(vectors, labels)) == pytest.approx(sum(means) / len(means), rel=1e-3, abs=1e-4)
+
+
+@settings(max_examples=20)
+@given(seeds)
+def test_cosent_of_labels_is_cosent_of_all_pairs(seed: int) -> None:
+    vectors, labels = drawn(seed)
+    pairs = list(itertools.combinations(range(12), 2))
+    scores = torch.tensor([cosine(vectors[i], vectors[j]) for i, j in pairs])
+    targets = torch.tensor([float(labels[i] == labels[j]) for i, j in pairs])
+    if 0 < targets.sum() < len(targets):
+        expected = losses.cosent(scores, targets)
+        torch.testing.assert_close(losses.cosent_of_labels(vectors, labels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_in_order_cost_less_than_pairs_mixed_up() -> None:
+    anchors = torch.eye(4)
+    assert losses.mnrl(anchors, anchors) < losses.mnrl(anchors, anchors.roll(1, 0))
+    assert losses.triplet(anchors, anchors, anchors.roll(1, 0)) == 0
+    assert losses.triplet(anchors, anchors.roll(1, 0), anchors) > 0
+    alike, unlike = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    assert losses.contrastive(anchors, anchors, alike) < losses.contrastive(anchors, anchors, unlike)
+    assert losses.cosent(torch.tensor([0.9, 0.1]), torch.tensor([1.0, 0.0])) < losses.cosent(
+        torch.tensor([0.1, 0.9]), torch.tensor([1.0, 0.0])
+    )
+
+
+@pytest.mark.parametrize("name", ["contrastive", "triplet", "mnrl", "cosent"])
+@pytest.mark.parametrize("labels", [[0], [1, 1, 1], [0, 1, 2], [0, 0, 1]])
+def test_a_pass_without_pairs_to_compare_gives_a_gradient_of_nothing(name: str, labels: list[int]) -> None:
+    of_vectors = losses.build_loss(plan(loss=name)).of_vectors
+    assert of_vectors is not None
+    vectors = torch.randn(len(labels), 4, requires_grad=True)
+    value = of_vectors(vectors, torch.tensor(labels))
+    value.backward()
+    assert torch.isfinite(value) and vectors.grad is not None and torch.isfinite(vectors.grad).all()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "triplet", "mnrl", "cosent"])
+def test_following_the_gradient_brings_classes_together(name: str) -> None:
+    of_vectors = losses.build_loss(plan(loss=name)).of_vectors
+    assert of_vectors is not None
+    vectors, labels = drawn(5)
+    vectors.requires_grad_()
+    optimizer = torch.optim.Adam([vectors], lr=0.05)
+
+    def spread() -> float:
+        with torch.no_grad():
+            normal = F.normalize(vectors, dim=-1)
+            cosines, alike = normal @ normal.t(), labels[:, None] == labels[None, :]
+            return float(cosines[alike].mean() - cosines[~alike].mean())
+
+    before = spread()
+    for _ in range(60):
+        optimizer.zero_grad()
+        of_vectors(vectors, labels).backward()
+        optimizer.step()
+    assert spread() > before + 0.5
