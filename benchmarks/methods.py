@@ -18,7 +18,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "linear_probe": {"method": "linear_probe"},
     "linear_probe, second job": {"method": "linear_probe"},
     "setfit": {"method": "setfit"},
-    "ia3": {"method": "ia3"},
     "prompt_tuning": {"method": "prompt_tuning"},
     "bottleneck": {"method": "bottleneck"},
     "lora": {"method": "lora"},

@@ -13,9 +13,7 @@ from finetune.jobs.search_space import FIXED, MOST_CHOICES, Choices, Range, Spac
 from finetune.jobs.task_metrics import METRICS, MetricName, metric_of
 from model_registry.manifest import Task
 
-SingleMethod = Literal[
-    "baseline", "linear_probe", "setfit", "ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"
-]
+SingleMethod = Literal["baseline", "linear_probe", "setfit", "prompt_tuning", "bottleneck", "lora", "qlora", "full"]
 Method = Literal["auto"] | SingleMethod
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"]
 Scheduler = Literal["cosine", "linear", "constant", "plateau", "cyclic"]
@@ -31,6 +29,8 @@ LOSSES: dict[Task, tuple[Loss, ...]] = {  # the first is what auto becomes
 METHODS_OF_OTHER_TASKS: frozenset[str] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
 NOT_YET = {"augment"}
+# Methods of earlier releases, and what to use instead.
+REMOVED_METHODS = {"ia3": "lora or bottleneck"}
 _NOT_SEARCHED = frozenset({"auto", "baseline", "linear_probe"})  # several methods, or ones without steps
 
 
@@ -185,6 +185,10 @@ def parse_hyperparameters(values: dict[str, Any]) -> Hyperparameters:
             errors.append(
                 {"loc": ["hyperparameters", name], "message": f"unknown hyperparameter {name[:60]!r}; {advice}"}
             )
+    method = values.get("method")
+    if isinstance(method, str) and method in REMOVED_METHODS:
+        message = f"method {method} was removed; use {REMOVED_METHODS[method]}"
+        errors.append({"loc": ["hyperparameters", "method"], "message": message})
     if errors:
         raise PlanError(errors)
     try:

@@ -36,7 +36,7 @@ from model_registry.manifest import Task
 
 COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "full")
 FEW_ROWS_PER_CLASS = 32  # up to so many, on average, `auto` also tries `setfit`, after the probe
-_STEPPED = frozenset({"ia3", "prompt_tuning", "bottleneck", "lora", "qlora", "full"})
+_STEPPED = frozenset({"prompt_tuning", "bottleneck", "lora", "qlora", "full"})
 _ROWS_PER_DEVICE = 8  # of a step, at least, for a further GPU to be taken by itself
 _PAIRS_PER_STEP = 32 * 31 // 2
 SMALL_PARAMETERS = 50_000_000
@@ -367,7 +367,6 @@ def _default_epochs(method: SingleMethod, rows: int) -> int:
 # Below and above `SMALL_PARAMETERS`.
 _LEARNING_RATES: dict[str, tuple[float, float]] = {
     "setfit": (3e-5, 2e-5),
-    "ia3": (1e-2, 5e-3),
     "prompt_tuning": (1e-2, 5e-3),
     "bottleneck": (1e-3, 5e-4),
     "lora": (5e-4, 2e-4),

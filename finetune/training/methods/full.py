@@ -8,8 +8,7 @@ import torch
 
 from finetune.training.layers import freeze_below, set_trunk, unset_trunk
 from finetune.training.methods.candidate import Candidate
-from finetune.training.methods.own import new_classifier, serve_own
-from finetune.training.methods.tuned import Classifier, Serving, start_head, train_tuned
+from finetune.training.methods.tuned import Classifier, Serving, new_classifier, serve_own, start_head, train_tuned
 from finetune.training.run_context import Run
 from modeling.encoder import load_encoder
 

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from finetune.training.methods.candidate import Candidate
-from finetune.training.methods.own import new_classifier, serve_own
-from finetune.training.methods.tuned import Classifier, Serving, start_head, train_tuned
+from finetune.training.methods.tuned import Classifier, Serving, new_classifier, serve_own, start_head, train_tuned
 from finetune.training.run_context import Run
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from modeling.encoder import load_encoder

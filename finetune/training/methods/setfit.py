@@ -20,8 +20,7 @@ from finetune.jobs.failures import Cancelled, NonFiniteLoss
 from finetune.jobs.records import JobPhase
 from finetune.training.methods import logistic
 from finetune.training.methods.candidate import Candidate, Servable
-from finetune.training.methods.own import new_classifier, serve_own
-from finetune.training.methods.tuned import Classifier
+from finetune.training.methods.tuned import Classifier, new_classifier, serve_own
 from finetune.training.run_context import Run, embed, length_batches
 from modeling.encoder import load_encoder
 from modeling.engines.protocol import pad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +23,11 @@ from finetune.training.layers import FrozenTrunk
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run, embed, joined
 from model_registry.manifest import VersionKind
+from modeling.adapters_in_encoder import Composition
+from modeling.backbone import Backbone
+from modeling.checkpoints import write_encoder
 from modeling.engines.protocol import Engine
-from modeling.engines.torch import pool, takes_type_ids
+from modeling.engines.torch import TorchEngine, pool, takes_type_ids
 from modeling.heads import DenseLayer, TaskHead
 from modeling.weights import FloatArray
 
@@ -68,6 +72,14 @@ class Classifier(nn.Module):
         return TaskHead((DenseLayer(weight, bias),))
 
 
+def new_classifier(run: Run, encoder: nn.Module) -> Classifier:
+    set_dropout(encoder, run.plan.dropout)
+    info = run.backbone.info
+    return Classifier(
+        encoder, pooling=info.pooling, hidden_size=info.hidden_size, labels=run.outputs, dropout=run.plan.dropout
+    )
+
+
 def start_head(model: Classifier, probe: TaskHead | None, scale: Scale = Scale()) -> None:
     """From the probe's weights where there are some: the encoder's features are then kept, not distorted at first
     (Kumar et al., ICLR 2022). Otherwise small random ones by the run's seed."""
@@ -88,6 +100,32 @@ def set_dropout(encoder: nn.Module, value: float) -> None:
 
 
 Serving = tuple[Engine, str | None, Callable[[Path], None]]
+
+
+def serve_own(run: Run, encoder: nn.Module, *, method: str, composition: Composition | None = None) -> Serving:
+    """Give `encoder`, which has weights of its own, as a server will load it, and what writes it into a version."""
+
+    def write(folder: Path) -> Backbone:
+        info = run.backbone.info
+        taken = composition.size if composition is not None and composition.kind == "prompt" else 0
+        return write_encoder(
+            folder,
+            encoder,
+            like=run.backbone.folder,
+            name=info.name,
+            source=f"{method} fine-tune of {info.digest}",
+            pooling=info.pooling,
+            normalize=False,
+            max_length=min(run.plan.max_length, info.max_length - taken),
+            composition=composition,
+        )
+
+    def write_extra(folder: Path) -> None:
+        write(folder / "full")
+
+    with tempfile.TemporaryDirectory(prefix=f"polyhead-{method}-") as temporary:
+        engine = TorchEngine(write(Path(temporary)), device=run.plan.device)
+    return engine, None, write_extra
 
 
 def train_tuned(

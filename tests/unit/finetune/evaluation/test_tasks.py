@@ -273,7 +273,7 @@ def test_auto_is_the_first_metric_of_each_task() -> None:
         ({"metric": "rmse"}, "text-classification", "metric"),
         ({"metric": "accuracy"}, "text-multi-label", "metric"),
         ({"method": "setfit"}, "text-multi-label", "method"),
-        ({"method": "ia3"}, "text-regression", "method"),
+        ({"method": "bottleneck"}, "text-regression", "method"),
         ({"loss": "bce"}, "text-regression", "loss"),
         ({"class_weights": "balanced"}, "text-regression", "class_weights"),
         ({"gate": {"min_metric": 1.5}}, "text-multi-label", "gate"),

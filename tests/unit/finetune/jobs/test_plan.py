@@ -35,6 +35,12 @@ def test_an_unknown_name_gets_the_nearest_one(typed: str, meant: str) -> None:
         parse_hyperparameters({typed: 1})
 
 
+def test_a_removed_method_is_refused_with_what_to_use_instead() -> None:
+    with pytest.raises(PlanError, match="method ia3 was removed; use lora or bottleneck") as raised:
+        parse_hyperparameters({"method": "ia3", "epochs": 2})
+    assert [error["loc"] for error in raised.value.errors] == [["hyperparameters", "method"]]
+
+
 @pytest.mark.parametrize("name", sorted(NOT_YET))
 def test_what_is_not_built_yet_is_refused_by_name(name: str) -> None:
     with pytest.raises(PlanError, match="not available yet"):

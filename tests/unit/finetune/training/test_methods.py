@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from finetune.jobs.failures import RunError
 from finetune.training.layers import FrozenTrunk, freeze_below, layer_depths, set_trunk, unset_trunk
-from finetune.training.methods.ia3 import with_ia3
 from finetune.training.methods.setfit import draw_rows, half_way, pair_loss
 from modeling.encoder import load_encoder
 from modeling.testing import write_tiny_checkpoint
@@ -192,24 +191,3 @@ def test_half_of_the_way_back_is_the_mean_of_the_weights_and_leaves_whole_number
     found = half_way(start, end)
     assert found["weight"].tolist() == [1.0, 0.0]
     assert found["count"].item() == 7
-
-
-# Changes that are merged
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_scaling_vectors_merged_give_the_same_states(tmp_path: Path, model_type: str) -> None:
-    ids, mask = rows()
-    plain = states(tiny(tmp_path / "plain", model_type), ids, mask).detach()
-    scaled = with_ia3(tiny(tmp_path / "scaled", model_type)).eval()
-    torch.testing.assert_close(states(scaled, ids, mask), plain, atol=1e-5, rtol=1e-4)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in scaled.named_parameters():
-            if "ia3" in name:
-                value.copy_(1 + 0.5 * torch.randn(value.shape, generator=draw))
-    expected = states(scaled, ids, mask).detach()
-    assert not torch.allclose(expected, plain, atol=1e-3)
-    merged = scaled.merge_and_unload()  # type: ignore[operator]
-    torch.testing.assert_close(states(merged, ids, mask), expected, atol=1e-4, rtol=1e-3)
-    assert set(merged.state_dict()) == set(tiny(tmp_path / "names", model_type).state_dict())
