@@ -15,7 +15,7 @@ from service.garbage import keep_collections_short
 from service.logs import set_up
 from service.metrics import ServingMetrics
 from service.server import DrainTimes, serve
-from service.settings import keep_threads_passive, load_settings
+from service.settings import keep_threads_passive, load_settings, retired_settings
 from service.wiring import build
 
 
@@ -24,6 +24,8 @@ def main() -> int:
     keep_threads_passive()
     keep_collections_short()
     set_up(settings.log_level)
+    for warning in retired_settings():
+        logging.getLogger("service").warning(warning, extra={"action": "retired_setting"})
     try:
         refuse_both_wheels()
     except EngineFailed as error:

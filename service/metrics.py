@@ -214,9 +214,6 @@ class ServingMetrics:
         self.model_memory_bytes = self._gauge(
             "model_memory_bytes", "Memory a model holds beyond its shared backbone", *REQUEST_LABELS
         )
-        self.adapter_merged = self._gauge(
-            "adapter_merged", "1 for a version whose adapter runs merged into weights of its own", *REQUEST_LABELS
-        )
         self.adapter_loads_total = self._counter("adapter_loads_total", "Versions loaded: heads, adapters, full models")
         self.adapter_load_duration_seconds = self._histogram(
             "adapter_load_duration_seconds", "Time from reading a version to its being ready", buckets=LOAD_BUCKETS_S
@@ -296,7 +293,6 @@ class ServingMetrics:
             self.model_info,
             self.model_state,
             self.model_memory_bytes,
-            self.adapter_merged,
         ):
             metric.remove_by_labels(labels)
 

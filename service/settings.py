@@ -36,6 +36,8 @@ FOREIGN = frozenset(
         "API_KEY",
     }
 )
+# Settings of earlier versions: ignored, with a warning that says what to do.
+RETIRED = {"MERGE_SHARE": "adapters always run from their slots; remove the setting"}
 
 
 class ApiKey(BaseModel):
@@ -86,9 +88,6 @@ class ServingSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where backbones run")
     adapter_slots: int = Field(32, ge=1, le=4096, description="LoRA adapters that one engine run can mix")
     adapter_slots_bytes: int = Field(2 << 30, ge=1 << 20, description="memory of a backbone's adapter slots")
-    merge_share: float = Field(
-        0.0, ge=0, le=1, description="share of a backbone's rows that merges an adapter; 0: never"
-    )
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core")
     memory_budget_bytes: int = Field(8 << 30, ge=1 << 20, description="for models loaded on demand; the least used go")
 
@@ -150,7 +149,7 @@ class ServingSettings(BaseSettings):
 def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettings:
     """Raises `SystemExit` that lists every error at once, misspelt variables included."""
     environment = os.environ if environment is None else environment
-    known = {name.upper() for name in ServingSettings.model_fields} | FOREIGN
+    known = {name.upper() for name in ServingSettings.model_fields} | FOREIGN | set(RETIRED)
     errors = [
         f"{name}: unknown setting"
         for name in environment
@@ -165,6 +164,16 @@ def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettin
     if errors:
         raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
     return settings
+
+
+def retired_settings(environment: Mapping[str, str] | None = None) -> list[str]:
+    """A warning for each setting in the environment that no longer has an effect."""
+    environment = os.environ if environment is None else environment
+    return [
+        f"{PREFIX}{name} has no effect: {advice}"
+        for name, advice in RETIRED.items()
+        if f"{PREFIX}{name}" in environment
+    ]
 
 
 def front_end_environment() -> dict[str, str]:

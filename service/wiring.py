@@ -27,8 +27,6 @@ from service.inference.admission import AdmissionController
 from service.inference.batch_log import BatchLog
 from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
-from service.inference.merge_choice import MergePolicy
-from service.inference.merging import AdapterMerger
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
@@ -98,12 +96,9 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             backbones=backbones,
             import_root=settings.import_root,
         )
-        merger = AdapterMerger(pool, store, metrics, MergePolicy(settings.merge_share))
-        merging = [asyncio.create_task(merger.follow(), name="merging")] if settings.merge_share else []
         stack.push_async_callback(
             _cancelled,
             [
-                *merging,
                 asyncio.create_task(_load(settings, store, pool, watcher, backbones), name="load"),
                 asyncio.create_task(intake.sweep(), name="dataset-sweep"),
                 asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),

@@ -1,8 +1,7 @@
 """An engine over exported graphs, whatever runtime computes them. No torch.
 
 A runtime is a `Session`: numpy arrays in, the pooled vectors out. `GraphEngine` pads, sends rows with
-adapters through the graph that takes slots and the others through the bare one, and keeps the stacks. Rows of one
-adapter may have a bare graph of their own, into whose weights the adapter is merged (`modeling.merge`).
+adapters through the graph that takes slots and the others through the bare one, and keeps the stacks.
 """
 
 from __future__ import annotations
@@ -67,10 +66,6 @@ class GraphFiles:
     def lora(self) -> Path:
         return self._file("lora")
 
-    def merged(self, digest: str) -> Path:
-        """The bare graph with the adapter of this digest in its weights."""
-        return self._file(f"merged-{digest}")
-
     def _file(self, name: str) -> Path:
         return self.folder / (f"{name}.{self.suffix}.onnx" if self.suffix else f"{name}.onnx")
 
@@ -107,7 +102,7 @@ class GraphFiles:
         }
 
     def discard(self) -> None:
-        """The next export is done anew, and with it what was made of the graphs: other precisions, merged adapters."""
+        """The next export is done anew, and with it what was made of the graphs: other precisions."""
         self.description.unlink(missing_ok=True)
         for graph in self.folder.glob("*.onnx"):
             graph.unlink(missing_ok=True)
@@ -158,14 +153,8 @@ class Session(Protocol):
     def memory_bytes(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Merged:
-    key: str
-    session: Session
-
-
 class GraphEngine:
-    """One backbone on one runtime. The adapters' graph is opened with the first adapter, at most one is merged."""
+    """One backbone on one runtime. The adapters' graph is opened with the first adapter."""
 
     def __init__(
         self,
@@ -187,7 +176,6 @@ class GraphEngine:
         self._pad_id, self._hidden_size = files.pad_id, files.hidden_size
         self._bare = open_session(files.bare)
         self._lora: Session | None = None
-        self._merged: _Merged | None = None
         self._layout = files.layout
         self._stacks = AdapterStacks(
             self._layout, capacity=adapter_slots, dtype=stack_dtype, budget_bytes=slots_budget_bytes
@@ -195,19 +183,6 @@ class GraphEngine:
         self._generation = 0
 
     def run(self, batch: EngineBatch) -> FloatArray:
-        merged = self._merged  # another thread may take it away meanwhile
-        if merged is None or batch.adapters is None or merged.key not in batch.adapters:
-            return self._run_unmerged(batch)
-        vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
-        own = [row for row, key in enumerate(batch.adapters) if key == merged.key]
-        others = [row for row, key in enumerate(batch.adapters) if key != merged.key]
-        vectors[own] = merged.session.run(self._feeds([batch.inputs[row] for row in own]))
-        if others:
-            rest = EngineBatch([batch.inputs[row] for row in others], [batch.adapters[row] for row in others])
-            vectors[others] = self._run_unmerged(rest)
-        return vectors
-
-    def _run_unmerged(self, batch: EngineBatch) -> FloatArray:
         if batch.adapters is None or not any(batch.adapters):
             return self._bare.run(self._feeds(batch.inputs))
         vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
@@ -222,7 +197,6 @@ class GraphEngine:
 
     def load_adapter(self, key: str, adapter: Adapter) -> None:
         self._stacks.load(key, adapter)
-        self._forget_merged(key)
         if self._lora is None:
             try:
                 self._lora = self._open(self.files.lora)
@@ -232,42 +206,13 @@ class GraphEngine:
 
     def unload_adapter(self, key: str) -> None:
         self._stacks.unload(key)
-        self._forget_merged(key)
-
-    @property
-    def merged_key(self) -> str | None:
-        """The adapter whose rows run on a graph of their own."""
-        merged = self._merged
-        return None if merged is None else merged.key
-
-    @property
-    def merge_bytes(self) -> int:
-        """What a merged graph takes: as much as the bare one."""
-        return self._bare.memory_bytes()
-
-    def open_merged(self, graph: Path) -> Session:
-        """Blocking, for any thread. Raises `EngineFailed`."""
-        return self._open(graph)
-
-    def merge(self, key: str, session: Session) -> None:
-        """Rows of the loaded adapter `key` run on `session` from now on, in the place of any other's."""
-        self._merged = _Merged(key, session)
-
-    def unmerge(self) -> None:
-        """All adapters run from slots. From any thread: a run in progress ends on the graph it began with."""
-        self._merged = None
 
     def memory(self) -> MemoryUse:
         weights = self._bare.memory_bytes() + (self._lora.memory_bytes() if self._lora is not None else 0)
-        merged = self._merged
-        return MemoryUse(weights, self._stacks.slot_bytes(), 0 if merged is None else merged.session.memory_bytes())
+        return MemoryUse(weights, self._stacks.slot_bytes())
 
     def adapter_bytes(self, key: str) -> int:
         return self._stacks.adapter_bytes(key)
-
-    def _forget_merged(self, key: str) -> None:
-        if self.merged_key == key:
-            self.unmerge()
 
     def _run_adapted(self, inputs: Sequence[Encoded], keys: Sequence[str]) -> FloatArray:
         slots = self._stacks.rows(keys)

@@ -23,12 +23,10 @@ class EngineBatch:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes: the backbone's weights, the slots for adapters, which do not grow with each adapter, and the weights that
-    one adapter is merged into."""
+    """Bytes: the backbone's weights, and the slots for adapters, which do not grow with each adapter."""
 
     weights: int
     slots: int
-    merged: int = 0
 
 
 class Engine(Protocol):

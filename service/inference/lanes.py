@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,6 @@ import numpy.typing as npt
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone
 from modeling.engines.build import EngineSpec
-from modeling.engines.graphs import GraphEngine
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.preprocess import Encoded, TextInput, TextPreprocessor
@@ -68,7 +66,6 @@ class BackboneLane:
         self.max_length = backbone.info.max_length
         self.token_estimate = TokenEstimate()
         self._limits = limits
-        self._rows: Counter[str | None] = Counter()
         self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=self.max_length)
         self.batcher = DynamicBatcher(
             (label, self.engine_name),
@@ -131,19 +128,8 @@ class BackboneLane:
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         """One run for rows of all models and adapters; heads follow, grouped by model."""
         adapters = [entry.model.adapter_key for entry in entries]
-        self._rows.update(adapters)
         batch = EngineBatch([entry.work for entry in entries], adapters if any(adapters) else None)
         return apply_heads(entries, self.engine.run(batch))
-
-    def take_rows(self) -> dict[str | None, int]:
-        """Rows computed since the last call, by adapter; None: those without one."""
-        rows, self._rows = self._rows, Counter()
-        return dict(rows)
-
-    def unmerge(self) -> None:
-        """Gives back the memory of a merged adapter, which then runs from its slot again."""
-        if isinstance(self.engine, GraphEngine):
-            self.engine.unmerge()
 
     def check(self) -> None:
         """Raises `EngineFailed` where the engine does not compute a text that any engine can."""

@@ -176,24 +176,6 @@ class ModelPool:
     def lanes(self) -> list[Lane]:
         return [*self._lanes.values(), *([self._linear] if self._linear else [])]
 
-    # For merging adapters
-
-    @property
-    def steady(self) -> asyncio.Lock:
-        """While it is held, no lane changes its engine and no adapter comes or goes."""
-        return self._loading
-
-    def users_of(self, lane: Lane) -> list[ServedModel]:
-        return [model for model in self._served.values() if model.lane is lane]
-
-    def free_bytes(self) -> int:
-        """What the memory budget leaves, with all that is loaded now."""
-        held = sum(model.own_bytes for model in self._served.values())
-        return self._memory_budget_bytes - held - self._merged_bytes()
-
-    def _merged_bytes(self) -> int:
-        return sum(lane.engine.memory().merged for lane in self._lanes.values())
-
     # Following the registry
 
     async def apply(self, snapshot: RegistrySnapshot) -> None:
@@ -215,10 +197,7 @@ class ModelPool:
             await self._load(key, version)
 
     def _release_unused(self) -> None:
-        """Over the memory budget, merged weights go, then what no alias needs, the least recently used first."""
-        if self.free_bytes() < 0:
-            for lane in self._lanes.values():
-                lane.unmerge()
+        """Over the memory budget, unloads what no alias needs, the least recently used first."""
         pinned = self._pinned()
         total = sum(model.own_bytes for model in self._served.values())
         idle = sorted((m for m in self._served.values() if m.key not in pinned), key=lambda model: model.used_at)
@@ -535,12 +514,6 @@ class ModelPool:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def reproduce_golden(model: ServedModel, engine: Engine) -> None:
-    """Runs a version's golden rows as `engine` runs requests, on its own thread. Raises `GoldenRowsDiffer`."""
-    assert model.parts is not None
-    check_golden(model.parts, lambda texts: _golden_logits(model, engine, texts), precision=engine.precision)
 
 
 def _golden_logits(model: ServedModel, engine: Engine, texts: Sequence[TextInput]) -> FloatArray:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,12 @@ from modeling.engines.providers import Ladder
 from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed
 from modeling.export import export_graphs
-from modeling.merge import MergeRequest, can_merge, write_merged
 from modeling.precision import low_precision_graphs
 from modeling.preprocess import Encoded, TextPreprocessor
 from modeling.quantize import int8_graphs
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
-from tests.support.adapters import random_adapter, write_adapter
+from tests.support.adapters import random_adapter
 
 TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull", "oil"]
 SLOTS = 3
@@ -65,10 +63,6 @@ PROVIDERS = {"onnx": providers.CUDA, CAPTURED: providers.CUDA, TENSORRT: provide
 
 def on_gpu(specs: Iterable[EngineSpec]) -> list[Any]:
     return [pytest.param(spec, marks=pytest.mark.gpu, id=f"cuda-{spec}") for spec in specs]
-
-
-MERGING = ["onnx", "onnx-fp16", "onnx-buckets", "openvino", "openvino-bf16"]
-MERGING += on_gpu(spec for spec in ON_GPU if spec.runtime == "onnx")
 
 
 @pytest.fixture(params=[*ON_CPU, *on_gpu(ON_GPU)])
@@ -219,72 +213,6 @@ def test_memory_is_named_apart_for_weights_slots_and_adapters(
     assert before.weights > 0 and before.slots > 0
     assert engine.adapter_bytes("all") <= known["all"].size_bytes
     assert engine.adapter_bytes("no such") == 0
-
-
-def merge(engine: GraphEngine, key: str, change: Adapter, folder: Path) -> None:
-    """As the server does it: from the files, by way of a graph of its own."""
-    write_adapter(folder / "adapter", change)
-    graph = GraphFiles(folder).merged(key)
-    request = MergeRequest(str(GraphFiles(engine.files.folder).bare), str(folder / "adapter"), str(graph))
-    write_merged(replace(request, variant=engine.files.suffix))
-    engine.merge(key, engine.open_merged(graph))
-
-
-@pytest.mark.parametrize("make", MERGING, indirect=True)
-def test_a_merged_adapter_computes_what_it_computed_from_its_slot(
-    make: Make, backbone: Backbone, files: GraphFiles, tmp_path: Path
-) -> None:
-    engine, encoded, known = make(), encode(backbone), adapters(files)
-    assert isinstance(engine, GraphEngine) and can_merge(engine)
-    for key, change in known.items():
-        engine.load_adapter(key, change)
-    mixes: list[list[str | None]] = [
-        ["some"] * 5,
-        ["some", None, "all", "some", None],
-        ["high", "some", "one", "last", None],
-        [None] * 5,
-        ["one", "all", None, "all", "last"],
-    ]
-    before = [engine.run(EngineBatch(encoded, keys)) for keys in mixes]
-    memory = engine.memory()
-    merge(engine, "some", known["some"], tmp_path)
-    assert engine.merged_key == "some" and replace(engine.memory(), merged=0) == memory
-    assert engine.memory().merged == pytest.approx(engine.merge_bytes, rel=0.01)
-    for keys, vectors in zip(mixes, before, strict=True):
-        close(engine, engine.run(EngineBatch(encoded, keys)), vectors)
-    engine.merge("some", engine.open_merged(engine.files.bare))
-    wrong = engine.run(EngineBatch(encoded, mixes[1]))
-    assert np.abs(wrong[0] - before[1][0]).max() > 0.1, "its rows run there indeed"
-    close(engine, wrong[1:3], before[1][1:3])
-    engine.unmerge()
-    assert engine.memory().merged == 0
-    close(engine, engine.run(EngineBatch(encoded, mixes[1])), before[1])
-
-
-@pytest.mark.parametrize("make", MERGING, indirect=True)
-def test_a_merged_adapter_goes_with_its_weights(
-    make: Make, backbone: Backbone, files: GraphFiles, tmp_path: Path
-) -> None:
-    engine, encoded, known = make(), encode(backbone), adapters(files)
-    assert isinstance(engine, GraphEngine) and can_merge(engine)
-    for key in ("a", "b"):
-        engine.load_adapter(key, known["all"])
-    merge(engine, "a", known["all"], tmp_path)
-    engine.unload_adapter("b")
-    assert engine.merged_key == "a"
-    engine.load_adapter("a", known["some"])
-    assert engine.merged_key is None
-    close(engine, engine.run(EngineBatch(encoded[:1], ["a"]))[0], merged(backbone, known["some"], encoded[0]))
-    merge(engine, "a", known["some"], tmp_path)
-    engine.unload_adapter("a")
-    assert engine.merged_key is None
-    with pytest.raises(EngineFailed, match="not loaded"):
-        engine.run(EngineBatch(encoded, ["a"] * 5))
-
-
-@pytest.mark.parametrize("make", ["torch", "onnx-int8"], indirect=True)
-def test_an_engine_that_cannot_merge_says_so(make: Make) -> None:
-    assert not can_merge(make())
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.999), ("fp16", 0.99999)])

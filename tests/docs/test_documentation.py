@@ -29,7 +29,7 @@ from service.api.guard import DrainState
 from service.api.problems import _CODE_BY_STATUS, STATUS_BY_ERROR
 from service.app import create_app
 from service.metrics import ServingMetrics
-from service.settings import FOREIGN, ServingSettings
+from service.settings import FOREIGN, RETIRED, ServingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -59,10 +59,15 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 
 def test_no_other_setting_is_documented() -> None:
-    known = set(setting_fields()) | {f"POLYHEAD_{name}" for name in FOREIGN}
+    known = set(setting_fields()) | {f"POLYHEAD_{name}" for name in FOREIGN | set(RETIRED)}
     for path in PAGES:
         named = set(re.findall(r"POLYHEAD_[A-Z0-9_]*[A-Z0-9]", path.read_text()))
         assert named <= known, f"{path.name} names settings that do not exist: {sorted(named - known)}"
+
+
+def test_every_retired_setting_is_documented() -> None:
+    _, _, retired = page("settings").partition("## Retired settings")
+    assert set(re.findall(r"^\| `POLYHEAD_([A-Z_]+)`", retired, re.MULTILINE)) == set(RETIRED)
 
 
 def test_every_setting_has_a_description() -> None:

@@ -33,7 +33,6 @@ CONTRACT = {
     "batch_tokens": ENGINE_LABELS,
     "batch_padding_ratio": ENGINE_LABELS,
     "batch_tokens_limit": ENGINE_LABELS,
-    "adapter_merged": REQUEST_LABELS,
     "adapter_loads_total": (),
     "adapter_load_duration_seconds": (),
     "adapter_evictions_total": (),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from service.settings import load_settings
+from service.settings import load_settings, retired_settings
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, **values: str) -> object:
@@ -39,6 +39,12 @@ def test_keys_open_the_network_and_stay_secret(monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(shown)["api_keys"] == 1
 
 
+def test_a_retired_setting_is_ignored_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings_of(monkeypatch, MERGE_SHARE="0.8")
+    (warning,) = retired_settings({"POLYHEAD_MERGE_SHARE": "0.8", "POLYHEAD_PORT": "1"})
+    assert warning.startswith("POLYHEAD_MERGE_SHARE has no effect: ")
+
+
 def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     # As a path it would be the working folder.
     assert settings_of(monkeypatch, IMPORT_ROOT="", BATCH_LOG="").import_root is None  # type: ignore[attr-defined]
@@ -51,7 +57,7 @@ def test_the_worker_s_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     serving_names = {name.upper() for name in serving.ServingSettings.model_fields}
     worker_names = {name.upper() for name in worker.WorkerSettings.model_fields}
     assert worker_names | serving_names == serving_names | serving.FOREIGN - {"URL", "API_KEY"}
-    assert worker_names | serving_names == worker_names | worker.FOREIGN - {"URL", "API_KEY"}
+    assert worker_names | serving_names == worker_names | worker.FOREIGN - {"URL", "API_KEY", *serving.RETIRED}
     worker.load_worker_settings({f"POLYHEAD_{name}": "" for name in serving_names | worker_names})
     with pytest.raises(SystemExit, match="POLYHEAD_LEASE: unknown"):
         worker.load_worker_settings({"POLYHEAD_LEASE": "5"})
