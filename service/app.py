@@ -68,6 +68,7 @@ def create_app(settings: ServingSettings, build: Build, drain: DrainState, metri
         version="1",
         description="One pretrained backbone, many heads: predict, fine-tune, promote, roll back.",
         lifespan=lifespan,
+        redirect_slashes=False,  # the address of such an answer comes from the client's Host
     )
     for module in (predict, openai, datasets, finetune, models, health):
         app.include_router(module.router)

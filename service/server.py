@@ -190,7 +190,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
             return  # a trailer; uvicorn would add it to the headers of the request being served
         if len(self.headers) >= self.limits.max_headers:
             raise _headers_too_large(f"There are more than {self.limits.max_headers} headers.")
-        super().on_header(name, value)
+        super().on_header(name, value.rstrip(b" \t"))  # the parser leaves what is no part of the value
 
     def on_headers_complete(self) -> None:
         self._check_framing()
@@ -276,9 +276,12 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _check_framing(self) -> None:
-        """Refuses what two parsers could read as two different bodies (request smuggling)."""
+        """Refuses what two servers could take for different bodies (request smuggling) or for different hosts."""
         encodings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         lengths = [value for name, value in self.headers if name == b"content-length"]
+        hosts = [name for name, _ in self.headers if name == b"host"]
+        if len(hosts) > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            raise _malformed("A request names its host once, in the header Host.")
         if encodings and lengths:
             raise _malformed("Content-Length and Transfer-Encoding exclude each other.")
         if encodings not in ([], [b"chunked"]):

@@ -15,7 +15,7 @@ from starlette.types import Scope as AsgiScope
 
 from model_registry.refs import DEFAULT_TENANT
 from service.addresses import is_loopback
-from service.api.guard import PROBE_PATHS
+from service.api.guard import HEALTH_PATHS, PROBE_PATHS
 from service.api.problems import Problem, problem_response, request_id_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ LOCAL = Principal("local", DEFAULT_TENANT, frozenset({"admin"}))
 
 
 class KeyAuthentication:
-    """ASGI middleware: sets `scope["state"]["principal"]` or answers 401. Probes and metrics need no key."""
+    """ASGI middleware: sets `scope["state"]["principal"]` or answers 401. Probes, metrics and limits need no key."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
         self._app = app
@@ -62,9 +62,12 @@ class KeyAuthentication:
         )
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in PROBE_PATHS:
+        if scope["type"] == "http" and scope["path"] not in HEALTH_PATHS:
             try:
-                scope.setdefault("state", {})["principal"] = self.admit(scope["headers"])
+                if scope["path"] in PROBE_PATHS:
+                    self._refuse_web_pages(scope["headers"])
+                else:
+                    scope.setdefault("state", {})["principal"] = self.admit(scope["headers"])
             except Problem as problem:
                 response = problem_response(problem, path=scope["path"], request_id=request_id_of(scope))
                 await response(scope, receive, send)
@@ -73,12 +76,7 @@ class KeyAuthentication:
 
     def admit(self, headers: Sequence[tuple[bytes, bytes]]) -> Principal:
         """The caller. Raises 401 without a valid key, 403 for a web page's request where no keys are configured."""
-        if not self._keys and _comes_from_elsewhere(headers):
-            raise Problem(
-                403,
-                "forbidden",
-                "without API keys only requests to a loopback name, and none from web pages, are taken",
-            )
+        self._refuse_web_pages(headers)
         principal = self.identify(headers)
         if principal is None:
             raise Problem(
@@ -88,6 +86,14 @@ class KeyAuthentication:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         return principal
+
+    def _refuse_web_pages(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        if not self._keys and _comes_from_elsewhere(headers):
+            raise Problem(
+                403,
+                "forbidden",
+                "without API keys only requests to a loopback name, and none from web pages, are taken",
+            )
 
     def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Principal | None:
         """The caller by `Authorization: Bearer` or `X-API-Key`; any header is ignored where no keys are configured."""

@@ -27,7 +27,7 @@ from model_registry.manifest import Task
 from service.api.auth import Principal
 from service.api.datasets import take_upload
 from service.api.deps import Services, ServicesDep, Training, json_body
-from service.api.guard import GuardLimits, check_json
+from service.api.guard import GuardLimits, checked_json
 from service.api.problems import Problem
 from service.api.schemas import CancelRequest, FinetuneRequest, inlined_schema
 from service.inference.errors import ModelNotReady
@@ -91,8 +91,7 @@ async def _json_content(request: Request, max_bytes: int) -> bytes:
         content += chunk
         if len(content) > max_bytes:
             raise Problem(413, "payload_too_large", f"a JSON body may have {max_bytes} bytes; send rows as a file")
-    await check_json(bytes(content), GuardLimits())
-    return bytes(content)
+    return await checked_json(bytes(content), GuardLimits())
 
 
 def _json_field(name: str, text: str) -> Any:

@@ -8,6 +8,7 @@ limits the body and refuses before work is done. It gives each request its id.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import logging
 import os
 import re
@@ -24,7 +25,8 @@ from service.api.problems import Problem, internal_problem, problem_response
 
 logger = logging.getLogger("service")
 
-PROBE_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/info"})
+HEALTH_PATHS = frozenset({"/livez", "/readyz", "/health"})
+PROBE_PATHS = HEALTH_PATHS | {"/metrics", "/info"}
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _JSON_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]},]', re.DOTALL)
@@ -184,7 +186,7 @@ class RequestGuard:
             return
         content = await body.read()
         if content and _is_json(scope):
-            await check_json(content, self.limits)
+            content = await checked_json(content, self.limits)
         message = {"type": "http.request", "body": content, "more_body": False}
         await self.app(scope, replay(message, body.receive), response.send)
 
@@ -208,18 +210,19 @@ class RequestGuard:
         )
 
 
-async def check_json(content: bytes, limits: GuardLimits) -> None:
-    """Refuses JSON text that is no UTF-8, too deep or too large in number, without parsing it.
+async def checked_json(content: bytes, limits: GuardLimits) -> bytes:
+    """JSON text without a byte order mark, refused if it is no UTF-8, too deep or too large in number.
 
-    Raises `Problem`. Nearly all bodies pass on a few counts over the bytes; the others are scanned,
+    It is not parsed. Raises `Problem`. Nearly all bodies pass on a few counts over the bytes; the others are scanned,
     off the event loop where that could be felt.
     """
     # A raw NUL is never JSON; with it, UTF-16 could hide its brackets from the scan below.
     if not _is_utf8(content) or b"\x00" in content:
         raise Problem(400, "malformed_request", "The body is not valid UTF-8 text.")
+    content = content.removeprefix(codecs.BOM_UTF8)
     opened = content.count(b"[") + content.count(b"{")
     if opened <= limits.max_json_depth and opened + content.count(b",") <= limits.max_json_tokens:
-        return
+        return content
     if len(content) <= _OFF_LOOP_BYTES:
         fault = json_fault(content, max_depth=limits.max_json_depth, max_tokens=limits.max_json_tokens)
     else:
@@ -228,6 +231,7 @@ async def check_json(content: bytes, limits: GuardLimits) -> None:
         )
     if fault is not None:
         raise Problem(400, "malformed_request", fault)
+    return content
 
 
 def json_fault(content: bytes, *, max_depth: int, max_tokens: int) -> str | None:

@@ -15,6 +15,7 @@ router = APIRouter(tags=["operations"])
 _STUCK_S = 120.0
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Is the process alive")
 async def livez(services: ServicesDep) -> Response:
     batchers = [lane.batcher for lane in services.pool.lanes()]
@@ -29,7 +30,9 @@ async def livez(services: ServicesDep) -> Response:
     return JSONResponse({"status": "ok" if status == 200 else "failing", "dead": dead, "stuck": stuck}, status)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="May traffic come here")
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="The same as /readyz")
 async def readyz(services: ServicesDep) -> Response:
     reason = _unready(services)
@@ -56,6 +59,7 @@ def _unready(services: Services) -> str | None:
     return None
 
 
+@router.head("/info", include_in_schema=False)
 @router.get("/info", summary="Every effective limit")
 async def info(services: ServicesDep) -> dict[str, Any]:
     backbones = {
@@ -78,6 +82,7 @@ async def info(services: ServicesDep) -> dict[str, Any]:
     }
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(services: ServicesDep) -> Response:
     content, content_type = await asyncio.to_thread(services.metrics.render)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import resource
 import signal
 import socket
@@ -12,17 +10,14 @@ import struct
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request, UploadFile
 from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
@@ -32,13 +27,24 @@ from model_registry.errors import ModelNotFound
 from service.api import problems
 from service.api.guard import DrainState, EarlyAnswers, GuardLimits, RequestGuard
 from service.api.interrupt import unless_gone
-from service.server import HELD_BYTES, HOLD_S, DrainingServer, DrainTimes, HeaderLimits, limited_protocol
+from service.server import HELD_BYTES, HOLD_S, DrainTimes, HeaderLimits
+from tests.support.edge import (
+    WAIT_S,
+    Edge,
+    chunked,
+    post,
+    problem_in,
+    read_all,
+    read_answer,
+    refusal,
+    serving,
+    wait_until,
+)
 from tests.support.uncollected import uncollected
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_MB = 2 << 20
 TEN_MB = 10 << 20
-WAIT_S = 10.0
 
 
 class Inputs(BaseModel):
@@ -114,62 +120,22 @@ def body_limit(path: str, method: str) -> int:
     return 1 << 30 if path == "/datasets" else TWO_MB
 
 
-@dataclass
-class Edge:
-    """A running server and ways to talk to it."""
-
-    port: int
-    app: FastAPI
-    server: DrainingServer
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
-
-    def exchange(self, *parts: bytes) -> bytes:
-        """Sends the parts on one connection and returns all that comes back until it closes."""
-        with closing(self.connect()) as connection:
-            for part in parts:
-                connection.sendall(part)
-            return read_all(connection)
-
-
 @contextmanager
 def running(
     limits: GuardLimits | None = None,
     header_limits: HeaderLimits | None = None,
     early: EarlyAnswers | None = None,
     app: Any = None,
-    lifespan: Any = "on",
+    lifespan: Literal["on", "off"] = "on",
 ) -> Iterator[Edge]:
-    app, state = app or make_app(), DrainState()
-    guard = RequestGuard(app, limits or GuardLimits(), state, body_limit)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        guard,
-        http=limited_protocol(header_limits or HeaderLimits(), early),
-        loop="uvloop",
-        ws="none",
-        lifespan=lifespan,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-    )
-    server = DrainingServer(config, state, DrainTimes(drain_delay_s=0, grace_s=1, exit_within_s=5))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield Edge(listener.getsockname()[1], app, server)
-    finally:
-        server.should_exit = True
-        thread.join(WAIT_S)
-        listener.close()
-        assert not thread.is_alive()
+    guard = RequestGuard(app or make_app(), limits or GuardLimits(), DrainState(), body_limit, early=early)
+    with serving(guard, header_limits, lifespan=lifespan) as edge:
+        yield edge
+
+
+def state_of(edge: Edge) -> Any:
+    """The state of the small application behind the guard."""
+    return edge.server.config.app.app.state  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
@@ -185,61 +151,6 @@ def hasty_edge() -> Iterator[Edge]:
     limits = GuardLimits(body_grace_s=0.3, max_body_chunks=64)
     with running(limits, HeaderLimits(header_timeout_s=0.4, max_body_chunks=64, max_connections=20)) as edge:
         yield edge
-
-
-def wait_until(is_true: Any, within_s: float = WAIT_S) -> None:
-    end = time.monotonic() + within_s
-    while not is_true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    received = b""
-    while part := connection.recv(65536):
-        received += part
-    return received
-
-
-def read_answer(connection: socket.socket) -> bytes:
-    """One response with a Content-Length; the connection may stay open."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        part = connection.recv(65536)
-        assert part, received
-        received += part
-    head, _, body = received.partition(b"\r\n\r\n")
-    length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
-    while len(body) < length:
-        body += connection.recv(65536)
-    return head + b"\r\n\r\n" + body
-
-
-def problem_in(raw: bytes) -> dict[str, Any]:
-    """The problem document of the one response in `raw`, after checks that hold for each of them."""
-    head, _, body = raw.partition(b"\r\n\r\n")
-    assert raw.count(b"HTTP/1.1 ") == 1, raw
-    assert b"content-type: application/problem+json" in head
-    document: dict[str, Any] = json.loads(body)
-    assert head.startswith(f"HTTP/1.1 {document['status']} ".encode())
-    assert f"x-request-id: {document['request_id']}".encode() in head
-    assert b"Traceback" not in raw
-    return document
-
-
-def refusal(raw: bytes) -> tuple[int, str]:
-    document = problem_in(raw)
-    assert b"connection: close" in raw.lower()
-    return document["status"], document["code"]
-
-
-def post(path: str, *headers: str, media_type: str = "application/json") -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {media_type}", *headers, "", ""]
-    return "\r\n".join(lines).encode()
-
-
-def chunked(*chunks: bytes) -> bytes:
-    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
 
 
 # Answers before the application hears of a request
@@ -422,32 +333,32 @@ def test_is_disconnected_works(edge: Edge) -> None:
     connection = edge.connect()
     connection.sendall(b"GET /until_disconnect HTTP/1.1\r\nHost: x\r\n\r\n")
     time.sleep(0.1)
-    assert not hasattr(edge.app.state, "has_seen_disconnect")
+    assert not hasattr(state_of(edge), "has_seen_disconnect")
     connection.close()
-    wait_until(lambda: getattr(edge.app.state, "has_seen_disconnect", False))
+    wait_until(lambda: getattr(state_of(edge), "has_seen_disconnect", False))
 
 
 @pytest.mark.parametrize("size", [1, 60_000, 70_000, 1_000_000])
 @pytest.mark.parametrize("is_reset", [False, True])
 def test_work_ends_when_its_client_leaves(edge: Edge, size: int, is_reset: bool) -> None:
-    held, given_up = edge.app.state.held, edge.app.state.given_up
+    held, given_up = state_of(edge).held, state_of(edge).given_up
     with closing(edge.connect()) as connection:
         connection.sendall(post("/held", f"Content-Length: {size}") + b"1" * size)
-        wait_until(lambda: edge.app.state.held > held)
+        wait_until(lambda: state_of(edge).held > held)
         time.sleep(0.05)
-        assert edge.app.state.given_up == given_up
+        assert state_of(edge).given_up == given_up
         if is_reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait_until(lambda: edge.app.state.given_up > given_up)
+    wait_until(lambda: state_of(edge).given_up > given_up)
 
 
 def test_work_ends_when_its_client_sends_no_more(edge: Edge) -> None:
-    given_up = edge.app.state.given_up
+    given_up = state_of(edge).given_up
     with closing(edge.connect()) as connection:
         connection.sendall(post("/held", "Content-Length: 1") + b"1")
         time.sleep(0.05)
         connection.shutdown(socket.SHUT_WR)
-        wait_until(lambda: edge.app.state.given_up > given_up)
+        wait_until(lambda: state_of(edge).given_up > given_up)
 
 
 def test_expect_continue(edge: Edge) -> None:
@@ -608,20 +519,20 @@ def test_headers_without_end(edge: Edge) -> None:
 
 def test_ten_megabytes_of_ordinary_headers(edge: Edge) -> None:
     part = b"".join(b"X-%d: %s\r\n" % (index, b"v" * 1000) for index in range(100))
-    assert refusal(edge.exchange(b"GET / HTTP/1.1\r\n", *[part] * 100)) == (431, "headers_too_large")
+    assert refusal(edge.exchange(b"GET / HTTP/1.1\r\nHost: x\r\n", *[part] * 100)) == (431, "headers_too_large")
 
 
 def test_many_small_headers(edge: Edge) -> None:
     lines = [b"X-%d: 1\r\n" % index for index in range(65)]
     assert refusal(edge.exchange(b"GET /headers HTTP/1.1\r\n", *lines, b"\r\n")) == (431, "headers_too_large")
-    raw = edge.exchange(b"GET /headers HTTP/1.1\r\nConnection: close\r\n", *lines[:63], b"\r\n")
+    raw = edge.exchange(b"GET /headers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n", *lines[:62], b"\r\n")
     assert raw.startswith(b"HTTP/1.1 200")
 
 
 def test_long_targets(edge: Edge) -> None:
     assert refusal(edge.exchange(b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n")) == (414, "uri_too_long")
     assert refusal(edge.exchange(b"GET /", *[b"a" * 65536] * 160)) == (414, "uri_too_long")
-    raw = edge.exchange(b"GET /headers?" + b"a" * 8000 + b" HTTP/1.1\r\nConnection: close\r\n\r\n")
+    raw = edge.exchange(b"GET /headers?" + b"a" * 8000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert raw.startswith(b"HTTP/1.1 200")
 
 

@@ -108,8 +108,8 @@ class Answered:
         return orjson.loads(self.body)
 
 
-class AppUnderTest:
-    """One application on one event loop; its model `p` is known, all other names are not."""
+class RecordingApp:
+    """The whole application, guard included; its model `p` is known, all other names are not."""
 
     def __init__(self, settings: ServingSettings | None = None) -> None:
         self.predictor = RecordingPredictor()
@@ -117,6 +117,40 @@ class AppUnderTest:
         self.drain = DrainState()
         self.settings = settings or ServingSettings()
         self.app = create_app(self.settings, self._build, self.drain, self.metrics)
+
+    @asynccontextmanager
+    async def _build(self) -> AsyncIterator[Services]:
+        unused: Any = SimpleNamespace()
+        pool: Any = SimpleNamespace(
+            labels_of=lambda tenant, ref: LABELS if ref.name == "p" else ("", "", ""),
+            lanes=lambda: [],
+            backbones=lambda: {},
+            is_started=True,
+            has_failed=False,
+        )
+        predictor: Any = self.predictor
+        yield Services(
+            settings=self.settings,
+            pool=pool,
+            predictor=predictor,
+            watcher=unused,
+            registry=unused,
+            jobs=unused,
+            datasets=unused,
+            intake=unused,
+            store=unused,
+            metrics=self.metrics,
+            drain=self.drain,
+            backbones={},
+            import_root=None,
+        )
+
+
+class AppUnderTest(RecordingApp):
+    """The same, started on an event loop of its own and asked without a socket."""
+
+    def __init__(self, settings: ServingSettings | None = None) -> None:
+        super().__init__(settings)
         self._runner = asyncio.Runner()
         self._lifespan = self._runner.run(_started(self.app))
 
@@ -135,27 +169,6 @@ class AppUnderTest:
     ) -> Answered:
         """With `leaves` the client goes as soon as its request is sent."""
         return self._runner.run(_ask(self.app, path, body, method, HEADERS | (headers or {}), leaves))
-
-    @asynccontextmanager
-    async def _build(self) -> AsyncIterator[Services]:
-        unused: Any = SimpleNamespace()
-        pool: Any = SimpleNamespace(labels_of=lambda tenant, ref: LABELS if ref.name == "p" else ("", "", ""))
-        predictor: Any = self.predictor
-        yield Services(
-            settings=self.settings,
-            pool=pool,
-            predictor=predictor,
-            watcher=unused,
-            registry=unused,
-            jobs=unused,
-            datasets=unused,
-            intake=unused,
-            store=unused,
-            metrics=self.metrics,
-            drain=self.drain,
-            backbones={},
-            import_root=None,
-        )
 
 
 async def _started(app: ASGIApp) -> Callable[[], Any]:
