@@ -223,7 +223,7 @@ def _dry_run(
         task=target.task,
     )
     return {
-        "object": "finetune.jobs.plan",
+        "object": "finetune.plan",
         "plan": plan.model_dump(mode="json"),
         "estimated_seconds": round(plan.estimated_seconds, 1) if profile else None,
         "findings": [finding.model_dump() for finding in findings],
@@ -256,7 +256,7 @@ def get_evaluation(job_id: str, services: ServicesDep, principal: Training) -> d
     job = services.jobs.get(principal.tenant, job_id)
     if job.evaluation is None:
         raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
-    return {"object": "finetune.evaluation.classification", "job_id": job.id, **job.evaluation}
+    return {"object": "finetune.evaluation", "job_id": job.id, **job.evaluation}
 
 
 @router.get("/finetune/{job_id}/events", summary="Events of a job, as JSON or as a stream")

@@ -38,6 +38,7 @@ def test_served_answers_score_what_the_report_says(
     test = movies[1]
     report = service.client.get(f"/finetune/{probe['job']['id']}/evaluation")
     served = test.share_of(service.client.labels("movies", test.texts))
+    assert report["object"] == "finetune.evaluation"
     assert report["rows"] == {"train": pytest.approx(340, abs=25), "validation": pytest.approx(60, abs=25), "test": 200}
     assert report["test"]["accuracy"] == pytest.approx(served, abs=1e-9)
     assert served > 0.6  # chance is 0.5; the figure itself belongs to the benchmark

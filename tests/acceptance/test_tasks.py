@@ -94,8 +94,9 @@ def test_values_are_served_as_they_were_evaluated(service: Service, method: str)
 
 def test_a_dry_run_tells_task_metric_and_findings(service: Service) -> None:
     body = {"dataset": upload(service, labelled(60, seed=5)), "register_as": "dry", "backbone": "tiny"}
-    plan = service.client.http.post("/finetune?dry_run=true", json=body).json()
-    plan = plan["plan"]
+    answer = service.client.http.post("/finetune?dry_run=true", json=body).json()
+    assert answer["object"] == "finetune.plan"
+    plan = answer["plan"]
     assert (plan["task"], plan["metric"], plan["loss"]) == ("text-multi-label", "micro_f1", "bce")
     assert [method["method"] for method in plan["methods"]] == ["baseline", "linear_probe", "lora", "full"]
     found = service.client.http.post("/finetune?dry_run=true", json=body | {"task": "text-regression"}).json()
