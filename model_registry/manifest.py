@@ -7,7 +7,7 @@ not exist. Nothing here opens a model.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,13 +20,8 @@ MAX_MANIFEST_BYTES = 1_000_000
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 VersionKind = Literal["baseline", "head", "lora", "full"]
 Task = Literal["text-classification", "text-multi-label", "text-regression"]
-Problem = Literal["single_label", "multi_label", "regression"]
-PROBLEMS: Final[dict[Task, Problem]] = {
-    "text-classification": "single_label",
-    "text-multi-label": "multi_label",
-    "text-regression": "regression",
-}
-TASKS: Final = tuple(PROBLEMS)
+TASKS: Final[tuple[Task, ...]] = get_args(Task)
+_FORMER_FIELDS = frozenset({"problem", "parent"})  # manifests on disk have them; nothing reads them
 
 
 class _Model(BaseModel):
@@ -55,7 +50,7 @@ class ModelManifest(_Model):
     baseline: `baseline.safetensors` + `vocabulary.json`; head: `head.safetensors`;
     lora: `head.safetensors` + `adapter/`; full: `head.safetensors` + `full/`.
 
-    `task` says what its outputs mean, `problem` the same in the words of older readers. Regression has no labels.
+    `task` says what its outputs mean. Regression has no labels.
     """
 
     schema_version: Literal[1] = 1
@@ -64,11 +59,9 @@ class ModelManifest(_Model):
     version: int = Field(ge=1)
     kind: VersionKind
     task: Task = "text-classification"
-    problem: Problem = "single_label"
     method: str
     labels: tuple[str, ...]
     base: BackboneRef | None = None
-    parent: str | None = None
     job_id: str | None = None
     created_at: float
     metrics: dict[str, float] = {}
@@ -77,15 +70,15 @@ class ModelManifest(_Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_problem(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "problem" not in values and values.get("task") in PROBLEMS:
-            return values | {"problem": PROBLEMS[values["task"]]}
-        return values
+    def _without_former_fields(cls, values: Any) -> Any:
+        return (
+            {name: values[name] for name in values if name not in _FORMER_FIELDS}
+            if isinstance(values, dict)
+            else values
+        )
 
     @model_validator(mode="after")
     def _fits_its_task(self) -> ModelManifest:
-        if self.problem != PROBLEMS[self.task]:
-            raise ValueError(f"problem {self.problem} contradicts task {self.task}")
         if self.task == "text-regression" and self.labels:
             raise ValueError("a version for text-regression has no labels")
         return self
