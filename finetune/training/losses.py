@@ -146,39 +146,19 @@ def _smoothed(labels: torch.Tensor, classes: int, smoothing: float, dtype: torch
 # Of vectors. Similarity is the cosine.
 
 
-def contrastive(
-    first: torch.Tensor, second: torch.Tensor, is_alike: torch.Tensor, *, margin: float = CONTRASTIVE_MARGIN
-) -> torch.Tensor:
-    """Hadsell, Chopra and LeCun, CVPR 2006, of pairs [pairs, hidden]: alike ones are drawn together, others pushed
-    beyond `margin`. Distance is one minus the cosine; the mean over the pairs."""
-    distance = 1 - F.cosine_similarity(first, second)
-    return _contrast(distance, is_alike, margin)
-
-
-def contrastive_of_labels(
-    vectors: torch.Tensor, labels: torch.Tensor, *, margin: float = CONTRASTIVE_MARGIN
-) -> torch.Tensor:
-    """The same over all pairs of rows; alike are those of one class."""
+def contrastive(vectors: torch.Tensor, labels: torch.Tensor, *, margin: float = CONTRASTIVE_MARGIN) -> torch.Tensor:
+    """Hadsell, Chopra and LeCun, CVPR 2006, over all pairs of rows: those of one class are drawn together, others
+    pushed beyond `margin`. Distance is one minus the cosine; the mean over the pairs."""
     above = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu(1)
     if not above.any():
         return vectors.sum() * 0
-    return _contrast(1 - _cosines(vectors)[above], _alike(labels)[above], margin)
+    distance = 1 - _cosines(vectors)[above]
+    return 0.5 * torch.where(_alike(labels)[above], distance**2, (margin - distance).clamp(min=0) ** 2).mean()
 
 
-def _contrast(distance: torch.Tensor, is_alike: torch.Tensor, margin: float) -> torch.Tensor:
-    return 0.5 * torch.where(is_alike, distance**2, (margin - distance).clamp(min=0) ** 2).mean()
-
-
-def triplet(
-    anchors: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, *, margin: float = TRIPLET_MARGIN
-) -> torch.Tensor:
-    """Schroff, Kalenichenko and Philbin, FaceNet, CVPR 2015: the positive is nearer by at least `margin`."""
-    gap = F.cosine_similarity(anchors, negatives) - F.cosine_similarity(anchors, positives)
-    return (gap + margin).clamp(min=0).mean()
-
-
-def triplet_of_labels(vectors: torch.Tensor, labels: torch.Tensor, *, margin: float = TRIPLET_MARGIN) -> torch.Tensor:
-    """Batch-hard (Hermans, Beyer and Leibe, 2017): each row with the furthest of its class and the nearest of another.
+def triplet(vectors: torch.Tensor, labels: torch.Tensor, *, margin: float = TRIPLET_MARGIN) -> torch.Tensor:
+    """FaceNet's loss (Schroff, Kalenichenko and Philbin, CVPR 2015) on the hardest of a pass (Hermans, Beyer and Leibe,
+    2017): each row with the furthest of its class and the nearest of another, which must be further by `margin`.
     Rows that have no partner of either kind do not count."""
     cosines, alike = _cosines(vectors), _alike(labels)
     others = ~alike
@@ -191,16 +171,10 @@ def triplet_of_labels(vectors: torch.Tensor, labels: torch.Tensor, *, margin: fl
     return (nearest[counts] - hardest[counts] + margin).clamp(min=0).mean()
 
 
-def mnrl(anchors: torch.Tensor, positives: torch.Tensor, *, scale: float = _SCALE) -> torch.Tensor:
-    """In-batch negatives (Henderson et al., Efficient natural language response suggestion, 2017): cross-entropy of
-    each anchor's own positive against all others, over scaled cosines [pairs, pairs]."""
-    scores = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).t() * scale
-    return F.cross_entropy(scores, torch.arange(len(anchors), device=anchors.device))
-
-
-def mnrl_of_labels(vectors: torch.Tensor, labels: torch.Tensor, *, scale: float = _SCALE) -> torch.Tensor:
-    """The same over rows: every other row of a class is a positive, those of other classes are the negatives; the
-    mean over the positives (Khosla et al., Supervised contrastive learning, 2020, without positives as negatives)."""
+def mnrl(vectors: torch.Tensor, labels: torch.Tensor, *, scale: float = _SCALE) -> torch.Tensor:
+    """In-batch negatives (Henderson et al., Efficient natural language response suggestion, 2017): cross-entropy over
+    scaled cosines. Every other row of a class is a positive, those of other classes are the negatives; the mean over
+    the positives (Khosla et al., Supervised contrastive learning, 2020, without positives as negatives)."""
     scores, alike = _cosines(vectors) * scale, _alike(labels)
     partners = alike & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     counts = partners.any(1) & (~alike).any(1)
@@ -212,16 +186,9 @@ def mnrl_of_labels(vectors: torch.Tensor, labels: torch.Tensor, *, scale: float 
     return ((losses.masked_fill(~chosen, 0)).sum(1) / chosen.sum(1)).mean()
 
 
-def cosent(scores: torch.Tensor, targets: torch.Tensor, *, scale: float = _SCALE) -> torch.Tensor:
-    """CoSENT (Su, 2022) of predicted cosines and wanted similarities, both [pairs]: log(1 + sum of
-    exp(scale (s_low - s_high)) over all two pairs of which one is wanted lower than the other)."""
-    gaps = (scores[:, None] - scores[None, :]) * scale
-    gaps = gaps[targets[:, None] < targets[None, :]]
-    return torch.cat([gaps.new_zeros(1), gaps]).logsumexp(0)
-
-
-def cosent_of_labels(vectors: torch.Tensor, labels: torch.Tensor, *, scale: float = _SCALE) -> torch.Tensor:
-    """The same over all pairs of rows: those of one class are wanted nearer than any others.
+def cosent(vectors: torch.Tensor, labels: torch.Tensor, *, scale: float = _SCALE) -> torch.Tensor:
+    """CoSENT (Su, 2022) over all pairs of rows: log(1 + sum of exp(scale (s_low - s_high)) over all two pairs of which
+    one is of a single class, and wanted nearer, and the other is not.
 
     The sum over two pairs factors, so it costs no more than the pairs: logsumexp(low) + logsumexp(-high).
     """
@@ -233,10 +200,10 @@ def cosent_of_labels(vectors: torch.Tensor, labels: torch.Tensor, *, scale: floa
 
 
 _OF_VECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "contrastive": contrastive_of_labels,
-    "triplet": triplet_of_labels,
-    "mnrl": mnrl_of_labels,
-    "cosent": cosent_of_labels,
+    "contrastive": contrastive,
+    "triplet": triplet,
+    "mnrl": mnrl,
+    "cosent": cosent,
 }
 
 
