@@ -77,11 +77,6 @@ class Database:
             return self._clock()
         return float(connection.execute(_SQLITE_NOW if self.is_sqlite else _POSTGRES_NOW).scalar_one())
 
-    def ping(self) -> None:
-        """Raises `DatabaseUnavailable` unless a trivial query succeeds."""
-        with self.read() as connection:
-            connection.execute(sa.text("SELECT 1"))
-
     def dispose(self) -> None:
         self.engine.dispose()
 

@@ -198,7 +198,7 @@ idempotency_keys = sa.Table(
     sa.Column("key", sa.String(255), nullable=False),
     sa.Column("request_sha256", sa.String(64), nullable=False),
     sa.Column("job_id", sa.String(64)),
-    sa.Column("status_code", sa.Integer),
+    sa.Column("status_code", sa.Integer),  # this and the next are of earlier releases, whose processes still write them
     sa.Column("response", sa.JSON),
     sa.Column("created_at", Time, nullable=False),
     sa.PrimaryKeyConstraint("tenant", "key"),

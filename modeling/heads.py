@@ -6,7 +6,7 @@ its classifier, RoBERTa's two layers, …), so any number of heads share one bac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -65,9 +65,6 @@ class TaskHead:
 
     def probabilities(self, logits: FloatArray) -> FloatArray:
         return softmax(logits / np.float32(self.temperature))
-
-    def with_temperature(self, temperature: float) -> TaskHead:
-        return replace(self, temperature=temperature)
 
     def to_bytes(self) -> bytes:
         tensors = {}

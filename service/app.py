@@ -9,7 +9,6 @@ from fastapi import FastAPI
 
 from finetune.data.errors import ColumnMissing, DatasetNotFound, DatasetUnreadable
 from finetune.jobs.errors import (
-    IdempotencyInProgress,
     IdempotencyMismatch,
     JobNotCancellable,
     JobNotFound,
@@ -47,7 +46,6 @@ STATUS_BY_ERROR |= {
     JobNotPausable: (409, "job_not_pausable"),
     JobNotResumable: (409, "job_not_resumable"),
     IdempotencyMismatch: (422, "idempotency_mismatch"),
-    IdempotencyInProgress: (409, "idempotency_in_progress"),
     PlanError: (422, "invalid_request"),
 }
 

@@ -43,7 +43,7 @@ JOB_STATES: Final = (
 
 # Label values whose series are created at load; any other value creates its own on first use.
 REQUEST_CODES: Final = ("200", "422", "429", "500", "503", "504")
-REJECT_REASONS: Final = ("queue_full", "token_budget", "quota", "deadline", "model_not_ready", "draining")
+REJECT_REASONS: Final = ("queue_full", "token_budget", "deadline")
 CANCEL_STAGES: Final = ("queued", "running")
 
 DURATION_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)

@@ -27,7 +27,6 @@ from finetune.data.text_identity import text_digest
 Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-SIMILARITY = 0.8
 _BANDS, _BAND_ROWS = 16, 4
 _LEADERS = 16  # rounds in which a bucket's first text is compared with the others, and of cutting a group
 _SEED = 20_260_101

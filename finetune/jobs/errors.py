@@ -6,8 +6,7 @@ JobError
 ├── JobNotPausable         the job neither waits in the queue nor runs
 ├── JobNotResumable        the job is not paused
 ├── LeaseLost              another worker holds the job now; nothing was written
-├── IdempotencyMismatch    the key was used for another request
-└── IdempotencyInProgress  the first request with this key is still running
+└── IdempotencyMismatch    the key was used for another request
 """
 
 from __future__ import annotations
@@ -39,11 +38,3 @@ class LeaseLost(JobError):
 
 class IdempotencyMismatch(JobError):
     """The key was used before for a request with another body."""
-
-
-class IdempotencyInProgress(JobError):
-    """The first request with this key has not finished yet."""
-
-    def __init__(self, message: str, *, job_id: str | None) -> None:
-        super().__init__(message)
-        self.job_id = job_id

@@ -90,7 +90,6 @@ class TrainingPlan(FrozenModel):
     """Everything a run depends on, with no `auto` left."""
 
     methods: tuple[MethodPlan, ...]
-    is_auto: bool
     task: Task = "text-classification"
     seed: int
     metric: MetricName
@@ -171,7 +170,6 @@ def resolve(
             _plan_method(name, wanted, data=data, worker=worker, parameters=parameters, max_length=max_length)
             for name in names
         ),
-        is_auto=wanted.method == "auto",
         task=task,
         seed=wanted.seed,
         metric=wanted.metric_for(task),

@@ -12,24 +12,6 @@ from finetune.data.options import Columns, FrozenModel
 from model_registry.manifest import Task
 from model_registry.refs import NAME_PATTERN
 
-EVENT_TYPES = (
-    "state_changed",
-    "phase_changed",
-    "progress",
-    "metrics",
-    "baseline_ready",
-    "checkpoint_saved",
-    "best_updated",
-    "early_stopped",
-    "data_warning",
-    "resumed",
-    "evaluation_ready",
-    "model_registered",
-    "gate_passed",
-    "gate_failed",
-    "cancelled",
-    "error",
-)
 EventType = Literal[
     "state_changed",
     "phase_changed",
@@ -134,7 +116,6 @@ class FineTuneJob:
     lease_token: int
     lease_expires_at: float | None
     heartbeat_at: float | None
-    progress_at: float | None
     cancel_requested_at: float | None
     cancel_keep_best: bool
     progress: dict[str, Any] | None

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Collection, Iterator
+from dataclasses import fields
 from typing import Any
 
 import sqlalchemy as sa
 
 from finetune.jobs.errors import (
-    IdempotencyInProgress,
     IdempotencyMismatch,
     JobNotCancellable,
     JobNotFound,
@@ -98,7 +98,6 @@ class JobStore:
                         key=idempotency_key,
                         request_sha256=request_sha256,
                         job_id=job_id,
-                        status_code=202,
                         created_at=now,
                     )
                 )
@@ -263,7 +262,6 @@ class JobStore:
                     attempt=lease.attempt,
                     lease_expires_at=now + lease_s,
                     heartbeat_at=now,
-                    progress_at=now,
                     started_at=job.started_at or now,
                     phase=None,
                 )
@@ -296,14 +294,11 @@ class JobStore:
         self._append(connection, job.id, "error", failure.message, failure.model_dump(mode="json"), level="error")
         return True
 
-    def heartbeat(self, lease: Lease, *, lease_s: float, has_progressed: bool) -> Heartbeat:
+    def heartbeat(self, lease: Lease, *, lease_s: float) -> Heartbeat:
         """Renews the lease. Raises `LeaseLost`."""
         with self.fenced(lease) as connection:
             now = self._database.now(connection)
-            values: dict[str, Any] = {"lease_expires_at": now + lease_s, "heartbeat_at": now}
-            if has_progressed:
-                values["progress_at"] = now
-            self._update(connection, lease.job_id, **values)
+            self._update(connection, lease.job_id, lease_expires_at=now + lease_s, heartbeat_at=now)
             query = sa.select(jobs.c.status, jobs.c.cancel_keep_best).where(jobs.c.id == lease.job_id)
             row = connection.execute(query).one()
             is_cancelled, is_paused = row.status == JobStatus.CANCELLING, row.status == JobStatus.PAUSED
@@ -449,8 +444,6 @@ class JobStore:
             raise IdempotencyMismatch(
                 f"the Idempotency-Key {key[:60]!r} was used for another request; choose a new one"
             )
-        if row.job_id is None:
-            raise IdempotencyInProgress("the first request with this Idempotency-Key is still running", job_id=None)
         return str(row.job_id)
 
     def _get(self, connection: sa.Connection, tenant: str, job_id: str, *, lock: bool = False) -> FineTuneJob:
@@ -490,7 +483,7 @@ class JobStore:
 
 
 def _job(row: Any) -> FineTuneJob:
-    values = dict(row._mapping)
+    values = {field.name: row._mapping[field.name] for field in fields(FineTuneJob)}
     values["status"] = JobStatus(values["status"])
     values["spec"] = JobSpec.model_validate(values["spec"])
     return FineTuneJob(**values)

@@ -108,7 +108,6 @@ class Supervisor:
     def _watch(self, child: subprocess.Popen[str]) -> None:
         timing = self._timing
         renewed = progressed = time.monotonic()
-        seen_progress = False
         while self._outcome is None:
             now = time.monotonic()
             try:
@@ -118,17 +117,17 @@ class Supervisor:
             if message is None:
                 return  # the child closed its pipe
             if message:
-                progressed, seen_progress = now, True
+                progressed = now
                 self._persistently(functools.partial(self._write, child, message))
             if self._outcome is not None:
                 return  # the run has ended and holds no lease any more: renewing it would look like a lost one
             if now - renewed >= timing.heartbeat_s:
-                self._persistently(functools.partial(self._renew, child, seen_progress))
-                renewed, seen_progress = now, False
+                self._persistently(functools.partial(self._renew, child))
+                renewed = now
             self._end_if_due(child, now, progressed)
 
-    def _renew(self, child: subprocess.Popen[str], has_progressed: bool) -> None:
-        beat = self._ledger.jobs.heartbeat(self._lease, lease_s=self._timing.lease_s, has_progressed=has_progressed)
+    def _renew(self, child: subprocess.Popen[str]) -> None:
+        beat = self._ledger.jobs.heartbeat(self._lease, lease_s=self._timing.lease_s)
         self._ledger.metrics.beat()
         if beat.pause_requested and self._end_requested_at is None:
             self._end_requested_at, self._is_pausing = time.monotonic(), True

@@ -7,8 +7,6 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 from model_registry.db import Database
 
@@ -23,17 +21,6 @@ def migrate(database: Database) -> None:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
-
-
-def current_revision(database: Database) -> str | None:
-    with database.read() as connection:
-        return MigrationContext.configure(connection).get_current_revision()
-
-
-def newest_revision() -> str:
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None
-    return head
 
 
 def _config() -> Config:

@@ -102,7 +102,7 @@ def test_a_lease_that_ran_out_is_taken_over_and_the_old_holder_cannot_write(stor
 def _writes(store: JobStore, lease: Lease) -> list[Callable[[], Any]]:
     failure = JobFailure(code="x", message="x")
     return [
-        lambda: store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True),
+        lambda: store.heartbeat(lease, lease_s=LEASE_S),
         lambda: store.record(lease, "progress", "x"),
         lambda: store.set_columns(lease, phase="training"),
         lambda: store.finish(lease, JobStatus.SUCCEEDED, result={"name": "m", "version": 9}),
@@ -116,7 +116,7 @@ def test_heartbeats_keep_the_lease(store: JobStore, clock: Clock) -> None:
     lease = claim(store)
     for _ in range(5):
         clock.time += LEASE_S - 1
-        store.heartbeat(lease, lease_s=LEASE_S, has_progressed=False)
+        store.heartbeat(lease, lease_s=LEASE_S)
     assert store.claim("w2", lease_s=LEASE_S) is None
 
 
@@ -148,7 +148,7 @@ def test_cancel_ends_what_waits_and_tells_what_runs(store: JobStore, clock: Cloc
     running = enqueue(store, clock)
     lease = claim(store)
     assert store.request_cancel("default", running, keep_best=True).status is JobStatus.CANCELLING
-    beat = store.heartbeat(lease, lease_s=LEASE_S, has_progressed=False)
+    beat = store.heartbeat(lease, lease_s=LEASE_S)
     assert (beat.cancel_requested, beat.keep_best) == (True, True)
     store.finish(lease, JobStatus.CANCELLED)
     for job_id in (waiting, running):
@@ -176,9 +176,9 @@ def test_a_queued_job_is_paused_out_of_the_queue_and_back(store: JobStore, clock
 def test_a_running_job_is_paused_by_its_worker_without_losing_an_attempt(store: JobStore, clock: Clock) -> None:
     job_id = enqueue(store, clock)
     lease = claim(store)
-    assert not store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True).pause_requested
+    assert not store.heartbeat(lease, lease_s=LEASE_S).pause_requested
     store.request_pause("default", job_id)
-    assert store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True).pause_requested
+    assert store.heartbeat(lease, lease_s=LEASE_S).pause_requested
     store.record(lease, "checkpoint_saved", "the worker still writes")
     assert store.requeue(lease, "stopped", charge_attempt=True) is JobStatus.PAUSED
     job = store.get("default", job_id)
@@ -214,7 +214,7 @@ def test_the_time_of_a_pause_does_not_count_as_running(store: JobStore, clock: C
     lease = claim(store)
     clock.time += 5
     store.request_pause("default", job_id)
-    store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True)
+    store.heartbeat(lease, lease_s=LEASE_S)
     store.requeue(lease, "stopped", charge_attempt=False)
     clock.time += 1000
     store.request_resume("default", job_id)
@@ -238,7 +238,7 @@ def test_a_paused_job_can_be_cancelled(store: JobStore, clock: Clock) -> None:
     store.request_pause("default", job_id)
     assert store.request_cancel("default", job_id, keep_best=True).status is JobStatus.CANCELLED
     with pytest.raises(LeaseLost):
-        store.heartbeat(lease, lease_s=LEASE_S, has_progressed=True)
+        store.heartbeat(lease, lease_s=LEASE_S)
 
 
 def test_jobs_that_are_over_can_be_told_from_others(store: JobStore, clock: Clock) -> None:

@@ -38,7 +38,6 @@ def ended(status: JobStatus = JobStatus.SUCCEEDED, **changed: Any) -> FineTuneJo
         "lease_token": 1,
         "lease_expires_at": None,
         "heartbeat_at": None,
-        "progress_at": None,
         "cancel_requested_at": None,
         "cancel_keep_best": False,
         "progress": None,
