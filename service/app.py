@@ -22,7 +22,6 @@ from service.api.auth import KeyAuthentication
 from service.api.compat import openai
 from service.api.deps import Services
 from service.api.direct import DirectRoutes
-from service.api.early import EarlyRefusal
 from service.api.guard import DrainState, GuardLimits, RequestGuard, body_limits
 from service.api.measure import RequestMetrics
 from service.api.problems import STATUS_BY_ERROR, install
@@ -79,5 +78,4 @@ def create_app(settings: ServingSettings, build: Build, drain: DrainState, metri
         GuardLimits(),
         drain,
         body_limits(settings.max_body_bytes, settings.max_upload_bytes),
-        early=EarlyRefusal(answers.ROUTES, lambda: app.state.services, authenticated, metrics, drain),
     )

@@ -21,19 +21,15 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
-from starlette.responses import Response
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.api.guard import DrainState, EarlyAnswers, RequestGuard
+from service.api.guard import DrainState, RequestGuard
 from service.api.interrupt import CONNECTION_LOST
 from service.api.problems import Problem, problem_response
 
 logger = logging.getLogger("service")
 
-HOLD_S, HELD_BYTES = 0.05, 64 * 1024
-"""How long and how large a request may be looked at before the application hears of it. Many clients send their headers
-and their body one after the other."""
 LINGER_S = 2.0
 """How long what a refused client still sends is read and dropped. Closing a socket with unread data
 resets it, and the reset can overtake the refusal, so that the client sees only a broken connection."""
@@ -80,13 +76,9 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     """uvicorn's protocol under `limits`. A refusal is a problem document, and the end of the connection."""
 
     limits = HeaderLimits()
-    early: EarlyAnswers | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._held: list[bytes] | None = None
-        """The body so far of a request of which nothing is made yet."""
-        self._hold_timer: asyncio.TimerHandle | None = None
         self._in_headers = True  # between two requests as well: the next byte belongs to the next one
         self._header_bytes = 0
         self._parsed_header_bytes = 0
@@ -113,7 +105,6 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
-        self._take_held()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         super().connection_lost(exc)
@@ -123,8 +114,6 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         while data and not (self.is_refused or self._is_lingering or self.transport.is_closing()):
             data = self._feed_headers(data) if self._in_headers else self._feed_body(data)
-        if self._held is not None and self._hold_timer is None:
-            self._hold_timer = self.loop.call_later(HOLD_S, self._make_request)
 
     def _feed_headers(self, data: bytes) -> bytes:
         """Feeds at most what is left of the header budget; returns the rest.
@@ -194,41 +183,12 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._check_framing()
-        if self._may_be_refused_early():
-            self._held = []
-        else:
-            self._make_request()
-        self._in_headers = False
-        self._stop_header_timer()
-
-    def _may_be_refused_early(self) -> bool:
-        """Whether to make nothing of the request until its body is there, within `HOLD_S` and `HELD_BYTES`."""
-        return (
-            self.early is not None
-            and self.early.is_due
-            and not self.flow.write_paused  # a client that reads no answers waits for the application
-            and self.parser.get_method() == b"POST"
-            and (self.cycle is None or self.cycle.response_complete)
-            and not self.expect_100_continue
-            and self.parser.should_keep_alive()
-            and not self.parser.should_upgrade()
-        )
-
-    def _make_request(self) -> None:
         super().on_headers_complete()
         if not self.pipeline:
             self._running = self.cycle
         self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self, self.cycle))
-        held = self._take_held()
-        if held:
-            super().on_body(held)
-
-    def _take_held(self) -> bytes:
-        held, self._held = self._held, None
-        if self._hold_timer is not None:
-            self._hold_timer.cancel()
-            self._hold_timer = None
-        return b"".join(held or ())
+        self._in_headers = False
+        self._stop_header_timer()
 
     def on_chunk_header(self) -> None:
         self._chunks += 1
@@ -237,33 +197,14 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
-        if self._held is None:
-            super().on_body(body)
-        else:
-            self._held.append(body)
-            if self._body_bytes > HELD_BYTES:
-                self._make_request()
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_headers = True
         self._header_bytes = 0
-        if self._held is not None:
-            if self._is_refused_early(b"".join(self._held)):
-                return
-            self._make_request()
         super().on_message_complete()
         if not self.pipeline:
             self.flow.resume_reading()  # a large body may have paused it, and then a lost connection goes unseen
-
-    def _is_refused_early(self, body: bytes) -> bool:
-        assert self.early is not None
-        response = self.early.answer(self.url.decode("latin-1"), self.headers, body)
-        if response is None:
-            return False
-        self._take_held()
-        self.transport.write(_raw(response, self.server_state.default_headers))
-        self.on_response_complete()
-        return True
 
     def on_response_complete(self) -> None:
         if self._is_lingering:
@@ -315,7 +256,6 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Answers `problem` in place of the request being received and closes; earlier requests are answered first."""
         self.is_refused = True
-        self._take_held()
         self._stop_header_timer()
         self.pipeline.clear()
         running = self._running
@@ -445,9 +385,9 @@ class DrainingServer(uvicorn.Server):
         return max(0.0, end - time.monotonic())
 
 
-def limited_protocol(header_limits: HeaderLimits, early: EarlyAnswers | None = None) -> type[LimitedHttpToolsProtocol]:
+def limited_protocol(header_limits: HeaderLimits) -> type[LimitedHttpToolsProtocol]:
     """The protocol class with these limits; uvicorn wants a class and makes one object for each connection."""
-    return type("LimitedHttpToolsProtocol", (LimitedHttpToolsProtocol,), {"limits": header_limits, "early": early})
+    return type("LimitedHttpToolsProtocol", (LimitedHttpToolsProtocol,), {"limits": header_limits})
 
 
 def serve(
@@ -475,18 +415,15 @@ def serve(
         timeout_keep_alive=keep_alive_s,
         proxy_headers=forwarded_allow_ips is not None,
         forwarded_allow_ips=forwarded_allow_ips or "",
-        early=app.early,
     )
     DrainingServer(config, state, times).run()
 
 
-def server_config(
-    app: ASGIApp, header_limits: HeaderLimits, *, early: EarlyAnswers | None = None, **options: Any
-) -> uvicorn.Config:
+def server_config(app: ASGIApp, header_limits: HeaderLimits, **options: Any) -> uvicorn.Config:
     """uvicorn's configuration of every server here; `options` say where it listens and for whom."""
     return uvicorn.Config(
         app,
-        http=limited_protocol(header_limits, early),
+        http=limited_protocol(header_limits),
         loop="uvloop",
         ws="none",
         log_config=None,
@@ -514,10 +451,5 @@ def _raw_response(problem: Problem, default_headers: list[tuple[bytes, bytes]]) 
     request_id = uuid.uuid4().hex
     response = problem_response(problem, path="", request_id=request_id)
     response.raw_headers += [(b"x-request-id", request_id.encode("ascii")), (b"connection", b"close")]
-    return _raw(response, default_headers)
-
-
-def _raw(response: Response, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-    """All of it as it goes over the wire."""
     lines = [name + b": " + value + b"\r\n" for name, value in (*default_headers, *response.raw_headers)]
     return b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", bytes(response.body)])

@@ -79,16 +79,16 @@ async def predict(body: PredictBody, call: Call) -> Answer:
     options = call.services.make_options(
         parameters.top_k, parameters.threshold, parameters.truncate, parameters.max_length, parameters.return_embedding
     )
-    named, inputs = _asked_to_predict(body)
-    result = await predicted(call, call.model or named, inputs, options, timeout_ms=parameters.timeout_ms)
+    inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    result = await predicted(call, call.model or body.model, inputs, options, timeout_ms=parameters.timeout_ms)
     return Answer(_encoded(result), timing_headers(result))
 
 
 async def embeddings(body: EmbeddingsBody, call: Call) -> Answer:
     """Raises what `Predictor.predict` raises, and problems of the request that its schema does not show."""
-    named, inputs = _asked_to_embed(body)
+    inputs = [body.input] if isinstance(body.input, str) else body.input
     options = call.services.make_options(None, None, True, None, True)
-    result = await predicted(call, named, inputs, options, needs_labels=False)
+    result = await predicted(call, body.model, inputs, options, needs_labels=False)
     vectors = [prediction.embedding for prediction in result.predictions]
     if body.dimensions is not None and vectors[0] is not None and body.dimensions != len(vectors[0]):
         message = f"this model's embeddings have {len(vectors[0])} dimensions; leave dimensions out"
@@ -105,19 +105,11 @@ def refuse_as_openai(error: Exception, scope: Scope) -> Response | None:
     return None if problem is None else _openai_error(problem)
 
 
-def _asked_to_predict(body: PredictBody) -> tuple[str | None, Sequence[str | tuple[str, str]]]:
-    return body.model, [body.inputs] if isinstance(body.inputs, str) else body.inputs
-
-
-def _asked_to_embed(body: EmbeddingsBody) -> tuple[str | None, Sequence[str | tuple[str, str]]]:
-    return body.model, [body.input] if isinstance(body.input, str) else body.input
-
-
-_PREDICT: Final = DirectRoute(wire.decode_predict, predict, refusal, _asked_to_predict)
+_PREDICT: Final = DirectRoute(wire.decode_predict, predict, refusal)
 ROUTES: Final[Mapping[str, DirectRoute[Any]]] = {
     PREDICT: _PREDICT,
     PREDICT_WITH: _PREDICT,
-    EMBEDDINGS: DirectRoute(wire.decode_embeddings, embeddings, refuse_as_openai, _asked_to_embed),
+    EMBEDDINGS: DirectRoute(wire.decode_embeddings, embeddings, refuse_as_openai),
 }
 
 

@@ -85,18 +85,13 @@ class Predicts(Protocol):
     ) -> PredictResult: ...
 
 
-class Serving(Protocol):
-    """What it takes to know which model a request means."""
+class Inference(Protocol):
+    """What an inference route uses: `deps.Services`, or in a front end what stands for them."""
 
     @property
     def settings(self) -> Limits: ...
     @property
     def pool(self) -> Pool: ...
-
-
-class Inference(Serving, Protocol):
-    """What an inference route uses: `deps.Services`, or in a front end what stands for them."""
-
     @property
     def predictor(self) -> Predicts: ...
     @property
@@ -132,12 +127,11 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class DirectRoute(Generic[Body]):
     """`decode` raises `msgspec.DecodeError` for whatever the framework shall look at. `refuse` gives the answer to an
-    error of `answer`, None where it is a fault of ours. `asked` is the model that a body names, and its inputs."""
+    error of `answer`, None where it is a fault of ours."""
 
     decode: Callable[[bytes], Body]
     answer: Callable[[Body, Call], Awaitable[Answer]]
     refuse: Callable[[Exception, Scope], Response | None]
-    asked: Callable[[Body], tuple[str | None, Sequence[str | tuple[str, str]]]]
 
 
 class DirectRoutes:

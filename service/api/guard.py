@@ -13,11 +13,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.interrupt import Interrupt
@@ -96,19 +94,10 @@ class DrainState:
         await self._idle.wait()
 
 
-class EarlyAnswers(Protocol):
-    """Answers to whole requests of which the application need not hear; the server asks while `is_due`."""
-
-    @property
-    def is_due(self) -> bool: ...
-    def answer(self, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes, /) -> Response | None: ...
-
-
 class RequestGuard:
     """Counts, times and checks each request, then calls `app`.
 
-    `body_limit(path, method)` gives the largest body in bytes. `clock` is in seconds and monotonic. `early` is for the
-    server before it: what it may answer without calling this.
+    `body_limit(path, method)` gives the largest body in bytes. `clock` is in seconds and monotonic.
     """
 
     def __init__(
@@ -119,14 +108,12 @@ class RequestGuard:
         body_limit: Callable[[str, str], int],
         *,
         clock: Callable[[], float] = time.monotonic,
-        early: EarlyAnswers | None = None,
     ) -> None:
         self.app = app
         self.limits = limits
         self.state = state
         self.body_limit = body_limit
         self.clock = clock
-        self.early = early
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -24,33 +24,27 @@ class AdmissionController:
         Raises `QueueFull` with a time to come back, and `DeadlineExceeded` where the answer would come too late: what
         nobody will wait for is not computed.
         """
-        if (refusal := self.refusal(inputs, forecast)) is not None:
-            try:
-                raise refusal
-            finally:
-                del refusal  # or its traceback would lead to this frame, and the frame to it
+        self._refuse_if_full(inputs, forecast)
         if time_left_s <= 0 or forecast.done_s > time_left_s:
             raise DeadlineExceeded(
                 f"the answer would take {forecast.done_s * 1000:.0f} ms, more than the {time_left_s * 1000:.0f} ms left"
             )
         self.inputs += inputs
 
-    def refusal(self, inputs: int, forecast: Forecast) -> QueueFull | None:
-        """Why there is no room for `inputs` more; None where there is."""
+    def _refuse_if_full(self, inputs: int, forecast: Forecast) -> None:
         if self.inputs + inputs > self._max_inputs and self.inputs > 0:
-            return QueueFull(
-                f"{self.inputs} inputs are being worked on, the limit is {self._max_inputs}; come back later",
+            raise QueueFull(
+                f"the server is at capacity: {self.inputs} of {self._max_inputs} inputs are in flight; retry later",
                 reason="queue_full",
                 retry_after_s=_jittered(max(forecast.wait_s, _MIN_RETRY_S)),
             )
         if forecast.latest_s > self._max_queue_delay_s:
-            return QueueFull(
-                f"it could take {forecast.latest_s:.1f} s until this request starts, "
-                f"more than {self._max_queue_delay_s:.1f} s; come back later",
+            raise QueueFull(
+                f"this request could wait {forecast.latest_s:.1f} s for the engine, "
+                f"the limit is {self._max_queue_delay_s:.1f} s; retry later",
                 reason="token_budget",
                 retry_after_s=_jittered(forecast.latest_s - self._max_queue_delay_s + _MIN_RETRY_S),
             )
-        return None
 
     def release(self, inputs: int) -> None:
         self.inputs -= inputs

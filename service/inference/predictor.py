@@ -6,12 +6,10 @@ All the way it is one `Ticket` and one future: stages pass the ticket on, and it
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model_registry.errors import ModelNotFound
 from model_registry.refs import ModelRef
 from modeling.heads import normalized
 from modeling.preprocess import TextInput
@@ -23,7 +21,6 @@ from service.inference.errors import (
     BatchTooLarge,
     DeadlineExceeded,
     EmptyInput,
-    InferenceError,
     ModelNotReady,
     NotPredictable,
     QueueFull,
@@ -33,8 +30,6 @@ from service.inference.runtime import Runtime
 from service.inference.served import ServedModel
 from service.inference.tokenizing import TokenizerStage
 from service.metrics import ServingMetrics
-
-_OVERLOADED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +69,6 @@ class Predictor:
         self._pool, self._admission, self._metrics = pool, admission, metrics
         self._max_inputs, self._clock = max_inputs, runtime.clock
         self._tokenizers = TokenizerStage(tokenizer_threads, runtime)
-        self._refused_at = -math.inf
 
     def close(self) -> None:
         self._tokenizers.close()
@@ -111,7 +105,6 @@ class Predictor:
                 finally:
                     self._admission.release(len(inputs))
             except QueueFull as error:
-                self._refused_at = self._clock()
                 series.rejected[error.reason].inc()
                 raise
             except DeadlineExceeded:
@@ -124,24 +117,6 @@ class Predictor:
             model.answering.observe(series, predictions)
             series.tokenize_duration.observe(ticket.tokenized_at - started)
             return _result(ticket, entries, predictions, started=started, ended=self._clock())
-
-    @property
-    def is_overloaded(self) -> bool:
-        """Whether there was lately no room for a request."""
-        return self._clock() - self._refused_at < _OVERLOADED_S
-
-    def refusal(self, tenant: str, ref: ModelRef, inputs: Sequence[TextInput]) -> QueueFull | None:
-        """Why there is no room for these inputs now; None where there is, or where the request has other faults."""
-        try:
-            check_inputs(inputs, self._max_inputs)
-            with self._pool.lease(tenant, ref) as model:
-                refusal = self._admission.refusal(len(inputs), model.lane.batcher.forecast())
-                if refusal is not None:
-                    self._refused_at = self._clock()
-                    self._metrics.of_model(model.metric_labels).rejected[refusal.reason].inc()
-                return refusal
-        except (InferenceError, ModelNotFound):
-            return None
 
     def _admit(
         self, model: ServedModel, inputs: Sequence[TextInput], options: PredictOptions, deadline: float, now: float

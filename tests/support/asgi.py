@@ -47,17 +47,8 @@ class RecordingPredictor:
     def __init__(self) -> None:
         self.asked: list[Asked] = []
         self.error: Exception | None = None
-        self.refused: Exception | None = None
-        """What is answered for want of room to whoever asks before."""
         self.hold = False
         self.cancelled = 0
-
-    @property
-    def is_overloaded(self) -> bool:
-        return self.refused is not None
-
-    def refusal(self, tenant: str, ref: ModelRef, inputs: Any) -> Exception | None:
-        return self.refused
 
     async def predict(
         self,

@@ -53,7 +53,7 @@ def serving(
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         guard,
-        http=limited_protocol(header_limits or HeaderLimits(), guard.early),
+        http=limited_protocol(header_limits or HeaderLimits()),
         loop="uvloop",
         ws="none",
         lifespan=lifespan,

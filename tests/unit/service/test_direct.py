@@ -29,6 +29,7 @@ from service.inference.predictor import PredictResult, Timings
 from service.settings import ApiKey, ServingSettings
 from tests.support.answered import rows_of_one_task
 from tests.support.asgi import Answered, AppUnderTest, result_for
+from tests.support.uncollected import uncollected
 
 LONG_WAY = {"content-type": "application/json; way=long"}
 PATHS = (PREDICT, "/v1/models/p/predict", EMBEDDINGS)
@@ -346,6 +347,15 @@ def test_a_draining_server_refuses() -> None:
     with closing(AppUnderTest()) as app:
         app.drain.refusing = True
         assert both(app, PREDICT, GOOD[PREDICT]).document["code"] == "draining"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_refusals_leave_nothing_to_the_garbage_collector(under_test: AppUnderTest, path: str) -> None:
+    under_test.predictor.error = QueueFull("full", reason="queue_full", retry_after_s=1.2)
+    with uncollected() as kinds:
+        for _ in range(20):
+            assert under_test.ask(path, GOOD[path]).status == 429
+    assert sum(kinds.values()) < 20, kinds
 
 
 def test_requests_are_counted_alike() -> None:
