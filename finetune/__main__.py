@@ -27,6 +27,7 @@ from model_registry.engine_reports import EngineReports
 from model_registry.errors import DatabaseUnavailable
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
+from model_registry.settings import retired_settings
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate
 
@@ -36,6 +37,8 @@ _log = logging.getLogger("finetune")
 def main() -> int:
     settings = load_worker_settings()
     _set_up_logging(settings.log_level)
+    for warning in retired_settings():
+        _log.warning(warning, extra={"action": "retired_setting"})
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     database = Database(settings.resolved_database_url, busy_timeout_s=settings.database_timeout_s)
     _migrate_when_there(database)

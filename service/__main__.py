@@ -1,4 +1,4 @@
-"""`python -m service`: the serving process, or with front ends before it the engine process."""
+"""`python -m service`: the serving process."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import logging
 import sys
 
+from model_registry.settings import retired_settings
 from modeling.engines.onnx import refuse_both_wheels
 from modeling.errors import EngineFailed
 from service.api.guard import DrainState
 from service.app import create_app
-from service.front.engine import serve_behind_front_ends
 from service.garbage import keep_collections_short
 from service.logs import set_up
 from service.metrics import ServingMetrics
 from service.server import DrainTimes, serve
-from service.settings import keep_threads_passive, load_settings, retired_settings
+from service.settings import keep_threads_passive, load_settings
 from service.wiring import build
 
 
@@ -33,14 +33,11 @@ def main() -> int:
     logging.getLogger("service").info(
         f"effective settings: {json.dumps(settings.public())}", extra={"action": "settings"}
     )
-    drain = DrainState(is_fronted=settings.http_processes > 0)
+    drain = DrainState()
     metrics = ServingMetrics()
     times = DrainTimes(
         settings.drain_delay_s, settings.drain_grace_s, settings.drain_delay_s + settings.drain_grace_s + 15.0
     )
-    if settings.http_processes:
-        serve_behind_front_ends(settings, lambda: build(settings, drain, metrics), drain, metrics, times)
-        return 0
     app = create_app(settings, lambda: build(settings, drain, metrics), drain, metrics)
     serve(app, host=settings.host, port=settings.port, state=drain, times=times)
     return 0

@@ -7,16 +7,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
-from finetune.data.errors import ColumnMissing, DatasetNotFound, DatasetUnreadable
-from finetune.jobs.errors import (
-    IdempotencyMismatch,
-    JobNotCancellable,
-    JobNotFound,
-    JobNotPausable,
-    JobNotResumable,
-)
-from finetune.jobs.hyperparameters import PlanError
-from modeling import errors as modeling
 from service.api import answers, datasets, finetune, health, models, predict
 from service.api.auth import KeyAuthentication
 from service.api.compat import openai
@@ -24,29 +14,9 @@ from service.api.deps import Services
 from service.api.direct import DirectRoutes
 from service.api.guard import DrainState, GuardLimits, RequestGuard, body_limits
 from service.api.measure import RequestMetrics
-from service.api.problems import STATUS_BY_ERROR, install
+from service.api.problems import install
 from service.metrics import ServingMetrics
-from service.model_import import ImportRefused
 from service.settings import ServingSettings
-
-STATUS_BY_ERROR |= {
-    modeling.BackboneUnavailable: (422, "checkpoint_invalid"),
-    modeling.ConfigRefused: (422, "checkpoint_invalid"),
-    modeling.UnsupportedArchitecture: (422, "checkpoint_invalid"),
-    modeling.WeightsInvalid: (409, "artifact_invalid"),
-    modeling.AdapterMismatch: (409, "artifact_invalid"),
-    modeling.GoldenRowsDiffer: (409, "golden_rows_differ"),
-    ImportRefused: (403, "forbidden"),
-    DatasetNotFound: (404, "dataset_not_found"),
-    DatasetUnreadable: (422, "dataset_invalid"),
-    ColumnMissing: (422, "dataset_invalid"),
-    JobNotFound: (404, "job_not_found"),
-    JobNotCancellable: (409, "job_not_cancellable"),
-    JobNotPausable: (409, "job_not_pausable"),
-    JobNotResumable: (409, "job_not_resumable"),
-    IdempotencyMismatch: (422, "idempotency_mismatch"),
-    PlanError: (422, "invalid_request"),
-}
 
 Build = Callable[[], AbstractAsyncContextManager[Services]]
 

@@ -222,12 +222,6 @@ class ServingMetrics:
             "adapter_evictions_total", "Versions unloaded to stay within the memory budget"
         )
 
-        # Front ends; both stay at 0 where this process answers HTTP itself
-        self.front_ends = self._gauge("front_ends", "Front-end processes that take connections now")
-        self.front_end_restarts_total = self._counter(
-            "front_end_restarts_total", "Front-end processes that ended and were started again"
-        )
-
         # The job table, as this process last read it
         self.finetune_jobs = self._gauge("finetune_jobs", "Fine-tune jobs in the database, by state", "state")
 

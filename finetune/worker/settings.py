@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-PREFIX = "POLYHEAD_"
+from model_registry.settings import PREFIX, read_settings
+
 # Names that the serving process and clients read; anything else with our prefix is a misspelling.
 FOREIGN = frozenset(
-    "HOST PORT HTTP_PROCESSES DEFAULT_MODEL DEFAULT_BACKBONE IMPORT_ROOT ENGINE PRECISION ALLOW_INT8 ALLOW_COMPILE "
+    "HOST PORT DEFAULT_MODEL DEFAULT_BACKBONE IMPORT_ROOT ENGINE PRECISION ALLOW_INT8 ALLOW_COMPILE "
     "ALLOW_CUDA_GRAPHS ALLOW_TENSORRT ENGINE_TRIAL_STALL_S ENGINE_TIMEOUT_S ADAPTER_SLOTS ADAPTER_SLOTS_BYTES "
-    "MERGE_SHARE THREADS MEMORY_BUDGET_BYTES MAX_BATCH_TOKENS MAX_BATCH_ROWS MAX_BATCH_DELAY_MS BATCH_LOG "
+    "THREADS MEMORY_BUDGET_BYTES MAX_BATCH_TOKENS MAX_BATCH_ROWS MAX_BATCH_DELAY_MS BATCH_LOG "
     "MAX_CONCURRENT_REQUESTS MAX_QUEUE_DELAY_MS MAX_CLIENT_BATCH_SIZE MAX_BODY_BYTES MAX_UPLOAD_BYTES "
     "REQUEST_TIMEOUT_S TOKENIZER_THREADS DRAIN_DELAY_S DRAIN_GRACE_S REGISTRY_POLL_S DATASET_CHECK_TIMEOUT_S "
     "DATASET_CHECK_MEMORY_BYTES API_KEYS URL API_KEY".split()
@@ -28,7 +29,7 @@ class WorkerSettings(BaseSettings):
     """Bounds and units stand beside each field; names match the serving process where both read one."""
 
     model_config = SettingsConfigDict(
-        env_prefix="POLYHEAD_", env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
+        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
     )
 
     data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
@@ -82,19 +83,4 @@ class WorkerSettings(BaseSettings):
 
 def load_worker_settings(environment: Mapping[str, str] | None = None) -> WorkerSettings:
     """Raises `SystemExit` that lists every error at once, misspelt variables included."""
-    environment = os.environ if environment is None else environment
-    known = {name.upper() for name in WorkerSettings.model_fields} | FOREIGN
-    errors = [
-        f"{name}: unknown setting"
-        for name in environment
-        if name.startswith(PREFIX) and name.removeprefix(PREFIX).split("__")[0] not in known
-    ]
-    try:
-        settings = WorkerSettings()
-    except ValidationError as error:
-        for item in error.errors(include_url=False, include_input=False):
-            place = "__".join(str(part) for part in item["loc"]).upper()
-            errors.append(f"{PREFIX}{place}: {item['msg']}" if place else item["msg"])
-    if errors:
-        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
-    return settings
+    return read_settings(WorkerSettings, others=FOREIGN, environment=environment)

@@ -1,8 +1,5 @@
 """What the inference routes do with a request that is well-formed: the same for the framework and for the short way
-around it, in the engine process and in a front end.
-
-It imports nothing that only the engine process needs.
-"""
+around it."""
 
 from __future__ import annotations
 
@@ -21,11 +18,13 @@ from starlette.types import Scope
 
 from model_registry.refs import ModelRef
 from service.api import wire
-from service.api.direct import Answer, Call, DirectRoute, PredictResult
+from service.api.direct import Answer, Call, DirectRoute
 from service.api.guard import headers_of
 from service.api.interrupt import unless_gone
 from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH
 from service.api.problems import Problem, problem_for, refusal
+from service.inference.answering import PredictOptions
+from service.inference.predictor import PredictResult
 
 _MAX_TIMEOUT_MS = 3_600_000
 
@@ -76,7 +75,7 @@ async def predict(body: PredictBody, call: Call) -> Answer:
     if call.model is not None and body.model not in (None, call.model):
         raise Problem(422, "invalid_request", f"the path names {call.model!r}, the body {body.model!r}; name it once")
     parameters = body.parameters
-    options = call.services.make_options(
+    options = _options(
         parameters.top_k, parameters.threshold, parameters.truncate, parameters.max_length, parameters.return_embedding
     )
     inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
@@ -87,7 +86,7 @@ async def predict(body: PredictBody, call: Call) -> Answer:
 async def embeddings(body: EmbeddingsBody, call: Call) -> Answer:
     """Raises what `Predictor.predict` raises, and problems of the request that its schema does not show."""
     inputs = [body.input] if isinstance(body.input, str) else body.input
-    options = call.services.make_options(None, None, True, None, True)
+    options = _options(None, None, True, None, True)
     result = await predicted(call, body.model, inputs, options, needs_labels=False)
     vectors = [prediction.embedding for prediction in result.predictions]
     if body.dimensions is not None and vectors[0] is not None and body.dimensions != len(vectors[0]):
@@ -117,7 +116,7 @@ async def predicted(
     call: Call,
     model: str | None,
     inputs: Sequence[str | tuple[str, str]],
-    options: Any,
+    options: PredictOptions,
     *,
     timeout_ms: int | None = None,
     needs_labels: bool = True,
@@ -148,7 +147,8 @@ def timing_headers(result: PredictResult) -> list[tuple[bytes, bytes]]:
     ]
 
 
-# Clients send the same few models over and over.
+# Clients send the same few models and options over and over.
+_options = functools.lru_cache(maxsize=1024)(PredictOptions)
 _parsed = functools.lru_cache(maxsize=1024)(ModelRef.parse)
 
 

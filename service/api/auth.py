@@ -5,36 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from model_registry.refs import DEFAULT_TENANT
-from service.addresses import is_loopback
 from service.api.guard import HEALTH_PATHS, PROBE_PATHS
 from service.api.problems import Problem, problem_response, request_id_of
-
-if TYPE_CHECKING:
-    from service.settings import Scope
+from service.settings import ApiKey, Scope, is_loopback
 
 MAX_KEY_BYTES = 512
-
-
-class Key(Protocol):
-    """`settings.ApiKey`, or the same in a process that does not read the settings. `sha256` is in hex."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
-    @property
-    def scopes(self) -> Collection[str]: ...
-    @property
-    def tenant(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +38,7 @@ LOCAL = Principal("local", DEFAULT_TENANT, frozenset({"admin"}))
 class KeyAuthentication:
     """ASGI middleware: sets `scope["state"]["principal"]` or answers 401. Probes, metrics and limits need no key."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self._app = app
         self._keys = tuple(
             (bytes.fromhex(key.sha256), Principal(key.name, key.tenant, frozenset(key.scopes))) for key in keys

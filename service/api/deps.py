@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,15 +18,11 @@ from service.api.auth import Principal, require
 from service.api.guard import DrainState
 from service.api.problems import Problem
 from service.dataset_intake import DatasetIntake
-from service.inference.answering import PredictOptions
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
 from service.settings import ServingSettings
-
-# Clients send the same few options over and over.
-_OPTIONS = functools.lru_cache(maxsize=1024)(PredictOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +42,6 @@ class Services:
     drain: DrainState
     backbones: Mapping[str, Backbone]
     import_root: Path | None
-    is_listening: Callable[[], bool] = lambda: True
-    make_options: Callable[[int | None, float | None, bool, int | None, bool], PredictOptions] = _OPTIONS
 
 
 def json_body(request: Request) -> None:

@@ -1,7 +1,7 @@
 """Well-formed requests to the inference routes, answered without the framework.
 
-Stands between authentication and FastAPI, or in a front end between authentication and the engine process. Where the
-path, the method, the type, the caller's scope or the body is anything but plainly right, the request goes on to what
+Stands between authentication and FastAPI. Where the path, the method, the type, the caller's scope or the body is
+anything but plainly right, the request goes on to what
 stands behind with its body untouched; there the same routes are declared once more, for the OpenAPI document and for
 wording every refusal. Both call one function per route (`answers`), so what a route does is written once. It knows no
 route; whoever makes it gives it the table.
@@ -9,18 +9,16 @@ route; whoever makes it gives it the table.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from model_registry.refs import ModelRef
 from service.api.auth import Principal
+from service.api.deps import Services
 from service.api.guard import headers_of, replay
 from service.api.measure import inference_route
 
@@ -29,81 +27,11 @@ Body = TypeVar("Body")
 JSON = frozenset({b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"})
 
 
-class Limits(Protocol):
-    @property
-    def default_model(self) -> str | None: ...
-    @property
-    def request_timeout_s(self) -> float: ...
-
-
-class Pool(Protocol):
-    def labels_of(self, tenant: str, ref: ModelRef, /) -> Any: ...
-
-
-class Prediction(Protocol):
-    """What all have; the rest is the task's."""
-
-    @property
-    def embedding(self) -> npt.NDArray[np.float32] | None: ...
-
-
-class Timings(Protocol):
-    @property
-    def queue(self) -> float: ...
-    @property
-    def tokenize(self) -> float: ...
-    @property
-    def inference(self) -> float: ...
-    @property
-    def total(self) -> float: ...
-
-
-class PredictResult(Protocol):
-    """`predictor.PredictResult`, or in a front end `frames.Result`."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def version(self) -> int | None: ...
-    @property
-    def task(self) -> str: ...
-    @property
-    def predictions(self) -> Sequence[Prediction]: ...
-    @property
-    def input_tokens(self) -> int: ...
-    @property
-    def engine(self) -> str: ...
-    @property
-    def batch_rows(self) -> int: ...
-    @property
-    def timings(self) -> Timings: ...
-
-
-class Predicts(Protocol):
-    async def predict(
-        self, tenant: str, ref: ModelRef, inputs: Any, options: Any, *, deadline: float, needs_labels: bool = True
-    ) -> PredictResult: ...
-
-
-class Inference(Protocol):
-    """What an inference route uses: `deps.Services`, or in a front end what stands for them."""
-
-    @property
-    def settings(self) -> Limits: ...
-    @property
-    def pool(self) -> Pool: ...
-    @property
-    def predictor(self) -> Predicts: ...
-    @property
-    def make_options(self) -> Callable[[int | None, float | None, bool, int | None, bool], Any]:
-        """What `predict` takes as options, from the fields of `PredictOptions` in their order."""
-
-
 @dataclass(slots=True)
 class Call:
     """What an inference route knows of a request besides its body. `model` is the one in the path."""
 
-    services: Inference
+    services: Services
     principal: Principal
     scope: Scope
     receive: Receive
@@ -138,7 +66,7 @@ class DirectRoutes:
     """ASGI middleware around `app`, which takes all that is not plainly right. `routes` are keyed as `inference_route`
     names them. `services` is asked at each request: they are there only once the application has started."""
 
-    def __init__(self, app: ASGIApp, routes: Mapping[str, DirectRoute[Any]], services: Callable[[], Inference]) -> None:
+    def __init__(self, app: ASGIApp, routes: Mapping[str, DirectRoute[Any]], services: Callable[[], Services]) -> None:
         self._app = app
         self._routes = dict(routes)
         self._services = services

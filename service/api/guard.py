@@ -67,31 +67,20 @@ class DrainState:
 
     `draining`: served as ever, but the probe says no and connections close after their answer.
     `refusing`: new requests are refused; those in flight may finish.
-    `is_fronted`: front ends do the refusing, and what they pass on came before.
     """
 
-    def __init__(self, *, is_fronted: bool = False) -> None:
-        self.is_fronted = is_fronted
+    def __init__(self) -> None:
         self.draining = False
         self.refusing = False
         self.in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     def enter(self) -> None:
         """Counts a request in."""
         self.in_flight += 1
-        self._idle.clear()
 
     def leave(self) -> None:
         """Counts a request out."""
         self.in_flight -= 1
-        if self.in_flight == 0:
-            self._idle.set()
-
-    async def idle(self) -> None:
-        """Returns once no request is in flight."""
-        await self._idle.wait()
 
 
 class RequestGuard:
@@ -154,7 +143,7 @@ class RequestGuard:
     def _admit(self, scope: Scope, body: _BodyMeter) -> None:
         """Refuses what its headers alone condemn, before a byte of the body is asked for."""
         path, method = scope["path"], scope["method"]
-        if self.state.refusing and not self.state.is_fronted and path not in PROBE_PATHS:
+        if self.state.refusing and path not in PROBE_PATHS:
             raise self._draining()
         if b"content-encoding" in headers_of(scope) and _is_encoded(scope):
             raise Problem(

@@ -54,8 +54,6 @@ def _unready(services: Services) -> str | None:
     unfit = [name for name, model in services.pool.backbones().items() if not model.lane.batcher.is_fit]
     if unfit:
         return f"the engine of {', '.join(sorted(unfit))} is out of order"
-    if not services.is_listening():
-        return "front ends are starting"
     return None
 
 

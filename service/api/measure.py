@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final, Protocol
+from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import ServingMetrics
 
 PREDICT: Final = "/predict"
 PREDICT_WITH: Final = "/v1/models/{model}/predict"
@@ -26,16 +28,10 @@ def inference_route(path: str) -> tuple[str, str | None] | None:
     return None
 
 
-class Counts(Protocol):
-    """`ServingMetrics`, or what tells it."""
-
-    def count_request(self, labels: Any, *, status: int, seconds: float) -> None: ...
-
-
 class RequestMetrics:
-    """A request whose state says `is_counted` is left out: another process counts it."""
+    """ASGI middleware: `metrics.count_request` once for each inference request."""
 
-    def __init__(self, app: ASGIApp, metrics: Counts) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServingMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
@@ -54,7 +50,5 @@ class RequestMetrics:
         try:
             await self._app(scope, receive, watch)
         finally:
-            state = scope.get("state", {})
-            if not state.get("is_counted", False):
-                labels = state.get("metric_labels", NO_MODEL)
-                self._metrics.count_request(labels, status=status, seconds=time.monotonic() - started)
+            labels = scope.get("state", {}).get("metric_labels", NO_MODEL)
+            self._metrics.count_request(labels, status=status, seconds=time.monotonic() - started)

@@ -11,20 +11,22 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import orjson
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from finetune.data import errors as data
+from finetune.jobs import errors as jobs
+from finetune.jobs.hyperparameters import PlanError
 from model_registry import errors as registry
 from modeling import errors as modeling
 from service.inference import errors as inference
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from fastapi.exceptions import RequestValidationError
+from service.model_import import ImportRefused
 
 logger = logging.getLogger("service")
 
@@ -50,6 +52,22 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     inference.ParameterUnfit: (422, "invalid_request"),
     inference.InferenceFailed: (500, "inference_failed"),
     modeling.InputTooLong: (422, "input_too_long"),
+    modeling.BackboneUnavailable: (422, "checkpoint_invalid"),
+    modeling.ConfigRefused: (422, "checkpoint_invalid"),
+    modeling.UnsupportedArchitecture: (422, "checkpoint_invalid"),
+    modeling.WeightsInvalid: (409, "artifact_invalid"),
+    modeling.AdapterMismatch: (409, "artifact_invalid"),
+    modeling.GoldenRowsDiffer: (409, "golden_rows_differ"),
+    ImportRefused: (403, "forbidden"),
+    data.DatasetNotFound: (404, "dataset_not_found"),
+    data.DatasetUnreadable: (422, "dataset_invalid"),
+    data.ColumnMissing: (422, "dataset_invalid"),
+    jobs.JobNotFound: (404, "job_not_found"),
+    jobs.JobNotCancellable: (409, "job_not_cancellable"),
+    jobs.JobNotPausable: (409, "job_not_pausable"),
+    jobs.JobNotResumable: (409, "job_not_resumable"),
+    jobs.IdempotencyMismatch: (422, "idempotency_mismatch"),
+    PlanError: (422, "invalid_request"),
 }
 """Status and code by error class; a subclass not listed answers as its nearest listed parent."""
 
@@ -168,9 +186,7 @@ def problem_of_validation(error: RequestValidationError) -> Problem:
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of `app` a problem document. Call it after `STATUS_BY_ERROR` is complete."""
-    from fastapi.exceptions import RequestValidationError  # a front end answers problems without the framework
-
+    """Makes every error of `app` a problem document."""
     mapped: list[type[Exception]] = [Problem, *STATUS_BY_ERROR]
     for cls in mapped:
         app.add_exception_handler(cls, _answer_mapped)
@@ -185,7 +201,7 @@ async def _answer_mapped(request: Request, error: Exception) -> Response:
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:
-    return _respond(request.scope, problem_of_validation(cast("RequestValidationError", error)))
+    return _respond(request.scope, problem_of_validation(cast(RequestValidationError, error)))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -25,11 +25,12 @@ from finetune.data.record_batches import FindingLog
 from finetune.jobs.hyperparameters import NOT_YET, Hyperparameters
 from finetune.worker.metrics import WorkerMetrics
 from finetune.worker.settings import WorkerSettings
+from model_registry.settings import RETIRED
 from service.api.guard import DrainState
 from service.api.problems import _CODE_BY_STATUS, STATUS_BY_ERROR
 from service.app import create_app
 from service.metrics import ServingMetrics
-from service.settings import FOREIGN, RETIRED, ServingSettings
+from service.settings import FOREIGN, ServingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

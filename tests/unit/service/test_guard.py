@@ -320,24 +320,6 @@ def test_in_flight_counts_requests_but_not_probes() -> None:
     assert counts == [1, 0, 0]
 
 
-def test_idle_returns_when_the_last_request_left() -> None:
-    async def wait() -> list[bool]:
-        state = DrainState()
-        await state.idle()
-        state.enter()
-        state.enter()
-        waiting = asyncio.create_task(state.idle())
-        seen = []
-        for _ in range(2):
-            state.leave()
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            seen.append(waiting.done())
-        return seen
-
-    assert asyncio.run(wait()) == [False, True]
-
-
 def test_a_cancelled_request_is_told_that_the_server_drains() -> None:
     state = DrainState()
 

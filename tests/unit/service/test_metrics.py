@@ -48,8 +48,6 @@ CONTRACT = {
     "adapter_slots_bytes": ("backbone",),
     "worker_restarts_total": ENGINE_LABELS,
     "finetune_jobs": ("state",),
-    "front_ends": (),
-    "front_end_restarts_total": (),
     "prediction_confidence": REQUEST_LABELS,
     "prediction_labels": REQUEST_LABELS,
     "prediction_quantile": REQUEST_LABELS,

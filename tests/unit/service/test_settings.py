@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
 
-from service.settings import load_settings, retired_settings
+from finetune.worker import settings as worker
+from model_registry.settings import RETIRED, retired_settings
+from service import settings as serving
+from service.settings import load_settings
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, **values: str) -> object:
@@ -39,10 +43,24 @@ def test_keys_open_the_network_and_stay_secret(monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(shown)["api_keys"] == 1
 
 
-def test_a_retired_setting_is_ignored_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings_of(monkeypatch, MERGE_SHARE="0.8")
-    (warning,) = retired_settings({"POLYHEAD_MERGE_SHARE": "0.8", "POLYHEAD_PORT": "1"})
-    assert warning.startswith("POLYHEAD_MERGE_SHARE has no effect: ")
+def test_a_retired_setting_is_warned_about_and_never_refused() -> None:
+    environment = {f"POLYHEAD_{name}": "0.8" for name in RETIRED}
+    serving.load_settings(environment)
+    worker.load_worker_settings(environment)
+    for name, warning in zip(RETIRED, retired_settings(environment | {"POLYHEAD_PORT": "1"}), strict=True):
+        assert warning.startswith(f"POLYHEAD_{name} is retired and ignored; ")
+    assert retired_settings({f"POLYHEAD_{name}": "" for name in RETIRED}) == []
+
+
+def test_a_retired_setting_is_forgotten_when_its_time_is_over() -> None:
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")]
+
+    now = numbers(importlib.metadata.version("polyhead"))
+    current = {*serving.ServingSettings.model_fields, *worker.WorkerSettings.model_fields}
+    for name, retired in RETIRED.items():
+        assert numbers(retired.unknown_from) > now, f"{name}: delete its row, also in docs/settings.md"
+        assert name.lower() not in current
 
 
 def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,13 +69,10 @@ def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_worker_s_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.worker import settings as worker
-    from service import settings as serving
-
     serving_names = {name.upper() for name in serving.ServingSettings.model_fields}
     worker_names = {name.upper() for name in worker.WorkerSettings.model_fields}
     assert worker_names | serving_names == serving_names | serving.FOREIGN - {"URL", "API_KEY"}
-    assert worker_names | serving_names == worker_names | worker.FOREIGN - {"URL", "API_KEY", *serving.RETIRED}
+    assert worker_names | serving_names == worker_names | worker.FOREIGN - {"URL", "API_KEY"}
     worker.load_worker_settings({f"POLYHEAD_{name}": "" for name in serving_names | worker_names})
     with pytest.raises(SystemExit, match="POLYHEAD_LEASE: unknown"):
         worker.load_worker_settings({"POLYHEAD_LEASE": "5"})

@@ -1,0 +1,65 @@
+"""The environment variables with our prefix: how both processes read their settings, and which names are retired."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+
+PREFIX: Final = "POLYHEAD_"
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """A setting that has no effect any more. It is warned about for two releases, then unknown."""
+
+    instead: str
+    """What to set or to know: its successor, or `no successor: …`."""
+    unknown_from: str
+    """The release that refuses it; a test fails when that release still lists it here."""
+
+
+RETIRED: Final[Mapping[str, Retired]] = {
+    "HTTP_PROCESSES": Retired("no successor: the serving process answers HTTP itself", "0.3.0"),
+    "MERGE_SHARE": Retired("no successor: adapters always run from their slots", "0.3.0"),
+}
+
+
+def read_settings(
+    settings: type[Settings], *, others: Collection[str], environment: Mapping[str, str] | None = None
+) -> Settings:
+    """`settings` from the environment. `others` are the names, without the prefix, that other processes read.
+
+    Raises `SystemExit` that lists every error at once, misspelt variables included.
+    """
+    environment = os.environ if environment is None else environment
+    known = {name.upper() for name in settings.model_fields}.union(others, RETIRED)
+    errors = [
+        f"{name}: unknown setting"
+        for name in environment
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX).split("__")[0] not in known
+    ]
+    try:
+        found = settings()
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_input=False):
+            place = "__".join(str(part) for part in item["loc"]).upper()
+            errors.append(f"{PREFIX}{place}: {item['msg']}" if place else item["msg"])
+    if errors:
+        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
+    return found
+
+
+def retired_settings(environment: Mapping[str, str] | None = None) -> list[str]:
+    """A warning for each retired setting that the environment gives a value."""
+    environment = os.environ if environment is None else environment
+    return [
+        f"{PREFIX}{name} is retired and ignored; {retired.instead}. Remove it: {retired.unknown_from} refuses it."
+        for name, retired in RETIRED.items()
+        if environment.get(PREFIX + name)
+    ]
