@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 from model_registry.db import Database
 from model_registry.engine_reports import EngineMeasurement, EngineReports
@@ -11,6 +13,7 @@ MEASURED = EngineMeasurement("a" * 64, "cpu-1", {"name": "a CPU"}, "openvino/bf1
 
 
 def test_a_measurement_is_kept_per_weights_and_device(database: Database) -> None:
+    database._clock = ticking()  # the database's own may not move between two rows
     reports = EngineReports(database)
     assert reports.get("a" * 64, "cpu-1") is None
     reports.put(MEASURED)
@@ -30,3 +33,8 @@ def test_measuring_again_replaces_the_row(database: Database) -> None:
     found = reports.get("a" * 64, "cpu-1")
     assert found is not None and found.chosen == "torch/fp32"
     assert len(reports.of(["a" * 64])) == 1
+
+
+def ticking() -> Callable[[], float]:
+    seconds = count(1)
+    return lambda: float(next(seconds))
