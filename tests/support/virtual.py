@@ -122,6 +122,12 @@ def virtual_runtime(
     )
 
 
+async def elapse(seconds: float) -> None:
+    """Lets virtual time pass. A real loop is refused, as this would wait."""
+    assert isinstance(asyncio.get_running_loop(), VirtualLoop)
+    await asyncio.sleep(seconds)
+
+
 def run_virtually(scenario: Coroutine[Any, Any, Any]) -> Any:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(scenario)

@@ -15,10 +15,12 @@ import pytest
 from service.inference.batch_log import BatchLog
 from service.inference.batching import Batch, BatchLimits
 from service.inference.cost import CostModel
-from service.inference.entries import Ticket
+from service.inference.entries import QueueEntry, Ticket
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady
+from service.inference.isolation import Outputs
 from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel
-from tests.support.virtual import run_virtually, virtual_runtime
+from tests.support.turns import settled
+from tests.support.virtual import elapse, run_virtually, virtual_runtime
 
 LIMITS = BatchLimits(64, 8)
 RUN_S = 0.1
@@ -86,7 +88,7 @@ def test_an_idle_engine_starts_at_once_and_a_busy_one_takes_what_gathered() -> N
     async def scenario() -> tuple[list[list[str]], float]:
         lane = lane_of()
         tickets = [put(lane, "a")]
-        await asyncio.sleep(RUN_S / 2)
+        await elapse(RUN_S / 2)
         tickets += [put(lane, "b"), put(lane, "c")]
         await answers(tickets)
         ended = asyncio.get_running_loop().time()
@@ -101,9 +103,9 @@ def test_an_idle_engine_starts_at_once_and_a_busy_one_takes_what_gathered() -> N
 def test_with_a_delay_an_idle_engine_waits_for_more_but_not_for_longer_than_that() -> None:
     async def scenario() -> tuple[list[list[str]], float]:
         lane = lane_of(BatchLimits(64, 8, max_delay_s=0.05))
-        await asyncio.sleep(0)  # its thread has looked once
+        await settled(1)  # its thread has looked once
         tickets = [put(lane, "a")]
-        await asyncio.sleep(0.04)
+        await elapse(0.04)
         tickets += [put(lane, "b")]
         await answers(tickets)
         ended = asyncio.get_running_loop().time()
@@ -122,11 +124,11 @@ def test_while_a_run_lasts_a_full_batch_is_made_ready_shortly_before_its_end() -
     async def scenario() -> list[int]:
         lane = lane_of()
         tickets = [put(lane, "a")]
-        await asyncio.sleep(0.001)
+        await elapse(0.001)
         tickets += [put(lane, str(number)) for number in range(10)]
         stages = []
         for moment in (0.5 * RUN_S, 0.95 * RUN_S):
-            await asyncio.sleep(moment - asyncio.get_running_loop().time())
+            await elapse(moment - asyncio.get_running_loop().time())
             stages.append(len(lane.batcher._ready))
         await answers(tickets)
         await lane.batcher.stop()
@@ -139,9 +141,9 @@ def test_who_leaves_a_batch_that_stands_ready_is_not_computed() -> None:
     async def scenario() -> tuple[list[list[str]], float]:
         lane = lane_of()
         tickets = [put(lane, "a")]
-        await asyncio.sleep(0.001)
+        await elapse(0.001)
         tickets += [put(lane, str(number)) for number in range(8)]
-        await asyncio.sleep(0.95 * RUN_S)
+        await elapse(0.95 * RUN_S)
         tickets[3].future.cancel()
         await answers(tickets)
         await lane.batcher.stop()
@@ -158,7 +160,7 @@ def test_expired_and_abandoned_entries_never_reach_the_engine() -> None:
     async def scenario() -> tuple[list[Any], list[list[str]]]:
         lane = lane_of()
         tickets = [put(lane, "running"), put(lane, "expired", seconds=RUN_S / 2), put(lane, "gone"), put(lane, "b")]
-        await asyncio.sleep(RUN_S / 4)
+        await elapse(RUN_S / 4)
         lane.seen.clear()
         tickets[2].future.cancel()
         found = await answers(tickets)
@@ -174,13 +176,13 @@ def test_work_that_leaves_counts_no_longer() -> None:
     async def scenario() -> tuple[float, float]:
         lane = lane_of()
         put(lane, "running")
-        await asyncio.sleep(0)
+        await settled(1)
         alone = lane.batcher.forecast().wait_s
         tickets = [put(lane, "w " * 60) for _ in range(5)]
         assert lane.batcher.forecast().wait_s > alone
         for ticket in tickets:
             ticket.future.cancel()
-        await asyncio.sleep(0)
+        await settled(1)
         after = lane.batcher.forecast().wait_s
         await lane.batcher.stop()
         return alone, after
@@ -212,7 +214,7 @@ def test_a_forecast_that_nothing_has_confirmed_for_long_refuses_nobody() -> None
     async def scenario() -> tuple[float, float]:
         lane = lane_of()
         fresh = lane.batcher.forecast(10).done_s
-        await asyncio.sleep(60)
+        await elapse(60)
         stale = lane.batcher.forecast(10).done_s
         await lane.batcher.stop()
         return fresh, stale
@@ -259,9 +261,9 @@ def test_stop_fails_what_waits_lets_the_run_end_and_refuses_what_comes() -> None
     async def scenario() -> list[Any]:
         lane = lane_of(BatchLimits(64, 1))
         tickets = [put(lane, "running"), put(lane, "waiting")]
-        await asyncio.sleep(RUN_S / 2)
+        await elapse(RUN_S / 2)
         call = asyncio.ensure_future(lane.batcher.call(lambda: None))
-        await asyncio.sleep(0)
+        await settled(1)
         await lane.batcher.stop()
         with pytest.raises(ModelNotReady):
             put(lane, "late")
@@ -280,7 +282,7 @@ def test_calls_run_between_batches_and_give_back_what_they_raise() -> None:
         lane = lane_of(BatchLimits(64, 1))
         order: list[str] = []
         tickets = [put(lane, "a"), put(lane, "b")]
-        await asyncio.sleep(RUN_S / 2)
+        await elapse(RUN_S / 2)
         await lane.batcher.call(lambda: order.append(f"call after {len(lane.seen)} batches"))
         with pytest.raises(ZeroDivisionError):
             await lane.batcher.call(lambda: 1 // 0)
@@ -334,7 +336,7 @@ def test_without_another_engine_the_queue_refuses_until_the_lost_run_returns() -
         with pytest.raises(ModelNotReady) as refused:
             put(lane, "refused")
         assert refused.value.retry_after_s
-        await asyncio.sleep(60)
+        await elapse(60)
         states.append(lane.batcher.is_fit)
         found += await answers([put(lane, "again")])
         await lane.batcher.stop()
@@ -381,12 +383,12 @@ def test_an_engine_that_fails_every_row_of_three_batches_is_reported_and_serves_
         found = []
         for _ in range(3):
             found += await answers([put(lane, "a"), put(lane, "b")])
-        await asyncio.sleep(2)
+        await elapse(2)
         states = [lane.batcher.is_fit]
         with pytest.raises(ModelNotReady):
             put(lane, "refused")
         lane.is_broken = False
-        await asyncio.sleep(10)
+        await elapse(10)
         states.append(lane.batcher.is_fit)
         found += await answers([put(lane, "c")])
         await lane.batcher.stop()
@@ -447,7 +449,7 @@ def test_a_hook_that_fails_itself_changes_nothing() -> None:
         lane.batcher.supervisor.on_engine_failed = broken
         for _ in range(3):
             await answers([put(lane, POISON)])
-        await asyncio.sleep(1)
+        await elapse(1)
         alive = lane.batcher.is_fit
         await lane.batcher.stop()
         return alive
@@ -469,7 +471,7 @@ def test_a_bug_in_the_queue_fails_those_who_wait_and_a_fresh_thread_goes_on() ->
         lane.batcher._form = explode  # type: ignore[method-assign]
         found = await answers([put(lane, "b"), put(lane, "c")])
         assert not lane.batcher.is_fit
-        await asyncio.sleep(1)
+        await elapse(1)
         found += await answers([put(lane, "d")])
         restarts = value(lane, "worker_restarts_total")
         await lane.batcher.stop()
@@ -532,22 +534,33 @@ def put_now(lane: WordLane, text: str) -> Ticket:
     return ticket
 
 
+class CountingLane(WordLane):
+    """Its thread releases `computed` once per batch."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        super().__init__(limits)
+        self.computed = threading.Semaphore(0)
+
+    def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
+        try:
+            return super().compute(entries)
+        finally:
+            self.computed.release()
+
+
 def test_under_load_the_engine_takes_its_next_batch_without_the_event_loop() -> None:
     """The loop is blocked, and still every batch that waits is computed."""
 
-    async def scenario() -> int:
-        lane = WordLane(BatchLimits(64, 1))
+    async def scenario() -> None:
+        lane = CountingLane(BatchLimits(64, 1))
         lane.batcher.start()
         tickets = [put_now(lane, str(number)) for number in range(20)]
-        until = time.monotonic() + 10
-        while len(lane.seen) < 20 and time.monotonic() < until:
-            time.sleep(0.001)  # noqa: ASYNC251
-        seen = len(lane.seen)
+        for _ in tickets:
+            assert lane.computed.acquire(timeout=10)
         await answers(tickets)
         await lane.batcher.stop()
-        return seen
 
-    assert asyncio.run(scenario()) == 20
+    asyncio.run(scenario())
 
 
 # The log
@@ -557,7 +570,7 @@ def test_the_log_holds_what_a_replay_needs(tmp_path: Path) -> None:
     async def scenario() -> None:
         with BatchLog(tmp_path / "logs" / "batches.jsonl") as log:
             lane = lane_of(BatchLimits(64, 8, max_delay_s=0.01), record=log)
-            await asyncio.sleep(0)
+            await settled(1)
             adapted = WordModel(lane)
             adapted.adapter_key = "default/m/1"
             await answers([put(lane, "w w"), put(lane, "w w w", model=adapted)])

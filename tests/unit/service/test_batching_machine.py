@@ -24,7 +24,7 @@ from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNot
 from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
 from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel, WordPool
-from tests.support.virtual import VirtualLoop, virtual_runtime
+from tests.support.virtual import VirtualLoop, elapse, virtual_runtime
 
 EXPECTED = (InferenceFailed, DeadlineExceeded, ModelNotReady, QueueFull, InputTooLong, asyncio.CancelledError)
 RUN_S, TIMEOUT_S = 0.1, 5.0
@@ -78,7 +78,7 @@ class Requests(RuleBasedStateMachine):
         return RUN_S if isinstance(work, Batch) else 0.01
 
     def _pass(self, seconds: float) -> None:
-        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.loop.run_until_complete(elapse(seconds))
 
     @rule(texts=TEXTS, seconds=st.sampled_from([0.05, 0.3, 2.0, 30.0]), truncate=st.booleans())
     def ask(self, texts: list[str], seconds: float, truncate: bool) -> None:

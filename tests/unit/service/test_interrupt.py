@@ -11,6 +11,7 @@ from starlette.types import Message, Scope
 
 from service.api.interrupt import CONNECTION_LOST, Interrupt, unless_gone
 from service.api.problems import Problem
+from tests.support.turns import settled
 
 
 class Client:
@@ -61,11 +62,6 @@ def play(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
     return run
 
 
-async def settled() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
 def test_work_that_ends_is_returned(play: Any) -> None:
     async def scenario(client: Client, work: Work) -> None:
         asyncio.get_running_loop().call_soon(work.done.set)
@@ -79,7 +75,7 @@ def test_work_that_ends_is_returned(play: Any) -> None:
 def test_work_that_fails_is_raised(play: Any) -> None:
     async def scenario(client: Client, work: Work) -> None:
         async def fail() -> None:
-            await asyncio.sleep(0)
+            await settled(1)
             raise KeyError("x")
 
         with pytest.raises(KeyError):
@@ -118,7 +114,7 @@ def test_the_work_cleans_up_before_the_refusal(play: Any) -> None:
             try:
                 await work.run()
             finally:
-                await asyncio.sleep(0)
+                await settled(1)
                 cleaned.append(True)
 
         asyncio.get_running_loop().call_soon(client.leave)

@@ -20,7 +20,7 @@ from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
 from tests.support.lanes import WordLane, WordModel, WordPool
 from tests.support.uncollected import uncollected
-from tests.support.virtual import run_virtually, virtual_runtime
+from tests.support.virtual import elapse, run_virtually, virtual_runtime
 
 FIXED_S, PER_TOKEN_S, MAX_TOKENS, MAX_DELAY_S = 2e-3, 1e-4, 512, 2.0
 BATCH_S = FIXED_S + PER_TOKEN_S * MAX_TOKENS
@@ -77,7 +77,7 @@ class Service:
         while self.now() < started + seconds:
             size = 1 if draw.random() < 0.9 else 20
             tasks |= {asyncio.create_task(self.ask(length(), seconds=timeout_s)) for _ in range(size)}
-            await asyncio.sleep(draw.expovariate(factor * PEAK_TOKENS_PER_S / mean / 2.9))
+            await elapse(draw.expovariate(factor * PEAK_TOKENS_PER_S / mean / 2.9))
         await asyncio.gather(*tasks)
         return self.tokens / (self.now() - started)
 
@@ -137,7 +137,7 @@ def test_a_request_that_cannot_be_in_time_is_refused_at_once_and_not_computed() 
     async def scenario() -> tuple[Service, int]:
         service = Service()
         backlog = [asyncio.create_task(service.ask(200, 200)) for _ in range(10)]
-        await asyncio.sleep(0.01)
+        await elapse(0.01)
         await service.ask(7, seconds=0.1)
         await asyncio.gather(*backlog)
         await service.ask(100, seconds=0.005)  # even alone it takes 12 ms
@@ -168,7 +168,7 @@ def test_ten_thousand_clients_are_answered_or_sent_away_without_a_wait() -> None
     async def scenario() -> Service:
         service = Service(max_inputs=512)
         tasks = [asyncio.create_task(service.ask(20)) for _ in range(10_000)]
-        await asyncio.sleep(0.001)
+        await elapse(0.001)
         assert service.admission.inputs <= 512
         assert len(service.refusals) + service.admission.inputs == 10_000
         await asyncio.gather(*tasks)
@@ -184,13 +184,13 @@ def test_clients_that_leave_cost_nothing_further() -> None:
     async def scenario() -> tuple[int, float]:
         service = Service(max_inputs=512)
         tasks = [asyncio.create_task(service.ask(60)) for _ in range(300)]
-        await asyncio.sleep(0.08)
+        await elapse(0.08)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert service.admission.inputs == 0
         batches = len(service.lane.seen)
-        await asyncio.sleep(1)
+        await elapse(1)
         await service.lane.batcher.stop()
         return len(service.lane.seen) - batches, service.lane.batcher.forecast().wait_s
 

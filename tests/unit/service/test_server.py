@@ -11,6 +11,7 @@ from uvicorn.server import ServerState
 
 from service.api.interrupt import CONNECTION_LOST
 from service.server import HeaderLimits, limited_protocol
+from tests.support.turns import settled
 
 
 class Transport(asyncio.Transport):
@@ -51,12 +52,12 @@ def test_a_connection_is_read_while_its_request_is_served_so_that_its_end_is_see
         transport = Transport()
         protocol.connection_made(transport)
         protocol.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
-        await asyncio.sleep(0.01)  # the application waits for the body
+        await settled()  # the application waits for the body
         protocol.data_received(b"1" * 100_000)  # above the mark at which uvicorn stops reading
-        await asyncio.sleep(0.01)
+        await settled()
         assert (seen, transport.is_read) == (["complete"], True)
         protocol.connection_lost(None)
-        await asyncio.sleep(0.01)
+        await settled()
         assert seen == ["complete", "lost"]
 
     asyncio.run(main())

@@ -13,7 +13,8 @@ from service.inference.errors import InferenceFailed, ModelNotReady
 from service.inference.runtime import Runtime
 from service.inference.tokenizing import TokenEstimate, TokenizerStage
 from tests.support.lanes import WordLane, WordModel, Words
-from tests.support.virtual import run_virtually, virtual_runtime
+from tests.support.turns import settled
+from tests.support.virtual import elapse, run_virtually, virtual_runtime
 
 
 class Recording(WordLane):
@@ -73,7 +74,7 @@ def test_requests_that_wait_long_anyway_gather_and_hold_up_nobody_else() -> None
             item.forecast_s = 1.0
         for item in patient[:3]:
             tokenizers.submit(item)
-            await asyncio.sleep(0.001)
+            await elapse(0.001)
         assert lane.calls == []
         await outcomes(patient[:3])
         tokenizers.submit(patient[3])
@@ -96,7 +97,7 @@ def test_while_the_threads_are_busy_requests_gather() -> None:
         tickets = [ticket(lane, str(number)) for number in range(5)]
         for item in tickets:
             tokenizers.submit(item)
-            await asyncio.sleep(0.001)
+            await elapse(0.001)
         await outcomes(tickets)
         await lane.batcher.stop()
         return lane.calls
@@ -143,7 +144,7 @@ def test_nothing_is_spent_on_a_request_whose_client_has_left() -> None:
         lane, tokenizers = stage(threads=1, seconds=0.01)
         first, gone, last = ticket(lane, "a"), ticket(lane, "gone"), ticket(lane, "b")
         tokenizers.submit(first)
-        await asyncio.sleep(0)
+        await settled(1)
         for item in (gone, last):
             tokenizers.submit(item)
         gone.future.cancel()
