@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -10,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from finetune.training.feature_cache import FeatureCache, lengths_space, space_name, text_key
-from finetune.training.free_memory import release_free_memory
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.device import DeviceFingerprint
@@ -165,3 +167,15 @@ def length_batches(encoded: Sequence[Encoded], *, tokens: int) -> list[IntArray]
         batches.append(order[start : start + size].astype(np.int64))
         start += size
     return batches
+
+
+def release_free_memory() -> None:
+    """Give memory that was freed back to the system: it would stay beside the training's own until the end.
+
+    The preparation of 50,000 rows of 130 words leaves 35 MB in glibc's arenas and 100 MB in Arrow's pool.
+    """
+    pa.default_memory_pool().release_unused()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)

@@ -1,12 +1,13 @@
 """The whole job, top to bottom, in the child process.
 
-1. read and inspect the rows, split them  2. resolve the plan  3. train the methods, cheapest first
-4. the best on validation wins  5. calibrate, evaluate on test as it will be served  6. write, register.
+1. prepare: read and inspect the rows, split them, resolve the plan  2. train the methods, cheapest first
+3. register: the best on validation wins; calibrate, evaluate on test as it will be served, write, report.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import resource
 import tempfile
 import time
@@ -23,14 +24,13 @@ from finetune.data.records import has_errors
 from finetune.evaluation.tasks import rules_of
 from finetune.jobs.events import ChildJob, Journal, Link, tell
 from finetune.jobs.failures import Cancelled, DatasetInvalid, RunError
-from finetune.jobs.hyperparameters import parse_hyperparameters
+from finetune.jobs.hyperparameters import Hyperparameters, parse_hyperparameters
 from finetune.jobs.plan import DatasetProfile, TrainingPlan, resolve
 from finetune.jobs.records import JobPhase
 from finetune.jobs.search_space import with_values
 from finetune.training.artefact import stage_weights, store_artefact, write_artefact, write_events, write_judgement
-from finetune.training.embedding import FrozenVectors
+from finetune.training.embedding import FrozenVectors, release_free_memory
 from finetune.training.feature_cache import FeatureCache
-from finetune.training.free_memory import release_free_memory
 from finetune.training.methods import METHODS
 from finetune.training.methods.candidate import Candidate
 from finetune.training.promotion import Contender, judge
@@ -46,24 +46,33 @@ if TYPE_CHECKING:
 
 
 def run_job(job: ChildJob, link: Link) -> None:
-    """Runs one job to its registration. Raises `RunError`, `Cancelled` (nothing to keep), `Stopped`."""
+    """Run one job to its registration. Raises `RunError`, `Cancelled` (nothing to keep), `Stopped`."""
+    journal = Journal(link, job_id=job.job_id, attempt=job.attempt, earlier=job.earlier_events)
+    run, replan = prepare(job, journal)
+    candidates = train(run, replan)
+    register(job, run, candidates, journal)
+
+
+def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
+    """Read the rows, look for label errors, resolve the plan. Raises `DatasetInvalid`, `PlanError`."""
     started = time.monotonic()
-    link = journal = Journal(link, job_id=job.job_id, attempt=job.attempt, earlier=job.earlier_events)
+    wanted = parse_hyperparameters(job.spec.hyperparameters)
+    random.seed(wanted.seed)
+    np.random.seed(wanted.seed)
     link.phase(JobPhase.PREPARING_DATA)
-    train, validation, test = load_sides(job, link)
+    train, validation, test = load_sides(job, wanted, link)
     task = train.target.task
     cache = feature_cache(job)
-    suspects = suspects_of(train, job, link, cache) if task == "text-classification" else []
+    suspects = find_suspects(train, link, seed=wanted.seed, cache=cache) if task == "text-classification" else []
     release_free_memory()
     # Where near duplicates differ in their labels, a rare one may stand on a later side alone; it is then never given.
     labels = tuple(sorted(train.names() | validation.names() | test.names()))
-    check_class_weights(job, labels)
+    check_class_weights(wanted, labels)
     backbone = Backbone.open(job.backbone_folder)
     vectors = frozen_vectors(job, backbone, cache)
-    replan = planner(job, vectors, train, validation, test, link)
+    replan = planner(job, wanted, vectors, train, validation, test, link)
     plan = replan({})
     link.set(plan=plan.model_dump(mode="json"))
-    deadline = None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s
     run = Run(
         train=_rows(train, labels),
         validation=_rows(validation, labels),
@@ -74,26 +83,34 @@ def run_job(job: ChildJob, link: Link) -> None:
         link=link,
         work_dir=job.work_dir,
         earlier_work_dirs=job.earlier_work_dirs,
-        deadline=deadline,
+        deadline=None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s,
         vectors=vectors,
+        suspects=suspects,
     )
+    return run, replan
 
-    with _leading(plan, job.work_dir) as run.leader:
-        candidates = [search(run, replan)] if plan.trials else train_methods(run)
+
+def train(run: Run, replan: Replan) -> list[Candidate]:
+    """Train what the plan lists, or search over the one method of a plan with trials."""
+    with _leading(run.plan, run.work_dir) as run.leader:
+        candidates = [search(run, replan)] if run.plan.trials else train_methods(run)
     run.leader = None
-    plan = run.plan
-    best = choose(candidates, run)
+    return candidates
 
+
+def register(job: ChildJob, run: Run, candidates: Sequence[Candidate], journal: Journal) -> None:
+    """Choose the best candidate, evaluate it as it will be served, write its version and report it."""
+    link, best = run.link, choose(candidates, run)
     link.phase(JobPhase.EVALUATING)
     servable = best.finish()
     test_logits = servable.logits(run.test.texts) if run.test.texts else None
     link.phase(JobPhase.CALIBRATING)
     answering = run.rules.calibrate(
-        best.validation_logits, run.validation.labels, with_temperature=plan.calibration == "temperature"
+        best.validation_logits, run.validation.labels, with_temperature=run.plan.calibration == "temperature"
     )
     assessment = assess(run, Outcome(candidates, best, test_logits, answering))
     evaluation = assessment.evaluation
-    evaluation["suspects"] = suspects
+    evaluation["suspects"] = run.suspects
     link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(run, evaluation))
 
     link.phase(JobPhase.EXPORTING)
@@ -112,12 +129,11 @@ def run_job(job: ChildJob, link: Link) -> None:
     link.succeed(manifest=manifest.model_dump(mode="json"), evaluation=evaluation, was_cancelled=run.is_winding_down)
 
 
-# 1. Data
+# Data
 
 
-def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, LabelledRows]:
-    """Train, validation and test rows; what the request does not bring is split off. Raises `DatasetInvalid`."""
-    wanted = parse_hyperparameters(job.spec.hyperparameters)
+def load_sides(job: ChildJob, wanted: Hyperparameters, link: Link) -> tuple[LabelledRows, LabelledRows, LabelledRows]:
+    """Read train, validation and test rows; what the request does not bring is split off. Raises `DatasetInvalid`."""
     inputs = {"train": job.train, "validation": job.validation, "test": job.test}
     files = {side: given.rows_file for side, given in inputs.items() if given is not None}
     sides = datasets.load_sides(
@@ -131,14 +147,9 @@ def load_sides(job: ChildJob, link: Link) -> tuple[LabelledRows, LabelledRows, L
     return sides.train, sides.validation, sides.test
 
 
-def suspects_of(train: LabelledRows, job: ChildJob, link: Link, cache: FeatureCache | None) -> list[dict[str, Any]]:
-    return find_suspects(train, link, seed=parse_hyperparameters(job.spec.hyperparameters).seed, cache=cache)
-
-
-def check_class_weights(job: ChildJob, labels: Sequence[str]) -> None:
+def check_class_weights(wanted: Hyperparameters, labels: Sequence[str]) -> None:
     """Raises `RunError` for a weight on a label that the data does not have: a misspelling would do nothing."""
-    weights = parse_hyperparameters(job.spec.hyperparameters).class_weights
-    unknown = sorted(set(weights) - set(labels)) if isinstance(weights, dict) else []
+    unknown = sorted(set(wanted.class_weights) - set(labels)) if isinstance(wanted.class_weights, dict) else []
     if unknown:
         raise RunError(
             "invalid_hyperparameters",
@@ -153,14 +164,20 @@ def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
     return Rows(rows.texts, targets, rows.row_numbers, rows.extras)
 
 
-# 2. Plan
+# Plan
 
 
 def planner(
-    job: ChildJob, vectors: FrozenVectors, train: LabelledRows, validation: LabelledRows, test: LabelledRows, link: Link
+    job: ChildJob,
+    wanted: Hyperparameters,
+    vectors: FrozenVectors,
+    train: LabelledRows,
+    validation: LabelledRows,
+    test: LabelledRows,
+    link: Link,
 ) -> Replan:
-    """Plans of this job, with the hyperparameters of a trial in the place of those asked for."""
-    info = vectors.backbone.info
+    """Make the function that plans this job, with a trial's hyperparameters in the place of those asked for."""
+    info, task = vectors.backbone.info, train.target.task
     lengths = vectors.lengths(train.texts).tolist()
     data = DatasetProfile(
         train_rows=len(train),
@@ -172,14 +189,13 @@ def planner(
     )
 
     def replan(chosen: Mapping[str, Any]) -> TrainingPlan:
-        wanted = parse_hyperparameters(with_values(job.spec.hyperparameters, chosen))
         plan = resolve(
-            wanted,
+            parse_hyperparameters(with_values(job.spec.hyperparameters, chosen)) if chosen else wanted,
             data=data,
             worker=job.worker,
             parameters=info.parameters,
             model_max_length=info.max_length,
-            task=train.target.task,
+            task=task,
         )
         return plan if not chosen else keep_head_rate(plan, replan({}))
 
@@ -212,7 +228,7 @@ def frozen_vectors(job: ChildJob, backbone: Backbone, cache: FeatureCache | None
     )
 
 
-# 3. and 4. Methods
+# Methods
 
 
 def _leading(plan: TrainingPlan, work_dir: Path) -> contextlib.AbstractContextManager[Leader | None]:
@@ -279,7 +295,7 @@ def choose(candidates: Sequence[Candidate], run: Run) -> Candidate:
     return best
 
 
-# 5. Evaluation
+# Evaluation
 
 
 def _headline(run: Run, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,6 +61,7 @@ class Run:
 
     `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training. Where the
     run does not hold out the validation rows, as in a refit, they are among the training rows and nothing is evaluated.
+    `suspects` are the training rows whose label is probably wrong, as the evaluation lists them.
     With a `leader` several processes train; in those that follow it there is a `follower`, and `tokens` are the
     training rows.
     """
@@ -79,6 +80,7 @@ class Run:
     is_winding_down: bool = False
     holds_out: bool = True
     vectors: FrozenVectors | None = None
+    suspects: list[dict[str, Any]] = field(default_factory=list)
     on_evaluation: Callable[[int, float], None] | None = None
     leader: Leader | None = None
     follower: Follower | None = None

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import importlib
 import os
-import random
 import select
 import signal
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from safetensors import SafetensorError
 
 from finetune.jobs.events import ChildJob, PipeLink
@@ -42,7 +40,8 @@ def main() -> int:
     job = ChildJob.model_validate_json(line)
     _print_to(job.log_file)
     link = PipeLink(sys.stdin, sink)
-    _prepare(job)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    job.work_dir.mkdir(parents=True, exist_ok=True)
     try:
         run_job(job, link)
     except Stopped:
@@ -137,14 +136,6 @@ def _print_to(log_file: Path | None) -> None:
         os.dup2(descriptor, 2)
         os.dup2(descriptor, 1)
         os.close(descriptor)
-
-
-def _prepare(job: ChildJob) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    seed = int(job.spec.hyperparameters.get("seed", 42))
-    random.seed(seed)
-    np.random.seed(seed)
-    job.work_dir.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

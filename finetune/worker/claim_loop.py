@@ -211,7 +211,7 @@ class Worker:
             test=inputs[spec.test_dataset] if spec.test_dataset else None,
             backbone_folder=self._backbones[spec.backbone].folder.absolute(),
             store_root=self._folders.store.absolute(),
-            work_dir=self._work_dir(job.id, lease.attempt, lease.token),
+            work_dir=(self._folders.work / job.id / f"attempt-{lease.attempt}-{lease.token}").absolute(),
             worker=self._profile,
             elapsed_s=ran_s,
             earlier_work_dirs=self._earlier_work_dirs(job.id, lease.token),
@@ -239,9 +239,6 @@ class Worker:
     def _events(self, job: FineTuneJob) -> tuple[dict[str, Any], ...]:
         found = self._ledger.jobs.events(job.tenant, job.id, limit=_MOST_EVENTS)
         return tuple({key: value for key, value in asdict(event).items() if key != "seq"} for event in found)
-
-    def _work_dir(self, job_id: str, attempt: int, token: int) -> Path:
-        return (self._folders.work / job_id / f"attempt-{attempt}-{token}").absolute()
 
     def _earlier_work_dirs(self, job_id: str, token: int) -> tuple[Path, ...]:
         """Folders of runs under older leases, the newest first; the token orders them, whichever host they ran on."""

@@ -15,6 +15,7 @@ from finetune.data.options import Columns
 from finetune.data.text_identity import text_digest
 from finetune.jobs.events import ChildJob, DatasetInput
 from finetune.jobs.failures import DatasetInvalid
+from finetune.jobs.hyperparameters import Hyperparameters
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training.recipe import frozen_vectors, load_sides, planner, run_job
@@ -131,7 +132,9 @@ def test_suspects_stand_in_the_evaluation_and_among_the_events(job: Callable[...
 
 def test_slices_come_along_and_one_that_the_test_data_lacks_is_told(job: Callable[..., ChildJob]) -> None:
     link = RecordingLink()
-    train, validation, test = load_sides(job(test=True, columns=Columns(slices=("source", "who"))), link)
+    train, validation, test = load_sides(
+        job(test=True, columns=Columns(slices=("source", "who"))), Hyperparameters(), link
+    )
     for side in (train, validation):
         expected = [row(number - 1)["source"] or None for number in side.row_numbers.tolist()]
         assert side.extras["source"] == expected and len(side.extras["who"]) == len(side)
@@ -142,17 +145,17 @@ def test_slices_come_along_and_one_that_the_test_data_lacks_is_told(job: Callabl
 
 def test_a_column_missing_from_the_data_ends_the_job_with_its_finding(job: Callable[..., ChildJob]) -> None:
     with pytest.raises(DatasetInvalid) as raised:
-        load_sides(job(test=True, columns=Columns(label="lable")), RecordingLink())
+        load_sides(job(test=True, columns=Columns(label="lable")), Hyperparameters(), RecordingLink())
     codes = [finding["code"] for finding in raised.value.failure.findings]
     assert codes == ["missing_column", "missing_column"], "one for each dataset that lacks it"
 
 
 def test_texts_that_are_cut_are_told_with_their_rows(job: Callable[..., ChildJob]) -> None:
     link = RecordingLink()
-    wanted = job(max_length=8)
-    train, validation, test = load_sides(wanted, link)
-    vectors = frozen_vectors(wanted, Backbone.open(wanted.backbone_folder), None)
-    planner(wanted, vectors, train, validation, test, link)
+    short, wanted = job(), Hyperparameters(max_length=8)
+    train, validation, test = load_sides(short, wanted, link)
+    vectors = frozen_vectors(short, Backbone.open(short.backbone_folder), None)
+    planner(short, wanted, vectors, train, validation, test, link)
     (event,) = [event for event in link.of("data_warning") if event["data"]["code"] == "too_long"]
     assert event["level"] == "warn" and event["data"]["count"] == len(train)
     assert event["data"]["rows"] == train.row_numbers.tolist()[:20]

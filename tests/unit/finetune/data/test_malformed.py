@@ -24,6 +24,7 @@ from finetune.data.record_batches import Limits
 from finetune.data.records import DatasetReport, Finding
 from finetune.jobs.events import ChildJob, DatasetInput
 from finetune.jobs.failures import DatasetInvalid
+from finetune.jobs.hyperparameters import parse_hyperparameters
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training.recipe import load_sides
@@ -397,7 +398,8 @@ JOBS = [
 def test_rows_that_cannot_be_trained_on_end_the_job_before_training(tmp_path: Path, job: Job) -> None:
     link = RecordingLink()
     with pytest.raises(DatasetInvalid) as raised:
-        load_sides(child_job(job, tmp_path), link)  # type: ignore[arg-type]
+        run = child_job(job, tmp_path)
+        load_sides(run, parse_hyperparameters(run.spec.hyperparameters), link)  # type: ignore[arg-type]
     failure = raised.value.failure
     assert failure.code == "dataset_invalid" and failure.message
     findings = [Finding.model_validate(finding) for finding in failure.findings]
