@@ -22,7 +22,7 @@ import torch
 from benchmarks import datasets
 from benchmarks.service import write_results
 from finetune.data.check import ROWS_FILE, write_checked
-from finetune.jobs.events import ChildJob, DatasetInput, EmbeddingInput, Nobody
+from finetune.jobs.link import ChildJob, DatasetInput, EmbeddingInput, SilentLink
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training.recipe import run_job
@@ -120,7 +120,7 @@ class _Jobs:
         return DatasetInput(id=f"ds_{name}", sha256="0" * 64, rows_file=folder / ROWS_FILE)
 
 
-class _Outcome(Nobody):
+class _Outcome(SilentLink):
     """What comes of a job that nobody watches."""
 
     evaluation: Mapping[str, Any]

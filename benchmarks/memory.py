@@ -21,7 +21,7 @@ from benchmarks import datasets
 from benchmarks.processes import ROOT
 from benchmarks.service import write_results
 from finetune.data.check import ROWS_FILE, write_checked
-from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.link import ChildJob, DatasetInput
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training.settings import child_environment

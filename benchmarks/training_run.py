@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.jobs.events import Nobody
 from finetune.jobs.hyperparameters import parse_hyperparameters
+from finetune.jobs.link import SilentLink
 from finetune.jobs.plan import DatasetProfile, WorkerProfile, resolve
 from finetune.training.methods import METHODS
 from finetune.training.run_context import Rows, Run
@@ -97,7 +97,7 @@ def _run(task: dict[str, Any], folder: Path, backbone: Backbone) -> Run:
         labels=labels,
         plan=plan,
         backbone=backbone,
-        link=Nobody(),
+        link=SilentLink(),
         work_dir=folder / "work",
     )
 

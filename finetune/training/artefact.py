@@ -17,7 +17,7 @@ from typing import Any
 from finetune.data.text_identity import text_digest
 from finetune.evaluation.plots import draw
 from finetune.evaluation.tasks.rules import Answering
-from finetune.jobs.events import ChildJob
+from finetune.jobs.link import ChildJob
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.report import Assessment
 from finetune.training.run_context import Run

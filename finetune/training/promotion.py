@@ -13,7 +13,7 @@ from typing import Any
 from finetune.evaluation import gates
 from finetune.evaluation.gates import Gate
 from finetune.evaluation.tasks.rules import Answering, Contest
-from finetune.jobs.events import ChildJob, Link
+from finetune.jobs.link import ChildJob, Link
 from finetune.jobs.records import EventType
 from finetune.training.champion import Champion, read_champion, row_hash
 from finetune.training.methods.candidate import Candidate, Servable

@@ -22,9 +22,9 @@ from finetune.data.findings import too_long
 from finetune.data.labelled import LabelledRows
 from finetune.data.records import has_errors
 from finetune.evaluation.tasks import rules_of
-from finetune.jobs.events import ChildJob, Journal, Link, tell
 from finetune.jobs.failures import Cancelled, DatasetInvalid, RunError
 from finetune.jobs.hyperparameters import Hyperparameters, parse_hyperparameters
+from finetune.jobs.link import ChildJob, Journal, Link, tell
 from finetune.jobs.plan import DatasetProfile, TrainingPlan, resolve
 from finetune.jobs.records import JobPhase
 from finetune.jobs.search_space import with_values

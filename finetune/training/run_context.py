@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune.evaluation.tasks import rules_of
 from finetune.evaluation.tasks.rules import Scale, Targets, TaskRules
-from finetune.jobs.events import Link
+from finetune.jobs.link import Link
 from finetune.jobs.plan import MethodPlan, TrainingPlan
 from finetune.jobs.records import JobPhase
 from finetune.training.embedding import FrozenVectors, OnBatch, length_batches, run_all

@@ -21,7 +21,7 @@ from finetune.data.labelled import LabelledRows
 from finetune.data.shingles import batches, word_hashes
 from finetune.data.text_identity import text_digest
 from finetune.evaluation.calibration import fit_temperature
-from finetune.jobs.events import Link, tell
+from finetune.jobs.link import Link, tell
 from finetune.training.feature_cache import KEY_BYTES, FeatureCache, text_key
 from modeling.heads import softmax
 from modeling.weights import FloatArray, IntArray

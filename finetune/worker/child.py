@@ -15,11 +15,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finetune.jobs.events import ChildJob, PipeLink
 from finetune.jobs.failures import Cancelled, RunError, Stopped
 from finetune.jobs.hyperparameters import PlanError
+from finetune.jobs.link import ChildJob
 from finetune.jobs.records import JobFailure
 from finetune.training.recipe import run_job
+from finetune.worker.pipe_link import PipeLink
 from model_registry.errors import StoreFull
 from modeling.child_process import die_with_parent, private_stdout
 from modeling.engines import openvino

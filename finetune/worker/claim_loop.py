@@ -16,7 +16,7 @@ from finetune.data.errors import ColumnMissing, DatasetNotFound
 from finetune.data.records import DatasetRecord, DatasetStatus
 from finetune.data.store import DatasetStore
 from finetune.jobs.errors import LeaseLost
-from finetune.jobs.events import ChildJob, DatasetInput, EmbeddingInput
+from finetune.jobs.link import ChildJob, DatasetInput, EmbeddingInput
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import FineTuneJob, JobFailure, JobStatus, Lease
 from finetune.training.embedding import choose_engine

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from finetune.jobs.events import Nobody
+from finetune.jobs.link import SilentLink
 from finetune.jobs.plan import TrainingPlan
 from finetune.training.batches import TokenRows
 from finetune.training.methods import METHODS
@@ -51,7 +51,7 @@ def _run(assignment: Assignment, follower: Follower) -> Run:
         labels=assignment.labels,
         plan=assignment.plan,
         backbone=Backbone.open(assignment.backbone_folder),
-        link=Nobody(),
+        link=SilentLink(),
         work_dir=assignment.rows_file.parent,
         follower=follower,
         tokens=TokenRows(arrays["ids"], arrays["types"], arrays["starts"], int(arrays["pad_id"][0])),

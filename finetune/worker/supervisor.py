@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from finetune.jobs.errors import LeaseLost
-from finetune.jobs.events import ChildJob
+from finetune.jobs.link import ChildJob
 from finetune.jobs.records import JobFailure, JobStatus, Lease
 from finetune.jobs.store import JobStore
 from finetune.jobs.task_metrics import metric_of

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.events import ChildJob
+from finetune.jobs.link import ChildJob
 from finetune.training.settings import child_environment
 from tests.integration.test_recipe import backbone_folder, job, rows_file, store
 

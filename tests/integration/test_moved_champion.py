@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.link import ChildJob, DatasetInput
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec, JobStatus
 from finetune.jobs.store import JobStore

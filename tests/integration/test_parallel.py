@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from finetune.jobs.events import ChildJob
 from finetune.jobs.failures import NonFiniteLoss, ProcessLost, Stopped
+from finetune.jobs.link import ChildJob
 from finetune.jobs.plan import WorkerProfile
 from finetune.training import parallel
 from finetune.training.loop import _Loop

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from finetune.data.check import ROWS_FILE, write_checked
-from finetune.jobs.events import ChildJob, DatasetInput, EmbeddingInput
 from finetune.jobs.failures import Cancelled, DatasetInvalid, NonFiniteLoss, Stopped
+from finetune.jobs.link import ChildJob, DatasetInput, EmbeddingInput
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training import embedding

@@ -13,9 +13,9 @@ import torch
 from finetune.data.check import ROWS_FILE, write_checked
 from finetune.data.options import Columns
 from finetune.data.text_identity import text_digest
-from finetune.jobs.events import ChildJob, DatasetInput
 from finetune.jobs.failures import DatasetInvalid
 from finetune.jobs.hyperparameters import Hyperparameters
+from finetune.jobs.link import ChildJob, DatasetInput
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training.recipe import frozen_vectors, load_sides, planner, run_job

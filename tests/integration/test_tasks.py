@@ -13,9 +13,9 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score, root_mean_squared_error
 
 from finetune.data.check import ROWS_FILE, write_checked
-from finetune.jobs.events import ChildJob, DatasetInput
 from finetune.jobs.failures import DatasetInvalid
 from finetune.jobs.hyperparameters import PlanError
+from finetune.jobs.link import ChildJob, DatasetInput
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from modeling.assemble import check_golden, read_version

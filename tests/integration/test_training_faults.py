@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.jobs.events import ChildJob
 from finetune.jobs.failures import NonFiniteLoss, Stopped
 from finetune.jobs.hyperparameters import PlanError
+from finetune.jobs.link import ChildJob
 from finetune.training.loop import _Loop
 from finetune.training.memory import OutOfMemory, PassSize, largest_that_fits
 from finetune.training.recipe import run_job

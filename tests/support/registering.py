@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.check import ROWS_FILE, write_checked
-from finetune.jobs.events import ChildJob, DatasetInput
+from finetune.jobs.link import ChildJob, DatasetInput
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training.recipe import run_job

@@ -22,9 +22,9 @@ from finetune.data.options import Columns
 from finetune.data.readers import detect_format, unrecognised
 from finetune.data.record_batches import Limits
 from finetune.data.records import DatasetReport, Finding
-from finetune.jobs.events import ChildJob, DatasetInput
 from finetune.jobs.failures import DatasetInvalid
 from finetune.jobs.hyperparameters import parse_hyperparameters
+from finetune.jobs.link import ChildJob, DatasetInput
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import JobSpec
 from finetune.training.recipe import load_sides

@@ -1,23 +1,18 @@
-"""The child's line to its supervisor: JSON, one object a line, in both directions.
+"""What passes between a run and its supervisor: the job that a run is given, and the `Link` that it reports by.
 
-Downwards go the job, cancel requests and answers; upwards events, questions and the result. The
-child has no database: what it reports, the supervisor writes under its lease.
+A run has no database: what it reports, the supervisor writes under its lease.
 """
 
 from __future__ import annotations
 
-import json
-import queue
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from finetune.data.records import Finding
-from finetune.jobs.failures import Cancelled, Stopped
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import EventType, JobPhase, JobSpec
 
@@ -43,7 +38,7 @@ class EmbeddingInput(BaseModel):
 
 
 class ChildJob(BaseModel):
-    """All that the child is told. Paths are on this host; what it prints goes to `log_file`.
+    """All that a run is told. Paths are on this host; what it prints goes to `log_file`.
 
     `graphs_root` is where servers keep exported graphs; `earlier_events` are those of the job until now.
     Each attempt writes into a `work_dir` of its own, so that a run whose lease was taken, but which does
@@ -91,8 +86,8 @@ class Link(Protocol):
     def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None: ...
 
 
-class Nobody:
-    """A `Link` that nobody listens to. It registers nothing."""
+class SilentLink:
+    """A `Link` that passes nothing on and registers nothing."""
 
     def event(self, *_: Any, **__: Any) -> None: ...
     def phase(self, *_: Any) -> None: ...
@@ -100,7 +95,7 @@ class Nobody:
     def set(self, **_: Any) -> None: ...
     def check_cancelled(self) -> None: ...
     def reserve(self, **_: Any) -> int:
-        raise RuntimeError("there is nobody to register a version with")
+        raise RuntimeError("a silent link cannot register a version")
 
     def champion(self) -> dict[str, Any] | None: ...
     def succeed(self, **_: Any) -> None: ...
@@ -151,81 +146,3 @@ class Journal:
     def _keep(self, type_: EventType, message: str, data: dict[str, Any], level: str) -> None:
         values = {"job_id": self._job_id, "attempt": self._attempt, "created_at": time.time(), "level": level}
         self.entries.append({**values, "type": type_, "message": message, "data": data})
-
-
-class PipeLink:
-    """The `Link` over two pipes. A thread reads, so that a cancel is seen in the middle of a step."""
-
-    def __init__(self, source: IO[str], sink: IO[str], *, progress_every_s: float = 0.5) -> None:
-        self._sink = sink
-        self._lock = threading.Lock()
-        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._end: Cancelled | Stopped | None = None
-        self._progress_every_s = progress_every_s
-        self._last_progress = 0.0
-        threading.Thread(target=self._read, args=(source,), daemon=True, name="supervisor-link").start()
-
-    def event(
-        self, type_: EventType, message: str, data: Mapping[str, Any] | None = None, *, level: str = "info"
-    ) -> None:
-        self._send({"kind": "event", "type": type_, "message": message, "data": dict(data or {}), "level": level})
-
-    def phase(self, phase: JobPhase) -> None:
-        self._send({"kind": "phase", "phase": phase})
-
-    def progress(self, **values: Any) -> None:
-        now = time.monotonic()
-        is_last = values.get("step") == values.get("total_steps")
-        if is_last or now - self._last_progress >= self._progress_every_s:
-            self._last_progress = now
-            self._send({"kind": "progress", "values": values})
-
-    def set(self, **columns: Any) -> None:
-        self._send({"kind": "set", "columns": columns})
-
-    def check_cancelled(self) -> None:
-        if self._end is not None:
-            raise self._end
-
-    def reserve(self, *, kind: str, method: str) -> int:
-        self._send({"kind": "reserve", "version_kind": kind, "method": method})
-        return int(self._answers.get(timeout=120)["version"])
-
-    def champion(self) -> dict[str, Any] | None:
-        self._send({"kind": "champion"})
-        found: dict[str, Any] | None = self._answers.get(timeout=120)["champion"]
-        return found
-
-    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
-        self._send(
-            {
-                "kind": "succeeded",
-                "manifest": dict(manifest),
-                "evaluation": dict(evaluation),
-                "was_cancelled": was_cancelled,
-            }
-        )
-
-    def fail(self, failure: Mapping[str, Any]) -> None:
-        self._send({"kind": "failed", "failure": dict(failure)})
-
-    def cancelled(self) -> None:
-        self._send({"kind": "cancelled"})
-
-    def stopped(self) -> None:
-        self._send({"kind": "stopped"})
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        with self._lock:
-            self._sink.write(json.dumps(message) + "\n")
-            self._sink.flush()
-
-    def _read(self, source: IO[str]) -> None:
-        for line in source:
-            message = json.loads(line)
-            if message["kind"] == "cancel":
-                self._end = Cancelled(keep_best=message["keep_best"])
-            elif message["kind"] == "stop":
-                self._end = Stopped()
-            else:
-                self._answers.put(message)
