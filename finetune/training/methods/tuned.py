@@ -17,9 +17,9 @@ from torch import nn
 from finetune.evaluation.tasks.rules import Answering, Scale, Side
 from finetune.jobs.failures import RunError
 from finetune.jobs.records import JobPhase
-from finetune.training import Trained, run_training
 from finetune.training.batches import epoch_size
 from finetune.training.layers import FrozenTrunk
+from finetune.training.loop import Trained, run_training
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run, embed, joined
 from model_registry.manifest import VersionKind
