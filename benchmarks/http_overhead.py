@@ -44,12 +44,12 @@ from service.api.deps import Services
 from service.api.guard import DrainState
 from service.api.interrupt import CONNECTION_LOST
 from service.app import create_app
+from service.http_limits import HeaderLimits, limited_protocol
 from service.inference.admission import AdmissionController
 from service.inference.answering import Prediction
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor, PredictResult, Timings
 from service.metrics import ServingMetrics
-from service.server import HeaderLimits, limited_protocol
 from service.settings import ApiKey, ServingSettings
 from tests.support.world import World
 

@@ -39,7 +39,7 @@ def main() -> int:
         settings.drain_delay_s, settings.drain_grace_s, settings.drain_delay_s + settings.drain_grace_s + 15.0
     )
     app = create_app(settings, lambda: build(settings, drain, metrics), drain, metrics)
-    serve(app, host=settings.host, port=settings.port, state=drain, times=times)
+    serve(app, host=settings.host, port=settings.port, times=times)
     return 0
 
 

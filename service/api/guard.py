@@ -1,7 +1,7 @@
 """The first thing a request meets: pure ASGI, outermost, before any parser.
 
 Knows bytes, time, the shape of JSON text and whether the process is draining; knows no route, model
-or schema. The protocol in `service.server` limits what ASGI never sees (headers, raw chunks); this
+or schema. The protocol in `service.http_limits` limits what ASGI never sees (headers, raw chunks); this
 limits the body and refuses before work is done. It gives each request its id.
 """
 

@@ -121,7 +121,8 @@ SHAPES = {
     "a carriage return in a header": refused(with_header(b"X: a\rb: c")),
     "a NUL in a header": refused(with_header(b"X: a\x00b")),
     "a folded first header": refused(b"POST /predict HTTP/1.1\r\n Host: x\r\n\r\n"),
-    "65 headers": refused(get(b"/livez", *[b"X: y"] * 65), 431),
+    "64 headers": taken(get(b"/livez", *[b"X: y"] * 63)),
+    "65 headers": refused(get(b"/livez", *[b"X: y"] * 64), 431),
     "a header of 17 KB": refused(get(b"/livez", b"X: " + b"y" * 17_000), 431),
     "a header of 1 MB": refused(get(b"/livez", b"X: " + b"y" * 1_000_000), 431),
     # Chunks
@@ -140,9 +141,10 @@ SHAPES = {
     "a length among the trailers": refused(
         IN_CHUNKS + chunked(BODY) + b"0\r\nContent-Length: 50\r\nAuthorization: x\r\n\r\n" + GOOD
     ),
-    "5,000 trailers": refused(IN_CHUNKS + chunked(BODY) + b"0\r\n" + b"X: y\r\n" * 5000 + b"\r\n", 431),
-    "100,000 chunks of a byte": refused(IN_CHUNKS + chunked(*[b" "] * 100_000) + LAST),
-    "20,000 chunks with extensions": refused(IN_CHUNKS + (b"1;" + b"x" * 60 + b"\r\n \r\n") * 20_000),
+    "5,000 trailers, ignored": taken(IN_CHUNKS + chunked(BODY) + b"0\r\n" + b"X: y\r\n" * 5000 + b"\r\n"),
+    "a chunk size of other letters": refused(IN_CHUNKS + b"zz\r\n"),
+    "100,000 chunks of a byte": taken(IN_CHUNKS + chunked(*[b" "] * 100_000) + LAST, 400),
+    "20,000 chunks with extensions": unfinished(IN_CHUNKS + (b"1;" + b"x" * 60 + b"\r\n \r\n") * 20_000),
     # A request where a body is
     "a request in the body of a GET": taken(get(b"/nowhere", KEY[:-2], b"Content-Length: %d" % len(GOOD)) + GOOD, 404),
     "a request in the body of a probe": taken(get(b"/livez", b"Content-Length: %d" % len(GOOD)) + GOOD),
@@ -161,6 +163,9 @@ SHAPES = {
     ),
     "an upgrade with a body": refused(with_header(b"Connection: Upgrade\r\nUpgrade: foo")),
     # The line of the request
+    "one word": refused(b"HELLO\r\n\r\n"),
+    "the first bytes of TLS": refused(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
+    "empty lines without end": refused(b"\r\n" * 100_000, 431),
     "the preface of HTTP/2": refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     "HTTP/1.0": Shape(get(b"/livez", version=b"HTTP/1.0", host=b""), (200,)),
     "HTTP/9.9": refused(get(b"/livez", version=b"HTTP/9.9")),
@@ -174,6 +179,7 @@ SHAPES = {
     "a target with two slashes": taken(get(b"//evil/%2f..", KEY[:-2]), 404),
     "a malformed escape in the target": taken(get(b"/nowhere/%zz", KEY[:-2]), 404),
     "a malformed escape in the query": taken(get(b"/livez?limit=%ff&limit=1")),
+    "a target of 8,000 bytes": taken(get(b"/" + b"a" * 8000, KEY[:-2]), 404),
     "a target of 9,000 bytes": refused(get(b"/" + b"a" * 9000), 414),
     # The host
     "no host": refused(get(b"/livez", host=b"")),

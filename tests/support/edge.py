@@ -8,14 +8,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import uvicorn
 
 from service.api.guard import RequestGuard
-from service.server import DrainingServer, DrainTimes, HeaderLimits, limited_protocol
+from service.http_limits import HeaderLimits, limited_protocol
+from service.server import DrainingServer, DrainTimes
 
 WAIT_S = 10.0
 
@@ -35,13 +36,14 @@ class Edge:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
 
     def exchange(self, *parts: bytes, ends_input: bool = False) -> bytes:
-        """Sends the parts on one connection and returns all that comes back until it closes. With `ends_input` the
-        client says that it sends no more."""
+        """Sends the parts on one connection and returns all that comes back until it closes, at an end or a reset.
+        With `ends_input` the client says that it sends no more."""
         with closing(self.connect()) as connection:
-            for part in parts:
-                connection.sendall(part)
-            if ends_input:
-                connection.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionError):  # refused while it was still sending
+                for part in parts:
+                    connection.sendall(part)
+                if ends_input:
+                    connection.shutdown(socket.SHUT_WR)
             return read_all(connection)
 
 
@@ -84,8 +86,9 @@ def wait_until(is_true: Callable[[], Any], within_s: float = WAIT_S) -> None:
 
 def read_all(connection: socket.socket) -> bytes:
     received = b""
-    while part := connection.recv(65536):
-        received += part
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            received += part
     return received
 
 

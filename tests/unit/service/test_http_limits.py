@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from service.api.interrupt import CONNECTION_LOST
-from service.server import HeaderLimits, limited_protocol
+from service.http_limits import HeaderLimits, limited_protocol
 from tests.support.turns import settled
 
 
