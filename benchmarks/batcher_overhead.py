@@ -34,10 +34,10 @@ from model_registry.store import FileStore
 from modeling.backbone import ingest
 from modeling.engines.fake import FakeEngine
 from modeling.engines.protocol import EngineBatch
+from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
-from service.inference.answering import PredictOptions
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
@@ -46,7 +46,7 @@ from tests.support.world import World
 WIDTH, CLIENTS, RUN_S = 384, 64, 0.003
 LABELS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 TEXT = "the film is not very good and the plot of it was a dull story"
-OPTIONS = PredictOptions()
+OPTIONS = Options()
 
 Ask = Callable[[], Awaitable[Any]]
 

@@ -39,6 +39,8 @@ from model_registry.registry import Registry
 from model_registry.store import FileStore
 from modeling.backbone import ingest
 from modeling.engines.fake import FakeEngine
+from modeling.tasks import Answer, Score
+from modeling.tasks.single_label import OneLabel
 from modeling.testing import write_tiny_checkpoint
 from service.api.deps import Services
 from service.api.guard import DrainState
@@ -46,7 +48,6 @@ from service.api.interrupt import CONNECTION_LOST
 from service.app import create_app
 from service.http_limits import HeaderLimits, limited_protocol
 from service.inference.admission import AdmissionController
-from service.inference.answering import Prediction
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor, PredictResult, Timings
 from service.metrics import ServingMetrics
@@ -102,26 +103,27 @@ class ConstantPredictor:
 
     def __init__(self) -> None:
         probabilities = np.linspace(0.3, 0.01, len(LABELS))
-        scores = [(label, float(value)) for label, value in zip(LABELS, probabilities, strict=True)]
-        vector = np.random.default_rng(0).normal(size=WIDTH).astype(np.float32)
-        self._labelled = Prediction(label=LABELS[0], score=scores[0][1], scores=scores, embedding=None)
-        self._embedded = Prediction(label=None, score=None, scores=[], embedding=vector)
+        self._scores = [Score(label, float(value)) for label, value in zip(LABELS, probabilities, strict=True)]
+        self._vector = np.random.default_rng(0).normal(size=WIDTH).astype(np.float32)
 
     async def predict(
         self, tenant: str, ref: Any, inputs: Any, options: Any, *, deadline: float, needs_labels: bool = True
     ) -> PredictResult:
-        prediction = self._embedded if options.return_embedding else self._labelled
         await asyncio.sleep(0)
         return PredictResult(
             model=ref.name,
             version=1,
             task="text-classification",
-            predictions=[prediction] * len(inputs),
+            answers=[self._answer(embedded=options.return_embedding) for _ in inputs],
+            vectors=[self._vector] * len(inputs) if options.return_embedding else [],
             input_tokens=12,
             engine="fake",
             batch_rows=1,
             timings=Timings(queue=0.00042, tokenize=0.00013, inference=0.0042, total=0.0051),
         )
+
+    def _answer(self, *, embedded: bool) -> Answer:
+        return OneLabel(0, None, None, []) if embedded else OneLabel(0, LABELS[0], 0.3, self._scores)
 
 
 class FakeTransport(asyncio.Transport):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from model_registry.manifest import ModelManifest, Task
+from model_registry.manifest import ModelManifest
 
 _MOST_SLICES = 5
 _PICTURES = {
@@ -18,17 +18,22 @@ _PICTURES = {
     "eval/predicted.svg": "Predicted against true values",
 }
 
-_COMPARED: dict[Task, dict[str, str]] = {
-    "text-classification": {"accuracy": "accuracy", "macro_f1": "macro F1"},
-    "text-multi-label": {"micro_f1": "micro F1", "macro_f1": "macro F1"},
-    "text-regression": {"rmse": "RMSE", "mae": "MAE", "r2": "R²"},
-}
+
+@dataclass(frozen=True, slots=True)
+class TaskTerms:
+    """What a card says by the kind of task: metrics to compare methods by, with their titles; figures of the manifest
+    that are shown beside those with an interval; and what the figures do not hold for."""
+
+    compared: Mapping[str, str]
+    limit: str
+    figures: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CardContext:
     """What stands beside the report: the request's metadata, the version's other documents, the paths of its files."""
 
+    terms: TaskTerms
     metadata: Mapping[str, str] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -41,15 +46,15 @@ def render_card(manifest: ModelManifest, evaluation: Mapping[str, Any], context:
     parts = [
         _head(manifest, evaluation, context),
         _verdict(evaluation.get("verdict") or []),
-        _quality(manifest, evaluation, side),
+        _quality(manifest, evaluation, side, context.terms),
         _slices(evaluation[side].get("slices") or []),
         _abstention(evaluation.get("abstention") or {}),
         _pictures(context.files),
-        _methods(manifest, evaluation),
+        _methods(evaluation, context.terms),
         _promotion(evaluation.get("promotion")),
         _data(manifest, evaluation, context.fingerprint),
         _environment(context.environment),
-        _limits(manifest, evaluation, side),
+        _limits(evaluation, side, context.terms),
     ]
     return "\n".join(line for part in parts for line in part)
 
@@ -76,14 +81,14 @@ def _verdict(judgements: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["## Verdict", "", *(f"- {marks[one['severity']]}{one['message']}" for one in judgements), ""]
 
 
-def _quality(manifest: ModelManifest, evaluation: Mapping[str, Any], side: str) -> list[str]:
+def _quality(manifest: ModelManifest, evaluation: Mapping[str, Any], side: str, terms: TaskTerms) -> list[str]:
     numbers = evaluation[side]
     return [
         f"## Quality on the {side} rows",
         "",
         "| metric | value | 95 % interval |",
         "|---|---|---|",
-        *_figures(manifest, numbers),
+        *_figures(manifest, numbers, terms),
         "",
         *_calibration(numbers, evaluation),
         *_per_class(numbers.get("per_class") or []),
@@ -91,10 +96,10 @@ def _quality(manifest: ModelManifest, evaluation: Mapping[str, Any], side: str) 
     ]
 
 
-def _figures(manifest: ModelManifest, numbers: Mapping[str, Any]) -> list[str]:
-    """Those with an interval first. Where there is one label a text, they say all; else what the manifest has, too."""
+def _figures(manifest: ModelManifest, numbers: Mapping[str, Any], terms: TaskTerms) -> list[str]:
+    """Those with an interval first, then the manifest's own that the task's terms name."""
     intervals = numbers.get("intervals_95") or {}
-    more = {} if manifest.task == "text-classification" else manifest.metrics
+    more = {name: value for name, value in manifest.metrics.items() if name in terms.figures}
     values = {name: numbers.get(name, more.get(name)) for name in [*intervals, *more] if name != "rows"}
     ranges = {name: f"{low:.4f} to {high:.4f}" for name, (low, high) in intervals.items()}
     return [
@@ -173,8 +178,8 @@ def _pictures(files: Sequence[str]) -> list[str]:
     return ["## Pictures", "", *found, ""] if found else []
 
 
-def _methods(manifest: ModelManifest, evaluation: Mapping[str, Any]) -> list[str]:
-    columns = _COMPARED[manifest.task]
+def _methods(evaluation: Mapping[str, Any], terms: TaskTerms) -> list[str]:
+    columns = terms.compared
     return [
         "## Methods compared on validation",
         "",
@@ -234,14 +239,11 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _limits(manifest: ModelManifest, evaluation: Mapping[str, Any], side: str) -> list[str]:
-    few = "Labels with few rows have wide uncertainty."
-    if manifest.task == "text-regression":
-        few = "Values beyond those of the training rows are extrapolated."
+def _limits(evaluation: Mapping[str, Any], side: str, terms: TaskTerms) -> list[str]:
     lines = [
         "## Limits",
         "",
-        f"The figures hold for texts like those it was tested on. {few} "
+        f"The figures hold for inputs like those it was tested on. {terms.limit} "
         "The backbone's licence and its training data apply to this version too.",
     ]
     if side == "validation":

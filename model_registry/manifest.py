@@ -7,7 +7,7 @@ not exist. Nothing here opens a model.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,12 +16,10 @@ from model_registry.refs import NAME_PATTERN
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1_000_000
+_RETIRED = frozenset({"problem", "parent"})
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 VersionKind = Literal["baseline", "head", "lora", "full"]
-Task = Literal["text-classification", "text-multi-label", "text-regression"]
-TASKS: Final[tuple[Task, ...]] = get_args(Task)
-_FORMER_FIELDS = frozenset({"problem", "parent"})  # manifests on disk have them; nothing reads them
 
 
 class _Model(BaseModel):
@@ -50,7 +48,7 @@ class ModelManifest(_Model):
     baseline: `baseline.safetensors` + `vocabulary.json`; head: `head.safetensors`;
     lora: `head.safetensors` + `adapter/`; full: `head.safetensors` + `full/`.
 
-    `task` says what its outputs mean. Regression has no labels.
+    `task` says what its outputs mean; `modeling.assemble` checks that it is known and fits the files.
     """
 
     schema_version: Literal[1] = 1
@@ -58,7 +56,7 @@ class ModelManifest(_Model):
     name: str = Field(pattern=NAME_PATTERN)
     version: int = Field(ge=1)
     kind: VersionKind
-    task: Task = "text-classification"
+    task: str = Field("text-classification", pattern=r"^[a-z][a-z-]{0,63}$")  # what manifests that name none mean
     method: str
     labels: tuple[str, ...]
     base: BackboneRef | None = None
@@ -70,18 +68,11 @@ class ModelManifest(_Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_former_fields(cls, values: Any) -> Any:
-        return (
-            {name: values[name] for name in values if name not in _FORMER_FIELDS}
-            if isinstance(values, dict)
-            else values
-        )
-
-    @model_validator(mode="after")
-    def _fits_its_task(self) -> ModelManifest:
-        if self.task == "text-regression" and self.labels:
-            raise ValueError("a version for text-regression has no labels")
-        return self
+    def _without_retired_fields(cls, values: Any) -> Any:
+        """Manifests up to 0.1.0 name the task twice, and a parent that was never set."""
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if key not in _RETIRED}
+        return values
 
     @property
     def prefix(self) -> str:

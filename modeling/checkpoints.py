@@ -33,7 +33,7 @@ from modeling.engines.torch import TorchEngine, takes_type_ids
 from modeling.errors import BackboneUnavailable, GoldenRowsDiffer, UnsupportedArchitecture
 from modeling.heads import Activation, DenseLayer, TaskHead
 from modeling.preprocess import TextPreprocessor
-from modeling.tasks import Task
+from modeling.tasks import DEFAULT_MODALITY, Task, task_of_kind
 
 # Where a sequence classifier of each model type keeps the layers between token state and logits.
 _HEAD_LAYERS: dict[str, tuple[tuple[str, Activation], ...]] = {
@@ -133,12 +133,15 @@ def _task(config: Any) -> Task:
     """What the checkpoint was trained for, as transformers reads it: by `problem_type`, and where there is none, one
     output is a value and several are labels of which one is right."""
     outputs, problem = config.num_labels, config.problem_type
+    kind = None
     if problem == "multi_label_classification":
-        return "text-multi-label"
-    if outputs == 1 and problem in {None, "regression"}:
-        return "text-regression"
-    if outputs > 1 and problem in {None, "single_label_classification"}:
-        return "text-classification"
+        kind = "multi_label"
+    elif outputs == 1 and problem in {None, "regression"}:
+        kind = "regression"
+    elif outputs > 1 and problem in {None, "single_label_classification"}:
+        kind = "single_label"
+    if kind is not None:
+        return task_of_kind(DEFAULT_MODALITY, kind)
     raise UnsupportedArchitecture(
         f"problem_type {problem} with {outputs} outputs cannot be imported; regression has one output, a classifier "
         "with one label a text at least two"
@@ -146,7 +149,7 @@ def _task(config: Any) -> Task:
 
 
 def _labels(config: Any, task: Task) -> tuple[str, ...]:
-    if task == "text-regression":
+    if task.kind == "regression":
         return ()
     return tuple(str(config.id2label[index]) for index in range(config.num_labels))
 

@@ -24,6 +24,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from modeling.tasks import TASKS
+
 NAMESPACE: Final = "polyhead"
 
 REQUEST_LABELS: Final = ("model", "version", "task")
@@ -60,7 +62,7 @@ QUANTILE_BUCKETS: Final = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.999
 class ModelSeries:
     """The series that a request to one model touches. Looking one up by its labels costs more than what it is for.
 
-    `answers` describe what was answered: the confidence; with several labels also how many; of values their quantile.
+    `answers` describe what was answered, one histogram per name in the task's `observes`.
     """
 
     in_progress: Gauge
@@ -149,7 +151,7 @@ class ServingMetrics:
             buckets=CONFIDENCE_BUCKETS,
         )
         self.prediction_labels = self._histogram(
-            "prediction_labels", "Labels given to a text", *REQUEST_LABELS, buckets=LABEL_COUNT_BUCKETS
+            "prediction_labels", "Labels given to an input", *REQUEST_LABELS, buckets=LABEL_COUNT_BUCKETS
         )
         self.prediction_quantile = self._histogram(
             "prediction_quantile",
@@ -230,9 +232,10 @@ class ServingMetrics:
             self.tokenize_duration_seconds,
         )
         self._answer_histograms = {
-            "text-multi-label": (self.prediction_confidence, self.prediction_labels),
-            "text-regression": (self.prediction_quantile,),
-        }  # other tasks have the confidence alone
+            "confidence": self.prediction_confidence,
+            "labels": self.prediction_labels,
+            "quantile": self.prediction_quantile,
+        }  # by the names that tasks use in `observes`
         self._engine_metrics = (
             self.queue_requests,
             self.queue_tokens,
@@ -391,7 +394,10 @@ class ServingMetrics:
             self.cancelled_total.labels(model, version, task, stage)
 
     def _answers_of(self, task: str) -> tuple[Histogram, ...]:
-        return self._answer_histograms.get(task, (self.prediction_confidence,))
+        """Those of the task; the series of no model starts one, so that a rate over models is 0 instead of missing."""
+        if not task:
+            return (self.prediction_confidence,)
+        return tuple(self._answer_histograms[name] for name in TASKS[task].observes) if task in TASKS else ()
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(name, documentation, labels, namespace=NAMESPACE, registry=self.registry)

@@ -54,7 +54,7 @@ def import_checkpoint(
     with tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
         staged = Path(temporary)
         parts = import_classifier(folder, staged / "full", name=name, source=source)
-        registry.check_task(tenant=tenant, name=name, task=parts.task)
+        registry.check_task(tenant=tenant, name=name, task=parts.task.name)
         tokenizer = TextPreprocessor(staged / "full" / "tokenizer.json", max_length=parts.backbone.info.max_length)
         pooled = TorchEngine(parts.backbone).run(EngineBatch(tokenizer.encode(_GOLDEN_TEXTS)))
         golden = [
@@ -68,7 +68,7 @@ def import_checkpoint(
             max_length=parts.backbone.info.max_length,
             temperature=1.0,
             golden=golden,
-            task=parts.task,
+            task=parts.task.name,
         )
         (staged / "MODEL_CARD.md").write_text(f"# {name}\n\nImported from {source}; not evaluated here.\n")
         with registry.transaction() as connection:
@@ -76,7 +76,7 @@ def import_checkpoint(
                 connection,
                 tenant=tenant,
                 name=name,
-                task=parts.task,
+                task=parts.task.name,
                 kind="full",
                 method="import",
                 job_id=None,
@@ -86,7 +86,7 @@ def import_checkpoint(
             name=name,
             version=version,
             kind="full",
-            task=parts.task,
+            task=parts.task.name,
             method="import",
             labels=parts.labels,
             created_at=time.time(),

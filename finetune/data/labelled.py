@@ -13,7 +13,7 @@ import numpy.typing as npt
 from finetune.data.canonical import read_batches
 from finetune.data.record_batches import FindingLog
 from finetune.data.records import Finding
-from finetune.data.targets import SINGLE_LABEL, LabelSets, Misfit, Target
+from finetune.data.targets import DEFAULT_TARGET, Misfit, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class LabelledRows:
     texts: list[str]
     labels: list[str]
     extras: dict[str, list[str | None]] = field(default_factory=dict)
-    target: Target = SINGLE_LABEL
+    target: Target = DEFAULT_TARGET
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -52,6 +52,11 @@ class LabelledRows:
         """The classes or labels that stand in these rows."""
         return {name for label in set(self.labels) for name in self.target.names_of(label)}
 
+    def numbers_with(self, names: set[str]) -> list[int]:
+        """The numbers of the rows whose label gives any of these names."""
+        has = {label: not names.isdisjoint(self.target.names_of(label)) for label in set(self.labels)}
+        return [row for row, label in zip(self.row_numbers.tolist(), self.labels, strict=True) if has[label]]
+
 
 def load_labelled(
     rows_parquet: Path,
@@ -59,7 +64,7 @@ def load_labelled(
     text_column: str,
     label_column: str,
     extra_columns: Sequence[str] = (),
-    target: Target = SINGLE_LABEL,
+    target: Target = DEFAULT_TARGET,
 ) -> tuple[LabelledRows, list[Finding]]:
     """The rows that have a text and a label; labels lose surrounding whitespace, texts stand as given.
 
@@ -90,7 +95,7 @@ def load_labelled(
     rows = LabelledRows(np.array(row_numbers, dtype=np.int64), texts, labels, extras, target)
     findings = cells.log.findings()
     if texts:
-        return rows, [*findings, *_told(rows, label_column)]
+        return rows, [*findings, *target.told(label_column)]
     return rows, _without_rows(findings, text_column=text_column, label_column=label_column)
 
 
@@ -122,28 +127,12 @@ class _Cells:
         self.log.note("empty", message, code=code, severity="warning", row=row, column=column, fix=fix)
 
 
-def rows_with(rows: LabelledRows, names: set[str]) -> list[int]:
-    """The numbers of the rows whose label gives any of these names."""
-    has = {label: not names.isdisjoint(rows.target.names_of(label)) for label in set(rows.labels)}
-    return [row for row, label in zip(rows.row_numbers.tolist(), rows.labels, strict=True) if has[label]]
-
-
 def _shared(known: dict[str, str], value: str) -> str:
     return known.setdefault(value, value)
 
 
 def _filled(known: dict[str, str], cell: str | None) -> str | None:
     return None if cell is None or not cell.strip() else _shared(known, cell)
-
-
-def _told(rows: LabelledRows, column: str) -> list[Finding]:
-    """How cells with several labels were read, which a glance at the file does not tell."""
-    target = rows.target
-    if not isinstance(target, LabelSets) or target.separator is None:
-        return []
-    message = f"the labels in column {column!r} are separated by {target.separator!r}"
-    fix = "nothing to do; a JSON list of strings in every row needs no separator"
-    return [Finding(code="label_separator", severity="info", message=message, column=column, fix=fix)]
 
 
 def _without_rows(findings: list[Finding], *, text_column: str, label_column: str) -> list[Finding]:

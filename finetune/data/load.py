@@ -10,10 +10,11 @@ import numpy as np
 from finetune.data.canonical import column_names, read_batches
 from finetune.data.errors import ColumnMissing
 from finetune.data.labelled import LabelledRows, load_labelled
-from finetune.data.options import Columns, SplitOptions
+from finetune.data.options import AUTO, Columns, SplitOptions
 from finetune.data.records import Finding, has_errors
 from finetune.data.sides import Sides, divide, with_extras
-from finetune.data.targets import SINGLE_LABEL, Target, WantedTask, target_of
+from finetune.data.targets import Target, target_of
+from modeling.tasks import DEFAULT_TASK
 
 NOTHING = LabelledRows(np.zeros(0, np.int64), [], [])
 
@@ -24,7 +25,7 @@ def load_sides(
     columns: Columns,
     options: SplitOptions,
     seed: int,
-    task: WantedTask = "text-classification",
+    task: str = DEFAULT_TASK,
 ) -> Sides:
     """The sides out of the tables `train` and perhaps `validation` and `test`; what is not given is split off.
 
@@ -45,11 +46,9 @@ def load_sides(
     return Sides(train, validation, test, [*findings, *sides.findings])
 
 
-def find_target(files: Mapping[str, Path], columns: Columns, task: WantedTask) -> Target:
+def find_target(files: Mapping[str, Path], columns: Columns, task: str) -> Target:
     """How the label column is read: `auto` goes by the training rows, a separator by all."""
-    if task == "text-classification":
-        return SINGLE_LABEL
-    looked_at = [files["train"]] if task == "auto" else list(files.values())
+    looked_at = [files["train"]] if task == AUTO else list(files.values())
     with_label = [file for file in looked_at if columns.label in column_names(file)]
     return target_of(task, (cell for file in with_label for cell in _cells(file, columns.label)))
 

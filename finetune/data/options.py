@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from modeling.tasks import TASKS
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
@@ -13,6 +15,19 @@ SIDE_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "development", "eval", "evaluation"), VALIDATION),
     **dict.fromkeys(("test", "testing", "tst", "holdout", "held-out"), TEST),
 }
+
+
+AUTO: Final = "auto"
+
+
+def _known_task(name: str) -> str:
+    if name != AUTO and name not in TASKS:
+        raise ValueError(f"there is no task {name[:60]!r}; known are {', '.join([AUTO, *TASKS])}")
+    return name
+
+
+WantedTask = Annotated[str, AfterValidator(_known_task), WithJsonSchema({"type": "string", "enum": [AUTO, *TASKS]})]
+"""A task by name, or `auto`: the label column decides."""
 
 
 class FrozenModel(BaseModel):

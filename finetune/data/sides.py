@@ -19,7 +19,7 @@ import numpy.typing as npt
 from finetune.data.duplicates import Duplicates, find_duplicates
 from finetune.data.findings import inspect_rows
 from finetune.data.given_sides import predefined_sides, time_sides
-from finetune.data.labelled import LabelledRows, rows_with
+from finetune.data.labelled import LabelledRows
 from finetune.data.options import TEST, TRAIN, VALIDATION, SplitOptions
 from finetune.data.records import Finding, has_errors, row_finding
 from finetune.data.splits import Split, split_rows
@@ -324,7 +324,7 @@ def _absent_classes(pool: _Pool) -> list[Finding]:
         own = pool.side(side)
         absent = train.names() - own.names()
         if absent and len(own) and not pool.is_given[side]:
-            rows = rows_with(train, absent)
+            rows = train.numbers_with(absent)
             named = ", ".join(map(repr, sorted(absent)[:5])) + (" …" if len(absent) > 5 else "")
             found.append(
                 row_finding(

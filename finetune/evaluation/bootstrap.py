@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune.data.targets import Metric
 from finetune.evaluation.intervals import SAMPLES, percentiles
-from finetune.jobs.task_metrics import Metric
 
 Values = npt.NDArray[np.float64]
 Figures = Callable[[Values], Mapping[str, Values]]

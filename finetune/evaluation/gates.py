@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import precision_recall_fscore_support
 
+from finetune.data.targets import metric_of
 from finetune.evaluation.mcnemar import compare, least_discordant
-from finetune.jobs.task_metrics import metric_of
 from modeling.weights import IntArray
 
 LEAST_CLASS_ROWS = 20

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune.data.targets import Metric, metric_of
 from finetune.evaluation.classification import score_answers
 from finetune.evaluation.intervals import intervals
-from finetune.jobs.task_metrics import Metric, metric_of
 from modeling.weights import IntArray
 
 LEAST_ROWS = 20

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.jobs.task_metrics import metric_of
+from finetune.data.targets import metric_of
 
 Severity = Literal["good", "info", "warning"]
 

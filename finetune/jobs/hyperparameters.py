@@ -9,9 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from finetune.data.options import FrozenModel, SplitOptions
+from finetune.data.targets import MetricName, metric_of, target_type
 from finetune.jobs.search_space import FIXED, MOST_CHOICES, Choices, Range, Space, SpaceField, samples, with_values
-from finetune.jobs.task_metrics import METRICS, MetricName, metric_of
-from model_registry.manifest import Task
 
 SingleMethod = Literal["baseline", "linear_probe", "setfit", "prompt_tuning", "bottleneck", "lora", "qlora", "full"]
 Method = Literal["auto"] | SingleMethod
@@ -20,13 +19,6 @@ Scheduler = Literal["cosine", "linear", "constant", "plateau", "cyclic"]
 Loss = Literal["cross_entropy", "bce", "mse", "huber", "focal", "contrastive", "triplet", "mnrl", "cosent"]
 # They compare the vectors of a pass's rows with each other, so a pass is never divided.
 EMBEDDING_LOSSES: frozenset[str] = frozenset({"contrastive", "triplet", "mnrl", "cosent"})
-LOSSES: dict[Task, tuple[Loss, ...]] = {  # the first is what auto becomes
-    "text-classification": ("cross_entropy", "bce", "focal", "contrastive", "triplet", "mnrl", "cosent"),
-    "text-regression": ("mse", "huber"),
-    "text-multi-label": ("bce", "focal"),
-}
-# The methods of the other tasks; text-classification has all.
-METHODS_OF_OTHER_TASKS: frozenset[str] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
 # In the contract but not built yet: refused by name, so that nobody believes they took effect.
 NOT_YET = {"augment"}
 # Methods of earlier releases, and what to use instead.
@@ -133,8 +125,8 @@ class Hyperparameters(FrozenModel):
     space: Space = SpaceField
     pruner: Literal["asha", "none"] = "asha"
 
-    def metric_for(self, task: Task) -> MetricName:
-        return METRICS[task][0].name if self.metric == "auto" else self.metric
+    def metric_for(self, task: str) -> MetricName:
+        return target_type(task).metrics[0].name if self.metric == "auto" else self.metric
 
     @model_validator(mode="after")
     def _numbers_in_bounds(self) -> Hyperparameters:
@@ -244,34 +236,29 @@ def _place(item: Any) -> str:
     return f"{'.'.join(str(part) for part in item['loc'])}: " if item["loc"] else ""
 
 
-def check_task(wanted: Hyperparameters, task: Task) -> None:
+def check_task(wanted: Hyperparameters, task: str) -> None:
     """Raises `PlanError` for what makes no sense with a task."""
-    if wanted.loss != "auto" and wanted.loss not in LOSSES[task]:
-        fitting = ", ".join(LOSSES[task])
-        raise refusal("loss", f"loss {wanted.loss} does not fit {task}; use one of {fitting}")
-    names = [metric.name for metric in METRICS[task]]
-    if wanted.metric != "auto" and wanted.metric not in names:
-        raise refusal("metric", f"metric {wanted.metric} does not fit {task}; use one of {', '.join(names)}")
-    _check_minimum(wanted, task)
-    if task == "text-classification":
-        return
-    if wanted.method not in METHODS_OF_OTHER_TASKS:
-        fitting = ", ".join(sorted(METHODS_OF_OTHER_TASKS))
-        raise refusal("method", f"method {wanted.method} is not available for {task} yet; use one of {fitting}")
-    if wanted.class_weights != "none" and task == "text-regression":
-        raise refusal("class_weights", "class_weights need classes; leave them out for text-regression")
-    if wanted.oversample:
-        raise refusal("oversample", "oversample is for text-classification; leave it out")
-    if wanted.label_smoothing not in {"auto", 0}:
-        raise refusal("label_smoothing", "label_smoothing is for text-classification; leave it out")
-    if wanted.abstain.target_accuracy is not None:
-        raise refusal("abstain", "abstain.target_accuracy is for text-classification; leave it out")
-
-
-def _check_minimum(wanted: Hyperparameters, task: Task) -> None:
+    target = target_type(task)
+    metrics = [metric.name for metric in target.metrics]
+    for name, value, fitting in (
+        ("loss", wanted.loss, target.losses),
+        ("metric", wanted.metric, metrics),
+        ("method", wanted.method, target.methods),
+    ):
+        if fitting is not None and value != "auto" and value not in fitting:
+            options = ", ".join(fitting if name != "method" else sorted(fitting))
+            raise refusal(name, f"{name} {value} does not fit {task}; use one of {options}")
     least, metric = wanted.gate.min_metric, metric_of(wanted.metric_for(task))
     if least is not None and metric.is_share and not 0 <= least <= 1:
         raise refusal("gate", f"gate.min_metric must be from 0 to 1 for {metric.name}")
+    for name, why in target.refuses.items():
+        if _is_asked_for(wanted, name):
+            raise refusal(name, why)
+
+
+def _is_asked_for(wanted: Hyperparameters, name: str) -> bool:
+    value = getattr(wanted, name)
+    return bool(value != type(wanted).model_fields[name].default and value not in (0, False))
 
 
 def refusal(name: str, message: str) -> PlanError:

@@ -6,14 +6,14 @@ resolved plan is recorded with the job and the version.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import Field
 
 from finetune.data.options import FrozenModel, SplitOptions
+from finetune.data.targets import Metric, MetricName, metric_of, target_type
 from finetune.jobs.hyperparameters import (
     EMBEDDING_LOSSES,
-    LOSSES,
     AbstainOptions,
     BottleneckOptions,
     EarlyStopping,
@@ -31,8 +31,7 @@ from finetune.jobs.hyperparameters import (
     refusal,
 )
 from finetune.jobs.search_space import Space, SpaceField, default_space
-from finetune.jobs.task_metrics import Metric, MetricName, metric_of
-from model_registry.manifest import Task
+from modeling.tasks import DEFAULT_TASK
 
 COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "full")
 FEW_ROWS_PER_CLASS = 32  # up to so many, on average, `auto` also tries `setfit`, after the probe
@@ -40,7 +39,6 @@ _STEPPED = frozenset({"prompt_tuning", "bottleneck", "lora", "qlora", "full"})
 _ROWS_PER_DEVICE = 8  # of a step, at least, for a further GPU to be taken by itself
 _PAIRS_PER_STEP = 32 * 31 // 2
 SMALL_PARAMETERS = 50_000_000
-_LABEL_SMOOTHING = 0.05  # keeps the head from growing without end on rows already right; see docs/log.md
 # Steps of SGD are as long as the gradient, which is far below 1 here; the others divide by its size.
 _RATE_FACTOR = {"sgd": 100.0}
 
@@ -90,7 +88,7 @@ class TrainingPlan(FrozenModel):
     """Everything a run depends on, with no `auto` left."""
 
     methods: tuple[MethodPlan, ...]
-    task: Task = "text-classification"
+    task: str = DEFAULT_TASK
     seed: int
     metric: MetricName
     max_seconds: float | None
@@ -157,7 +155,7 @@ def resolve(
     worker: WorkerProfile,
     parameters: int,
     model_max_length: int,
-    task: Task = "text-classification",
+    task: str = DEFAULT_TASK,
 ) -> TrainingPlan:
     """Every `auto` becomes a number. `parameters` counts the backbone's weights. Pure. Raises `PlanError`."""
     check_task(wanted, task)
@@ -177,7 +175,7 @@ def resolve(
         max_length=max_length,
         precision=_precision(wanted, worker),
         dropout=0.0 if wanted.dropout == "auto" else wanted.dropout,
-        loss=LOSSES[task][0] if wanted.loss == "auto" else wanted.loss,
+        loss=cast(Loss, target_type(task).losses[0]) if wanted.loss == "auto" else wanted.loss,
         focal_gamma=wanted.focal_gamma,
         optimizer=wanted.optimizer,
         momentum=_momentum(wanted),
@@ -233,10 +231,10 @@ def refuse_unavailable(wanted: Hyperparameters, worker: WorkerProfile | None) ->
     raise PlanError([{"loc": ["hyperparameters", "method"], "message": message}])
 
 
-def _label_smoothing(wanted: Hyperparameters, task: Task) -> float:
+def _label_smoothing(wanted: Hyperparameters, task: str) -> float:
     if wanted.label_smoothing != "auto":
         return wanted.label_smoothing
-    return _LABEL_SMOOTHING if task == "text-classification" else 0.0
+    return target_type(task).label_smoothing
 
 
 def _refuse_processes(wanted: Hyperparameters, worker: WorkerProfile) -> None:
@@ -281,19 +279,19 @@ def _accumulation(wanted: Hyperparameters) -> int:
     return 1 if wanted.gradient_accumulation == "auto" else wanted.gradient_accumulation
 
 
-def _auto_order(data: DatasetProfile, task: Task) -> tuple[SingleMethod, ...]:
+def _auto_order(data: DatasetProfile, task: str) -> tuple[SingleMethod, ...]:
     """Cheapest first."""
-    if task != "text-classification" or data.train_rows > FEW_ROWS_PER_CLASS * max(1, data.labels):
+    if target_type(task).methods is not None or data.train_rows > FEW_ROWS_PER_CLASS * max(1, data.labels):
         return COST_ORDER
     return tuple(name for known in COST_ORDER for name in ((known, "setfit") if known == "linear_probe" else (known,)))
 
 
-def _space(wanted: Hyperparameters, parameters: int, task: Task) -> Space:
+def _space(wanted: Hyperparameters, parameters: int, task: str) -> Space:
     """What the search varies: as asked, else around the method's own values."""
     if not wanted.trials or wanted.space or wanted.method == "auto":
         return wanted.space
     rate = _learning_rate(wanted.method, wanted, parameters)
-    without = set() if task == "text-classification" else {"label_smoothing"}
+    without = set(target_type(task).refuses)
     return default_space(wanted.method, rate, given=frozenset(wanted.model_fields_set | without))
 
 

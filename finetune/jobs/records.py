@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finetune.data.options import Columns, FrozenModel
-from model_registry.manifest import Task
+from finetune.data.options import Columns, FrozenModel, WantedTask
 from model_registry.refs import NAME_PATTERN
+from modeling.tasks import DEFAULT_TASK
 
 EventType = Literal[
     "state_changed",
@@ -65,7 +65,7 @@ class JobSpec(FrozenModel):
     validation_dataset: str | None = None
     test_dataset: str | None = None
     backbone: str
-    task: Literal["auto"] | Task = "text-classification"
+    task: WantedTask = DEFAULT_TASK
     columns: Columns = Columns()
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"

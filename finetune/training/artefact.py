@@ -16,16 +16,16 @@ from typing import Any
 
 from finetune.data.text_identity import text_digest
 from finetune.evaluation.plots import draw
-from finetune.evaluation.tasks.rules import Answering
 from finetune.jobs.link import ChildJob
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.report import Assessment
 from finetune.training.run_context import Run
-from model_registry.card import CardContext, render_card
+from model_registry.card import CardContext, TaskTerms, render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, put_tree
 from modeling.assemble import GOLDEN_ROWS, GoldenRow, write_version_files
 from modeling.backbone import GRAPHS_FOLDER, Backbone
+from modeling.tasks import Calibration
 
 _log = logging.getLogger("finetune.training.artefact")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "tokenizers", "safetensors")
@@ -57,7 +57,7 @@ def write_artefact(
     best: Candidate,
     servable: Servable,
     *,
-    answering: Answering,
+    answering: Calibration,
     evaluation: dict[str, Any],
 ) -> None:
     texts = _golden_texts(run)
@@ -75,7 +75,7 @@ def write_artefact(
         calibration=calibration,
         golden=golden,
         task=run.plan.task,
-        thresholds=answering.thresholds,
+        thresholds=answering.thresholds or None,
     )
     documents = {
         "eval/report.json": evaluation,
@@ -139,14 +139,17 @@ def store_artefact(
         dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train.texts)},
         files=(),
     )
-    (folder / "MODEL_CARD.md").write_text(render_card(draft, evaluation, _card_context(folder, job.spec.metadata)))
+    (folder / "MODEL_CARD.md").write_text(
+        render_card(draft, evaluation, _card_context(folder, job.spec.metadata, run.rules.card))
+    )
     store.delete_tree(draft.prefix)  # a number is reserved once, so whatever is there was never served
     files: tuple[FileEntry, ...] = put_tree(store, draft.prefix, folder)
     return draft.model_copy(update={"files": files})
 
 
-def _card_context(folder: Path, metadata: dict[str, str]) -> CardContext:
+def _card_context(folder: Path, metadata: dict[str, str], terms: TaskTerms) -> CardContext:
     return CardContext(
+        terms,
         metadata=metadata,
         fingerprint=json.loads((folder / "data" / "fingerprint.json").read_text()),
         environment=json.loads((folder / "train" / "environment.json").read_text()),
@@ -176,7 +179,7 @@ def fingerprint(job: ChildJob, run: Run) -> dict[str, Any]:
         "split": run.plan.split.model_dump(mode="json"),
         "columns": job.spec.columns.model_dump(mode="json"),
         "rows": {side: len(rows.texts) for side, rows in sides.items()},
-        "targets" if run.plan.task == "text-regression" else "label_counts": {
+        "label_counts" if run.rules.has_labels else "targets": {
             side: run.rules.counts(rows.labels, run.labels) for side, rows in sides.items()
         },
         "row_hashes": {side: [text_digest(text).hex()[:16] for text in rows.texts] for side, rows in sides.items()},

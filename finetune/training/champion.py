@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.text_identity import text_digest
-from finetune.evaluation.tasks.rules import Answering
 from finetune.training.run_context import Run, embed
-from model_registry.manifest import ModelManifest, Task
+from model_registry.manifest import ModelManifest
 from model_registry.store import ArtifactStore, load_manifest
 from modeling.assemble import VersionParts, read_version
 from modeling.backbone import Backbone
@@ -19,6 +18,7 @@ from modeling.engines.build import REFERENCE, EngineOptions, build_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import BackboneUnavailable
 from modeling.preprocess import TextPreprocessor
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 _KEY = "champion"
@@ -34,8 +34,8 @@ class Champion:
     labels: tuple[str, ...]
     seen: frozenset[str] | None
     logits: Callable[[Sequence[str]], FloatArray]
-    task: Task
-    answering: Answering
+    task: str
+    answering: Calibration
 
 
 def read_champion(store: ArtifactStore, run: Run, pointer: dict[str, Any], *, tenant: str, name: str) -> Champion:
@@ -49,7 +49,7 @@ def read_champion(store: ArtifactStore, run: Run, pointer: dict[str, Any], *, te
         _seen(store, manifest),
         _logits(store, run, parts),
         task=manifest.task,
-        answering=Answering(parts.temperature, parts.thresholds or None),
+        answering=parts.calibration,
     )
 
 

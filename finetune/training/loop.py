@@ -90,7 +90,7 @@ class _Loop:
         weights = run.rules.weights(run.plan.class_weights, run.train.labels, run.labels)
         self.objective = build_loss(
             run.plan,
-            task=run.plan.task,
+            kind=run.kind,
             weight=None if weights is None else torch.from_numpy(weights).to(self.accelerator.device),
         )
         self.targets = torch.from_numpy(run.scale.standard(run.train.labels))

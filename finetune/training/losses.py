@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from finetune.jobs.hyperparameters import EMBEDDING_LOSSES
 from finetune.jobs.plan import TrainingPlan
-from model_registry.manifest import Task
 
 # Margins in cosine distance: contrastive as sentence-transformers has it, triplet as FaceNet on vectors of length 1.
 CONTRASTIVE_MARGIN, TRIPLET_MARGIN = 0.5, 0.2
@@ -40,23 +39,22 @@ class Objective:
     of_vectors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
-def build_loss(
-    plan: TrainingPlan, *, task: Task = "text-classification", weight: torch.Tensor | None = None
-) -> Objective:
-    """The plan's loss for a task. `weight` is float32[classes], of several labels that of their positives, or None.
+def build_loss(plan: TrainingPlan, *, kind: str = "single_label", weight: torch.Tensor | None = None) -> Objective:
+    """Build the plan's loss for a kind of task. `weight` is float32[classes], of several labels that of their
+    positives, or None.
 
-    Targets are class indices int64[rows] of text-classification, values float[rows] of text-regression, or
-    float[rows, labels] of zeros and ones of text-multi-label. Losses of vectors are added to cross-entropy, in equal
+    Targets are class indices int64[rows] for one label, values float[rows] for a number, or float[rows, labels] of
+    zeros and ones for several labels. Losses of vectors are added to cross-entropy, in equal
     parts (Gunel et al., Supervised contrastive learning for pre-trained language model fine-tuning, ICLR 2021).
     """
-    if task == "text-regression":
+    if kind == "regression":
         of_values = {"mse": mse, "huber": huber}[plan.loss]
         return Objective(
             lambda output, targets: of_values(output.squeeze(-1), targets.float()),
             _ones,
             plain=lambda output, targets: mse(output.squeeze(-1), targets.float()),
         )
-    if task == "text-multi-label":
+    if kind == "multi_label":
         of_labels = partial(focal_of_labels, gamma=plan.focal_gamma) if plan.loss == "focal" else bce
         return Objective(partial(of_labels, weight=weight), _ones, plain=bce)
     smoothing = plan.label_smoothing

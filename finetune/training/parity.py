@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from finetune.evaluation.gates import Gate, parity
-from finetune.evaluation.tasks.rules import Answering
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run, embed
 from modeling.adapters import Adapter
@@ -19,6 +18,7 @@ from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.onnx import is_available, onnx_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import ModelingError
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 MOST_ROWS = 1000
@@ -40,7 +40,7 @@ def engine_parity(
     folder: Path,
     *,
     graphs_root: Path | None,
-    answering: Answering = Answering(),
+    answering: Calibration = Calibration(),
 ) -> Gate:
     """Torch in fp32 against ONNX Runtime in fp32 on up to 1000 test rows; skipped where there is no graph at hand.
 
@@ -86,7 +86,7 @@ def _compared(
     texts: Sequence[str],
     folder: Path,
     files: GraphFiles,
-    answering: Answering,
+    answering: Calibration,
 ) -> Gate:
     weights = _written(run, best, folder)
     reference = _reference(weights.backbone) if best.kind == "full" else run.engine

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.evaluation import gates
 from finetune.evaluation.gates import Gate
-from finetune.evaluation.tasks.rules import Answering, Contest
+from finetune.evaluation.tasks.rules import Contest
 from finetune.jobs.link import ChildJob, Link
 from finetune.jobs.records import EventType
 from finetune.training.champion import Champion, read_champion, row_hash
@@ -22,6 +22,7 @@ from finetune.training.run_context import Run
 from model_registry.errors import RegistryError
 from model_registry.store import ArtifactStore
 from modeling.errors import ModelingError
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 
@@ -34,7 +35,7 @@ class Contender:
     servable: Servable
     folder: Path
     test_logits: FloatArray | None
-    answering: Answering
+    answering: Calibration
     evaluation: dict[str, Any]
 
 

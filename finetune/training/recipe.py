@@ -61,9 +61,8 @@ def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
     np.random.seed(wanted.seed)
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, wanted, link)
-    task = train.target.task
     cache = feature_cache(job)
-    suspects = find_suspects(train, link, seed=wanted.seed, cache=cache) if task == "text-classification" else []
+    suspects = find_suspects(train, link, seed=wanted.seed, cache=cache) if train.target.has_suspects else []
     release_free_memory()
     # Where near duplicates differ in their labels, a rare one may stand on a later side alone; it is then never given.
     labels = tuple(sorted(train.names() | validation.names() | test.names()))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.evaluation.curves import abstention, at_threshold
-from finetune.evaluation.tasks.rules import Answering, Side
+from finetune.evaluation.tasks.rules import Side
 from finetune.evaluation.verdict import Figures, onset, verdict
 from finetune.training.learning_curve import measure_growth
 from finetune.training.methods.candidate import Candidate
 from finetune.training.run_context import Rows, Run
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 
@@ -30,7 +31,7 @@ class Outcome:
     candidates: Sequence[Candidate]
     best: Candidate
     test_logits: FloatArray | None
-    answering: Answering
+    answering: Calibration
 
 
 def assess(run: Run, outcome: Outcome) -> Assessment:
@@ -65,7 +66,7 @@ def _method(run: Run, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _side(run: Run, outputs: FloatArray, rows: Rows, answering: Answering) -> Side:
+def _side(run: Run, outputs: FloatArray, rows: Rows, answering: Calibration) -> Side:
     return Side(
         outputs,
         rows.labels,

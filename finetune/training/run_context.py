@@ -22,7 +22,7 @@ from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine
 from modeling.heads import TaskHead
 from modeling.preprocess import TextPreprocessor
-from modeling.tasks import outputs_of
+from modeling.tasks import TASKS
 from modeling.weights import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -107,9 +107,14 @@ class Run:
         return rules_of(self.plan.task)
 
     @property
+    def kind(self) -> str:
+        """The kind of the plan's task, by which methods choose their models and losses."""
+        return TASKS[self.plan.task].kind
+
+    @property
     def outputs(self) -> int:
         """How many values a head gives for a row."""
-        return outputs_of(self.plan.task, self.labels)
+        return TASKS[self.plan.task].outputs(self.labels)
 
     @cached_property
     def scale(self) -> Scale:

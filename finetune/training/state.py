@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.data.targets import Metric
 from finetune.jobs.hyperparameters import EarlyStopping
-from finetune.jobs.task_metrics import Metric
 from finetune.training.checkpoints import Checkpoint
 
 

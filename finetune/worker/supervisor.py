@@ -21,19 +21,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from finetune.data.targets import metric_of
 from finetune.jobs.errors import LeaseLost
 from finetune.jobs.link import ChildJob
 from finetune.jobs.records import JobFailure, JobStatus, Lease
 from finetune.jobs.store import JobStore
-from finetune.jobs.task_metrics import metric_of
 from finetune.training.settings import child_environment
 from finetune.worker.metrics import WorkerMetrics
 from finetune.worker.warm_child import SpareChild, child_command, close_pipes, end_child, start_child
 from model_registry.errors import ArtifactExists, DatabaseUnavailable, InvalidReference
-from model_registry.manifest import MANIFEST_NAME, ModelManifest, Task
+from model_registry.manifest import MANIFEST_NAME, ModelManifest
 from model_registry.registry import Promotion, Registry
 from model_registry.store import ArtifactStore
 from modeling.child_process import describe_exit
+from modeling.tasks import DEFAULT_TASK
 
 _log = logging.getLogger("finetune.worker.supervisor")
 _DATABASE_RETRY_S = 0.5
@@ -85,7 +86,7 @@ class Supervisor:
         self._is_pausing = False
         self._grace_s = timing.cancel_grace_s
         self._best: float | None = None
-        self._task: Task = "text-classification"  # until the child's plan says
+        self._task = DEFAULT_TASK  # until the child's plan says
         self._outcome: str | None = None
 
     def run(self) -> str:
@@ -203,7 +204,7 @@ class Supervisor:
             reason = "the worker is shutting down; the run goes on elsewhere"
             self._outcome = _OUTCOMES[jobs.requeue(lease, reason, charge_attempt=False)]
 
-    def _require_task(self, task: Task) -> None:
+    def _require_task(self, task: str) -> None:
         """Before hours of training, not after. Raises `InvalidReference`."""
         self._task = task
         self._ledger.registry.check_task(tenant=self._job.tenant, name=self._job.spec.register_as, task=task)

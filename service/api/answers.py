@@ -7,23 +7,21 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import starmap
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import orjson
-from msgspec import UNSET
 from starlette.responses import Response
 from starlette.types import Scope
 
 from model_registry.refs import ModelRef
+from modeling.tasks import Options
 from service.api import wire
 from service.api.direct import Answer, Call, DirectRoute
 from service.api.guard import headers_of
 from service.api.interrupt import unless_gone
 from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH
 from service.api.problems import Problem, problem_for, refusal
-from service.inference.answering import PredictOptions
 from service.inference.predictor import PredictResult
 
 _MAX_TIMEOUT_MS = 3_600_000
@@ -88,8 +86,8 @@ async def embeddings(body: EmbeddingsBody, call: Call) -> Answer:
     inputs = [body.input] if isinstance(body.input, str) else body.input
     options = _options(None, None, True, None, True)
     result = await predicted(call, body.model, inputs, options, needs_labels=False)
-    vectors = [prediction.embedding for prediction in result.predictions]
-    if body.dimensions is not None and vectors[0] is not None and body.dimensions != len(vectors[0]):
+    vectors = result.vectors
+    if body.dimensions is not None and body.dimensions != len(vectors[0]):
         message = f"this model's embeddings have {len(vectors[0])} dimensions; leave dimensions out"
         raise Problem(422, "invalid_request", message)
     encode = wire.in_base64 if body.encoding_format == "base64" else wire.decimals
@@ -116,7 +114,7 @@ async def predicted(
     call: Call,
     model: str | None,
     inputs: Sequence[str | tuple[str, str]],
-    options: PredictOptions,
+    options: Options,
     *,
     timeout_ms: int | None = None,
     needs_labels: bool = True,
@@ -148,7 +146,7 @@ def timing_headers(result: PredictResult) -> list[tuple[bytes, bytes]]:
 
 
 # Clients send the same few models and options over and over.
-_options = functools.lru_cache(maxsize=1024)(PredictOptions)
+_options = functools.lru_cache(maxsize=1024)(Options)
 _parsed = functools.lru_cache(maxsize=1024)(ModelRef.parse)
 
 
@@ -173,52 +171,14 @@ def _allowed_s(call: Call, timeout_ms: int | None) -> float:
 
 def _encoded(result: PredictResult) -> bytes:
     """`schemas.PredictResponse` as JSON; no member `embedding` where none was asked for."""
-    rows = _ROWS.get(result.task, _rows)(result.predictions)
+    for index, answer in enumerate(result.answers):
+        answer.index = index
+    embeddable: Sequence[Any] = result.answers
+    for answer, vector in zip(embeddable, result.vectors, strict=False):  # no vectors if not asked for
+        answer.embedding = wire.decimals(vector)
     usage = wire.Usage(result.input_tokens)
-    return wire.encode(
-        wire.Predictions(f"pred_{os.urandom(16).hex()}", "predictions", result.model, result.version, rows, usage)
-    )
-
-
-def _rows(predictions: Sequence[Any]) -> Any:
-    return [
-        wire.Row(
-            index,
-            prediction.label,
-            prediction.score,
-            list(starmap(wire.Score, prediction.scores)),
-            UNSET if prediction.embedding is None else wire.decimals(prediction.embedding),
-        )
-        for index, prediction in enumerate(predictions)
-    ]
-
-
-def _label_rows(predictions: Sequence[Any]) -> Any:
-    return [
-        wire.LabelsRow(
-            index,
-            prediction.labels,
-            list(starmap(wire.Score, prediction.scores)),
-            UNSET if prediction.embedding is None else wire.decimals(prediction.embedding),
-        )
-        for index, prediction in enumerate(predictions)
-    ]
-
-
-def _value_rows(predictions: Sequence[Any]) -> Any:
-    return [
-        wire.ValueRow(
-            index, prediction.value, UNSET if prediction.embedding is None else wire.decimals(prediction.embedding)
-        )
-        for index, prediction in enumerate(predictions)
-    ]
-
-
-# What is not listed has one label a text, or no label at all.
-_ROWS: Final[Mapping[str, Callable[[Sequence[Any]], Any]]] = {
-    "text-multi-label": _label_rows,
-    "text-regression": _value_rows,
-}
+    id_ = f"pred_{os.urandom(16).hex()}"
+    return wire.encode(wire.Predictions(id_, "predictions", result.model, result.version, result.answers, usage))
 
 
 def _openai_error(problem: Problem) -> Response:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Header, Query, Request
@@ -18,12 +18,13 @@ from finetune.data.check import ROWS_FILE
 from finetune.data.errors import ColumnMissing, DatasetUnreadable
 from finetune.data.labelled import load_labelled
 from finetune.data.load import find_target, load_sides
+from finetune.data.options import AUTO
 from finetune.data.records import DatasetRecord, DatasetStatus
 from finetune.jobs.hyperparameters import Hyperparameters, check_task, parse_hyperparameters
 from finetune.jobs.plan import DatasetProfile, WorkerProfile, refuse_unavailable, resolve
 from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
 from model_registry.errors import ModelNotFound
-from model_registry.manifest import Task
+from modeling.tasks import DEFAULT_MODALITY, task_of_kind
 from service.api.auth import Principal
 from service.api.datasets import take_upload
 from service.api.deps import Services, ServicesDep, Training, json_body
@@ -158,12 +159,12 @@ def _records(body: FinetuneRequest, services: Services, principal: Principal) ->
     return {id_: services.datasets.get(principal.tenant, id_) for id_ in ids if id_ is not None}
 
 
-def _task_of(record: DatasetRecord, label: str) -> Literal["auto"] | Task:
+def _task_of(record: DatasetRecord, label: str) -> str:
     """What `auto` comes to, as the worker will find too; still `auto` while the dataset is being checked."""
     if record.columns is None:
-        return "auto"
+        return AUTO
     is_list = any(column.name == label and column.type == "list" for column in record.columns)
-    return "text-multi-label" if is_list else "text-classification"
+    return task_of_kind(DEFAULT_MODALITY, "multi_label" if is_list else "single_label").name
 
 
 def _check_dataset(record: DatasetRecord, spec: JobSpec, *, split_column: str | None) -> None:

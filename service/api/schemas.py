@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from finetune.data.options import Columns
-from model_registry.manifest import Task
+from finetune.data.options import AUTO, Columns, WantedTask
 from model_registry.refs import NAME_PATTERN
 
 
@@ -120,7 +119,7 @@ class FinetuneRequest(_Request):
     validation_dataset: str | None = Field(None, max_length=64)
     test_dataset: str | None = Field(None, max_length=64)
     backbone: str | None = Field(None, pattern=NAME_PATTERN)
-    task: Literal["auto"] | Task = "auto"
+    task: WantedTask = AUTO
     columns: Columns = Columns()
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"

@@ -7,12 +7,15 @@ tried before it (`direct`); so does `EmbeddingsBody` for `openai.EmbeddingsReque
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import orjson
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import Meta, Raw, Struct
+
+from modeling.tasks import Answer
 
 
 class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,34 +47,6 @@ class EmbeddingsBody(Struct, frozen=True, forbid_unknown_fields=True):
     user: str | None = None
 
 
-class Score(Struct, gc=False):
-    label: str
-    score: float
-
-
-class Row(Struct, omit_defaults=True):
-    """One label a text; also a backbone's, with nothing but an embedding."""
-
-    index: int
-    label: str | None
-    score: float | None
-    scores: list[Score]
-    embedding: Raw | UnsetType = UNSET
-
-
-class LabelsRow(Struct, omit_defaults=True):
-    index: int
-    labels: list[str]
-    scores: list[Score]
-    embedding: Raw | UnsetType = UNSET
-
-
-class ValueRow(Struct, omit_defaults=True):
-    index: int
-    value: float
-    embedding: Raw | UnsetType = UNSET
-
-
 class Usage(Struct, gc=False):
     input_tokens: int
 
@@ -81,7 +56,7 @@ class Predictions(Struct):
     object: str
     model: str
     version: int | None
-    predictions: list[Row] | list[LabelsRow] | list[ValueRow]
+    predictions: Sequence[Answer]
     usage: Usage
 
 

@@ -208,7 +208,7 @@ def _answers(
             logits = logits_of(model, rows)
             if logits is None:
                 continue
-            values = model.answering.scores(logits)
+            values = model.task.scores(logits, model.calibration)
             is_finite[rows] &= np.isfinite(values).all(axis=1)
             for row, of_row in zip(rows, values, strict=True):
                 scores[row] = of_row

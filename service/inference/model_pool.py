@@ -31,9 +31,9 @@ from modeling.engines.build import REFERENCE, EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed, GoldenRowsDiffer, ModelingError
 from modeling.preprocess import TextInput
+from modeling.tasks import DEFAULT_MODALITY, FeatureExtraction
 from modeling.weights import FloatArray
 from service.garbage import reconsider
-from service.inference.answering import answering_of
 from service.inference.batch_log import BatchLog
 from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector
@@ -45,7 +45,7 @@ from service.metrics import ServingMetrics
 _log = logging.getLogger("service.model_pool")
 _RETRY_FAILED_S = 60.0  # what keeps a version from loading is seldom gone sooner
 _YIELD = 2.0  # while requests come, a load leaves them so many times as long as it takes of the engine
-_BACKBONE_TASK = "feature-extraction"
+_BACKBONE_TASK = FeatureExtraction(DEFAULT_MODALITY)
 
 Key = tuple[str, str, int]
 AliasKey = tuple[str, str, str]
@@ -93,9 +93,9 @@ class ModelPool:
             normalize_embedding=backbone.info.normalize,
             owns_weights=True,
         )
-        self._metrics.start_model(name, "", _BACKBONE_TASK, backbone=name, engine=lane.engine_name)
-        self._metrics.set_model_state(name, "", _BACKBONE_TASK, state="ready")
-        self._metrics.model_memory_bytes.labels(name, "", _BACKBONE_TASK).set(model.own_bytes)
+        self._metrics.start_model(name, "", _BACKBONE_TASK.name, backbone=name, engine=lane.engine_name)
+        self._metrics.set_model_state(name, "", _BACKBONE_TASK.name, state="ready")
+        self._metrics.model_memory_bytes.labels(name, "", _BACKBONE_TASK.name).set(model.own_bytes)
 
     async def stop(self) -> None:
         for task in list(self._background):
@@ -299,12 +299,12 @@ class ModelPool:
             tenant=tenant,
             name=name,
             version=number,
-            task=parts.manifest.task,
+            task=parts.task,
             labels=parts.manifest.labels,
             lane=lane,
             # The engine keeps the adapter's weights; a second copy here would only cost memory.
             parts=replace(parts, adapter=None),
-            answering=answering_of(parts),
+            calibration=parts.calibration,
             max_length=parts.max_length,
             state="warming",
             adapter_key=f"{tenant}/{name}/{number}" if parts.adapter else None,

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from model_registry.refs import ModelRef
 from modeling.heads import normalized
 from modeling.preprocess import TextInput
+from modeling.tasks import Answer, Options, Task
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
-from service.inference.answering import PredictOptions
 from service.inference.entries import QueueEntry, Ticket
 from service.inference.errors import (
     BatchTooLarge,
@@ -23,6 +22,7 @@ from service.inference.errors import (
     EmptyInput,
     ModelNotReady,
     NotPredictable,
+    ParameterUnfit,
     QueueFull,
 )
 from service.inference.model_pool import ModelPool
@@ -47,8 +47,10 @@ class PredictResult:
     model: str
     version: int | None
     task: str
-    predictions: list[Any]
-    """One for each input: `Prediction`, `LabelsPrediction` or `ValuePrediction`, as `task` says."""
+    answers: list[Answer]
+    """One per input, as the model's task makes them; `index` is left to the caller."""
+    vectors: list[FloatArray]
+    """The backbone's vectors float32[hidden], one per input; empty if the request did not ask for them."""
     input_tokens: int
     engine: str
     batch_rows: int
@@ -78,7 +80,7 @@ class Predictor:
         tenant: str,
         ref: ModelRef,
         inputs: Sequence[TextInput],
-        options: PredictOptions,
+        options: Options,
         *,
         deadline: float,
         needs_labels: bool = True,
@@ -91,11 +93,11 @@ class Predictor:
         started = self._clock()
         check_inputs(inputs, self._max_inputs)
         with self._pool.lease(tenant, ref) as model:
-            if needs_labels and not model.answering.has_answers and not options.return_embedding:
+            if needs_labels and not model.task.has_answers and not options.return_embedding:
                 raise NotPredictable(
                     f"{model.name} is a backbone without labels; set parameters.return_embedding or use /v1/embeddings"
                 )
-            model.answering.check(options)
+            check_options(model.task, options)
             series = self._metrics.of_model(model.metric_labels)
             series.in_progress.inc()
             try:
@@ -113,13 +115,16 @@ class Predictor:
             finally:
                 series.in_progress.dec()
             entries = ticket.let_go()
-            predictions = answers(model, entries, options)
-            model.answering.observe(series, predictions)
+            answers = [_answer(model, [entry], options) for entry in entries]
+            for histogram, values in zip(series.answers, model.task.observed(answers, model.calibration), strict=True):
+                for value in values:
+                    histogram.observe(value)
+            vectors = [_embedding(model, entry) for entry in entries] if options.return_embedding else []
             series.tokenize_duration.observe(ticket.tokenized_at - started)
-            return _result(ticket, entries, predictions, started=started, ended=self._clock())
+            return _result(ticket, entries, answers, vectors, started=started, ended=self._clock())
 
     def _admit(
-        self, model: ServedModel, inputs: Sequence[TextInput], options: PredictOptions, deadline: float, now: float
+        self, model: ServedModel, inputs: Sequence[TextInput], options: Options, deadline: float, now: float
     ) -> Ticket:
         """A place for the request, by an estimate of its tokens, before anything is spent on it."""
         lane = model.lane
@@ -166,12 +171,16 @@ def check_inputs(inputs: Sequence[TextInput], max_inputs: int) -> None:
             raise EmptyInput(f"input {index} is empty; leave it out or give it a text")
 
 
-def answers(model: ServedModel, entries: Sequence[QueueEntry], options: PredictOptions) -> list[Any]:
-    """Each row as the caller sees it, by the model's task. Pure."""
-    answer = model.answering.answer
-    if not options.return_embedding:
-        return [answer(entry.scores, options, None) for entry in entries]
-    return [answer(entry.scores, options, _embedding(model, entry)) for entry in entries]
+def check_options(task: Task, options: Options) -> None:
+    """Raises `ParameterUnfit` for a parameter that means nothing for the task."""
+    for name in ("top_k", "threshold"):
+        if getattr(options, name) is not None and name not in task.options:
+            raise ParameterUnfit(f"{name} means nothing for {task.name}; leave {name} out", parameter=name)
+
+
+def _answer(model: ServedModel, rows: Sequence[QueueEntry], options: Options) -> Answer:
+    scores = [row.scores for row in rows if row.scores is not None]  # a backbone has none
+    return model.task.reduce(scores, model.labels, model.calibration, options)
 
 
 def _embedding(model: ServedModel, entry: QueueEntry) -> FloatArray:
@@ -180,15 +189,22 @@ def _embedding(model: ServedModel, entry: QueueEntry) -> FloatArray:
 
 
 def _result(
-    ticket: Ticket, entries: Sequence[QueueEntry], predictions: list[Any], *, started: float, ended: float
+    ticket: Ticket,
+    entries: Sequence[QueueEntry],
+    answers: list[Answer],
+    vectors: list[FloatArray],
+    *,
+    started: float,
+    ended: float,
 ) -> PredictResult:
     model = ticket.model
     batches = {id(entry.batch): entry.batch for entry in entries if entry.batch is not None}.values()
     return PredictResult(
         model=model.name,
         version=model.version,
-        task=model.task,
-        predictions=predictions,
+        task=model.task.name,
+        answers=answers,
+        vectors=vectors,
         input_tokens=sum([entry.length for entry in entries]),
         engine=next(iter(batches)).engine,
         batch_rows=max([batch.rows for batch in batches]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from modeling.assemble import VersionParts
 from modeling.heads import TaskHead
 from modeling.linear_text import LinearText
-from service.inference.answering import VECTORS, Answering
+from modeling.tasks import NO_CALIBRATION, Calibration, Task
 from service.inference.lanes import BackboneLane, Lane
 
 
@@ -23,10 +23,10 @@ class ServedModel:
     tenant: str
     name: str
     version: int | None
-    task: str
+    task: Task
     labels: tuple[str, ...]
     lane: Lane
-    answering: Answering = VECTORS
+    calibration: Calibration = NO_CALIBRATION
     parts: VersionParts | None = None
     adapter_key: str | None = None
     max_length: int | None = None
@@ -66,7 +66,7 @@ class ServedModel:
 
     @property
     def metric_labels(self) -> tuple[str, str, str]:
-        return (self.name, "" if self.version is None else str(self.version), self.task)
+        return (self.name, "" if self.version is None else str(self.version), self.task.name)
 
     def acquire(self) -> None:
         self.leases += 1

@@ -207,7 +207,7 @@ def test_tasks_in_one_batch_answer_as_alone(served: ServedWorld) -> None:
             )
             for name in names
         ]
-        return [(result.predictions, result.batch_rows) for result in await asyncio.gather(*work)]
+        return [(result.answers, result.batch_rows) for result in await asyncio.gather(*work)]
 
     mixed = served.run(together())
     assert max(rows for _, rows in mixed) > len(TEXTS)  # or nothing was mixed
@@ -217,7 +217,7 @@ def test_tasks_in_one_batch_answer_as_alone(served: ServedWorld) -> None:
                 assert b.value == pytest.approx(a["value"], rel=1e-4, abs=1e-5)
                 continue
             assert (a.get("labels") or a.get("label")) == (getattr(b, "labels", None) or getattr(b, "label", None))
-            scores = dict(b.scores)
+            scores = {score.label: score.score for score in b.scores}
             assert {item["label"]: item["score"] for item in a["scores"]} == pytest.approx(scores, abs=1e-5)
 
 

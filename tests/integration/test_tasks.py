@@ -23,7 +23,7 @@ from modeling.backbone import Backbone, ingest
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.preprocess import TextPreprocessor
-from modeling.tasks import answers_of, scores_of
+from modeling.tasks import TASKS
 from modeling.testing import write_tiny_checkpoint
 from tests.support.registering import Record, Workshop, pointer
 
@@ -115,15 +115,16 @@ def test_served_labels_are_those_of_the_report(shop: Workshop, method: str) -> N
     assert (manifest.task, manifest.labels) == ("text-multi-label", tuple(sorted(WORDS)))
     parts, logits_of = read_version(shop.store, manifest), served(shop.store, manifest)
     check_golden(parts, lambda texts: logits_of(list(map(str, texts))))
-    scores = scores_of(manifest.task, logits_of([row["text"] for row in rows]), temperature=parts.temperature)
-    said = answers_of(manifest.task, scores, thresholds=parts.thresholds)
+    task = TASKS[manifest.task]
+    scores = task.scores(logits_of([row["text"] for row in rows]), parts.calibration)
+    said = task.answers(scores, parts.calibration)
     due = np.array([[name in row["label"] for name in manifest.labels] for row in rows])
     report = record.result["evaluation"]["test"]
     assert report["micro_f1"] == manifest.metrics["micro_f1"] == pytest.approx(f1_score(due, said, average="micro"))
     assert report["subset_accuracy"] == pytest.approx(accuracy_score(due, said))
     assert [row["rows"] for row in report["per_class"]] == due.sum(0).tolist()
-    assert parts.thresholds == tuple(row["threshold"] for row in report["per_class"])
-    assert parts.thresholds[manifest.labels.index("rare")] == 0.5
+    assert parts.calibration.thresholds == tuple(row["threshold"] for row in report["per_class"])
+    assert parts.calibration.thresholds[manifest.labels.index("rare")] == 0.5
     low, high = report["intervals_95"]["micro_f1"]
     assert low <= report["micro_f1"] <= high and report["slices"][0]["values"]
     if method in {"baseline", "full"}:
@@ -146,8 +147,9 @@ def test_served_values_are_those_of_the_report(shop: Workshop, method: str) -> N
     assert (manifest.task, manifest.labels) == ("text-regression", ())
     parts, logits_of = read_version(shop.store, manifest), served(shop.store, manifest)
     check_golden(parts, lambda texts: logits_of(list(map(str, texts))))
-    scores = scores_of(manifest.task, logits_of([row["text"] for row in rows]), temperature=parts.temperature)
-    said, true = answers_of(manifest.task, scores), np.array([row["label"] for row in rows])
+    task = TASKS[manifest.task]
+    scores = task.scores(logits_of([row["text"] for row in rows]), parts.calibration)
+    said, true = task.answers(scores, parts.calibration), np.array([row["label"] for row in rows])
     report = record.result["evaluation"]["test"]
     assert report["rmse"] == manifest.metrics["rmse"] == pytest.approx(root_mean_squared_error(true, said), rel=1e-3)
     assert report["mae"] == pytest.approx(mean_absolute_error(true, said), rel=1e-3)

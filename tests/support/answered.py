@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what a predictor answers, for every task and for a backbone."""
+"""Hypothesis strategies for what a task answers, for every task and for a backbone."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from model_registry.manifest import TASKS
-from service.inference.answering import LabelsPrediction, Prediction, ValuePrediction
+from modeling.tasks import TASKS, Score
+from modeling.tasks.multi_label import ManyLabels
+from modeling.tasks.regression import Value
+from modeling.tasks.single_label import OneLabel
 
 ANY_TASK = ("feature-extraction", *TASKS)
 
 
-def predictions_of(task: str, *, texts: Any, numbers: Any, vectors: Any) -> Any:
-    """One row's answer; `vectors` draws arrays float32[width]."""
-    embedding, scores = st.none() | vectors, st.lists(st.tuples(texts, numbers), max_size=3)
-    if task == "text-multi-label":
-        return st.builds(LabelsPrediction, labels=st.lists(texts, max_size=3), scores=scores, embedding=embedding)
-    if task == "text-regression":
-        return st.builds(ValuePrediction, value=numbers, embedding=embedding)
+def answers_of(task: str, *, texts: Any, numbers: Any) -> Any:
+    """One input's answer."""
+    scores, index = st.lists(st.builds(Score, texts, numbers), max_size=3), st.just(0)
     if task == "feature-extraction":
-        return st.builds(Prediction, label=st.none(), score=st.none(), scores=st.just([]), embedding=vectors)
-    return st.builds(Prediction, label=st.none() | texts, score=numbers, scores=scores, embedding=embedding)
+        return st.builds(OneLabel, index, st.none(), st.none(), st.just([]))
+    kind = TASKS[task].kind
+    if kind == "multi_label":
+        return st.builds(ManyLabels, index, st.lists(texts, max_size=3), scores)
+    if kind == "regression":
+        return st.builds(Value, index, numbers)
+    return st.builds(OneLabel, index, st.none() | texts, numbers, scores)
 
 
-def rows_of_one_task(**parts: Any) -> Any:
-    """Pairs of a task and up to four of its predictions."""
-    return st.sampled_from(ANY_TASK).flatmap(
-        lambda task: st.tuples(st.just(task), st.lists(predictions_of(task, **parts), max_size=4))
-    )
+def rows_of_one_task(*, vectors: Any, **parts: Any) -> Any:
+    """Triples of a task, up to four of its answers, and their vectors float32[width], or none."""
+
+    def drawn(task: str) -> Any:
+        rows = st.lists(st.tuples(answers_of(task, **parts), vectors), max_size=4)
+        keeps = st.just(True) if task == "feature-extraction" else st.booleans()
+        return st.tuples(st.just(task), rows, keeps).map(
+            lambda found: (found[0], [answer for answer, _ in found[1]], [v for _, v in found[1]] if found[2] else [])
+        )
+
+    return st.sampled_from(ANY_TASK).flatmap(drawn)

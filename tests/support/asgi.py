@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Message
 
 from model_registry.refs import ModelRef
 from modeling.preprocess import TextInput
+from modeling.tasks import Options, Score
+from modeling.tasks.single_label import OneLabel
 from service.api.deps import Services
 from service.api.guard import DrainState
 from service.app import create_app
-from service.inference.answering import Prediction, PredictOptions
 from service.inference.errors import EmptyInput
 from service.inference.predictor import PredictResult, Timings
 from service.metrics import ServingMetrics
@@ -36,7 +37,7 @@ class Asked:
     tenant: str
     ref: ModelRef
     inputs: list[TextInput]
-    options: PredictOptions
+    options: Options
     needs_labels: bool
     allowed_s: float = field(compare=False)
 
@@ -55,7 +56,7 @@ class RecordingPredictor:
         tenant: str,
         ref: ModelRef,
         inputs: Sequence[TextInput],
-        options: PredictOptions,
+        options: Options,
         *,
         deadline: float,
         needs_labels: bool = True,
@@ -74,13 +75,14 @@ class RecordingPredictor:
 
 
 def result_for(rows: int, *, with_embedding: bool = False) -> PredictResult:
-    vector = np.array([0.1, -2.5, 3e-8], dtype=np.float32) if with_embedding else None
-    prediction = Prediction(label="good", score=0.75, scores=[("good", 0.75), ("bad", 0.25)], embedding=vector)
+    vector = np.array([0.1, -2.5, 3e-8], dtype=np.float32)
+    scores = [Score("good", 0.75), Score("bad", 0.25)]
     return PredictResult(
         model="p",
         version=1,
         task="text-classification",
-        predictions=[prediction] * rows,
+        answers=[OneLabel(0, "good", 0.75, scores) for _ in range(rows)],
+        vectors=[vector] * rows if with_embedding else [],
         input_tokens=7,
         engine="torch",
         batch_rows=2,

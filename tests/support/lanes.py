@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from modeling.errors import EngineFailed, InputTooLong
-from service.inference.answering import OneLabel
+from modeling.tasks import NO_CALIBRATION, TASKS
 from service.inference.batching import BatchLimits, DynamicBatcher
 from service.inference.entries import QueueEntry
 from service.inference.isolation import Outputs
@@ -70,9 +70,9 @@ class WordLane:
 class WordModel:
     """As much of a `ServedModel` as the path of a request needs."""
 
-    name, version, task = "m", 1, "text-classification"
+    name, version, task = "m", 1, TASKS["text-classification"]
     labels = ("a", "b")
-    answering = OneLabel(("a", "b"))
+    calibration = NO_CALIBRATION
     metric_labels = ("m", "1", "text-classification")
     normalize_embedding = False
     adapter_key: str | None = None

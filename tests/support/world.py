@@ -24,7 +24,7 @@ from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText
 from modeling.preprocess import TextPreprocessor
-from modeling.tasks import Task, outputs_of
+from modeling.tasks import DEFAULT_TASK, TASKS
 from modeling.weights import FloatArray
 from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
@@ -52,14 +52,14 @@ class World:
         promote: bool = False,
         adapter: Adapter | None = None,
         spoil: Callable[[Path], None] | None = None,
-        task: Task = "text-classification",
+        task: str = DEFAULT_TASK,
         thresholds: Sequence[float] | None = None,
     ) -> ModelVersion:
         """A linear head with random weights, over the backbone or an `adapter` of it. `spoil` may damage the staged
         files, or add to them, before they are hashed."""
         random = np.random.default_rng(seed)
-        labels = () if task == "text-regression" else labels
-        outputs = outputs_of(task, labels)
+        labels = () if TASKS[task].kind == "regression" else labels
+        outputs = TASKS[task].outputs(labels)
         weight = random.normal(size=(outputs, self.backbone.info.hidden_size)).astype(np.float32)
         head = TaskHead((DenseLayer(weight, np.zeros(outputs, np.float32)),))
         encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
@@ -95,12 +95,12 @@ class World:
         labels: tuple[str, ...] = ("a", "b"),
         *,
         seed: int = 0,
-        task: Task = "text-classification",
+        task: str = DEFAULT_TASK,
         thresholds: Sequence[float] | None = None,
     ) -> ModelVersion:
         """A linear model over a few words, with random weights. It needs no backbone."""
-        labels = () if task == "text-regression" else labels
-        outputs = outputs_of(task, labels)
+        labels = () if TASKS[task].kind == "regression" else labels
+        outputs = TASKS[task].outputs(labels)
         terms = tuple(sorted({word for text in GOLDEN for word in text.split() if len(word) > 1}))
         weight = np.random.default_rng(seed).normal(size=(outputs, len(terms))).astype(np.float32)
         linear = LinearText(terms, np.ones(len(terms), np.float32), weight, np.zeros(outputs, np.float32))
@@ -130,7 +130,7 @@ class World:
         method: str,
         base: BackboneRef | None = None,
         promote: bool = False,
-        task: Task = "text-classification",
+        task: str = DEFAULT_TASK,
     ) -> ModelVersion:
         with self.registry.transaction() as connection:
             version = self.registry.reserve(

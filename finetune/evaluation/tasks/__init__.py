@@ -1,19 +1,22 @@
-"""What a task means for a run, one object for each: the rest of the worker asks it instead of the task's name."""
+"""What a kind of task means for a run, one object each: the rest of the worker asks it instead of the task's name."""
 
 from __future__ import annotations
 
-from finetune.evaluation.tasks.multi_label import MultiLabel
-from finetune.evaluation.tasks.regression import Regression
-from finetune.evaluation.tasks.rules import TaskRules
-from finetune.evaluation.tasks.single_label import SingleLabel
-from model_registry.manifest import Task
+from typing import Final
 
-_RULES: dict[Task, TaskRules] = {
-    "text-classification": SingleLabel(),
-    "text-multi-label": MultiLabel(),
-    "text-regression": Regression(),
+from finetune.evaluation.tasks.multi_label import LabelSetRules
+from finetune.evaluation.tasks.regression import NumberRules
+from finetune.evaluation.tasks.rules import TaskRules
+from finetune.evaluation.tasks.single_label import ClassRules
+from modeling.tasks import TASKS
+
+RULES: Final[dict[str, TaskRules]] = {
+    "single_label": ClassRules(),
+    "multi_label": LabelSetRules(),
+    "regression": NumberRules(),
 }
 
 
-def rules_of(task: Task) -> TaskRules:
-    return _RULES[task]
+def rules_of(task: str) -> TaskRules:
+    """The rules of a task's kind. Raises `KeyError` for an unknown task."""
+    return RULES[TASKS[task].kind]

@@ -13,20 +13,25 @@ from finetune.evaluation.calibration import binary_calibration_error, fit_binary
 from finetune.evaluation.curves import one_against_rest
 from finetune.evaluation.gates import Gate, LabelDuel
 from finetune.evaluation.tasks.class_weights import positive_weights
-from finetune.evaluation.tasks.rules import Answering, Contest, Scale, Side
+from finetune.evaluation.tasks.rules import Contest, Scale, Side
 from finetune.evaluation.tasks.summed import Summed
 from finetune.evaluation.tasks.thresholds import fit_thresholds
-from model_registry.manifest import Task
-from modeling.tasks import DEFAULT_THRESHOLD, reached, scores_of
+from model_registry.card import TaskTerms
+from modeling.tasks import DEFAULT_THRESHOLD, Calibration
+from modeling.tasks.multi_label import MultiLabel
 from modeling.weights import FloatArray
 
 _MOST_CURVES = 50
+_TASK = MultiLabel("", "")  # how outputs become answers does not depend on what goes in
 _NEVER = np.float32(-1e4)  # the logit of a label that the champion does not know
 
 
-class MultiLabel(Summed):
-    name: Task = "text-multi-label"
+class LabelSetRules(Summed):
+    has_labels = True
     figures: tuple[str, ...] = ("micro_f1", "macro_f1", "subset_accuracy", "hamming_loss", "loss", "rows")
+    card = TaskTerms(
+        {"micro_f1": "micro F1", "macro_f1": "macro F1"}, "Labels with few rows have wide uncertainty.", figures
+    )
     fit_metric: str | None = None
     least_fit = 0.8
 
@@ -46,7 +51,7 @@ class MultiLabel(Summed):
     def loss(self, outputs: FloatArray, targets: FloatArray) -> float:
         return mean_binary_log_loss(outputs, targets)
 
-    def parts(self, outputs: FloatArray, targets: FloatArray, answering: Answering) -> Values:
+    def parts(self, outputs: FloatArray, targets: FloatArray, answering: Calibration) -> Values:
         """Hits, labels given and labels due of each label, then the rows that are right in all and the wrong cells."""
         said, due = self._answers(outputs, answering), targets > 0
         wrong = (said != due).sum(1, keepdims=True)
@@ -67,15 +72,14 @@ class MultiLabel(Summed):
             "hamming_loss": wrong / (rows * max(1, labels)),
         }
 
-    def _answers(self, outputs: FloatArray, answering: Answering) -> Any:
-        thresholds = DEFAULT_THRESHOLD if answering.thresholds is None else answering.thresholds
-        return reached(scores_of(self.name, outputs, temperature=answering.temperature), thresholds)
+    def _answers(self, outputs: FloatArray, answering: Calibration) -> Any:
+        return _TASK.answers(_TASK.scores(outputs, answering), answering)
 
-    def calibrate(self, outputs: FloatArray, targets: FloatArray, *, with_temperature: bool) -> Answering:
+    def calibrate(self, outputs: FloatArray, targets: FloatArray, *, with_temperature: bool) -> Calibration:
         """The temperature first, then the thresholds of its probabilities."""
         temperature = fit_binary_temperature(outputs, targets) if with_temperature else 1.0
-        probabilities = scores_of(self.name, outputs, temperature=temperature)
-        return Answering(temperature, fit_thresholds(probabilities, targets))
+        probabilities = _TASK.scores(outputs, Calibration(temperature))
+        return Calibration(temperature, fit_thresholds(probabilities, targets))
 
     def report(self, side: Side) -> dict[str, Any]:
         temperature = side.answering.temperature
@@ -104,7 +108,7 @@ class MultiLabel(Summed):
 
     def curves(self, side: Side) -> dict[str, Any]:
         """The precision-recall curves of the 50 most frequent labels."""
-        probabilities = scores_of(self.name, side.outputs, temperature=side.answering.temperature)
+        probabilities = _TASK.scores(side.outputs, side.answering)
         counts = side.targets.sum(0)
         frequent = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]][:_MOST_CURVES]
         return {
@@ -128,7 +132,7 @@ class MultiLabel(Summed):
             if name in known:
                 outputs[:, place] = contest.champion_outputs[:, known[name]]
                 thresholds[place] = given[known[name]]
-        answering = Answering(theirs.temperature, tuple(thresholds))
+        answering = Calibration(theirs.temperature, tuple(thresholds))
         duel = LabelDuel(
             due=contest.targets > 0,
             candidate=self._answers(contest.outputs, contest.answering),
@@ -141,10 +145,10 @@ class MultiLabel(Summed):
             gates.label_drop(duel, most=contest.options.max_class_drop),
         ]
 
-    def flips(self, one: FloatArray, other: FloatArray, answering: Answering) -> int:
+    def flips(self, one: FloatArray, other: FloatArray, answering: Calibration) -> int:
         return int((self._answers(one, answering) != self._answers(other, answering)).any(1).sum())
 
-    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Answering) -> dict[str, Any]:
+    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Calibration) -> dict[str, Any]:
         """The share of rows that are given each label; the shares need not sum to one."""
         said = self._answers(outputs, answering)
         shares = said.mean(0) if len(said) else np.zeros(len(names))

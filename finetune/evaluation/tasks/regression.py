@@ -10,9 +10,10 @@ import numpy as np
 from finetune.evaluation.bootstrap import Values
 from finetune.evaluation.curves import thinned
 from finetune.evaluation.gates import Gate
-from finetune.evaluation.tasks.rules import Answering, Contest, Scale, Side
+from finetune.evaluation.tasks.rules import Contest, Scale, Side
 from finetune.evaluation.tasks.summed import Summed
-from model_registry.manifest import Task
+from model_registry.card import TaskTerms
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 _MOST_POINTS = 1000
@@ -21,9 +22,14 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _FLIP = 0.01  # of the standard deviation of the values
 
 
-class Regression(Summed):
-    name: Task = "text-regression"
+class NumberRules(Summed):
+    has_labels = False
     figures: tuple[str, ...] = ("rmse", "mae", "r2", "loss", "rows")
+    card = TaskTerms(
+        {"rmse": "RMSE", "mae": "MAE", "r2": "R²"},
+        "Values beyond those of the training rows are extrapolated.",
+        figures,
+    )
     fit_metric: str | None = "r2"
     least_fit = 0.5
 
@@ -42,7 +48,7 @@ class Regression(Summed):
         residuals = outputs[:, 0].astype(np.float64) - targets
         return float((residuals**2).mean() / max(float(targets.var(dtype=np.float64)), 1e-30))
 
-    def parts(self, outputs: FloatArray, targets: FloatArray, answering: Answering) -> Values:
+    def parts(self, outputs: FloatArray, targets: FloatArray, answering: Calibration) -> Values:
         """Squared and absolute error, and the target around its mean to the powers 0, 1 and 2."""
         true = targets.astype(np.float64)
         residuals = outputs[:, 0] - true
@@ -57,8 +63,8 @@ class Regression(Summed):
         r2 = np.where(has_spread, 1 - squared / np.where(has_spread, spread, 1), 0.0)
         return {"rmse": np.sqrt(squared / rows), "mae": absolute / rows, "r2": r2}
 
-    def calibrate(self, outputs: FloatArray, targets: FloatArray, *, with_temperature: bool) -> Answering:
-        return Answering()
+    def calibrate(self, outputs: FloatArray, targets: FloatArray, *, with_temperature: bool) -> Calibration:
+        return Calibration()
 
     def report(self, side: Side) -> dict[str, Any]:
         residuals = side.outputs[:, 0].astype(np.float64) - side.targets
@@ -89,10 +95,10 @@ class Regression(Summed):
         skipped = Gate("class_drop", "skipped", "skipped: numbers have no classes")
         return [self.better(contest, contest.champion_outputs, contest.champion_answering), skipped]
 
-    def flips(self, one: FloatArray, other: FloatArray, answering: Answering) -> int:
+    def flips(self, one: FloatArray, other: FloatArray, answering: Calibration) -> int:
         return int((np.abs(one - other) > _FLIP * float(one.std())).any(1).sum())
 
-    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Answering) -> dict[str, Any]:
+    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Calibration) -> dict[str, Any]:
         """Mean, deviation and histogram of the values."""
         values = outputs[:, 0].astype(np.float64)
         counts, edges = np.histogram(values, bins=_BINS)

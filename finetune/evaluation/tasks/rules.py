@@ -12,23 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from finetune.data.targets import Metric
 from finetune.evaluation.gates import Gate
 from finetune.jobs.hyperparameters import GateOptions
-from finetune.jobs.task_metrics import Metric
-from model_registry.manifest import Task
+from model_registry.card import TaskTerms
 from modeling.heads import DenseLayer, TaskHead
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 Targets = Any  # an array, see above
 Extras = Mapping[str, Sequence[str | None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Answering:
-    """How outputs become answers, fitted on validation rows. `thresholds` are for several labels, one each."""
-
-    temperature: float = 1.0
-    thresholds: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +68,7 @@ class Side:
     targets: Targets
     names: Sequence[str]
     extras: Extras
-    answering: Answering
+    answering: Calibration
     metric: Metric
     seed: int
 
@@ -87,10 +80,10 @@ class Contest:
     targets: Targets
     names: Sequence[str]
     outputs: FloatArray
-    answering: Answering
+    answering: Calibration
     champion_outputs: FloatArray
     champion_names: Sequence[str]
-    champion_answering: Answering
+    champion_answering: Calibration
     metric: Metric
     options: GateOptions
     seed: int
@@ -100,10 +93,13 @@ class TaskRules(Protocol):
     """`figures` are the metrics of a manifest; `contest_gate` names the gate that compares with the champion.
 
     `fit_metric` is what tells a poor fit from a good one, and `least_fit` what it should reach on the training rows;
-    None is the job's metric. `grows`: whether the worth of more rows is measured.
+    None is the job's metric. `grows`: whether the worth of more rows is measured. `has_labels`: whether targets name
+    any. `card` is what a model card
+    says by the kind of task.
     """
 
-    name: Task
+    has_labels: bool
+    card: TaskTerms
     figures: tuple[str, ...]
     contest_gate: str
     fit_metric: str | None
@@ -124,7 +120,7 @@ class TaskRules(Protocol):
     def summary(self, outputs: FloatArray, targets: Targets) -> dict[str, float]:
         """The figures of outputs that no answering has been fitted for yet."""
 
-    def calibrate(self, outputs: FloatArray, targets: Targets, *, with_temperature: bool) -> Answering: ...
+    def calibrate(self, outputs: FloatArray, targets: Targets, *, with_temperature: bool) -> Calibration: ...
     def report(self, side: Side) -> dict[str, Any]: ...
     def curves(self, side: Side) -> dict[str, Any]: ...
     def tables(self, document: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[list[Any]]]:
@@ -134,10 +130,10 @@ class TaskRules(Protocol):
         """`difference` of the side's outputs to others, `gain` (above 0: better), `interval_95` and `p_value`."""
 
     def contest(self, contest: Contest) -> list[Gate]: ...
-    def flips(self, one: FloatArray, other: FloatArray, answering: Answering) -> int:
+    def flips(self, one: FloatArray, other: FloatArray, answering: Calibration) -> int:
         """How many rows two engines' outputs answer differently."""
 
-    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Answering) -> dict[str, Any]:
+    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Calibration) -> dict[str, Any]:
         """The answers on validation that later ones are compared with."""
 
     def counts(self, targets: Targets, names: Sequence[str]) -> dict[str, Any]:

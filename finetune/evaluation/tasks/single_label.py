@@ -14,17 +14,19 @@ from finetune.evaluation.intervals import paired_difference
 from finetune.evaluation.mcnemar import compare
 from finetune.evaluation.slices import slices
 from finetune.evaluation.tasks.class_weights import class_weights
-from finetune.evaluation.tasks.rules import Answering, Contest, Scale, Side
-from model_registry.manifest import Task
+from finetune.evaluation.tasks.rules import Contest, Scale, Side
+from model_registry.card import TaskTerms
 from modeling.heads import softmax
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray, IntArray
 
 _MOST_CURVES = 50
 
 
-class SingleLabel:
-    name: Task = "text-classification"
+class ClassRules:
+    has_labels = True
     figures: tuple[str, ...] = ("accuracy", "macro_f1", "weighted_f1", "loss", "rows")
+    card = TaskTerms({"accuracy": "accuracy", "macro_f1": "macro F1"}, "Labels with few rows have wide uncertainty.")
     contest_gate = "mcnemar"
     fit_metric: str | None = None
     least_fit = 0.8
@@ -49,8 +51,8 @@ class SingleLabel:
     def summary(self, outputs: FloatArray, targets: IntArray) -> dict[str, float]:
         return classification.summary(outputs, targets)
 
-    def calibrate(self, outputs: FloatArray, targets: IntArray, *, with_temperature: bool) -> Answering:
-        return Answering(fit_temperature(outputs, targets) if with_temperature else 1.0)
+    def calibrate(self, outputs: FloatArray, targets: IntArray, *, with_temperature: bool) -> Calibration:
+        return Calibration(fit_temperature(outputs, targets) if with_temperature else 1.0)
 
     def report(self, side: Side) -> dict[str, Any]:
         temperature = side.answering.temperature
@@ -99,10 +101,10 @@ class SingleLabel:
             gates.class_drop(duel, most=options.max_class_drop),
         ]
 
-    def flips(self, one: FloatArray, other: FloatArray, answering: Answering) -> int:
+    def flips(self, one: FloatArray, other: FloatArray, answering: Calibration) -> int:
         return int((one.argmax(1) != other.argmax(1)).sum())
 
-    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Answering) -> dict[str, Any]:
+    def reference(self, outputs: FloatArray, names: Sequence[str], answering: Calibration) -> dict[str, Any]:
         """Shares of answers and of confidence."""
         probabilities = softmax(outputs / np.float32(answering.temperature))
         answers = np.bincount(probabilities.argmax(1), minlength=len(names)) / max(1, len(probabilities))

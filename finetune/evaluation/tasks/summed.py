@@ -13,7 +13,8 @@ from finetune.evaluation import bootstrap
 from finetune.evaluation.bootstrap import Values
 from finetune.evaluation.gates import Gate
 from finetune.evaluation.slices import slices_by
-from finetune.evaluation.tasks.rules import Answering, Contest, Side, Targets
+from finetune.evaluation.tasks.rules import Contest, Side, Targets
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 LEAST_ROWS = 20  # below, a bootstrap's interval is a guess
@@ -24,7 +25,7 @@ class Summed(ABC):
     grows = False
 
     @abstractmethod
-    def parts(self, outputs: FloatArray, targets: Targets, answering: Answering) -> Values:
+    def parts(self, outputs: FloatArray, targets: Targets, answering: Calibration) -> Values:
         """What each row adds to the sums: float64[rows, sums]."""
 
     @abstractmethod
@@ -37,7 +38,9 @@ class Summed(ABC):
     def score(self, metric: str, outputs: FloatArray, targets: Targets) -> float:
         return self.summary(outputs, targets)[metric]
 
-    def summary(self, outputs: FloatArray, targets: Targets, answering: Answering = Answering()) -> dict[str, float]:
+    def summary(
+        self, outputs: FloatArray, targets: Targets, answering: Calibration = Calibration()
+    ) -> dict[str, float]:
         found = bootstrap.measured(self.parts(outputs, targets, answering), self.of_sums)
         return {**found, "loss": self.loss(outputs, targets), "rows": float(len(outputs))}
 
@@ -62,11 +65,11 @@ class Summed(ABC):
 
     def compare(self, side: Side, other: FloatArray) -> dict[str, Any]:
         """Of outputs that no answering was fitted for, on either side."""
-        own, others = (self.parts(outputs, side.targets, Answering()) for outputs in (side.outputs, other))
+        own, others = (self.parts(outputs, side.targets, Calibration()) for outputs in (side.outputs, other))
         found = bootstrap.paired(own, others, self.of_sums, metric=side.metric, seed=side.seed)
         return {**found, "test": "paired bootstrap"}
 
-    def better(self, contest: Contest, champion_outputs: FloatArray, champion_answering: Answering) -> Gate:
+    def better(self, contest: Contest, champion_outputs: FloatArray, champion_answering: Calibration) -> Gate:
         """The candidate's metric is better on the shared rows, and chance does not explain it (paired bootstrap)."""
         rows, limit = len(contest.targets), contest.options.p_value
         if rows < LEAST_ROWS:

@@ -17,7 +17,6 @@ from finetune.evaluation.tasks.class_weights import class_weights, positive_weig
 from finetune.evaluation.tasks.rules import Targets
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run
-from model_registry.manifest import Task
 from modeling.linear_text import LinearText, new_vectorizer
 from modeling.weights import FloatArray, IntArray
 
@@ -65,7 +64,7 @@ class _Words:
     def fit(self, run: Run, targets: Targets, strength: float) -> LinearText:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is good enough to compare
-            weight, bias = _MODELS[run.plan.task](run, self.features, targets, strength)
+            weight, bias = _MODELS[run.kind](run, self.features, targets, strength)
         terms = tuple(self.vectorizer.get_feature_names_out().tolist())
         return LinearText(terms, self.vectorizer.idf_.astype(np.float32), weight, bias)
 
@@ -103,10 +102,10 @@ def _of_numbers(run: Run, features: Any, targets: FloatArray, strength: float) -
     return weight.astype(np.float32), (bias + scale.mean).astype(np.float32)
 
 
-_MODELS: dict[Task, Callable[[Run, Any, Targets, float], tuple[FloatArray, FloatArray]]] = {
-    "text-classification": _of_classes,
-    "text-multi-label": _of_labels,
-    "text-regression": _of_numbers,
+_MODELS: dict[str, Callable[[Run, Any, Targets, float], tuple[FloatArray, FloatArray]]] = {
+    "single_label": _of_classes,
+    "multi_label": _of_labels,
+    "regression": _of_numbers,
 }
 
 

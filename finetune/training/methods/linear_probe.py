@@ -12,13 +12,12 @@ from finetune.training.methods import logistic, one_vs_rest, ridge
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.methods.logistic import Fit, Judged
 from finetune.training.run_context import Run
-from model_registry.manifest import Task
 from modeling.heads import TaskHead
 
-_MODELS: dict[Task, ModuleType] = {
-    "text-classification": logistic,
-    "text-multi-label": one_vs_rest,
-    "text-regression": ridge,
+_MODELS: dict[str, ModuleType] = {
+    "single_label": logistic,
+    "multi_label": one_vs_rest,
+    "regression": ridge,
 }
 
 
@@ -33,7 +32,7 @@ def train(run: Run) -> Candidate:
         loss = run.rules.loss(logits, run.validation.labels)
         return Judged(fit, run.plan.deciding.gain(run.score(logits)), loss)
 
-    model = _MODELS[run.plan.task]
+    model = _MODELS[run.kind]
     fits = model.path(run, train_features, run.train.labels)
     rows = len(run.validation.labels) if run.plan.deciding.is_share else None
     chosen = logistic.best_of(fits, judge, rows=rows)

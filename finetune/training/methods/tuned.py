@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.evaluation.tasks.rules import Answering, Scale, Side
+from finetune.evaluation.tasks.rules import Scale, Side
 from finetune.jobs.failures import RunError
 from finetune.jobs.records import JobPhase
 from finetune.training.batches import epoch_size
@@ -29,6 +29,7 @@ from modeling.checkpoints import write_encoder
 from modeling.engines.protocol import Engine
 from modeling.engines.torch import TorchEngine, pool, takes_type_ids
 from modeling.heads import DenseLayer, TaskHead
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 _WORSE_BY_CHANCE = 0.05
@@ -228,7 +229,7 @@ def _went_wrong(everything: Run, method: str, again: Trained, first: Trained) ->
         return f"it did not come to its end ({again.details['stopped']})"
     rows, seed = everything.validation, everything.plan.seed
     side = Side(
-        again.validation_logits, rows.labels, everything.labels, {}, Answering(), everything.plan.deciding, seed
+        again.validation_logits, rows.labels, everything.labels, {}, Calibration(), everything.plan.deciding, seed
     )
     figures = everything.rules.compare(side, first.validation_logits)
     if figures["gain"] >= 0 or figures["p_value"] > _WORSE_BY_CHANCE:

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
 
 from model_registry.errors import ManifestUnsupported
-from model_registry.manifest import TASKS, FileEntry, ModelManifest, Task, sha256_hex
+from model_registry.manifest import FileEntry, ModelManifest, sha256_hex
 from model_registry.store import FileStore, put_tree
 from modeling.assemble import (
     REFERENCE_STATS,
@@ -30,11 +30,11 @@ from modeling.assemble import (
 from modeling.errors import GoldenRowsDiffer, WeightsInvalid
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText, new_vectorizer
-from modeling.tasks import answers_of, link_of, outputs_of, reached, scores_of
+from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, reached
 from modeling.weights import FloatArray
 
 logits_of = arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.floats(-200, 200, width=32))
-TORCH: dict[Task, Any] = {
+TORCH: dict[str, Any] = {
     "text-classification": lambda x: x.softmax(1),
     "text-multi-label": torch.sigmoid,
     "text-regression": lambda x: x,
@@ -43,8 +43,8 @@ TORCH: dict[Task, Any] = {
 
 @given(logits=logits_of)
 @pytest.mark.parametrize("task", TASKS)
-def test_scores_are_those_of_torch(task: Task, logits: FloatArray) -> None:
-    ours = link_of(task)(logits)
+def test_scores_are_those_of_torch(task: str, logits: FloatArray) -> None:
+    ours = TASKS[task].scores(logits, NO_CALIBRATION)
     assert ours.dtype == np.float32 and ours.shape == logits.shape
     np.testing.assert_allclose(ours, TORCH[task](torch.from_numpy(logits)).numpy(), rtol=1e-5, atol=1e-7)
 
@@ -52,19 +52,22 @@ def test_scores_are_those_of_torch(task: Task, logits: FloatArray) -> None:
 @given(logits=logits_of, temperature=st.floats(0.1, 10))
 def test_a_temperature_divides_logits_and_leaves_values_alone(logits: FloatArray, temperature: float) -> None:
     for task in ("text-classification", "text-multi-label"):
-        expected = link_of(task)(logits / np.float32(temperature))
-        np.testing.assert_array_equal(scores_of(task, logits, temperature=temperature), expected)
-    np.testing.assert_array_equal(scores_of("text-regression", logits, temperature=temperature), logits)
+        expected = TASKS[task].scores(logits / np.float32(temperature), NO_CALIBRATION)
+        np.testing.assert_array_equal(TASKS[task].scores(logits, Calibration(temperature)), expected)
+    np.testing.assert_array_equal(TASKS["text-regression"].scores(logits, Calibration(temperature)), logits)
 
 
 def test_each_task_has_an_answer_of_its_own() -> None:
     scores = np.asarray([[0.2, 0.7, 0.7], [0.5, 0.1, 0.4]], np.float32)
-    assert answers_of("text-classification", scores).tolist() == [1, 0]
-    assert answers_of("text-multi-label", scores).tolist() == [[False, True, True], [True, False, False]]
-    chosen = answers_of("text-multi-label", scores, thresholds=[0.1, 0.8, 0.4])
+    one, many, value = TASKS.values()
+    assert one.answers(scores, NO_CALIBRATION).tolist() == [1, 0]
+    assert many.answers(scores, NO_CALIBRATION).tolist() == [[False, True, True], [True, False, False]]
+    chosen = many.answers(scores, Calibration(thresholds=(0.1, 0.8, 0.4)))
     assert chosen.tolist() == [[True, False, True], [True, False, True]]
-    assert answers_of("text-regression", scores[:, :1]).tolist() == scores[:, 0].tolist()
-    assert [outputs_of(task, ["a", "b"]) for task in TASKS] == [2, 2, 1]
+    assert value.answers(scores[:, :1], NO_CALIBRATION).tolist() == scores[:, 0].tolist()
+    assert [one.outputs(["a", "b"]), many.outputs(["a", "b"]), value.outputs([])] == [2, 2, 1]
+    with pytest.raises(ValueError, match="no labels"):
+        value.outputs(["a"])
 
 
 @given(st.floats(0, 1, width=32))
@@ -89,10 +92,11 @@ def test_the_baselines_margins_are_probabilities_and_values_of_scikit_learn() ->
         idf, plain = vectorizer.idf_.astype(np.float32), np.atleast_1d(bias).astype(np.float32)
         return LinearText(terms, idf, np.atleast_2d(weight).astype(np.float32), plain).margins(texts)
 
-    probabilities = scores_of("text-multi-label", margins(weight, bias))
+    many, value = TASKS["text-multi-label"], TASKS["text-regression"]
+    probabilities = many.scores(margins(weight, bias), NO_CALIBRATION)
     np.testing.assert_allclose(probabilities, several.predict_proba(features), atol=1e-5)
-    np.testing.assert_array_equal(answers_of("text-multi-label", probabilities), several.predict(features))
-    answered = answers_of("text-regression", scores_of("text-regression", margins(ridge.coef_, ridge.intercept_)))
+    np.testing.assert_array_equal(many.answers(probabilities, NO_CALIBRATION), several.predict(features))
+    answered = value.answers(value.scores(margins(ridge.coef_, ridge.intercept_), NO_CALIBRATION), NO_CALIBRATION)
     np.testing.assert_allclose(answered, ridge.predict(features), rtol=1e-5)
     assert np.ptp(answered) > 10
 
@@ -103,7 +107,7 @@ HEAD = TaskHead((DenseLayer(np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float
 ONE = TaskHead((DenseLayer(np.ones((1, 4), np.float32), np.full(1, 2000, np.float32)),))
 
 
-def staged(folder: Path, task: Task, logits: Sequence[tuple[float, ...]], **options: Any) -> tuple[FileStore, Any]:
+def staged(folder: Path, task: str, logits: Sequence[tuple[float, ...]], **options: Any) -> tuple[FileStore, Any]:
     labels = [] if task == "text-regression" else ["p", "q"]
     head = ONE if task == "text-regression" else HEAD
     golden = [GoldenRow(f"text {row}", values) for row, values in enumerate(logits)]
@@ -125,21 +129,24 @@ def staged(folder: Path, task: Task, logits: Sequence[tuple[float, ...]], **opti
     return store, draft.model_copy(update={"files": put_tree(store, draft.prefix, folder / "v")})
 
 
-def parts_of(folder: Path, task: Task, logits: Sequence[tuple[float, ...]], **options: Any) -> VersionParts:
+def parts_of(folder: Path, task: str, logits: Sequence[tuple[float, ...]], **options: Any) -> VersionParts:
     return read_version(*staged(folder, task, logits, **options))
 
 
 def test_thresholds_come_back_and_are_half_where_none_are_given(tmp_path: Path) -> None:
     rows = [(1.0, 0.0)]
-    assert parts_of(tmp_path / "a", "text-multi-label", rows, thresholds=[0.3, 0.25]).thresholds == (0.3, 0.25)
-    assert parts_of(tmp_path / "b", "text-multi-label", rows).thresholds == (0.5, 0.5)
-    assert parts_of(tmp_path / "c", "text-classification", rows).thresholds == ()
-    assert parts_of(tmp_path / "d", "text-regression", [(2001.5,)]).thresholds == ()
+    assert parts_of(tmp_path / "a", "text-multi-label", rows, thresholds=[0.3, 0.25]).calibration.thresholds == (
+        0.3,
+        0.25,
+    )
+    assert parts_of(tmp_path / "b", "text-multi-label", rows).calibration.thresholds == (0.5, 0.5)
+    assert parts_of(tmp_path / "c", "text-classification", rows).calibration.thresholds == ()
+    assert parts_of(tmp_path / "d", "text-regression", [(2001.5,)]).calibration.thresholds == ()
 
 
 @pytest.mark.parametrize("thresholds", [[0.5], [0.5, 1.5], [0.5, float("nan")], []])
 def test_thresholds_that_fit_no_labels_are_refused(tmp_path: Path, thresholds: list[float]) -> None:
-    with pytest.raises(ValueError, match="one for each label"):
+    with pytest.raises(ValueError, match="one per label"):
         staged(tmp_path, "text-multi-label", [(1.0, 0.0)], thresholds=thresholds)
 
 
@@ -188,10 +195,13 @@ def reference(folder: Path, document: dict[str, Any]) -> VersionParts:
 
 def test_the_values_of_validation_come_as_shares(tmp_path: Path) -> None:
     found = reference(tmp_path / "a", {"value_histogram": {"edges": [-1.0, 0.0, 2.0], "counts": [1, 3]}})
-    assert found.value_shares == ((-1.0, 0.0), (0.0, 0.25), (2.0, 1.0))
-    assert reference(tmp_path / "b", {"rows": 0}).value_shares == ()
-    assert reference(tmp_path / "c", {"value_histogram": {"edges": [0.0, 1.0], "counts": [0]}}).value_shares == ()
-    assert parts_of(tmp_path / "d", "text-regression", [(1.0,)]).value_shares == ()
+    assert found.calibration.value_shares == ((-1.0, 0.0), (0.0, 0.25), (2.0, 1.0))
+    assert reference(tmp_path / "b", {"rows": 0}).calibration.value_shares == ()
+    assert (
+        reference(tmp_path / "c", {"value_histogram": {"edges": [0.0, 1.0], "counts": [0]}}).calibration.value_shares
+        == ()
+    )
+    assert parts_of(tmp_path / "d", "text-regression", [(1.0,)]).calibration.value_shares == ()
 
 
 @pytest.mark.parametrize("edges", [[0.0], [0.0, 1.0, 1.0], [0.0, float("nan"), 2.0], [2.0, 1.0, 0.0]])
@@ -216,10 +226,14 @@ def test_manifests_of_earlier_releases_are_read(task: Any, problem: str) -> None
     assert ModelManifest.from_bytes(former) == manifest(task=task, labels=labels, method="ia3")
 
 
-def test_a_manifest_that_contradicts_itself_is_refused() -> None:
+def test_a_manifest_that_says_what_no_version_says_is_refused() -> None:
     content = manifest(task="text-multi-label").to_bytes()
-    for old, new in ((b"text-multi-label", b"text-regression"), (b"text-multi", b"x"), (b'"method"', b'"methods"')):
+    for old, new in ((b"text-multi-label", b"Text Multi"), (b'"method"', b'"methods"')):
         with pytest.raises(ManifestUnsupported):
             ModelManifest.from_bytes(content.replace(old, new, 1))
-    with pytest.raises(ValueError, match="no labels"):
-        manifest(task="text-regression")
+
+
+def test_an_unknown_task_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    store, known = staged(tmp_path, "text-classification", [(1.0, 0.0)])
+    with pytest.raises(ManifestUnsupported, match="'smell-classification' is none of text-classification, "):
+        read_version(store, known.model_copy(update={"task": "smell-classification"}))

@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from model_registry.refs import ModelRef
 from modeling.errors import InputTooLong
+from modeling.tasks import Options
 from service.inference.admission import AdmissionController
-from service.inference.answering import PredictOptions
 from service.inference.batching import Batch, BatchLimits
 from service.inference.cost import CostModel
 from service.inference.entries import QueueEntry, Ticket
@@ -83,7 +83,7 @@ class Requests(RuleBasedStateMachine):
     @rule(texts=TEXTS, seconds=st.sampled_from([0.05, 0.3, 2.0, 30.0]), truncate=st.booleans())
     def ask(self, texts: list[str], seconds: float, truncate: bool) -> None:
         request = self.predictor.predict(
-            "t", ModelRef.parse("m"), texts, PredictOptions(truncate=truncate), deadline=self.loop.time() + seconds
+            "t", ModelRef.parse("m"), texts, Options(truncate=truncate), deadline=self.loop.time() + seconds
         )
         self.tasks.append(self.loop.create_task(request))
 

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from model_registry.errors import DatabaseUnavailable, ModelNotFound
+from modeling.tasks import Options
+from modeling.tasks.multi_label import ManyLabels
+from modeling.tasks.regression import Value
 from service.api import answers, wire
 from service.api.compat import openai
 from service.api.direct import DirectRoutes
 from service.api.measure import EMBEDDINGS, PREDICT, PREDICT_WITH, inference_route
 from service.api.schemas import LabelsOut, PredictionOut, PredictRequest, PredictResponse, ValueOut
-from service.inference.answering import LabelsPrediction, PredictOptions, ValuePrediction
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ParameterUnfit, QueueFull
 from service.inference.predictor import PredictResult, Timings
 from service.settings import ApiKey, ServingSettings
@@ -98,7 +100,7 @@ good_embeddings = st.fixed_dictionaries(
     },
 )
 parameters = st.dictionaries(
-    st.sampled_from([*PredictOptions.__dataclass_fields__, "timeout_ms"]) | words, scalars, max_size=3
+    st.sampled_from([*Options.__dataclass_fields__, "timeout_ms"]) | words, scalars, max_size=3
 )
 members = st.one_of(
     st.tuples(st.just("inputs"), good_fields["inputs"] | st.lists(texts | pairs | anything, max_size=3) | anything),
@@ -504,28 +506,28 @@ DOCUMENTED = {"text-multi-label": LabelsOut, "text-regression": ValueOut}
 
 def documented_row(index: int, row: Any) -> dict[str, Any]:
     """As the contract has it, without the embedding."""
-    if isinstance(row, ValuePrediction):
+    if isinstance(row, Value):
         return {"index": index, "value": row.value}
-    scores = {"scores": [{"label": label, "score": score} for label, score in row.scores]}
-    if isinstance(row, LabelsPrediction):
+    scores = {"scores": [{"label": score.label, "score": score.score} for score in row.scores]}
+    if isinstance(row, ManyLabels):
         return {"index": index, "labels": row.labels} | scores
     return {"index": index, "label": row.label, "score": row.score} | scores
 
 
 @given(rows_of_one_task(texts=texts, numbers=finite, vectors=vectors), st.none() | st.integers(1, 10**8))
-def test_the_answer_is_the_documented_one(answered: tuple[str, list[Any]], version: int | None) -> None:
-    task, rows = answered
-    result = PredictResult("m", version, task, rows, 5, "torch", 1, Timings(0.0, 0.0, 0.0, 0.0))
+def test_the_answer_is_the_documented_one(answered: tuple[str, list[Any], list[Any]], version: int | None) -> None:
+    task, rows, vectors = answered
+    result = PredictResult("m", version, task, rows, vectors, 5, "torch", 1, Timings(0.0, 0.0, 0.0, 0.0))
     written = json.loads(answers._encoded(result))
     assert written["predictions"] == [
-        documented_row(index, row) | ({} if row.embedding is None else {"embedding": next_row["embedding"]})
+        documented_row(index, row) | ({"embedding": next_row["embedding"]} if vectors else {})
         for index, (row, next_row) in enumerate(zip(rows, written["predictions"], strict=True))
     ]
     for row in written["predictions"]:
         DOCUMENTED.get(task, PredictionOut).model_validate(row, extra="forbid")
-    for row, read in zip(rows, PredictResponse.model_validate(written, extra="forbid").predictions, strict=True):
-        if row.embedding is not None:
-            assert np.array_equal(np.array(read.embedding, dtype=np.float32), row.embedding)
+    read = PredictResponse.model_validate(written, extra="forbid").predictions
+    for vector, row in zip(vectors, read, strict=bool(vectors)):
+        assert np.array_equal(np.array(row.embedding, dtype=np.float32), vector)
     assert written["id"].startswith("pred_") and len(written["id"]) == 37
     assert (written["object"], written["model"], written["version"]) == ("predictions", "m", version)
     assert written["usage"] == {"input_tokens": 5}
@@ -551,6 +553,6 @@ def test_an_embedding_as_floats_and_as_base64(under_test: AppUnderTest) -> None:
         assert document["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
         assert [(row["object"], row["index"]) for row in document["data"]] == [("embedding", 0), ("embedding", 1)]
         found.append(document["data"][1]["embedding"])
-    expected = cast(Any, result_for(1, with_embedding=True).predictions[0].embedding)
+    (expected,) = result_for(1, with_embedding=True).vectors
     assert np.array_equal(np.array(found[0], dtype=np.float32), expected)
     assert np.array_equal(np.frombuffer(base64.b64decode(found[1]), "<f4"), expected)

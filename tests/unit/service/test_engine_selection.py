@@ -29,9 +29,9 @@ from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.export import export_graphs
+from modeling.tasks import Options
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
-from service.inference.answering import PredictOptions
 from service.inference.batching import BatchLimits
 from service.inference.engine_choice import EngineChoice
 from service.inference.engine_selection import EngineSelector, SelectionPolicy, measure
@@ -169,7 +169,7 @@ async def ask(pool: ModelPool, model: str) -> PredictResult:
     predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=9, tokenizer_threads=1)
     try:
         return await predictor.predict(
-            "default", ModelRef.parse(model), ["a good film", "dull"], PredictOptions(), deadline=time.monotonic() + 30
+            "default", ModelRef.parse(model), ["a good film", "dull"], Options(), deadline=time.monotonic() + 30
         )
     finally:
         predictor.close()
@@ -200,7 +200,7 @@ def test_the_chosen_engine_takes_over_while_serving(world: World, engine: str) -
     world.publish("m", seed=1)
     before, after = before_and_after(world, Scripted(world, engine), ServingMetrics())
     assert (before.engine, after.engine) == ("torch/fp32", engine)
-    for one, other in zip(before.predictions, after.predictions, strict=True):
+    for one, other in zip(before.answers, after.answers, strict=True):
         assert one.label == other.label
         np.testing.assert_allclose(one.score, other.score, atol=1e-5)
 
@@ -283,7 +283,7 @@ def test_an_engine_that_fails_while_it_serves_is_replaced_by_the_reference(world
 
     before, after, errors = run(scenario())
     assert (before.engine, after.engine) == ("fragile/fp32", "torch/fp32")
-    assert before.predictions[0].label == after.predictions[0].label
+    assert before.answers[0].label == after.answers[0].label
     assert set(errors) <= {"InferenceFailed", "ModelNotReady"} and errors
     labels = {"backbone": "tiny", "from": "fragile/fp32", "to": "torch/fp32", "reason": "EngineFailed"}
     assert metrics.registry.get_sample_value("polyhead_engine_fallback_total", labels) == 1

@@ -19,7 +19,7 @@ from modeling.engines.fake import FakeEngine
 from modeling.engines.protocol import EngineBatch
 from modeling.errors import EngineFailed
 from modeling.heads import DenseLayer, TaskHead, softmax
-from service.inference.answering import ManyLabels, OneLabel, Value, Vectors
+from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, FeatureExtraction, Task
 from service.inference.batching import BatchLimits
 from service.inference.entries import QueueEntry, Ticket
 from service.inference.errors import InferenceFailed
@@ -100,10 +100,14 @@ def test_another_engine_takes_over_under_its_own_name_and_ends_an_outage(world: 
 # Heads
 
 
+ONE, MANY, VALUE = TASKS.values()
+
+
 @dataclass(eq=False)
 class Headed:
     head: TaskHead | None
-    answering: Any = field(default_factory=lambda: OneLabel(()))
+    task: Task = ONE
+    calibration: Calibration = NO_CALIBRATION
     metric_labels: tuple[str, str, str] = ("m", "1", "t")
     adapter_key: str | None = None
     lane: Any = None
@@ -120,7 +124,8 @@ def entries_of(models: Sequence[Any]) -> list[QueueEntry]:
 
 
 def test_each_row_goes_through_its_models_head_at_its_temperature() -> None:
-    first, second, bare = Headed(head(2, 1), OneLabel((), 0.5)), Headed(head(5, 2)), Headed(None, Vectors())
+    first, second = Headed(head(2, 1), calibration=Calibration(0.5)), Headed(head(5, 2))
+    bare = Headed(None, FeatureExtraction("text"))
     vectors = np.random.default_rng(3).normal(size=(5, 4)).astype(np.float32)
     models = [first, second, first, bare, second]
     outputs = apply_heads(entries_of(models), vectors)
@@ -129,16 +134,9 @@ def test_each_row_goes_through_its_models_head_at_its_temperature() -> None:
             assert scores is None
         else:
             assert scores is not None
-            expected = softmax(model.head.logits(vector[None])[0] / np.float32(model.answering.temperature))
+            expected = softmax(model.head.logits(vector[None])[0] / np.float32(model.calibration.temperature))
             np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert list(outputs.is_finite) == [True] * 5
-
-
-TASKS: tuple[Any, ...] = (
-    OneLabel(("a",), 0.7),
-    ManyLabels(("a",), np.asarray([0.5], np.float32), 0.7),
-    Value(),
-)
 
 
 @given(
@@ -147,11 +145,11 @@ TASKS: tuple[Any, ...] = (
 )
 def test_a_batch_of_several_tasks_answers_each_row_as_alone(order: list[int], values: Any) -> None:
     models = [
-        Headed(head(3, 1), OneLabel(("a", "b", "c"), 0.5)),
-        Headed(head(3, 2), ManyLabels(("a", "b", "c"), np.asarray([0.5, 0.2, 0.9], np.float32), 2.0)),
-        Headed(head(1, 3), Value()),
-        Headed(None, Vectors()),
-        Headed(head(2, 4), ManyLabels(("x", "y"), np.asarray([0.5, 0.5], np.float32))),
+        Headed(head(3, 1), ONE, Calibration(0.5)),
+        Headed(head(3, 2), MANY, Calibration(2.0, (0.5, 0.2, 0.9))),
+        Headed(head(1, 3), VALUE),
+        Headed(None, FeatureExtraction("text")),
+        Headed(head(2, 4), MANY),
     ]
     rows, vectors = [models[index] for index in order], values[: len(order)]
     together = apply_heads(entries_of(rows), vectors)
@@ -164,12 +162,12 @@ def test_a_batch_of_several_tasks_answers_each_row_as_alone(order: list[int], va
             np.testing.assert_allclose(mixed, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("answering", TASKS, ids=lambda answering: type(answering).__name__)
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_rows_that_are_not_finite_are_told_from_the_others(answering: Any, sign: int) -> None:
+def test_rows_that_are_not_finite_are_told_from_the_others(task: Task, sign: int) -> None:
     weight = np.asarray([[np.float32(sign * 3e38)] * 4], dtype=np.float32)
-    overflowing = Headed(TaskHead((DenseLayer(weight, np.zeros(1, np.float32)),)), answering)
-    fine = Headed(TaskHead((DenseLayer(weight * np.float32(1e-38), np.zeros(1, np.float32)),)), answering)
+    overflowing = Headed(TaskHead((DenseLayer(weight, np.zeros(1, np.float32)),)), task)
+    fine = Headed(TaskHead((DenseLayer(weight * np.float32(1e-38), np.zeros(1, np.float32)),)), task)
     vectors = np.ones((4, 4), dtype=np.float32)
     vectors[1, 2] = np.nan
     outputs = apply_heads(entries_of([Headed(None), Headed(None), overflowing, fine]), vectors)
@@ -181,7 +179,8 @@ class Linear:
     """As much of a served baseline as its lane needs; `words` counts as margins."""
 
     metric_labels: tuple[str, str, str] = ("m", "1", "t")
-    answering: Any = field(default_factory=lambda: OneLabel(("many", "none")))
+    task: Task = ONE
+    calibration: Calibration = NO_CALIBRATION
     adapter_key: str | None = None
     lane: Any = None
     seen: list[list[str]] = field(default_factory=list)

@@ -20,9 +20,9 @@ from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed, GoldenRowsDiffer, ModelingError
 from modeling.multi_lora import Routing, route
 from modeling.preprocess import TextInput
+from modeling.tasks import Options
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
-from service.inference.answering import PredictOptions
 from service.inference.errors import EmptyInput, InferenceFailed, ModelNotReady, NotPredictable
 from service.inference.lanes import BackboneLane
 from service.inference.model_pool import ModelPool
@@ -37,7 +37,7 @@ async def ask(pool: ModelPool, model: str, texts: list[TextInput], **options: An
     predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=50, tokenizer_threads=1)
     try:
         return await predictor.predict(
-            "default", ModelRef.parse(model), texts, PredictOptions(**options), deadline=time.monotonic() + 30
+            "default", ModelRef.parse(model), texts, Options(**options), deadline=time.monotonic() + 30
         )
     finally:
         predictor.close()
@@ -237,9 +237,9 @@ def test_models_with_different_label_sets_share_a_batch_and_answer_as_alone(worl
 
     alone, together = run(scenario())
     for one, other in zip(alone, together, strict=True):
-        assert [row.label for row in one.predictions] == [row.label for row in other.predictions]
-        for a, b in zip(one.predictions, other.predictions, strict=True):
-            np.testing.assert_allclose([s for _, s in a.scores], [s for _, s in b.scores], atol=1e-5)
+        assert [row.label for row in one.answers] == [row.label for row in other.answers]
+        for a, b in zip(one.answers, other.answers, strict=True):
+            np.testing.assert_allclose([s.score for s in a.scores], [s.score for s in b.scores], atol=1e-5)
 
 
 def test_options_shape_the_answer(world: World) -> None:
@@ -248,14 +248,14 @@ def test_options_shape_the_answer(world: World) -> None:
     async def scenario() -> None:
         async with world.pool() as pool:
             await pool.apply(world.registry.snapshot())
-            full = (await ask(pool, "m", ["a good film"])).predictions[0]
-            assert abs(sum(score for _, score in full.scores) - 1) < 1e-5
-            assert full.scores == sorted(full.scores, key=lambda pair: -pair[1])
-            assert len((await ask(pool, "m", ["a"], top_k=2)).predictions[0].scores) == 2
-            unsure = (await ask(pool, "m", ["a"], threshold=1.0)).predictions[0]
+            full = (await ask(pool, "m", ["a good film"])).answers[0]
+            assert abs(sum(score.score for score in full.scores) - 1) < 1e-5
+            assert full.scores == sorted(full.scores, key=lambda score: -score.score)
+            assert len((await ask(pool, "m", ["a"], top_k=2)).answers[0].scores) == 2
+            unsure = (await ask(pool, "m", ["a"], threshold=1.0)).answers[0]
             assert unsure.label is None and unsure.score is not None
-            embedded = (await ask(pool, "m", ["a"], return_embedding=True)).predictions[0]
-            assert embedded.embedding is not None and embedded.embedding.shape == (32,)
+            (vector,) = (await ask(pool, "m", ["a"], return_embedding=True)).vectors
+            assert vector.shape == (32,)
 
     run(scenario())
 

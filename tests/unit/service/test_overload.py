@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from model_registry.refs import ModelRef
+from modeling.tasks import Options
 from service.inference.admission import AdmissionController
-from service.inference.answering import PredictOptions
 from service.inference.batching import Batch, BatchLimits
 from service.inference.cost import CostModel
 from service.inference.errors import DeadlineExceeded, QueueFull
@@ -61,7 +61,7 @@ class Service:
                 "t",
                 ModelRef.parse("m"),
                 ["w " * length for length in lengths],
-                PredictOptions(),
+                Options(),
                 deadline=started + seconds,
             )
         except (QueueFull, DeadlineExceeded) as error:

@@ -20,7 +20,9 @@ from finetune.data.load import load_sides
 from finetune.data.options import Columns, SplitOptions
 from finetune.data.sides import Sides, divide
 from finetune.data.splits import split_rows
-from finetune.data.targets import LabelSets, Numbers, parse_list
+from finetune.data.targets import parse_list
+from finetune.data.targets.multi_label import LabelSetTarget
+from finetune.data.targets.regression import NumberTarget
 
 WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima".split()
 
@@ -183,7 +185,7 @@ def test_every_label_has_its_share_on_every_side_of_a_stratified_split() -> None
         json.dumps([name for name, is_due in zip("abcd", draw.random(4) < chances, strict=True) if is_due])
         for _ in range(1000)
     ]
-    rows = rows_of(labels, LabelSets())
+    rows = rows_of(labels, LabelSetTarget("text-multi-label"))
     sides = divide(rows, None, None, options=SplitOptions(strategy="stratified"), seed=1)
     for side, share in ((sides.train, 0.7), (sides.validation, 0.15), (sides.test, 0.15)):
         for name in "abcd":
@@ -195,7 +197,7 @@ def test_every_label_has_its_share_on_every_side_of_a_stratified_split() -> None
 @given(st.lists(st.sets(st.sampled_from("abc")), min_size=1, max_size=30))
 def test_a_stratum_is_one_of_the_rows_labels_and_the_rarest_keeps_all_of_its_rows(sets: list[set[str]]) -> None:
     labels = [json.dumps(sorted(own)) for own in sets]
-    strata = LabelSets().strata(labels)
+    strata = LabelSetTarget("text-multi-label").strata(labels)
     assert all(stratum in own if own else stratum == "(none)" for stratum, own in zip(strata, sets, strict=True))
     counts = {name: sum(name in own for own in sets) for name in "abc"}
     present = [name for name in "abc" if counts[name]]
@@ -207,14 +209,14 @@ def test_a_stratum_is_one_of_the_rows_labels_and_the_rarest_keeps_all_of_its_row
 @pytest.mark.parametrize("strategy", ["hash", "random", "stratified"])
 @given(st.lists(st.sets(st.sampled_from("abcdef"), max_size=4), min_size=6, max_size=25), st.integers(0, 99))
 def test_every_label_stands_in_training_however_rare(strategy: Any, sets: list[set[str]], seed: int) -> None:
-    rows = rows_of([json.dumps(sorted(own)) for own in sets], LabelSets())
+    rows = rows_of([json.dumps(sorted(own)) for own in sets], LabelSetTarget("text-multi-label"))
     split = split_rows(rows, strategy=strategy, validation=0.3, test=0.3, seed=seed)
     assert rows.take(split.train).names() == rows.names()
 
 
 def test_numbers_are_spread_over_the_sides_by_their_size() -> None:
     values = np.random.default_rng(1).lognormal(size=600)
-    rows = rows_of([repr(float(value)) for value in values], Numbers())
+    rows = rows_of([repr(float(value)) for value in values], NumberTarget("text-regression"))
     sides = divide(rows, None, None, options=SplitOptions(strategy="stratified"), seed=1)
     middle = np.median(values)
     for side in (sides.train, sides.validation, sides.test):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from finetune.evaluation.classification import report
 from finetune.evaluation.slices import slices
+from finetune.evaluation.tasks.multi_label import LabelSetRules
+from finetune.evaluation.tasks.regression import NumberRules
+from finetune.evaluation.tasks.single_label import ClassRules
 from model_registry.card import CardContext, render_card
 from model_registry.manifest import ModelManifest
 
@@ -33,6 +37,7 @@ def card(*, with_test: bool = True, **changed: Any) -> str:
 
 
 CONTEXT = CardContext(
+    ClassRules.card,
     metadata={"team": "news"},
     files=["eval/residuals.svg", "eval/calibration.svg", "labels.json"],
     fingerprint={"datasets": {"train": {"id": "ds_1", "sha256": "ab" * 32}}},
@@ -91,7 +96,8 @@ def test_a_value_has_its_own_figures_and_no_labels() -> None:
         "methods": [{"method": "linear_probe", "seconds": 3.0, "validation": side}],
     }
     metrics = {name: value for name, value in side.items() if isinstance(value, float)}
-    text = render_card(manifest(task="text-regression", labels=(), metrics=metrics), evaluation, CONTEXT)
+    context = replace(CONTEXT, terms=NumberRules.card)
+    text = render_card(manifest(task="text-regression", labels=(), metrics=metrics), evaluation, context)
     assert "- Task: text-regression\n" in text and "chosen by rmse" in text
     assert "| rmse | 0.5000 | 0.4000 to 0.6000 |\n| mae | 0.2500 | – |\n| r2 | 0.7500 | – |" in text
     assert "| linear_probe | 0.5000 | 0.2500 | 0.7500 | 3.0 |" in text
@@ -112,7 +118,8 @@ def test_several_labels_have_a_table_of_each() -> None:
         "methods": [{"method": "linear_probe", "seconds": 3.0, "validation": {"micro_f1": 0.5}}],
     }
     metrics = {"micro_f1": 0.5, "subset_accuracy": 0.3, "rows": 40.0}
-    text = render_card(manifest(task="text-multi-label", metrics=metrics), evaluation, CONTEXT)
+    context = replace(CONTEXT, terms=LabelSetRules.card)
+    text = render_card(manifest(task="text-multi-label", metrics=metrics), evaluation, context)
     assert "| micro_f1 | 0.5000 | – |\n| subset_accuracy | 0.3000 | – |" in text
     assert "| a\\|b | 0.500 | 0.250 | 0.333 | 12 | 0.300 |" in text
     assert "| linear_probe | 0.5000 | – | 3.0 |" in text

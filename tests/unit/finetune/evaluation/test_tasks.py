@@ -22,21 +22,21 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
+from finetune.data.targets import TARGETS, metric_of
 from finetune.evaluation import bootstrap
 from finetune.evaluation.calibration import fit_binary_temperature, mean_binary_log_loss
 from finetune.evaluation.tasks import rules_of
 from finetune.evaluation.tasks.class_weights import positive_weights
-from finetune.evaluation.tasks.multi_label import MultiLabel
-from finetune.evaluation.tasks.regression import Regression
-from finetune.evaluation.tasks.rules import Answering, Contest, Scale, Side
+from finetune.evaluation.tasks.multi_label import LabelSetRules
+from finetune.evaluation.tasks.regression import NumberRules
+from finetune.evaluation.tasks.rules import Contest, Scale, Side
 from finetune.evaluation.tasks.thresholds import fit_thresholds
 from finetune.jobs.hyperparameters import EarlyStopping, GateOptions, PlanError, check_task, parse_hyperparameters
-from finetune.jobs.task_metrics import METRICS, Metric, metric_of
 from finetune.training.losses import bce, focal_of_labels
 from finetune.training.methods import one_vs_rest
 from finetune.training.state import Progress
 from modeling.heads import DenseLayer, TaskHead, sigmoid
-from modeling.tasks import answers_of, scores_of
+from modeling.tasks import TASKS, Calibration
 from modeling.weights import FloatArray
 
 NAMES = ("a", "b", "c", "d")
@@ -57,9 +57,11 @@ def numbers(rows: int = 300, seed: int = 0, noise: float = 2.0) -> tuple[FloatAr
     return (targets + draw.normal(0, noise, rows)).astype(np.float32)[:, None], targets
 
 
-def side(outputs: FloatArray, targets: Any, metric: str, *, answering: Answering | None = None, **extras: Any) -> Side:
+def side(
+    outputs: FloatArray, targets: Any, metric: str, *, answering: Calibration | None = None, **extras: Any
+) -> Side:
     names = NAMES if targets.ndim == 2 else ()
-    return Side(outputs, targets, names, extras, answering or Answering(), metric_of(metric), 3)
+    return Side(outputs, targets, names, extras, answering or Calibration(), metric_of(metric), 3)
 
 
 # Figures
@@ -67,7 +69,7 @@ def side(outputs: FloatArray, targets: Any, metric: str, *, answering: Answering
 
 def test_figures_of_labels_are_scikit_learns() -> None:
     logits, targets = drawn()
-    said, found = logits >= 0, MultiLabel().summary(logits, targets)
+    said, found = logits >= 0, LabelSetRules().summary(logits, targets)
     wanted = {
         "micro_f1": f1_score(targets, said, average="micro"),
         "macro_f1": f1_score(targets, said, average="macro"),
@@ -77,12 +79,12 @@ def test_figures_of_labels_are_scikit_learns() -> None:
         "rows": 400,
     }
     assert found == pytest.approx(wanted, rel=1e-5)
-    assert set(MultiLabel.figures) == set(found)
+    assert set(LabelSetRules.figures) == set(found)
 
 
 def test_figures_of_numbers_are_scikit_learns() -> None:
     values, targets = numbers()
-    found = Regression().summary(values, targets)
+    found = NumberRules().summary(values, targets)
     r2 = r2_score(targets, values[:, 0])
     wanted = {
         "rmse": root_mean_squared_error(targets, values[:, 0]),
@@ -92,28 +94,28 @@ def test_figures_of_numbers_are_scikit_learns() -> None:
         "rows": 300,
     }
     assert found == pytest.approx(wanted, rel=1e-4)
-    assert set(Regression.figures) == set(found)
+    assert set(NumberRules.figures) == set(found)
 
 
 def test_a_label_without_rows_does_not_count_in_macro_f1() -> None:
     logits, targets = drawn()
     with_it, without = targets.copy(), targets.copy()
     without[:, 3] = 0
-    assert MultiLabel().summary(logits, without)["macro_f1"] == pytest.approx(
+    assert LabelSetRules().summary(logits, without)["macro_f1"] == pytest.approx(
         f1_score(without[:, :3], logits[:, :3] >= 0, average="macro")
     )
-    assert MultiLabel().summary(logits, with_it) != MultiLabel().summary(logits, without)
+    assert LabelSetRules().summary(logits, with_it) != LabelSetRules().summary(logits, without)
 
 
 def test_the_report_of_each_label_is_scikit_learns_at_its_threshold() -> None:
     logits, targets = drawn()
-    answering = Answering(1.3, (0.3, 0.5, 0.7, 0.5))
-    report = MultiLabel().report(side(logits, targets, "micro_f1", answering=answering))
-    scores = scores_of("text-multi-label", logits, temperature=1.3)
-    said = answers_of("text-multi-label", scores, thresholds=answering.thresholds or ())
+    answering = Calibration(1.3, (0.3, 0.5, 0.7, 0.5))
+    report = LabelSetRules().report(side(logits, targets, "micro_f1", answering=answering))
+    task = TASKS["text-multi-label"]
+    said = task.answers(task.scores(logits, answering), answering)
     wanted = precision_recall_fscore_support(targets, said, zero_division=0.0)
     for place, row in enumerate(report["per_class"]):
-        assert (row["label"], row["threshold"]) == (NAMES[place], (answering.thresholds or ())[place])
+        assert (row["label"], row["threshold"]) == (NAMES[place], answering.thresholds[place])
         assert [row["precision"], row["recall"], row["f1"], row["rows"]] == pytest.approx(
             [values[place] for values in wanted]
         )
@@ -121,7 +123,7 @@ def test_the_report_of_each_label_is_scikit_learns_at_its_threshold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "made", "metric"), [(MultiLabel(), drawn, "micro_f1"), (Regression(), numbers, "rmse")]
+    ("rules", "made", "metric"), [(LabelSetRules(), drawn, "micro_f1"), (NumberRules(), numbers, "rmse")]
 )
 def test_bootstrap_intervals_are_those_of_drawn_rows(rules: Any, made: Callable[..., Any], metric: str) -> None:
     outputs, targets = made(200)
@@ -140,13 +142,13 @@ def test_slices_stand_with_the_worst_first_whichever_way_the_metric_points() -> 
     values[100:] += 6
     sites = ["good"] * 100 + ["bad"] * 100
     for metric in ("rmse", "r2"):
-        (found,) = Regression().report(side(values, targets, metric, site=sites))["slices"]
+        (found,) = NumberRules().report(side(values, targets, metric, site=sites))["slices"]
         assert [row["value"] for row in found["values"]] == ["bad", "good"]
         assert found["values"][0]["rows"] == 100
 
 
 def test_equal_targets_have_no_r2() -> None:
-    found = Regression().summary(np.ones((30, 1), np.float32), np.full(30, 2, np.float32))
+    found = NumberRules().summary(np.ones((30, 1), np.float32), np.full(30, 2, np.float32))
     assert found["r2"] == 0 and found["rmse"] == pytest.approx(1)
 
 
@@ -155,10 +157,10 @@ def test_equal_targets_have_no_r2() -> None:
 
 def test_thresholds_never_lose_f1_on_the_rows_they_are_fitted_on_and_rare_labels_keep_the_default() -> None:
     logits, targets = drawn(600)
-    fitted = MultiLabel().calibrate(logits, targets, with_temperature=True)
-    plain = Answering(fitted.temperature)
+    fitted = LabelSetRules().calibrate(logits, targets, with_temperature=True)
+    plain = Calibration(fitted.temperature)
     own, default = (
-        MultiLabel().report(side(logits, targets, "micro_f1", answering=answering))["per_class"]
+        LabelSetRules().report(side(logits, targets, "micro_f1", answering=answering))["per_class"]
         for answering in (fitted, plain)
     )
     assert all(one["f1"] >= other["f1"] for one, other in zip(own, default, strict=True))
@@ -190,7 +192,7 @@ def test_scales_fold_and_unfold() -> None:
     draw = np.random.default_rng(0)
     head = TaskHead((DenseLayer(draw.normal(size=(1, 5)).astype(np.float32), np.array([0.3], np.float32)),))
     targets = draw.normal(100, 7, 50).astype(np.float32)
-    scale = Regression().scale(targets)
+    scale = NumberRules().scale(targets)
     standard = scale.standard(targets)
     assert abs(standard.mean()) < 1e-4 and standard.std() == pytest.approx(1, abs=1e-4)
     np.testing.assert_allclose(scale.raw(standard), targets, rtol=1e-5)
@@ -263,8 +265,7 @@ def test_lower_is_better_for_errors_everywhere() -> None:
 
 
 def test_auto_is_the_first_metric_of_each_task() -> None:
-    assert [METRICS[task][0].name for task in METRICS] == ["macro_f1", "micro_f1", "rmse"]
-    assert all(isinstance(metric, Metric) for metrics in METRICS.values() for metric in metrics)
+    assert [target.metrics[0].name for target in TARGETS.values()] == ["macro_f1", "micro_f1", "rmse"]
 
 
 @pytest.mark.parametrize(
@@ -299,10 +300,10 @@ def contest(outputs: Any, champion: Any, targets: Any, metric: str, **changed: A
         "targets": targets,
         "names": names,
         "outputs": outputs,
-        "answering": Answering(),
+        "answering": Calibration(),
         "champion_outputs": champion,
         "champion_names": names,
-        "champion_answering": Answering(),
+        "champion_answering": Calibration(),
         "metric": metric_of(metric),
         "options": GateOptions(),
         "seed": 0,
@@ -342,7 +343,7 @@ def test_the_p_value_of_equal_models_is_spread_evenly() -> None:
     for seed in range(60):
         values, targets = numbers(100, seed=seed)
         other = targets[:, None] + np.random.default_rng(seed + 1000).normal(0, 2, values.shape)
-        parts, others = (Regression().parts(one, targets, Answering()) for one in (values, other))
-        found = bootstrap.paired(parts, others, Regression().of_sums, metric=metric_of("rmse"), seed=seed, samples=200)
+        parts, others = (NumberRules().parts(one, targets, Calibration()) for one in (values, other))
+        found = bootstrap.paired(parts, others, NumberRules().of_sums, metric=metric_of("rmse"), seed=seed, samples=200)
         small += found["p_value"] < 0.1
     assert small <= 15

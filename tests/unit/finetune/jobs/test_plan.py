@@ -213,7 +213,7 @@ def test_oversampling_lengthens_an_epoch() -> None:
     assert plan(oversample=True).weights_of_solved == "balanced"
     with pytest.raises(PlanError, match=r"^oversample and class_weights .* use one of them$"):
         parse_hyperparameters({"oversample": True, "class_weights": "balanced"})
-    with pytest.raises(PlanError, match="oversample is for text-classification"):
+    with pytest.raises(PlanError, match="oversample is for one label per row"):
         check_task(parse_hyperparameters({"oversample": True}), "text-multi-label")
 
 

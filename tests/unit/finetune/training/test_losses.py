@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from finetune.evaluation.tasks import rules_of
-from finetune.jobs.hyperparameters import LOSSES, parse_hyperparameters
+from finetune.data.targets import TARGETS
+from finetune.evaluation.tasks import RULES
+from finetune.jobs.hyperparameters import parse_hyperparameters
 from finetune.jobs.plan import DatasetProfile, TrainingPlan, WorkerProfile, resolve
 from finetune.training import losses
-from model_registry.manifest import Task
 
 DATA = DatasetProfile(train_rows=100, validation_rows=10, test_rows=10, labels=4, max_length_p99=20)
 
@@ -79,33 +79,33 @@ def test_how_a_step_is_divided_does_not_change_its_mean(loss: str, weights: list
         torch.testing.assert_close(whole, F.cross_entropy(logits, labels, weight=weight, label_smoothing=0.05))
 
 
-def test_every_task_builds_each_of_its_losses() -> None:
+def test_every_kind_builds_each_of_its_losses() -> None:
     logits, labels = drawn(0)
-    targets = {"text-classification": labels, "text-regression": logits[:, 0], "text-multi-label": (logits > 0).float()}
-    for task, names in LOSSES.items():
-        for name in names:
-            asked = plan() if task != "text-classification" else plan(loss=name)
-            objective = losses.build_loss(asked.model_copy(update={"loss": name}), task=task)
-            output = logits[:, :1] if task == "text-regression" else logits
-            values = objective.of_output(output, targets[task])
+    targets = {"single_label": labels, "regression": logits[:, 0], "multi_label": (logits > 0).float()}
+    for kind, target in TARGETS.items():
+        for name in target.losses:
+            asked = plan() if kind != "single_label" else plan(loss=name)
+            objective = losses.build_loss(asked.model_copy(update={"loss": name}), kind=kind)
+            output = logits[:, :1] if kind == "regression" else logits
+            values = objective.of_output(output, targets[kind])
             assert values.shape == (12,) and torch.isfinite(values).all()
-            assert objective.weights(targets[task]).shape == (12,)
+            assert objective.weights(targets[kind]).shape == (12,)
 
 
 def test_the_plain_loss_is_validations_whatever_is_minimised() -> None:
     logits, labels = drawn(0)
     values = logits[:, 0] - logits[:, 0].mean()
-    cases: dict[Task, tuple[torch.Tensor, torch.Tensor]] = {
-        "text-classification": (logits, labels),
-        "text-multi-label": (logits, (drawn(1)[0] > 0).float()),
-        "text-regression": (logits[:, 1:2], values / values.std(correction=0)),  # as training has them
+    cases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+        "single_label": (logits, labels),
+        "multi_label": (logits, (drawn(1)[0] > 0).float()),
+        "regression": (logits[:, 1:2], values / values.std(correction=0)),  # as training has them
     }
-    for task, (output, targets) in cases.items():
-        expected = rules_of(task).loss(output.numpy(), targets.numpy())
-        for name in LOSSES[task]:
+    for kind, (output, targets) in cases.items():
+        expected = RULES[kind].loss(output.numpy(), targets.numpy())
+        for name in TARGETS[kind].losses:
             asked = plan(label_smoothing=0.3).model_copy(update={"loss": name})
-            weight = None if task == "text-regression" else torch.tensor([0.5, 1.0, 2.0, 3.0])
-            objective = losses.build_loss(asked, task=task, weight=weight)
+            weight = None if kind == "regression" else torch.tensor([0.5, 1.0, 2.0, 3.0])
+            objective = losses.build_loss(asked, kind=kind, weight=weight)
             assert float(objective.plain(output, targets).mean()) == pytest.approx(expected, rel=1e-4)
 
 

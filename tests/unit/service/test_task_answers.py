@@ -11,27 +11,22 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from prometheus_client import CollectorRegistry
 
+from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, FeatureExtraction, Options
+from modeling.tasks.regression import Value
 from service.api.problems import problem_for
-from service.inference.answering import (
-    LabelsPrediction,
-    ManyLabels,
-    OneLabel,
-    PredictOptions,
-    Value,
-    ValuePrediction,
-    Vectors,
-)
 from service.inference.errors import ParameterUnfit
+from service.inference.predictor import check_options
 from service.metrics import ServingMetrics
 
 LABELS = ("a", "b", "c", "d")
-THRESHOLDS = np.asarray([0.5, 0.2, 0.9, 0.5], np.float32)
-many = ManyLabels(LABELS, THRESHOLDS)
+THRESHOLDS = (0.5, 0.2, 0.9, 0.5)
+one, many, value_task = TASKS.values()
+CALIBRATION = Calibration(thresholds=THRESHOLDS)
 probabilities = arrays(np.float32, 4, elements=st.floats(0, 1, width=32))
 
 
-def given_by(row: Any, threshold: float | None = None, top_k: int | None = None) -> LabelsPrediction:
-    return many.answer(row, PredictOptions(threshold=threshold, top_k=top_k), None)
+def given_by(row: Any, threshold: float | None = None, top_k: int | None = None) -> Any:
+    return many.reduce([row], LABELS, CALIBRATION, Options(threshold=threshold, top_k=top_k))
 
 
 @given(probabilities, st.none() | st.floats(0, 1, width=32), st.none() | st.integers(1, 6))
@@ -40,11 +35,13 @@ def test_labels_are_those_that_reach_their_threshold_best_first(
 ) -> None:
     answered = given_by(row, threshold, top_k)
     limits = THRESHOLDS if threshold is None else [threshold] * 4
-    assert set(answered.labels) == {label for label, p, limit in zip(LABELS, row, limits, strict=True) if p >= limit}
+    assert set(answered.labels) == {
+        label for label, p, limit in zip(LABELS, row, limits, strict=True) if p >= np.float32(limit)
+    }
     scores = given_by(row, threshold).scores
     assert answered.scores == scores[:top_k]
-    assert [score for _, score in scores] == sorted(row.tolist(), reverse=True)
-    best_first = [label for label, _ in scores]
+    assert [score.score for score in scores] == sorted(row.tolist(), reverse=True)
+    best_first = [score.label for score in scores]
     assert answered.labels == sorted(answered.labels, key=best_first.index)
 
 
@@ -58,24 +55,33 @@ def test_no_label_and_every_label() -> None:
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_a_value_is_the_heads_output(value: float) -> None:
-    row = Value().scores(np.asarray([[value]], np.float32))[0]
-    assert Value().answer(row, PredictOptions(), None) == ValuePrediction(value=value, embedding=None)
+    row = value_task.scores(np.asarray([[value]], np.float32), NO_CALIBRATION)[0]
+    assert value_task.reduce([row], (), NO_CALIBRATION, Options()) == Value(0, value)
 
 
 @pytest.mark.parametrize("parameter", ["top_k", "threshold"])
 def test_a_value_has_no_scores_to_bound(parameter: str) -> None:
-    options = PredictOptions(**{parameter: 1})
-    for answering in (many, OneLabel(LABELS), Vectors()):
-        answering.check(options)
-    Value().check(PredictOptions(return_embedding=True, truncate=False, max_length=8))
+    options = Options(**{parameter: 1})
+    for task in (many, one, FeatureExtraction("text")):
+        check_options(task, options)
+    check_options(value_task, Options(return_embedding=True, truncate=False, max_length=8))
     with pytest.raises(ParameterUnfit, match=parameter) as refused:
-        Value().check(options)
+        check_options(value_task, options)
     problem = problem_for(refused.value)
     assert problem is not None and (problem.status, problem.code) == (422, "invalid_request")
     assert problem.errors[0]["loc"] == ["body", "parameters", parameter]
 
 
 # Metrics
+
+
+def observe(
+    metrics: ServingMetrics, labels: tuple[str, str, str], answers: list[Any], calibration: Calibration = NO_CALIBRATION
+) -> None:
+    series = metrics.of_model(labels).answers
+    for histogram, values in zip(series, TASKS[labels[2]].observed(answers, calibration), strict=True):
+        for value in values:
+            histogram.observe(value)
 
 
 def samples(metrics: ServingMetrics, name: str) -> dict[str, float]:
@@ -97,7 +103,7 @@ def test_labels_are_counted_with_the_confidence_of_the_best(metrics: ServingMetr
     labels = ("m", "1", "text-multi-label")
     metrics.start_model(*labels)
     rows = [np.asarray(row, np.float32) for row in ([0.95, 0.3, 0, 0], [0.45, 0, 0, 0])]
-    many.observe(metrics.of_model(labels), [given_by(row) for row in rows])
+    observe(metrics, labels, [given_by(row) for row in rows])
     confidence, count = samples(metrics, "prediction_confidence"), samples(metrics, "prediction_labels")
     assert (confidence["0.4"], confidence["0.5"], confidence["0.9"], confidence["1.0"]) == (0, 1, 1, 2)
     assert (count["0.0"], count["1.0"], count["2.0"]) == (1, 1, 2)
@@ -107,9 +113,9 @@ def test_labels_are_counted_with_the_confidence_of_the_best(metrics: ServingMetr
 def test_values_are_counted_by_their_place_among_those_of_validation(metrics: ServingMetrics) -> None:
     labels = ("m", "1", "text-regression")
     metrics.start_model(*labels)
-    answering = Value(((10, 0.0), (20, 0.25), (40, 0.5), (80, 0.75), (160, 1.0)))
+    calibration = Calibration(value_shares=((10, 0.0), (20, 0.25), (40, 0.5), (80, 0.75), (160, 1.0)))
     for value in (-5.0, 10.0, 30.0, 79.0, 160.0, 1e9):
-        answering.observe(metrics.of_model(labels), [ValuePrediction(value, None)])
+        observe(metrics, labels, [Value(0, value)], calibration)
     counted = samples(metrics, "prediction_quantile")
     assert (counted["0.0"], counted["0.3"], counted["0.4"], counted["0.8"]) == (2, 2, 3, 4)
     assert (counted["0.999"], counted["1.0"]) == (4, 6)
@@ -118,7 +124,7 @@ def test_values_are_counted_by_their_place_among_those_of_validation(metrics: Se
 
 def test_without_a_reference_values_are_not_counted(metrics: ServingMetrics) -> None:
     labels = ("m", "1", "text-regression")
-    Value().observe(metrics.of_model(labels), [ValuePrediction(1.0, None)])
+    observe(metrics, labels, [Value(0, 1.0)])
     assert set(samples(metrics, "prediction_quantile").values()) == {0.0}
 
 

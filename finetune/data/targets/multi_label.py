@@ -1,0 +1,171 @@
+"""Any number of labels per row."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from finetune.data.records import Finding, row_finding
+from finetune.data.targets.base import FEW_ROWS, Keys, Target, conflicting_labels, listed, parse_list
+from finetune.data.targets.metric import Metric
+
+if TYPE_CHECKING:
+    from finetune.data.labelled import LabelledRows
+
+SEPARATORS = ("|", ";")
+NO_LABEL = "(none)"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSetTarget:
+    """A cell is a JSON list of strings, or labels with `separator` between them."""
+
+    task: str
+    separator: str | None = None
+    kind: ClassVar[str] = "multi_label"
+    empty_code: ClassVar[str] = "empty_value"
+    losses: ClassVar[tuple[str, ...]] = ("bce", "focal")
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("micro_f1", "micro F1"),
+        Metric("macro_f1", "macro F1"),
+        Metric("subset_accuracy", "subset accuracy"),
+    )
+    methods: ClassVar[frozenset[str] | None] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
+    refuses: ClassVar[dict[str, str]] = {
+        name: f"{name} is for one label per row; leave it out" for name in ("oversample", "label_smoothing", "abstain")
+    }
+    label_smoothing: ClassVar[float] = 0.0
+    has_suspects: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, task: str, cells: Iterable[str | None]) -> LabelSetTarget:
+        return cls(task, _separator(cells))
+
+    def read(self, cell: str) -> str:
+        names = parse_list(cell)
+        if names is None:
+            names = cell.split(self.separator) if self.separator else [cell]
+        return json.dumps(sorted({name for part in names if (name := part.strip())}), ensure_ascii=False)
+
+    def names_of(self, label: str) -> tuple[str, ...]:
+        return tuple(json.loads(label))
+
+    def strata(self, labels: Sequence[str]) -> list[str]:
+        """The order of iterative stratification (Sechidis, Tsoumakas and Vlahavas, On the stratification of
+        multi-label data, ECML PKDD 2011): the label with the fewest rows left takes all of them, until none is left.
+        """
+        left: defaultdict[str, set[int]] = defaultdict(set)
+        names = [self.names_of(label) for label in labels]
+        for row, own in enumerate(names):
+            for name in own:
+                left[name].add(row)
+        strata = [NO_LABEL] * len(labels)
+        while left:
+            rarest = min(left, key=lambda name: (len(left[name]), name))
+            for row in left.pop(rarest):
+                strata[row] = rarest
+                for name in names[row]:
+                    left.get(name, set()).discard(row)
+            left = defaultdict(set, {name: rows for name, rows in left.items() if rows})
+        return strata
+
+    def told(self, column: str) -> list[Finding]:
+        if self.separator is None:
+            return []
+        message = f"the labels in column {column!r} are separated by {self.separator!r}"
+        fix = "nothing to do; a JSON list of strings in every row needs no separator"
+        return [Finding(code="label_separator", severity="info", message=message, column=column, fix=fix)]
+
+    def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
+        return _of_sets(rows, groups, needed)
+
+    def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
+        return conflicting_labels(rows, keys)
+
+
+_: type[Target] = LabelSetTarget
+
+
+def _separator(cells: Iterable[str | None]) -> str | None:
+    """`|` where any cell has one, else `;` where any has; none where a cell holds a list, which needs none."""
+    found: set[str] = set()
+    for cell in cells:
+        if cell is None:
+            continue
+        if parse_list(cell) is not None:
+            return None
+        found.update(separator for separator in SEPARATORS if separator in cell)
+    return next((separator for separator in SEPARATORS if separator in found), None)
+
+
+def _of_sets(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
+    """No label at all is an error; labels that are too rare to be learnt or measured are a warning."""
+    names = [rows.target.names_of(label) for label in rows.labels]
+    texts: defaultdict[str, set[int]] = defaultdict(set)
+    for own, group in zip(names, groups, strict=True):
+        for name in own:
+            texts[name].add(group)
+    if not texts:
+        return [
+            row_finding(
+                code="single_class",
+                severity="error",
+                rows=rows.row_numbers.tolist(),
+                message=f"none of the {len(rows):,} rows has a label",
+                fix="give rows labels, or choose another label column",
+            )
+        ]
+    found = [*_rare(rows, texts, needed), *_everywhere(names)]
+    if max(map(len, names)) == 1:
+        found.append(
+            row_finding(
+                code="single_class",
+                severity="info",
+                rows=[],
+                count=1,
+                message="no row has more than one label",
+                fix="nothing to do; if every row has one label by nature, the task for one label fits better",
+            )
+        )
+    return found
+
+
+def _rare(rows: LabelledRows, texts: dict[str, set[int]], needed: int) -> list[Finding]:
+    sizes = {name: len(own) for name, own in texts.items() if len(own) < FEW_ROWS}
+    if not sizes:
+        return []
+    smallest_first = sorted(sizes, key=lambda name: (sizes[name], name))
+    named = listed([f"{name!r} ({sizes[name]})" for name in smallest_first])
+    absent = sum(size < needed for size in sizes.values())
+    consequence = f"; {absent:,} of them cannot stand on every side of the split" if absent else ""
+    return [
+        row_finding(
+            code="class_too_small",
+            severity="warning",
+            rows=rows.numbers_with(set(sizes)),
+            count=len(sizes),
+            message=f"{len(sizes):,} of {len(texts):,} labels have fewer than {FEW_ROWS} different texts (near "
+            f"duplicates count once); expect poor results for them{consequence}: {named}",
+            fix="add rows, merge these labels into others, or remove them",
+        )
+    ]
+
+
+def _everywhere(names: Sequence[tuple[str, ...]]) -> list[Finding]:
+    constant = set(names[0]).intersection(*names)
+    if not constant:
+        return []
+    return [
+        row_finding(
+            code="single_class",
+            severity="warning",
+            rows=[],
+            count=len(constant),
+            message=f"every row has the label {listed([repr(name) for name in sorted(constant)])}, so nothing is "
+            "learnt of it",
+            fix="remove the label, or add rows without it",
+        )
+    ]

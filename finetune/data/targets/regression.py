@@ -1,0 +1,130 @@
+"""One finite number per row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from finetune.data.records import Finding, row_finding
+from finetune.data.targets.base import Keys, Misfit, Target
+from finetune.data.targets.metric import Metric
+
+if TYPE_CHECKING:
+    from finetune.data.labelled import LabelledRows
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_MOST_BINS, _ROWS_PER_BIN = 10, 10
+
+
+@dataclass(frozen=True, slots=True)
+class NumberTarget:
+    """A number is written with a point and without separators of thousands."""
+
+    task: str
+    kind: ClassVar[str] = "regression"
+    empty_code: ClassVar[str] = "non_numeric_target"
+    losses: ClassVar[tuple[str, ...]] = ("mse", "huber")
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("rmse", "RMSE", is_error=True, is_share=False),
+        Metric("mae", "MAE", is_error=True, is_share=False),
+        Metric("r2", "R²", is_share=False),
+    )
+    methods: ClassVar[frozenset[str] | None] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
+    refuses: ClassVar[dict[str, str]] = {
+        name: f"{name} needs classes, and the target is a number; leave it out"
+        for name in ("class_weights", "oversample", "label_smoothing", "abstain")
+    }
+    label_smoothing: ClassVar[float] = 0.0
+    has_suspects: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, task: str, cells: Iterable[str | None]) -> NumberTarget:
+        return cls(task)
+
+    def read(self, cell: str) -> str:
+        text = cell.strip()
+        fix = "write a finite number, such as 3.5 or -1e3, in every row; for words choose a classification task"
+        if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+            raise Misfit(f"holds {text[:60]!r}, which is no finite number", code="non_numeric_target", fix=fix)
+        return repr(float(text) + 0.0)  # without the sign of zero
+
+    def names_of(self, label: str) -> tuple[str, ...]:
+        return ()
+
+    def strata(self, labels: Sequence[str]) -> list[str]:
+        """Bins of equally many rows by value, ten at most."""
+        values = np.array([float(label) for label in labels])
+        bins = min(_MOST_BINS, len(values) // _ROWS_PER_BIN)
+        if bins < 2:
+            return ["0"] * len(values)
+        edges = np.quantile(values, np.arange(1, bins) / bins)
+        return [str(place) for place in np.searchsorted(edges, values, side="right").tolist()]
+
+    def told(self, column: str) -> list[Finding]:
+        return []
+
+    def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
+        return _of_numbers(rows, groups, needed)
+
+    def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
+        return _conflicting_numbers(rows, keys)
+
+
+_: type[Target] = NumberTarget
+
+
+def _of_numbers(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
+    """One value everywhere, and fewer different texts than sides, are errors."""
+    if len(set(rows.labels)) == 1:
+        return [
+            row_finding(
+                code="constant_target",
+                severity="error",
+                rows=rows.row_numbers.tolist(),
+                message=f"all {len(rows):,} rows have the target {float(rows.labels[0]):g}; there is nothing to learn",
+                fix="add rows with other values, or choose another label column",
+            )
+        ]
+    texts = len(set(groups))
+    if texts < needed:
+        return [
+            row_finding(
+                code="class_too_small",
+                severity="error",
+                rows=rows.row_numbers.tolist(),
+                count=texts,
+                message=f"there are only {texts} different texts (near duplicates count once) for {needed} sides",
+                fix="add rows, or bring validation and test data",
+            )
+        ]
+    return []
+
+
+def _conflicting_numbers(rows: LabelledRows, keys: Keys) -> list[Finding]:
+    """Equal texts whose targets lie further apart than one standard deviation of all."""
+    values = np.array([float(label) for label in rows.labels])
+    _, text = np.unique(np.asarray(keys), return_inverse=True)
+    low, high = np.full(text.max() + 1, np.inf), np.full(text.max() + 1, -np.inf)
+    np.minimum.at(low, text, values)
+    np.maximum.at(high, text, values)
+    is_apart = high - low > values.std()
+    if not is_apart.any():
+        return []
+    affected = np.flatnonzero(is_apart[text])
+    first = int(affected[0])
+    return [
+        row_finding(
+            code="conflicting_labels",
+            severity="warning",
+            rows=rows.row_numbers[affected].tolist(),
+            message=f"{int(is_apart.sum()):,} texts have targets more than a standard deviation "
+            f"({values.std():.3g}) apart, the first (row {rows.row_numbers[first]}) "
+            f"with {low[text[first]]:g} and {high[text[first]]:g}",
+            fix="keep one target per text, for example the mean",
+        )
+    ]
