@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from modeling.errors import InputTooLong
+from modeling.errors import InputTooLong, UnsupportedArchitecture
 
-# Tokenizers cut after encoding everything (tokenizers#1573: 650,000 characters cost 45 ms each), so a
-# text is first cut to this many characters per token that may remain.
-CHARACTERS_PER_TOKEN = 16
+# Tokenizers cut after encoding everything (tokenizers#1573: 650,000 characters cost 45 ms each), so a long text is read
+# in slices from its start, each longer than the last, until they hold all the tokens that can be kept.
+_CHARACTERS_PER_TOKEN = 8  # of the first slice: enough for most texts
+_GROWTH = 4
+# What follows a slice may change its last words: a character that combines, half of an added token, blanks. It changes
+# no earlier ones if every step of the tokenizer is one of these; a tokenizer with any other reads the whole text.
+_EDGE_WORDS = 8
+_LOCAL_STEPS = frozenset(
+    {
+        *("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Strip"),
+        *("StripAccents", "BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Punctuation", "Whitespace"),
+        "WhitespaceSplit",
+    }
+)
+_LOCAL_PATTERNS = frozenset({" {2,}", r"\s+", r"\s{2,}|[\n\r\t]"})
+
+_ONE_TOKEN = {
+    **{"ids": [0], "type_ids": [0], "tokens": [""], "words": [0], "offsets": [[0, 0]], "overflowing": []},
+    **{"special_tokens_mask": [0], "attention_mask": [1], "sequence_ranges": {}},
+}
 
 TextInput = str | tuple[str, str]
 
@@ -42,10 +64,9 @@ class TextPreprocessor:
         # Exports bake in padding and truncation of their own; ours are explicit.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._specials = {
-            False: self._tokenizer.num_special_tokens_to_add(False),
-            True: self._tokenizer.num_special_tokens_to_add(True),
-        }
+        self._layouts = {1: _layout(self._tokenizer, 1), 2: _layout(self._tokenizer, 2)}
+        self._edge = _edge_words(self._tokenizer)
+        self._takes_blanks = any(token.lstrip for token in self._tokenizer.get_added_tokens_decoder().values())
 
     def encode(
         self, inputs: Sequence[TextInput], *, truncate: bool = True, max_length: int | None = None
@@ -55,33 +76,103 @@ class TextPreprocessor:
         Raises `InputTooLong` with the input's index where cutting is needed and `truncate` is off.
         """
         limit = min(max_length or self.max_length, self.max_length)
-        characters = limit * CHARACTERS_PER_TOKEN if truncate else None
-        bare = self._tokenizer.encode_batch(
-            [_cut(item, characters) for item in _flatten(inputs)], add_special_tokens=False
-        )
+        pieces = self._read(_flatten(inputs), limit if truncate else None)
         encoded, position = [], 0
         for index, item in enumerate(inputs):
             width = 1 if isinstance(item, str) else 2
-            encoded.append(self._assemble(bare[position : position + width], limit, truncate=truncate, index=index))
+            encoded.append(self._assemble(pieces[position : position + width], limit, truncate=truncate, index=index))
             position += width
         return encoded
 
-    def _assemble(self, parts: list[Encoding], limit: int, *, truncate: bool, index: int) -> Encoded:
-        room = max(0, limit - self._specials[len(parts) == 2])
-        total = sum(len(part.ids) for part in parts)
-        is_truncated = total > room
-        if is_truncated:
-            if not truncate:
-                raise InputTooLong(
-                    f"input {index} has {total + limit - room} tokens, more than {limit}; shorten it or set truncate",
-                    index=index,
-                )
-            for part, size in zip(parts, _shares([len(part.ids) for part in parts], room), strict=True):
-                part.truncate(size)
-        whole = self._tokenizer.post_process(parts[0], parts[1] if len(parts) == 2 else None, True)
-        return Encoded(
-            np.asarray(whole.ids, dtype=np.int64), np.asarray(whole.type_ids, dtype=np.int64), is_truncated=is_truncated
-        )
+    def _read(self, texts: Sequence[str], limit: int | None) -> list[_Piece]:
+        """Tokenises each text: all of it, or a slice that begins with more than `limit` of the same tokens."""
+        size = sys.maxsize if limit is None or self._edge is None else (limit + self._edge) * _CHARACTERS_PER_TOKEN
+        pieces: dict[int, _Piece] = {}
+        waiting: Sequence[int] = range(len(texts))
+        while waiting:
+            encodings = self._tokenizer.encode_batch([texts[row][:size] for row in waiting], add_special_tokens=False)
+            for row, encoding in zip(waiting, encodings, strict=True):
+                is_whole = len(texts[row]) <= size
+                tokens = len(encoding) if is_whole else self._known_tokens(encoding, texts[row])
+                if is_whole or limit is None or tokens > limit:
+                    pieces[row] = _Piece(encoding, texts[row], tokens)
+            waiting = [row for row in waiting if row not in pieces]
+            size *= _GROWTH
+        return [pieces[row] for row in range(len(texts))]
+
+    def _known_tokens(self, encoding: Encoding, text: str) -> int:
+        """How many tokens of a slice the whole `text` begins with too."""
+        words = [word for word in encoding.word_ids if word is not None]
+        known = bisect_right(words, words[-1] - (self._edge or 0)) if words else 0
+        offsets = encoding.offsets if self._takes_blanks else []
+        # An added token behind the slice may take all blanks before it.
+        while known and offsets and not text[slice(*offsets[known - 1])].strip():
+            known -= 1
+        return known
+
+    def _assemble(self, pieces: Sequence[_Piece], limit: int, *, truncate: bool, index: int) -> Encoded:
+        layout = self._layouts[len(pieces)]
+        room = max(0, limit - layout.specials)
+        total = sum(piece.tokens for piece in pieces)
+        if total <= room:
+            return layout.fill([piece.encoding.ids for piece in pieces], is_truncated=False)
+        if not truncate:
+            raise InputTooLong(
+                f"input {index} has {total + limit - room} tokens, more than {limit}; shorten it or set truncate",
+                index=index,
+            )
+        if len(pieces) == 2 and room % 2 and min(piece.tokens for piece in pieces) > room // 2:
+            # The longer one gets the odd token, and slices do not tell which that is.
+            pieces = self._read([piece.text for piece in pieces], None)
+        sizes = _shares([piece.tokens for piece in pieces], room)
+        kept = [piece.encoding.ids[:size] for piece, size in zip(pieces, sizes, strict=True)]
+        return layout.fill(kept, is_truncated=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A text's encoding, or that of a slice, of which the first `tokens` are the text's."""
+
+    encoding: Encoding
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a tokenizer writes around its texts: ids and types before, between and after them, and each text's type.
+
+    Its own `post_process` also makes encodings of all that was cut off, and for pairs in every combination.
+    """
+
+    around: tuple[tuple[list[int], list[int]], ...]
+    types: tuple[int, ...]
+
+    @property
+    def specials(self) -> int:
+        return sum(len(ids) for ids, _ in self.around)
+
+    def fill(self, texts: Sequence[list[int]], *, is_truncated: bool) -> Encoded:
+        ids, types = list(self.around[0][0]), list(self.around[0][1])
+        for text, type_id, (behind, behind_types) in zip(texts, self.types, self.around[1:], strict=True):
+            ids += text + behind
+            types += [type_id] * len(text) + behind_types
+        return Encoded(np.array(ids, dtype=np.int64), np.array(types, dtype=np.int64), is_truncated)
+
+
+def _layout(tokenizer: Tokenizer, texts: int) -> _Layout:
+    """Read it off one token for each text. Raises `UnsupportedArchitecture` if the texts are repeated or swapped."""
+    probe = Encoding()
+    probe.__setstate__(json.dumps(_ONE_TOKEN).encode())
+    whole = tokenizer.post_process(probe, probe if texts == 2 else None, True)
+    places = [place for place, is_special in enumerate(whole.special_tokens_mask) if not is_special]
+    if [whole.sequence_ids[place] for place in places] != list(range(texts)):
+        raise UnsupportedArchitecture("tokenizer.json: its post_processor must write each text once, in their order")
+    edges = [-1, *places, len(whole)]
+    around = tuple(
+        (whole.ids[start + 1 : end], whole.type_ids[start + 1 : end]) for start, end in itertools.pairwise(edges)
+    )
+    return _Layout(around, tuple(whole.type_ids[place] for place in places))
 
 
 def _flatten(inputs: Sequence[TextInput]) -> list[str]:
@@ -94,8 +185,25 @@ def _flatten(inputs: Sequence[TextInput]) -> list[str]:
     return flat
 
 
-def _cut(text: str, characters: int | None) -> str:
-    return text if characters is None or len(text) <= characters else text[:characters]
+def _edge_words(tokenizer: Tokenizer) -> int | None:
+    """How many words at the end of a slice the text behind it may change; None if that may be any number."""
+    added = list(tokenizer.get_added_tokens_decoder().values())
+    steps = [json.loads(step.__getstate__()) for step in (tokenizer.normalizer, tokenizer.pre_tokenizer) if step]
+    if not all(map(_is_local, steps)) or any(token.lstrip and token.normalized for token in added):
+        return None
+    contents = [token.content for token in added]
+    if tokenizer.normalizer is not None:
+        contents += [tokenizer.normalizer.normalize_str(content) for content in contents]
+    return _EDGE_WORDS + max(map(len, contents), default=0)
+
+
+def _is_local(step: dict[str, Any]) -> bool:
+    if step["type"] == "Sequence":
+        return all(map(_is_local, step.get("normalizers") or step.get("pretokenizers") or []))
+    if step["type"] == "Replace":
+        pattern = step["pattern"]
+        return pattern.get("Regex") in _LOCAL_PATTERNS or 0 < len(pattern.get("String", "")) <= _EDGE_WORDS
+    return step["type"] in _LOCAL_STEPS
 
 
 def _shares(lengths: list[int], room: int) -> list[int]:

@@ -21,7 +21,7 @@ from modeling.engines.device import DeviceFingerprint
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import ModelingError
-from modeling.preprocess import CHARACTERS_PER_TOKEN, Encoded, TextPreprocessor
+from modeling.preprocess import Encoded, TextPreprocessor
 from modeling.weights import FloatArray, IntArray
 
 _TOKENS_PER_BATCH = 4096
@@ -118,9 +118,8 @@ class FrozenVectors:
 
     def _keys(self, texts: Sequence[str], max_length: int) -> list[bytes]:
         """The same text cut at different lengths has different vectors, one that fits has the same at every length."""
-        characters = max_length * CHARACTERS_PER_TOKEN  # beyond, the tokenizer does not read
         return [
-            text_key(text, cut_at=max_length if length > max_length or len(text) > characters else None)
+            text_key(text, cut_at=max_length if length > max_length else None)
             for text, length in zip(texts, self.lengths(texts).tolist(), strict=True)
         ]
 
