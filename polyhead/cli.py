@@ -296,9 +296,14 @@ def rollback(name: ModelName, reason: Reason = "", url: Url = DEFAULT_URL) -> No
         _tell_change(client.rollback(name, reason=reason))
 
 
-def _tell_change(change: Json) -> None:
+def _tell_change(answer: Json) -> None:
+    is_pending = answer.get("object") == "alias.pending"
+    change = answer["change"] if is_pending else answer
     before = f"{change['from_version']} → " if change["from_version"] is not None else ""
     typer.echo(_plain(f"{change['model']}@{change['alias']}: {before}{change['version']}"))
+    if is_pending:
+        serving = f"version {answer['serving']}" if answer["serving"] is not None else "no version"
+        typer.echo(_plain(f"not served yet, {serving} answers meanwhile: {answer['reason']}"), err=True)
 
 
 # Output

@@ -28,21 +28,26 @@ _UNREACHABLE = 0
 _AWAY = frozenset({_UNREACHABLE, 429, 502, 503, 504})
 _PATIENCE_S = 60.0
 """A service that restarts is waited for so long, by `upload_dataset` and `wait`, before its error is raised."""
+_LOADING_S = 10.0
+"""A model that is being loaded is waited for so long, by `predict` and `embeddings`."""
 
 
 class PolyheadError(Exception):
     """What the service refused, as its problem document says it.
 
     `status` is the HTTP status, 0 where no answer came (`code` is then `unreachable` or `timeout`);
-    `errors` are places in the request or findings in a dataset.
+    `errors` are places in the request or findings in a dataset. `retry_after_s` is set if coming back can help.
     """
 
-    def __init__(self, status: int, code: str, detail: str, errors: Sequence[Json] = ()) -> None:
+    def __init__(
+        self, status: int, code: str, detail: str, errors: Sequence[Json] = (), *, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(f"{detail} ({status} {code})" if status else f"{detail} ({code})")
         self.status = status
         self.code = code
         self.detail = detail
         self.errors = list(errors)
+        self.retry_after_s = retry_after_s
 
 
 class Client:
@@ -75,12 +80,15 @@ class Client:
     # Inference
 
     def predict(self, model: str, inputs: str | Sequence[str] | Sequence[tuple[str, str]], **parameters: Any) -> Json:
-        """The answer with `version` and `predictions`, one for each input in order; `top_k=3` and the like go along."""
-        return self._post("/predict", {"model": model, "inputs": inputs, "parameters": parameters})
+        """The answer with `version` and `predictions`, one for each input in order; `top_k=3` and the like go along.
+
+        A model that is still being loaded is waited for, up to 10 s; so is it by `embeddings`.
+        """
+        return self._once_ready("/predict", {"model": model, "inputs": inputs, "parameters": parameters})
 
     def embeddings(self, model: str, inputs: str | Sequence[str]) -> list[list[float]]:
         """One vector for each input, in order."""
-        answer = self._post("/v1/embeddings", {"model": model, "input": inputs})
+        answer = self._once_ready("/v1/embeddings", {"model": model, "input": inputs})
         return [item["embedding"] for item in sorted(answer["data"], key=lambda item: item["index"])]
 
     # Fine-tuning
@@ -184,11 +192,16 @@ class Client:
         return self._get(f"/models/{_part(name)}")
 
     def set_alias(self, name: str, alias: str, *, version: int, expected_version: int | None, reason: str = "") -> Json:
-        """Moves the alias from `expected_version` (None: it does not exist yet), else `alias_conflict`."""
+        """Moves the alias from `expected_version` (None: it does not exist yet), else `alias_conflict`.
+
+        Returns an `alias.change` if the version serves, and an `alias.pending` with `wanted`, `serving`, `reason` and
+        `retry_at` if the service has not been able to load it within 10 s: it serves by itself as soon as it can.
+        """
         body = {"version": version, "expected_version": expected_version, "reason": reason}
         return self._send("PUT", f"/models/{_part(name)}/aliases/{_part(alias)}", json=body)
 
     def rollback(self, name: str, *, alias: str = "champion", reason: str = "") -> Json:
+        """Points the alias back to where it was. Returns what `set_alias` returns."""
         return self._post(f"/models/{_part(name)}/rollback", {"alias": alias, "reason": reason})
 
     # Operations
@@ -208,6 +221,18 @@ class Client:
 
     def _post(self, path: str, body: Json) -> Json:
         return self._send("POST", path, json=body)
+
+    def _once_ready(self, path: str, body: Json) -> Json:
+        """Posts again while the model is being loaded, as often as the service says."""
+        ends = time.monotonic() + _LOADING_S
+        while True:
+            try:
+                return self._post(path, body)
+            except PolyheadError as error:
+                pause_s = error.retry_after_s or 1.0
+                if error.code != "model_not_ready" or time.monotonic() + pause_s > ends:
+                    raise
+                time.sleep(pause_s)
 
     def _send(self, method: str, path: str, **arguments: Any) -> Json:
         try:
@@ -271,11 +296,16 @@ def _refusal(response: httpx.Response) -> PolyheadError:
         document = response.json()
     except ValueError:
         document = None
+    seconds = response.headers.get("Retry-After", "")
+    retry_after_s = float(seconds) if seconds.isdecimal() else None
     if isinstance(document, dict) and isinstance(document.get("error"), dict):
         error = document["error"]
-        return PolyheadError(status, str(error.get("code")), str(error.get("message")))
+        return PolyheadError(status, str(error.get("code")), str(error.get("message")), retry_after_s=retry_after_s)
     if isinstance(document, dict) and "code" in document:
-        return PolyheadError(status, document["code"], document.get("detail", ""), document.get("errors", ()))
+        detail, errors = document.get("detail", ""), document.get("errors", ())
+        if "retry_after_ms" in document:
+            retry_after_s = document["retry_after_ms"] / 1000
+        return PolyheadError(status, document["code"], detail, errors, retry_after_s=retry_after_s)
     return PolyheadError(status, f"http_{status}", response.reason_phrase or "the answer is no problem document")
 
 

@@ -30,6 +30,7 @@ NAMESPACE: Final = "polyhead"
 
 REQUEST_LABELS: Final = ("model", "version", "task")
 ENGINE_LABELS: Final = ("backbone", "engine")
+ALIAS_LABELS: Final = ("tenant", "model", "alias")
 
 MODEL_STATES: Final = ("loading", "warming", "ready", "draining", "unloading", "failed")
 JOB_STATES: Final = (
@@ -216,6 +217,12 @@ class ServingMetrics:
         self.model_memory_bytes = self._gauge(
             "model_memory_bytes", "Memory a model holds beyond its shared backbone", *REQUEST_LABELS
         )
+        self.alias_wanted_version = self._gauge(
+            "alias_wanted_version", "Version that an alias should serve, by the registry", *ALIAS_LABELS
+        )
+        self.alias_serving_version = self._gauge(
+            "alias_serving_version", "Version that an alias serves in this process; 0: none", *ALIAS_LABELS
+        )
         self.adapter_loads_total = self._counter("adapter_loads_total", "Versions loaded: heads, adapters, full models")
         self.adapter_load_duration_seconds = self._histogram(
             "adapter_load_duration_seconds", "Time from reading a version to its being ready", buckets=LOAD_BUCKETS_S
@@ -292,6 +299,15 @@ class ServingMetrics:
             self.model_memory_bytes,
         ):
             metric.remove_by_labels(labels)
+
+    def set_alias(self, tenant: str, model: str, alias: str, wanted: int | None, serving: int | None) -> None:
+        self.alias_wanted_version.labels(tenant, model, alias).set(wanted or 0)
+        self.alias_serving_version.labels(tenant, model, alias).set(serving or 0)
+
+    def stop_alias(self, tenant: str, model: str, alias: str) -> None:
+        """Remove the series of an alias that the registry no longer has."""
+        for metric in (self.alias_wanted_version, self.alias_serving_version):
+            metric.remove_by_labels({"tenant": tenant, "model": model, "alias": alias})
 
     def of_model(self, labels: tuple[str, str, str]) -> ModelSeries:
         """A model's series by its labels, looked up once."""

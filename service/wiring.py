@@ -59,6 +59,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             ),
             metrics,
             memory_budget_bytes=settings.memory_budget_bytes,
+            backbones=settings.backbones,
             batch_log=None if settings.batch_log is None else stack.enter_context(BatchLog(settings.batch_log)),
         )
         stack.push_async_callback(pool.stop)
@@ -81,6 +82,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         )
         stack.push_async_callback(intake.stop)
         watcher = RegistryWatcher(registry, pool, poll_s=settings.registry_poll_s)
+        pool.look_again = watcher.look
         services = Services(
             settings=settings,
             pool=pool,
@@ -153,6 +155,14 @@ async def _migrate_when_there(database: Database) -> None:
             await asyncio.sleep(1)
 
 
+async def _read_when_there(watcher: RegistryWatcher) -> None:
+    while True:
+        try:
+            return await watcher.refresh()
+        except DatabaseUnavailable:
+            await asyncio.sleep(1)
+
+
 async def _load(
     settings: ServingSettings,
     store: FileStore,
@@ -162,16 +172,12 @@ async def _load(
 ) -> None:
     """Brings the backbones up, then follows the registry. A backbone that cannot load keeps the process unready."""
     try:
+        await _read_when_there(watcher)  # from here on the names of models are known
         for name, source in settings.backbones.items():
             folder = await asyncio.to_thread(locate, source, offline=settings.is_offline)
             backbones[name] = await asyncio.to_thread(ingest, store, folder, name=name, source=source)
             await pool.add_backbone(name, backbones[name])
-        while True:
-            try:
-                await watcher.refresh()
-                break
-            except DatabaseUnavailable:
-                await asyncio.sleep(1)
+        await pool.settled()
         gc.collect()  # now, since it looks at all that was imported; the next ones need not
         pool.is_started = True
     except Exception:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Query
@@ -10,17 +12,21 @@ from fastapi.responses import JSONResponse, Response
 
 from model_registry.errors import ModelNotFound
 from model_registry.manifest import FileEntry, ModelManifest
-from model_registry.refs import ModelRef
+from model_registry.refs import CHAMPION, ModelRef
 from model_registry.registry import AliasChange, ModelVersion, RegisteredModel
 from model_registry.store import load_manifest
 from service.api.auth import Principal
 from service.api.deps import Administering, JsonBody, Promoting, Reading, Services, ServicesDep
 from service.api.problems import Problem
-from service.api.schemas import AliasRequest, ImportRequest, RollbackRequest
+from service.api.schemas import AliasPending, AliasRequest, ImportRequest, RollbackRequest
 from service.model_import import import_checkpoint
 
 router = APIRouter(tags=["models"])
 _MAX_FILE_BYTES = 16 << 20
+_SERVED_S = 10.0  # after that a caller has waited long enough to be told how things are
+_PENDING: dict[int | str, dict[str, Any]] = {
+    202: {"model": AliasPending, "description": "The alias has moved, and this replica does not serve the version yet"}
+}
 _MEDIA_TYPES = {
     "svg": "image/svg+xml",
     "json": "application/json",
@@ -38,7 +44,7 @@ _INERT = {
 @router.get("/models", summary="Backbones and models")
 @router.get("/v1/models", summary="Backbones and models, as OpenAI's clients list them")
 def list_models(services: ServicesDep, principal: Reading) -> dict[str, Any]:
-    backbones = [_backbone(name, services) for name in services.pool.backbones()]
+    backbones = [_backbone(name, services, principal.tenant) for name in services.pool.backbones()]
     models = [_model(model, services) for model in services.registry.models(principal.tenant)]
     return {"object": "list", "data": [*backbones, *models]}
 
@@ -47,14 +53,15 @@ def list_models(services: ServicesDep, principal: Reading) -> dict[str, Any]:
 @router.get("/v1/models/{name}", summary="One model")
 def get_model(name: str, services: ServicesDep, principal: Reading) -> dict[str, Any]:
     if name in services.pool.backbones():
-        return _backbone(name, services)
+        return _backbone(name, services, principal.tenant)
     return _model(services.registry.model(principal.tenant, name), services)
 
 
 @router.get("/models/{name}/versions", summary="Versions, newest first")
 def list_versions(name: str, services: ServicesDep, principal: Reading) -> dict[str, Any]:
     model = services.registry.model(principal.tenant, name)
-    return {"object": "list", "data": [_version(version, model, services) for version in model.versions]}
+    versions = [_version(version, model, services) for version in model.versions]
+    return {"object": "list", "data": versions, "alias_states": _alias_states(model, services)}
 
 
 @router.get("/models/{name}/versions/{version}", summary="One version")
@@ -80,17 +87,23 @@ def get_file(name: str, version: int, path: str, services: ServicesDep, principa
 
 
 @router.put(
-    "/models/{name}/aliases/{alias}", dependencies=[JsonBody], summary="Move an alias if nobody moved it meanwhile"
+    "/models/{name}/aliases/{alias}",
+    dependencies=[JsonBody],
+    responses=_PENDING,
+    summary="Move an alias if nobody moved it meanwhile",
 )
 async def put_alias(
     name: str, alias: str, body: AliasRequest, services: ServicesDep, principal: Promoting
-) -> dict[str, Any]:
-    """The version is loaded and checked before the alias moves; when this answers, it serves."""
-    tenant = principal.tenant
+) -> JSONResponse:
+    """Loads and checks the version, then moves the alias. 200: this replica serves it. 202: it will.
+
+    A version whose own files are at fault is refused, and the alias stays.
+    """
+    tenant, ends = principal.tenant, time.monotonic() + _SERVED_S
     version = await asyncio.to_thread(
         services.registry.resolve, tenant, ModelRef(name, alias=None, version=body.version)
     )
-    await services.pool.ensure(tenant, name, version)
+    await services.pool.ensure(tenant, name, version, within_s=_SERVED_S)
     change = await asyncio.to_thread(
         lambda: services.registry.set_alias(
             tenant=tenant,
@@ -102,8 +115,7 @@ async def put_alias(
             reason=body.reason,
         )
     )
-    await services.watcher.refresh()
-    return _change(change)
+    return await _moved(change, tenant, services, ends=ends)
 
 
 @router.get("/models/{name}/aliases/{alias}/history", summary="Every move of an alias, newest first")
@@ -122,18 +134,18 @@ def get_history(
     return {"object": "list", "data": [_change(change) for change in changes]}
 
 
-@router.post("/models/{name}/rollback", summary="Point an alias back to where it was")
+@router.post("/models/{name}/rollback", responses=_PENDING, summary="Point an alias back to where it was")
 async def rollback(
     name: str, services: ServicesDep, principal: Promoting, body: RollbackRequest | None = None
-) -> dict[str, Any]:
-    wanted = body or RollbackRequest()
+) -> JSONResponse:
+    """200: this replica serves the earlier version. 202: it will."""
+    wanted, ends = body or RollbackRequest(), time.monotonic() + _SERVED_S
     change = await asyncio.to_thread(
         lambda: services.registry.rollback(
             tenant=principal.tenant, name=name, alias=wanted.alias, actor=principal.name, reason=wanted.reason
         )
     )
-    await services.watcher.refresh()
-    return _change(change)
+    return await _moved(change, principal.tenant, services, ends=ends)
 
 
 @router.post(
@@ -155,9 +167,21 @@ async def import_model(body: ImportRequest, services: ServicesDep, principal: Ad
         )
     )
     await services.watcher.refresh()
+    await services.pool.serves((principal.tenant, body.name, CHAMPION), version, within_s=_SERVED_S)
     model = await asyncio.to_thread(services.registry.model, principal.tenant, body.name)
     found = next(item for item in model.versions if item.version == version)
     return JSONResponse(_version(found, model, services), 201, {"Location": f"/models/{body.name}/versions/{version}"})
+
+
+async def _moved(change: AliasChange, tenant: str, services: Services, *, ends: float) -> JSONResponse:
+    """What has become of a move of an alias, as soon as this replica serves the version or the time is over."""
+    await services.watcher.refresh()
+    alias = (tenant, change.name, change.alias)
+    if await services.pool.serves(alias, change.to_version, within_s=ends - time.monotonic()):
+        return JSONResponse(_change(change))
+    state = services.pool.status.alias(alias, change.to_version)
+    pending = AliasPending(model=change.name, alias=change.alias, change=_change(change), **asdict(state))
+    return JSONResponse(pending.model_dump(), 202)
 
 
 def _files(version: ModelVersion, services: Services) -> list[dict[str, Any]]:
@@ -182,7 +206,7 @@ def _file(name: str, version: int, path: str, services: Services, principal: Pri
     return services.store.get_bytes(f"{manifest.prefix}/{path}", max_bytes=_MAX_FILE_BYTES)
 
 
-def _backbone(name: str, services: Services) -> dict[str, Any]:
+def _backbone(name: str, services: Services, tenant: str) -> dict[str, Any]:
     served, info = services.pool.backbones()[name], services.backbones[name].info
     return {
         "id": name,
@@ -196,6 +220,7 @@ def _backbone(name: str, services: Services) -> dict[str, Any]:
         "version": None,
         "aliases": {},
         "state": served.state,
+        "reason": "it hides the model of this name" if (tenant, name) in services.pool.status.hidden else None,
         "engine": served.lane.engine_name,
         "labels": [],
         "bytes": served.own_bytes,
@@ -206,15 +231,16 @@ def _backbone(name: str, services: Services) -> dict[str, Any]:
                 "created_at": report.created_at,
                 "engines": report.engines,
             }
-            for report in services.pool.measurements(info.digest)
+            for report in services.pool.status.measurements(info.digest)
         ],
     }
 
 
 def _model(model: RegisteredModel, services: Services) -> dict[str, Any]:
-    champion = model.aliases.get("champion")
+    champion = model.aliases.get(CHAMPION)
     ready = [version for version in model.versions if version.status == "ready"]
     shown = next((version for version in ready if version.version == champion), ready[0] if ready else None)
+    states = _alias_states(model, services)
     base: dict[str, Any] = {
         "id": model.name,
         "object": "model",
@@ -222,17 +248,34 @@ def _model(model: RegisteredModel, services: Services) -> dict[str, Any]:
         "owned_by": model.tenant,
         "task": model.task,
         "aliases": model.aliases,
+        "alias_states": states,
+        "wanted": champion,
+        "serving": states[CHAMPION]["serving"] if champion is not None else None,
         "versions": [version.version for version in ready],
     }
     if shown is None:
-        return base | {"version": None, "state": "unloaded", "engine": None, "labels": [], "bytes": 0}
+        return base | {"version": None, "state": "unloaded", "reason": None, "engine": None, "labels": [], "bytes": 0}
     detail = _version(shown, model, services)
     keys = ("version", "parent", "root", "state", "reason", "engine", "labels", "bytes", "kind", "method", "metrics")
-    return base | {key: detail[key] for key in keys}
+    row = base | {key: detail[key] for key in keys}
+    if champion is not None:
+        row["reason"] = states[CHAMPION]["reason"]
+    if (model.tenant, model.name) in services.pool.status.hidden:
+        row["reason"] = f"the backbone of this name hides it; ask for {shown.name}:{shown.version} or an alias"
+    return row
+
+
+def _alias_states(model: RegisteredModel, services: Services) -> dict[str, dict[str, Any]]:
+    """By alias: the version that it should serve, the one that it serves here, and why they differ."""
+    return {
+        alias: asdict(services.pool.status.alias((model.tenant, model.name, alias), version))
+        for alias, version in model.aliases.items()
+    }
 
 
 def _version(version: ModelVersion, model: RegisteredModel, services: Services) -> dict[str, Any]:
-    state, reason = services.pool.state_of(version.tenant, version.name, version.version)
+    key, status = (version.tenant, version.name, version.version), services.pool.status
+    state, reason = status.version(key)
     return {
         "id": f"{version.name}:{version.version}",
         "object": "model.version",
@@ -248,7 +291,7 @@ def _version(version: ModelVersion, model: RegisteredModel, services: Services) 
         "job_id": version.job_id,
         "state": state,
         "reason": reason,
-        "engine": services.pool.engine_of(version.tenant, version.name, version.version),
+        "engine": status.engine_of(key),
         "labels": version.labels or [],
         "metrics": version.metrics or {},
         "bytes": version.bytes or 0,

@@ -139,6 +139,19 @@ class AliasRequest(_Request):
     reason: str = Field("", max_length=1024)
 
 
+class AliasPending(BaseModel):
+    """An alias that has moved to a version which this replica does not serve yet."""
+
+    object: Literal["alias.pending"] = "alias.pending"
+    model: str
+    alias: str
+    wanted: int
+    serving: int | None = Field(description="version that requests get meanwhile; null: 503 model_not_ready")
+    reason: str | None = Field(description="what keeps the wanted version from serving")
+    retry_at: float | None = Field(description="seconds since the epoch; null while the load is in progress")
+    change: dict[str, Any]
+
+
 class RollbackRequest(_Request):
     alias: str = Field("champion", pattern=NAME_PATTERN)
     reason: str = Field("", max_length=1024)

@@ -24,6 +24,7 @@ from service.inference.batching import BatchLimits, DynamicBatcher, Record
 from service.inference.entries import QueueEntry
 from service.inference.isolation import Outputs
 from service.inference.ladder import Measured, ladder
+from service.inference.runtime import Runtime
 from service.inference.tokenizing import TokenEstimate
 from service.metrics import ServingMetrics
 
@@ -60,6 +61,7 @@ class BackboneLane:
         *,
         label: str,
         record: Record | None = None,
+        runtime: Runtime = Runtime(),
     ) -> None:
         self.backbone = backbone
         self.engine = engine
@@ -74,6 +76,7 @@ class BackboneLane:
             limits,
             padded_width=lambda longest: self.engine.width(longest),
             record=record,
+            runtime=runtime,
         )
 
     @property
@@ -174,9 +177,18 @@ class LinearLane:
     engine_name = "linear"
     max_length = 1 << 30  # whatever a request may hold
 
-    def __init__(self, metrics: ServingMetrics, limits: BatchLimits, *, record: Record | None = None) -> None:
+    def __init__(
+        self,
+        metrics: ServingMetrics,
+        limits: BatchLimits,
+        *,
+        record: Record | None = None,
+        runtime: Runtime = Runtime(),
+    ) -> None:
         self.token_estimate = TokenEstimate(_CHARACTERS_PER_TOKEN)
-        self.batcher = DynamicBatcher(("linear", self.engine_name), self, metrics, limits, record=record)
+        self.batcher = DynamicBatcher(
+            ("linear", self.engine_name), self, metrics, limits, record=record, runtime=runtime
+        )
 
     def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Any]:
         return [RawText(item if isinstance(item, str) else " ".join(item)) for item in inputs]

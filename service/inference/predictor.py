@@ -92,6 +92,7 @@ class Predictor:
         """
         started = self._clock()
         check_inputs(inputs, self._max_inputs)
+        await self._pool.look_up(tenant, ref)
         with self._pool.lease(tenant, ref) as model:
             if needs_labels and not model.task.has_answers and not options.return_embedding:
                 raise NotPredictable(

@@ -14,6 +14,10 @@ def _tokenizer_threads(count: int) -> Executor:
     return ThreadPoolExecutor(count, thread_name_prefix="tokenizer")
 
 
+def _loader_thread() -> Executor:
+    return ThreadPoolExecutor(1, thread_name_prefix="model-loader")
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """`clock` in seconds, as `time.monotonic` counts them."""
@@ -21,3 +25,4 @@ class Runtime:
     clock: Callable[[], float] = time.monotonic
     engine_thread: Callable[..., EngineThread] = EngineThread
     tokenizer_threads: Callable[[int], Executor] = _tokenizer_threads
+    loader_thread: Callable[[], Executor] = _loader_thread

@@ -88,6 +88,9 @@ class WordPool:
         self._models = {model.name: model for model in models}
         self.leases = 0
 
+    async def look_up(self, tenant: str, ref: Any) -> None:
+        """All that there is is known."""
+
     @contextlib.contextmanager
     def lease(self, tenant: str, ref: Any) -> Iterator[WordModel]:
         self.leases += 1

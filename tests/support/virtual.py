@@ -103,15 +103,21 @@ class VirtualPool(Executor):
         future: Future[Any] = Future()
 
         def run() -> None:
-            if not future.cancelled():
+            if future.cancelled():
+                return
+            try:
                 future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
 
         asyncio.get_running_loop().call_later(self._seconds(*arguments), run)
         return future
 
 
 def virtual_runtime(
-    engine_s: Callable[[Any], float] = lambda work: 0.0, tokenizer_s: Callable[..., float] = lambda *_: 0.0
+    engine_s: Callable[[Any], float] = lambda work: 0.0,
+    tokenizer_s: Callable[..., float] = lambda *_: 0.0,
+    loader_s: Callable[..., float] = lambda *_: 0.0,
 ) -> Runtime:
     """For use inside of `run_virtually`."""
     thread = type("Thread", (VirtualThread,), {"seconds": staticmethod(engine_s)})
@@ -119,6 +125,7 @@ def virtual_runtime(
         clock=asyncio.get_running_loop().time,
         engine_thread=thread,
         tokenizer_threads=lambda _: VirtualPool(tokenizer_s),
+        loader_thread=lambda: VirtualPool(loader_s),
     )
 
 

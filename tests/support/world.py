@@ -29,6 +29,7 @@ from modeling.weights import FloatArray
 from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
 from service.inference.model_pool import ModelPool
+from service.inference.runtime import Runtime
 from service.metrics import ServingMetrics
 from tests.support.adapters import write_adapter
 
@@ -95,6 +96,8 @@ class World:
         labels: tuple[str, ...] = ("a", "b"),
         *,
         seed: int = 0,
+        promote: bool = False,
+        spoil: Callable[[Path], None] | None = None,
         task: str = DEFAULT_TASK,
         thresholds: Sequence[float] | None = None,
     ) -> ModelVersion:
@@ -117,8 +120,10 @@ class World:
                 task=task,
                 thresholds=thresholds,
             )
+            if spoil is not None:
+                spoil(staged)
 
-        return self._register(name, labels, write, kind="baseline", method="baseline", task=task)
+        return self._register(name, labels, write, kind="baseline", method="baseline", promote=promote, task=task)
 
     def _register(
         self,
@@ -161,7 +166,21 @@ class World:
         return self.registry.snapshot().versions[("default", name, version)]
 
     @asynccontextmanager
-    async def pool(self, *, memory_budget_bytes: int = 1 << 30, metrics: ServingMetrics | None = None) -> Any:
+    async def pool(self, **options: Any) -> Any:
+        """With its backbone."""
+        async with self.bare_pool(backbones=("tiny",), **options) as pool:
+            await pool.add_backbone("tiny", self.backbone)
+            yield pool
+
+    @asynccontextmanager
+    async def bare_pool(
+        self,
+        *,
+        backbones: Sequence[str] = (),
+        memory_budget_bytes: int = 1 << 30,
+        metrics: ServingMetrics | None = None,
+        runtime: Runtime = Runtime(),
+    ) -> Any:
         selector = _FixedEngine(self)
         pool = ModelPool(
             self.store,
@@ -169,8 +188,9 @@ class World:
             BatchLimits(1024, 32, 0.0),
             metrics or ServingMetrics(),
             memory_budget_bytes=memory_budget_bytes,
+            backbones=backbones,
+            runtime=runtime,
         )
-        await pool.add_backbone("tiny", self.backbone)
         try:
             yield pool
         finally:

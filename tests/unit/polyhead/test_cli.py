@@ -170,6 +170,15 @@ def test_rollback(service: Service) -> None:
     assert run(service, "rollback", "reviews").stdout == "reviews@champion: 2 → 1\n"
 
 
+def test_a_promotion_that_is_not_served_yet_says_why(service: Service) -> None:
+    service.on("GET /models/reviews", (200, {"aliases": {"champion": 1}}))
+    pending = {"object": "alias.pending", "change": CHANGE, "wanted": 2, "serving": 1, "reason": "the disk is away"}
+    service.on("PUT /models/reviews/aliases/champion", (202, pending))
+    told = run(service, "promote", "reviews", "2")
+    assert (told.exit_code, told.stdout) == (0, "reviews@champion: 1 → 2\n")
+    assert told.stderr == "not served yet, version 1 answers meanwhile: the disk is away\n"
+
+
 def test_version() -> None:
     assert run(None, "--version").stdout == f"{__version__}\n"
 

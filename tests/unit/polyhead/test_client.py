@@ -37,6 +37,18 @@ def test_predict_sends_inputs_and_parameters(service: Service) -> None:
     assert service.asked[0].headers["authorization"] == "Bearer k"
 
 
+def test_predict_waits_for_a_model_that_is_being_loaded(service: Service) -> None:
+    loading = {"code": "model_not_ready", "detail": "reviews:1 is being loaded", "retry_after_ms": 1}
+    service.on("POST /predict", (503, loading), (503, loading), (200, {"version": 1, "predictions": []}))
+    with Client(service.url) as client:
+        assert client.predict("reviews", "a")["version"] == 1
+        service.on("POST /predict", (503, loading | {"retry_after_ms": 60_000}))
+        with pytest.raises(PolyheadError) as refused:
+            client.predict("reviews", "a")
+    assert (refused.value.code, refused.value.retry_after_s) == ("model_not_ready", 60)
+    assert len(service.asked) == 4
+
+
 def test_embeddings_come_in_the_order_of_the_inputs(service: Service) -> None:
     data = [{"index": 1, "embedding": [2.0]}, {"index": 0, "embedding": [1.0]}]
     service.on("POST /v1/embeddings", (200, {"data": data}))

@@ -185,8 +185,7 @@ def before_and_after(
             await pool.add_backbone("tiny", world.backbone)
             await pool.apply(world.registry.snapshot())
             before = await ask(pool, "m")
-            while pool._background:
-                await asyncio.sleep(0.05)
+            await pool.engines.idle()
             return before, await ask(pool, "m")
         finally:
             await pool.stop()
@@ -350,7 +349,7 @@ def test_the_pool_knows_a_fine_tune_for_the_like_of_its_backbone(world: World, t
         )
         try:
             await pool.add_backbone("tiny", world.backbone)
-            await pool._lane_of(tuned)
+            await pool.engines.lane_of(tuned)
         finally:
             await pool.stop()
 

@@ -4,6 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from service.metrics import (
+    ALIAS_LABELS,
     CANCEL_STAGES,
     ENGINE_LABELS,
     JOB_STATES,
@@ -39,6 +40,8 @@ CONTRACT = {
     "model_info": (*REQUEST_LABELS, *ENGINE_LABELS),
     "model_state": (*REQUEST_LABELS, "state"),
     "model_memory_bytes": REQUEST_LABELS,
+    "alias_wanted_version": ALIAS_LABELS,
+    "alias_serving_version": ALIAS_LABELS,
     "engine_fallback_total": ("backbone", "from", "to", "reason"),
     "engine_parity_max_abs_diff": ENGINE_LABELS,
     "engine_label_flips_ratio": ENGINE_LABELS,

@@ -16,14 +16,13 @@ from model_registry.refs import ModelRef
 from modeling.adapters import Adapter, LoraPair
 from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
-from modeling.engines.torch import TorchEngine
-from modeling.errors import AdapterMismatch, EngineFailed, GoldenRowsDiffer, ModelingError
+from modeling.errors import AdapterMismatch, GoldenRowsDiffer, ModelingError
 from modeling.multi_lora import Routing, route
 from modeling.preprocess import TextInput
 from modeling.tasks import Options
 from modeling.weights import FloatArray
 from service.inference.admission import AdmissionController
-from service.inference.errors import EmptyInput, InferenceFailed, ModelNotReady, NotPredictable
+from service.inference.errors import EmptyInput, ModelNotReady, NotPredictable
 from service.inference.lanes import BackboneLane
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor, PredictResult
@@ -67,7 +66,7 @@ def test_a_request_keeps_its_version_while_the_alias_moves(world: World) -> None
             with pool.lease("default", ModelRef.parse("m")) as model:
                 world.publish("m", seed=2, promote=True)
                 await pool.apply(world.registry.snapshot())
-                assert pool.state_of("default", "m", 2) == ("ready", None)
+                assert pool.status.version(("default", "m", 2)) == ("ready", None)
                 return model.version
 
     assert run(scenario()) == 1
@@ -95,7 +94,7 @@ def test_a_version_that_does_not_load_leaves_the_old_one_serving(world: World, s
             broken = world.publish("m", seed=2, promote=True, spoil=spoil)
             await pool.apply(world.registry.snapshot())
             answered = await ask(pool, "m", ["a good film"])
-            state, reason = pool.state_of("default", "m", 2)
+            state, reason = pool.status.version(("default", "m", 2))
             with pytest.raises(error):
                 await pool.ensure("default", "m", broken)
             return answered.version, state, reason
@@ -125,7 +124,7 @@ def test_an_adapter_that_does_not_fit_is_named_and_leaves_the_old_version_servin
                 await pool.ensure("default", "m", broken)
             serving = await ask(pool, "m", ["a good film"])
             others = await ask(pool, "tiny", ["a good film"], return_embedding=True)
-            state, reason = pool.state_of("default", "m", 2)
+            state, reason = pool.status.version(("default", "m", 2))
             return serving.version, state, reason, others.version
 
     version, state, reason, _ = run(scenario())
@@ -151,44 +150,6 @@ def test_a_file_altered_after_registration_is_refused(world: World) -> None:
     run(scenario())
 
 
-def test_a_version_that_met_an_engine_out_of_order_loads_once_it_serves_again(world: World) -> None:
-    class OutOfOrder(TorchEngine):
-        is_broken = False
-
-        def run(self, batch: EngineBatch) -> FloatArray:
-            if self.is_broken:
-                raise EngineFailed("on order")
-            return super().run(batch)
-
-    world.make_engine = OutOfOrder
-
-    async def scenario() -> int | None:
-        async with world.pool() as pool:
-            (lane,) = pool.lanes()
-            assert isinstance(lane, BackboneLane) and isinstance(lane.engine, OutOfOrder)
-            lane.engine.is_broken = True
-            for _ in range(3):
-                with pytest.raises(InferenceFailed):
-                    await ask(pool, "tiny", ["a good film"], return_embedding=True)
-            async with asyncio.timeout(5):
-                while lane.batcher.is_fit:
-                    await asyncio.sleep(0.01)
-            world.publish("m", seed=1)
-            await pool.apply(world.registry.snapshot())
-            with pytest.raises(ModelNotReady) as refused:
-                await ask(pool, "m", ["a good film"])
-            assert refused.value.retry_after_s is not None and refused.value.retry_after_s <= 5
-            lane.engine.is_broken = False
-            async with asyncio.timeout(10):
-                while not lane.batcher.is_fit:
-                    await asyncio.sleep(0.01)
-            pool._failed = {key: (reason, retry_at - 5) for key, (reason, retry_at) in pool._failed.items()}
-            await pool.apply(world.registry.snapshot())
-            return (await ask(pool, "m", ["a good film"])).version
-
-    assert run(scenario()) == 1
-
-
 def test_a_version_by_number_loads_on_first_use(world: World) -> None:
     world.publish("m", seed=1)
     world.publish("m", seed=2)
@@ -199,7 +160,7 @@ def test_a_version_by_number_loads_on_first_use(world: World) -> None:
             with pytest.raises(ModelNotReady) as not_ready:
                 await ask(pool, "m:2", ["a good film"])
             assert not_ready.value.retry_after_s
-            while pool.state_of("default", "m", 2)[0] != "ready":
+            while pool.status.version(("default", "m", 2))[0] != "ready":
                 await asyncio.sleep(0.01)
             return (await ask(pool, "m:2", ["a good film"])).version
 
@@ -216,9 +177,9 @@ def test_over_the_budget_the_least_used_unaliased_version_goes(world: World) -> 
             for version in (first, second, third):
                 await pool.ensure("default", "m", version)
             await asyncio.sleep(0)
-            while pool.state_of("default", "m", 2)[0] != "unloaded":
+            while pool.status.version(("default", "m", 2))[0] != "unloaded":
                 await asyncio.sleep(0.01)
-            return [pool.state_of("default", "m", number)[0] for number in (1, 2, 3)]
+            return [pool.status.version(("default", "m", number))[0] for number in (1, 2, 3)]
 
     assert run(scenario()) == ["ready", "unloaded", "ready"]
 
@@ -273,3 +234,29 @@ def test_unknown_models_and_empty_inputs_are_refused(world: World) -> None:
                     await ask(pool, "tiny", empty)
 
     run(scenario())
+
+
+def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world: World) -> None:
+    layout = route(load_encoder(world.backbone.folder), Routing())
+    world.publish("m", seed=1)
+    loras = [world.publish("m", seed=seed, adapter=random_adapter(layout, rank=4, seed=seed)) for seed in (2, 3)]
+
+    async def scenario() -> FloatArray:
+        async with world.pool(memory_budget_bytes=20_000) as pool:
+            await pool.apply(world.registry.snapshot())
+            await pool.ensure("default", "m", loras[0])
+            with pool.lease("default", ModelRef.parse("m:2")) as model:
+                assert model.own_bytes < 20_000 < 2 * model.own_bytes
+                await pool.ensure("default", "m", loras[1])
+                await pool.settled()
+                assert pool.status.version(("default", "m", 2))[0] == "unloaded"
+                lane = model.lane
+                assert isinstance(lane, BackboneLane)
+                before, lane.engine.name = lane.engine, "other"
+                lane.batcher.supervisor.on_engine_failed("a test")
+                await pool.engines.idle()
+                assert lane.engine is not before
+                work = lane.preprocess(["a good film"], truncate=True, max_length=None)
+                return lane.engine.run(EngineBatch(work, [model.adapter_key]))
+
+    assert run(scenario()).shape == (1, 32)
