@@ -19,7 +19,7 @@ from model_registry.errors import (
     ModelNotFound,
     VersionNotServable,
 )
-from model_registry.manifest import ModelManifest, Task
+from model_registry.manifest import ModelManifest
 from model_registry.migrations import migrate
 from model_registry.refs import ModelRef
 from model_registry.registry import Promotion, Registry
@@ -69,7 +69,7 @@ def test_a_name_stands_for_one_task_once_a_version_is_ready(registry: Registry) 
                 connection, tenant="default", name="m", task=task, kind="head", method="x", job_id=None
             )
 
-    def publish_as(version: int, task: Task) -> None:
+    def publish_as(version: int, task: str) -> None:
         manifest = ModelManifest(
             tenant="default",
             name="m",
