@@ -4,7 +4,7 @@ CPU time of the process per text through `Predictor`, over an engine that costs 
 loop; `own` replaces the tokenizer as well, so that admission, queue, threads and answers remain. `gap` is how long an
 engine that takes 3 ms a run stands still between two runs while work waits.
 
-With `--base` the same file measures another checkout, in turns with this one, and the ratio of the medians is printed.
+With `--base` another checkout measures itself, in turns with this one, and the ratio of the medians is printed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from modeling.engines.protocol import EngineBatch
 from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
-from service.inference.admission import AdmissionController
+from service.inference.capacity import AdmissionController
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.metrics import ServingMetrics
@@ -160,8 +160,9 @@ def compare(base: Path, *, rounds: int, texts: int, repeats: int) -> dict[str, d
     figures: dict[Path, list[dict[str, float]]] = {base: [], here: []}
     for number in range(rounds):
         for checkout in (base, here) if number % 2 == 0 else (here, base):
-            # -P: a module beside this file is called like a package
-            command = [sys.executable, "-P", __file__, "--json", "--texts", str(texts), "--repeats", str(repeats)]
+            # -P: a module beside the file is called like a package
+            file = checkout / "benchmarks" / "batcher_overhead.py"
+            command = [sys.executable, "-P", str(file), "--json", "--texts", str(texts), "--repeats", str(repeats)]
             output = subprocess.run(
                 command, env=os.environ | {"PYTHONPATH": str(checkout)}, check=True, capture_output=True, text=True
             ).stdout

@@ -47,7 +47,7 @@ from service.api.guard import DrainState
 from service.api.interrupt import CONNECTION_LOST
 from service.app import create_app
 from service.http_limits import HeaderLimits, limited_protocol
-from service.inference.admission import AdmissionController
+from service.inference.capacity import AdmissionController
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor, PredictResult, Timings
 from service.metrics import ServingMetrics

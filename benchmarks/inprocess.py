@@ -57,7 +57,7 @@ class InProcess:
             vectors = [engine.run(batch) for batch in batches]
             return np.concatenate(vectors), time.perf_counter() - started
 
-        return self._runner.run(self._lane.batcher.call(run))  # type: ignore[no-any-return]
+        return self._runner.run(self._lane.worker.call(run))
 
 
 @contextlib.contextmanager

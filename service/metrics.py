@@ -1,7 +1,7 @@
 """Every metric of the serving process: names, labels and buckets in one file.
 
-Knows prometheus_client and nothing of requests, batches or models: the predictor, the batcher, the model pool and the
-registry watcher each observe into the attributes here, which carry the metric's name without the prefix.
+Knows prometheus_client and nothing of requests, batches or models: the predictor, the engine worker, the model pool and
+the registry watcher each observe into the attributes here, which carry the metric's name without the prefix.
 
 Series of a model exist from `start_model` to `stop_model`, those of an engine from `start_engine` to `stop_engine`, so
 that a rate is 0 before the first request instead of missing, and the first failure counts as an increase.

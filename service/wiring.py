@@ -23,10 +23,10 @@ from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from service.api.deps import Services
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
-from service.inference.admission import AdmissionController
 from service.inference.batch_log import BatchLog
-from service.inference.batching import BatchLimits
+from service.inference.capacity import AdmissionController
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
+from service.inference.engine_worker import BatchLimits
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher

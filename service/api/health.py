@@ -18,13 +18,13 @@ _STUCK_S = 120.0
 @router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Is the process alive")
 async def livez(services: ServicesDep) -> Response:
-    batchers = [lane.batcher for lane in services.pool.lanes()]
-    dead = [batcher.name[0] for batcher in batchers if not batcher.is_alive]
+    workers = [lane.worker for lane in services.pool.lanes()]
+    dead = [worker.name[0] for worker in workers if not worker.is_alive]
     stuck = [
-        batcher.name[0]
-        for batcher in batchers
+        worker.name[0]
+        for worker in workers
         # Until then another engine may take over, or the check may pass; after that only a new process helps.
-        if max(batcher.busy_for_s(), batcher.supervisor.unfit_for_s()) > _STUCK_S
+        if max(worker.busy_for_s(), worker.supervisor.unfit_for_s()) > _STUCK_S
     ]
     status = 503 if dead or stuck or services.pool.has_failed else 200
     return JSONResponse({"status": "ok" if status == 200 else "failing", "dead": dead, "stuck": stuck}, status)
@@ -51,7 +51,7 @@ def _unready(services: Services) -> str | None:
         missing = set(services.settings.backbones) - set(services.pool.backbones())
         return f"loading {', '.join(sorted(missing)) or 'models'}"
     # A version with weights of its own that is unfit answers 503 for itself; it takes no others along.
-    unfit = [name for name, model in services.pool.backbones().items() if not model.lane.batcher.is_fit]
+    unfit = [name for name, model in services.pool.backbones().items() if not model.lane.worker.is_fit]
     if unfit:
         return f"the engine of {', '.join(sorted(unfit))} is out of order"
     return None

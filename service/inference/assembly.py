@@ -92,7 +92,7 @@ class Assembler:
         return model
 
     def _show(self, model: ServedModel) -> None:
-        labels, backbone = model.metric_labels, model.lane.batcher.name[0]
+        labels, backbone = model.metric_labels, model.lane.worker.name[0]
         self._metrics.start_model(*labels, backbone=backbone, engine=model.lane.engine_name)
         self._metrics.set_model_state(*labels, state="ready")
         self._metrics.model_memory_bytes.labels(*labels).set(model.own_bytes)
@@ -181,7 +181,7 @@ class Assembler:
         if isinstance(lane, LinearLane):
             linear = parts.linear
             assert linear is not None
-            await lane.batcher.call(lambda: check_golden(parts, lambda texts: linear.margins([str(t) for t in texts])))
+            await lane.worker.call(lambda: check_golden(parts, lambda texts: linear.margins([str(t) for t in texts])))
             return
         assert isinstance(lane, BackboneLane) and parts.head is not None
         if parts.head.input_size != lane.backbone.info.hidden_size:
@@ -194,8 +194,8 @@ class Assembler:
         logits = []
         for row in parts.golden:  # one at a time: requests wait for no more than one row of it
             started = time.monotonic()
-            logits.append(await lane.batcher.call(functools.partial(_golden_logits, model, engine, [row.text])))
-            if lane.batcher.is_in_demand:
+            logits.append(await lane.worker.call(functools.partial(_golden_logits, model, engine, [row.text])))
+            if lane.worker.is_in_demand:
                 await asyncio.sleep(_YIELD * (time.monotonic() - started))
         compare_golden(parts, np.concatenate(logits or [np.zeros((0, 0), np.float32)]), precision=engine.precision)
 
@@ -209,7 +209,7 @@ def _weights(folder: Path) -> int:
 
 
 def _golden_logits(model: ServedModel, engine: Engine, texts: Sequence[TextInput]) -> FloatArray:
-    assert model.parts is not None and model.parts.head is not None
+    assert model.parts is not None and model.parts.head is not None and isinstance(model.lane, BackboneLane)
     work = model.lane.preprocess(texts, truncate=True, max_length=model.max_length)
     keys = [model.adapter_key] * len(work) if model.adapter_key else None
     return model.parts.head.logits(engine.run(EngineBatch(work, keys)))

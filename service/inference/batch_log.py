@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from types import TracebackType
 
-from service.inference.batching import Batch
+from service.inference.queue import Batch
 
 
 class BatchLog:
@@ -32,6 +32,6 @@ class BatchLog:
             "width": batch.width,
             "seconds": round(batch.seconds, 6),
             "lengths": [entry.length for entry in batch.entries],
-            "adapters": [entry.model.adapter_key for entry in batch.entries],
+            "adapters": [entry.ticket.model.adapter_key for entry in batch.entries],
         }
         self._file.write(json.dumps(line) + "\n")

@@ -21,10 +21,9 @@ from modeling.engines.build import REFERENCE, EngineSpec
 from modeling.errors import EngineFailed
 from service.garbage import reconsider
 from service.inference.batch_log import BatchLog
-from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector
+from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.lanes import BackboneLane, Lane, LinearLane
-from service.inference.runtime import Runtime
 from service.inference.served import ServedModel
 from service.metrics import ServingMetrics
 
@@ -66,7 +65,7 @@ class EngineDirector:
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await asyncio.gather(*(lane.batcher.stop() for lane in self.lanes()))
+        await asyncio.gather(*(lane.worker.stop() for lane in self.lanes()))
 
     async def idle(self) -> None:
         """Returns once no lane is about to change its engine."""
@@ -89,7 +88,7 @@ class EngineDirector:
         """The lane of all baselines."""
         if self._linear is None:
             self._linear = LinearLane(self._metrics, self._limits, record=self._batch_log, runtime=self._runtime)
-            self._linear.batcher.start()
+            self._linear.worker.start()
         return self._linear
 
     def opened(self, digest: str) -> BackboneLane | None:
@@ -115,12 +114,12 @@ class EngineDirector:
             record=self._batch_log,
             runtime=self._runtime,
         )
-        lane.batcher.start()
-        lane.batcher.supervisor.on_engine_failed = lambda reason: self._in_background(self._fall_back(lane, reason))
+        lane.worker.start()
+        lane.worker.supervisor.on_engine_failed = lambda reason: self._in_background(self._fall_back(lane, reason))
         try:
             await lane.measure()
         except BaseException:
-            await lane.batcher.stop()
+            await lane.worker.stop()
             raise
         self._lanes[digest] = lane
         self._show(lane)
@@ -147,7 +146,7 @@ class EngineDirector:
             lane.engine.unload_adapter(model.adapter_key)
         if not self.is_configured(lane) and not self._users[lane]:
             del self._users[lane], self._lanes[lane.backbone.info.digest]
-            await lane.batcher.stop()
+            await lane.worker.stop()
             reconsider()
 
     def _same_shape(self, backbone: Backbone) -> Backbone | None:
@@ -164,7 +163,7 @@ class EngineDirector:
 
     async def _improve(self, lane: BackboneLane, *, like: Backbone | None) -> None:
         """Measures what else could run this backbone and changes to it. The first engine serves meanwhile."""
-        label, policy = lane.batcher.name[0], self._selector.policy
+        label, policy = lane.worker.name[0], self._selector.policy
         try:
             choice = await self._selector.select(lane.backbone, like=like)
             _log.info(f"{choice.engine} is chosen; {choice.refused}", extra={"action": "engine_chosen"})
@@ -180,7 +179,7 @@ class EngineDirector:
     async def _fall_back(self, lane: BackboneLane, reason: str) -> None:
         """The reference takes over from an engine that fails while it serves. From the reference there is no way on:
         its check is repeated until it passes."""
-        label, before = lane.batcher.name[0], lane.engine_name
+        label, before = lane.worker.name[0], lane.engine_name
         if before == str(REFERENCE):
             return
         self._count_fallback(lane, before, "EngineFailed", to_engine=str(REFERENCE))
@@ -194,7 +193,7 @@ class EngineDirector:
         _log.warning(f"{label} fell back from {before}: {reason}", extra={"action": "engine_fallback"})
 
     async def _change(self, lane: BackboneLane, spec: EngineSpec) -> None:
-        label, before = lane.batcher.name[0], lane.engine_name
+        label, before = lane.worker.name[0], lane.engine_name
         engine = await self._run(functools.partial(self._selector.open, spec, lane.backbone))
         async with self.steady:
             if self._lanes.get(lane.backbone.info.digest) is not lane:
@@ -220,7 +219,7 @@ class EngineDirector:
 
     def _show(self, lane: BackboneLane) -> None:
         """What was measured, and what the slots take."""
-        label, metrics = lane.batcher.name[0], self._metrics
+        label, metrics = lane.worker.name[0], self._metrics
         metrics.adapter_slots_bytes.labels(label).set(lane.engine.memory().slots)
         measurement = self._selector.measured_here(lane.backbone.info.digest)
         for row in [] if measurement is None else measurement.engines:
@@ -235,7 +234,7 @@ class EngineDirector:
             )
 
     def _count_fallback(self, lane: BackboneLane, from_engine: str, reason: str, *, to_engine: str) -> None:
-        self._metrics.count_engine_fallback(lane.batcher.name[0], from_engine, to_engine=to_engine, reason=reason)
+        self._metrics.count_engine_fallback(lane.worker.name[0], from_engine, to_engine=to_engine, reason=reason)
 
     async def _run(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,10 @@ from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.preprocess import Encoded, TextInput, TextPreprocessor
 from modeling.weights import FloatArray
-from service.inference.batching import BatchLimits, DynamicBatcher, Record
-from service.inference.entries import QueueEntry
-from service.inference.isolation import Outputs
-from service.inference.ladder import Measured, ladder
-from service.inference.runtime import Runtime
-from service.inference.tokenizing import TokenEstimate
+from service.inference.capacity import TokenEstimate
+from service.inference.engine_worker import BatchLimits, EngineWorker, Outputs, Record, Runtime
+from service.inference.queue import Model, QueueEntry, Work
+from service.inference.warm_up import Measured, timed_runs
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.lanes")
@@ -38,14 +36,14 @@ _CHARACTERS_PER_TOKEN = 16  # tf-idf costs a small part of what an encoder does
 class Lane(Protocol):
     """What a served model needs of the engine under it. `max_length` bounds an input, in tokens."""
 
-    batcher: DynamicBatcher
+    worker: EngineWorker
     max_length: int
     token_estimate: TokenEstimate
 
     @property
     def engine_name(self) -> str: ...
 
-    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Any]:
+    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> Sequence[Work]:
         """Inputs to work for the queue; called on a tokeniser thread."""
 
 
@@ -64,12 +62,12 @@ class BackboneLane:
         runtime: Runtime = Runtime(),
     ) -> None:
         self.backbone = backbone
-        self.engine = engine
+        self._take_over(engine)
         self.max_length = backbone.info.max_length
         self.token_estimate = TokenEstimate()
         self._limits = limits
         self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=self.max_length)
-        self.batcher = DynamicBatcher(
+        self.worker = EngineWorker(
             (label, self.engine_name),
             self,
             metrics,
@@ -79,13 +77,8 @@ class BackboneLane:
             runtime=runtime,
         )
 
-    @property
-    def engine_name(self) -> str:
-        """`runtime/precision`."""
-        return str(EngineSpec(self.engine.name, self.engine.precision))
-
-    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Any]:
-        return list(self._preprocessor.encode(inputs, truncate=truncate, max_length=max_length))
+    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Encoded]:
+        return self._preprocessor.encode(inputs, truncate=truncate, max_length=max_length)
 
     async def switch(self, engine: Engine, adapters: Mapping[str, Adapter]) -> None:
         """`engine` takes over with these adapters and a first run behind it. Raises `ModelingError`; then nothing
@@ -100,16 +93,14 @@ class BackboneLane:
                 engine.run(EngineBatch(work, [next(iter(adapters))]))
 
         await asyncio.to_thread(prepare)
-        await self.batcher.exchange(lambda: setattr(self, "engine", engine))
-        self.batcher.engine_changed()
-        self.batcher.supervisor.resume()
+        await self.worker.exchange(partial(self._take_over, engine))
 
     async def measure(self) -> None:
         """Times the engine, one run at a time between batches: what a batch costs, and how large one should be.
 
         Raises `EngineFailed` where it cannot compute at all.
         """
-        steps = ladder(
+        steps = timed_runs(
             max_tokens=self._limits.max_tokens,
             max_rows=self._limits.max_rows,
             max_length=self.max_length,
@@ -118,21 +109,25 @@ class BackboneLane:
         try:
             shape = next(steps)
             while True:
-                shape = steps.send(await self.batcher.call(partial(self._time, *shape)))
+                shape = steps.send(await self.worker.call(partial(self._time, *shape)))
         except StopIteration as end:
             measured: Measured = end.value
-        self.batcher.calibrate(measured.cost, measured.max_tokens)
+        self.worker.calibrate(measured.cost, measured.max_tokens)
         _log.info(
             f"{self.engine_name} takes {measured.cost.fixed_s * 1e3:.2f} ms a run and "
             f"{measured.cost.per_token_s * 1e6:.2f} us a token; a batch holds {measured.max_tokens} tokens",
-            extra={"action": "engine_measured", "backbone": self.batcher.name[0]},
+            extra={"action": "engine_measured", "backbone": self.worker.name[0]},
         )
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         """One run for rows of all models and adapters; heads follow, grouped by model."""
-        adapters = [entry.model.adapter_key for entry in entries]
-        batch = EngineBatch([entry.work for entry in entries], adapters if any(adapters) else None)
+        inputs = cast("list[Encoded]", [entry.work for entry in entries])  # as `preprocess` made them
+        adapters = [entry.ticket.model.adapter_key for entry in entries]
+        batch = EngineBatch(inputs, adapters if any(adapters) else None)
         return apply_heads(entries, self.engine.run(batch))
+
+    def _take_over(self, engine: Engine) -> None:
+        self.engine, self.engine_name = engine, str(EngineSpec(engine.name, engine.precision))
 
     def check(self) -> None:
         """Raises `EngineFailed` where the engine does not compute a text that any engine can."""
@@ -186,17 +181,20 @@ class LinearLane:
         runtime: Runtime = Runtime(),
     ) -> None:
         self.token_estimate = TokenEstimate(_CHARACTERS_PER_TOKEN)
-        self.batcher = DynamicBatcher(
-            ("linear", self.engine_name), self, metrics, limits, record=record, runtime=runtime
-        )
+        self.worker = EngineWorker(("linear", self.engine_name), self, metrics, limits, record=record, runtime=runtime)
 
-    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Any]:
+    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[RawText]:
         return [RawText(item if isinstance(item, str) else " ".join(item)) for item in inputs]
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         vectors = np.zeros((len(entries), 1), dtype=np.float32)
-        texts = [entry.work.text for entry in entries]
-        return _answers(entries, vectors, lambda model, rows: model.linear.margins([texts[row] for row in rows]))
+        works = cast("list[RawText]", [entry.work for entry in entries])  # as `preprocess` made them
+
+        def margins(model: Model, rows: list[int]) -> FloatArray:
+            assert model.linear is not None
+            return model.linear.margins([works[row].text for row in rows])
+
+        return _answers(entries, vectors, margins)
 
     def check(self) -> None:
         """There is no engine that could be unfit."""
@@ -210,7 +208,7 @@ def apply_heads(entries: Sequence[QueueEntry], vectors: FloatArray) -> Outputs:
 
 
 def _answers(
-    entries: Sequence[QueueEntry], vectors: FloatArray, logits_of: Callable[[Any, list[int]], FloatArray | None]
+    entries: Sequence[QueueEntry], vectors: FloatArray, logits_of: Callable[[Model, list[int]], FloatArray | None]
 ) -> Outputs:
     """Each model's scores, as its task makes them of logits, for all of its rows at once."""
     scores: list[FloatArray | None] = [None] * len(entries)
@@ -227,8 +225,8 @@ def _answers(
     return Outputs(vectors, scores, is_finite.tolist())
 
 
-def rows_by_model(entries: Sequence[QueueEntry]) -> list[tuple[Any, list[int]]]:
-    groups: dict[Any, list[int]] = {}
+def rows_by_model(entries: Sequence[QueueEntry]) -> list[tuple[Model, list[int]]]:
+    groups: dict[Model, list[int]] = {}
     for row, entry in enumerate(entries):
-        groups.setdefault(entry.model, []).append(row)
+        groups.setdefault(entry.ticket.model, []).append(row)
     return list(groups.items())

@@ -20,15 +20,14 @@ from modeling.backbone import Backbone
 from service.inference.aliases import Aliases, AliasKey
 from service.inference.assembly import Assembler
 from service.inference.batch_log import BatchLog
-from service.inference.batching import BatchLimits
 from service.inference.engine_director import EngineDirector
 from service.inference.engine_selection import EngineSelector
+from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.errors import ModelNotReady
 from service.inference.lanes import Lane
 from service.inference.loader import Loader
 from service.inference.pool_status import PoolStatus
 from service.inference.residency import Residency
-from service.inference.runtime import Runtime
 from service.inference.served import ServedModel
 from service.metrics import ServingMetrics
 

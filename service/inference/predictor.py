@@ -14,8 +14,8 @@ from modeling.heads import normalized
 from modeling.preprocess import TextInput
 from modeling.tasks import Answer, Options, Task
 from modeling.weights import FloatArray
-from service.inference.admission import AdmissionController
-from service.inference.entries import QueueEntry, Ticket
+from service.inference.capacity import AdmissionController
+from service.inference.engine_worker import Runtime
 from service.inference.errors import (
     BatchTooLarge,
     DeadlineExceeded,
@@ -25,11 +25,12 @@ from service.inference.errors import (
     ParameterUnfit,
     QueueFull,
 )
+from service.inference.lanes import Lane
 from service.inference.model_pool import ModelPool
-from service.inference.runtime import Runtime
+from service.inference.queue import QueueEntry, Ticket
 from service.inference.served import ServedModel
 from service.inference.tokenizing import TokenizerStage
-from service.metrics import ServingMetrics
+from service.metrics import ModelSeries, ServingMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ class Predictor:
             series = self._metrics.of_model(model.metric_labels)
             series.in_progress.inc()
             try:
-                ticket = self._admit(model, inputs, options, deadline, started)
+                ticket = self._admit(model, series, inputs, options, deadline=deadline, now=started)
                 try:
-                    await self._answered(ticket, deadline - started)
+                    await self._answered(model.lane, ticket, deadline - started)
                 finally:
                     self._admission.release(len(inputs))
             except QueueFull as error:
@@ -122,16 +123,24 @@ class Predictor:
                     histogram.observe(value)
             vectors = [_embedding(model, entry) for entry in entries] if options.return_embedding else []
             series.tokenize_duration.observe(ticket.tokenized_at - started)
-            return _result(ticket, entries, answers, vectors, started=started, ended=self._clock())
+            return _result(model, ticket, entries, answers, vectors, started=started, ended=self._clock())
 
     def _admit(
-        self, model: ServedModel, inputs: Sequence[TextInput], options: Options, deadline: float, now: float
+        self,
+        model: ServedModel,
+        series: ModelSeries,
+        inputs: Sequence[TextInput],
+        options: Options,
+        *,
+        deadline: float,
+        now: float,
     ) -> Ticket:
         """A place for the request, by an estimate of its tokens, before anything is spent on it."""
         lane = model.lane
         max_length = min(options.max_length or lane.max_length, model.max_length or lane.max_length, lane.max_length)
         ticket = Ticket(
             model,
+            series,
             inputs,
             deadline,
             asyncio.get_running_loop().create_future(),
@@ -139,24 +148,24 @@ class Predictor:
             max_length=max_length,
             tokens=lane.token_estimate.tokens(inputs, max_length),
         )
-        forecast = lane.batcher.forecast(ticket.tokens)
+        forecast = lane.worker.forecast(ticket.tokens)
         self._admission.admit(len(inputs), forecast=forecast, time_left_s=deadline - now)
         try:
-            lane.batcher.announce(ticket)
+            lane.worker.announce(ticket)
         except ModelNotReady:
             self._admission.release(len(inputs))
             raise
         return ticket
 
-    async def _answered(self, ticket: Ticket, time_left_s: float) -> None:
-        """Waits for all entries; on the way out nothing stays queued that nobody waits for."""
+    async def _answered(self, lane: Lane, ticket: Ticket, time_left_s: float) -> None:
+        """Waits for all entries; on every way out, what is left of them leaves the queue."""
         timer = asyncio.get_running_loop().call_later(time_left_s, ticket.expire)
-        self._tokenizers.submit(ticket)
+        self._tokenizers.submit(lane, ticket)
         try:
             await ticket.future
         finally:
             timer.cancel()
-            ticket.model.lane.batcher.withdraw(ticket)
+            lane.worker.withdraw(ticket)
             if not ticket.future.cancel() and not ticket.future.cancelled():
                 ticket.future.exception()  # seen, even where the caller was cancelled in the same moment
 
@@ -190,6 +199,7 @@ def _embedding(model: ServedModel, entry: QueueEntry) -> FloatArray:
 
 
 def _result(
+    model: ServedModel,
     ticket: Ticket,
     entries: Sequence[QueueEntry],
     answers: list[Answer],
@@ -198,8 +208,6 @@ def _result(
     started: float,
     ended: float,
 ) -> PredictResult:
-    model = ticket.model
-    batches = {id(entry.batch): entry.batch for entry in entries if entry.batch is not None}.values()
     return PredictResult(
         model=model.name,
         version=model.version,
@@ -207,12 +215,12 @@ def _result(
         answers=answers,
         vectors=vectors,
         input_tokens=sum([entry.length for entry in entries]),
-        engine=next(iter(batches)).engine,
-        batch_rows=max([batch.rows for batch in batches]),
+        engine=ticket.engine,
+        batch_rows=ticket.batch_rows,
         timings=Timings(
-            queue=max([batch.started_at for batch in batches]) - ticket.enqueued_at,
+            queue=ticket.started_at - ticket.enqueued_at,
             tokenize=ticket.tokenized_at - started,
-            inference=max([batch.seconds for batch in batches]),
+            inference=ticket.inference_s,
             total=ended - started,
         ),
     )

@@ -33,21 +33,19 @@ class ServedModel:
     normalize_embedding: bool = False
     state: str = "ready"
     owns_weights: bool = False
+    head: TaskHead | None = field(init=False)
+    linear: LinearText | None = field(init=False)
+    metric_labels: tuple[str, str, str] = field(init=False)
     loaded_at: float = field(default_factory=time.time)
     used_at: float = field(default_factory=time.monotonic)
     leases: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.head = None if self.parts is None else self.parts.head
+        self.linear = None if self.parts is None else self.parts.linear
+        self.metric_labels = (self.name, "" if self.version is None else str(self.version), self.task.name)
         self._idle.set()
-
-    @property
-    def head(self) -> TaskHead | None:
-        return None if self.parts is None else self.parts.head
-
-    @property
-    def linear(self) -> LinearText | None:
-        return None if self.parts is None else self.parts.linear
 
     @property
     def own_bytes(self) -> int:
@@ -63,10 +61,6 @@ class ServedModel:
     @property
     def key(self) -> tuple[str, str, int | None]:
         return (self.tenant, self.name, self.version)
-
-    @property
-    def metric_labels(self) -> tuple[str, str, str]:
-        return (self.name, "" if self.version is None else str(self.version), self.task.name)
 
     def acquire(self) -> None:
         self.leases += 1

@@ -32,7 +32,7 @@ class EngineSupervisor:
         self.on_engine_failed: Callable[[str], None] = lambda reason: None
         self.failure: str | None = None
         self._failed_at = 0.0
-        self._failed_in_a_row = 0
+        self.failed_in_a_row = 0
         self._blocking: set[object] = set()  # runs that hang inside the engine which is to serve
         self._suspicion: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
@@ -41,11 +41,12 @@ class EngineSupervisor:
         """0 while it serves."""
         return 0.0 if self.failure is None else self._clock() - self._failed_at
 
-    def batch_ended(self, *, has_result: bool) -> None:
-        self._failed_in_a_row = 0 if has_result else self._failed_in_a_row + 1
+    def batch_failed(self) -> None:
+        """No row of a batch has a result. The worker sets `failed_in_a_row` back when one has."""
+        self.failed_in_a_row += 1
         is_known = self.failure is not None or (self._suspicion is not None and not self._suspicion.done())
-        if self._failed_in_a_row >= _FAILED_BATCHES and not is_known:
-            reason = f"every row of {self._failed_in_a_row} batches in a row failed"
+        if self.failed_in_a_row >= _FAILED_BATCHES and not is_known:
+            reason = f"every row of {self.failed_in_a_row} batches in a row failed"
             self._suspicion = asyncio.create_task(self._look_into(reason))
 
     def hangs(self, work: object, reason: str) -> None:
@@ -59,7 +60,7 @@ class EngineSupervisor:
 
     def resume(self) -> None:
         """Another engine has taken over, or this one has proven fit."""
-        self._failed_in_a_row = 0
+        self.failed_in_a_row = 0
         if self.failure is None:
             return
         _log.info("the engine serves again", extra={"action": "engine_resumed"})
@@ -79,7 +80,7 @@ class EngineSupervisor:
     async def _look_into(self, reason: str) -> None:
         """Others wait in the same queue as the bad inputs: until the check has failed, nobody is sent away."""
         if await self._passes():
-            self._failed_in_a_row = 0
+            self.failed_in_a_row = 0
         elif self.failure is None:
             self._fail(reason)
 
@@ -87,7 +88,7 @@ class EngineSupervisor:
         _log.error(f"the engine is unfit: {reason}", extra={"action": "engine_unfit"})
         if self.failure is None:
             self._failed_at = self._clock()
-        self.failure, self._failed_in_a_row = reason, 0
+        self.failure, self.failed_in_a_row = reason, 0
         if self._recovery is None or self._recovery.done():
             self._recovery = asyncio.create_task(self._recover())
 

@@ -11,13 +11,13 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from modeling.errors import ModelingError
-from modeling.preprocess import TextInput
-from service.inference.entries import Ticket
+from service.inference.capacity import characters
+from service.inference.engine_worker import Runtime
 from service.inference.errors import InferenceError, InferenceFailed, ModelNotReady
-from service.inference.runtime import Runtime
+from service.inference.lanes import Lane
+from service.inference.queue import Ticket, Work
 
 _log = logging.getLogger("service.tokenizing")
 # So much at once, some 20 ms of work: a request with long texts does not hold up those behind it for longer.
@@ -25,24 +25,8 @@ _MAX_CHARACTERS = 200_000
 # Changes of thread cost more than what they are for where each request comes alone.
 _PATIENT_S, _GATHER_S = 0.2, 0.02
 
-Encoded = list[tuple[Ticket, list[Any] | Exception]]
-
-
-class TokenEstimate:
-    """Tokens from characters, before tokenising: follows what the lane's tokenizer makes of the texts that come."""
-
-    def __init__(self, characters_per_token: float = 4.0) -> None:
-        self._characters_per_token = characters_per_token
-
-    def tokens(self, inputs: Sequence[TextInput], limit: int) -> int:
-        """Of all inputs, each at most `limit`."""
-        rate = self._characters_per_token
-        return sum([min(limit, 2 + int(_characters(item) / rate)) for item in inputs])
-
-    def observe(self, item: TextInput, tokens: int, limit: int) -> None:
-        """Follows one tokenised input; one that was cut says nothing."""
-        if tokens < limit:
-            self._characters_per_token += 0.02 * (max(0.5, _characters(item) / tokens) - self._characters_per_token)
+Asked = tuple[Lane, Ticket]
+Prepared = tuple[Lane, Ticket, Sequence[Work] | Exception]
 
 
 class TokenizerStage:
@@ -51,17 +35,17 @@ class TokenizerStage:
     def __init__(self, threads: int, runtime: Runtime) -> None:
         self._executor, self._clock = runtime.tokenizer_threads(threads), runtime.clock
         self._free = threads
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[Asked] = deque()
         self._flushing: asyncio.Handle | None = None
         self._is_patient = False
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, lane: Lane, ticket: Ticket) -> None:
         """Later, the ticket has its entries or its error. Those submitted in one turn of the loop go together; those
         that will wait long for the engine gather for a moment."""
-        self._waiting.append(ticket)
+        self._waiting.append((lane, ticket))
         is_patient = ticket.forecast_s > _PATIENT_S
         if self._flushing is not None and self._is_patient and not is_patient:
             self._flushing.cancel()
@@ -74,78 +58,74 @@ class TokenizerStage:
         self._flushing = None
         while self._free and (burst := self._next_burst()):
             try:
-                encoding = asyncio.get_running_loop().run_in_executor(self._executor, _encode_burst, burst)
+                preparing = asyncio.get_running_loop().run_in_executor(self._executor, _prepare, burst)
             except RuntimeError:  # closed
                 _fail(burst, ModelNotReady("the service is shutting down", retry_after_s=1.0))
                 continue
             self._free -= 1
-            encoding.add_done_callback(partial(self._encoded, burst))
+            preparing.add_done_callback(partial(self._prepared, burst))
 
-    def _next_burst(self) -> list[Ticket]:
-        burst, characters = [], 0
-        while self._waiting and characters < _MAX_CHARACTERS:
-            ticket = self._waiting.popleft()
+    def _next_burst(self) -> list[Asked]:
+        burst, size = [], 0
+        while self._waiting and size < _MAX_CHARACTERS:
+            lane, ticket = self._waiting.popleft()
             if not ticket.is_over:
-                burst.append(ticket)
-                characters += sum(map(_characters, ticket.inputs))
+                burst.append((lane, ticket))
+                size += sum(map(characters, ticket.inputs))
         return burst
 
-    def _encoded(self, burst: Sequence[Ticket], done: asyncio.Future[Encoded]) -> None:
+    def _prepared(self, burst: Sequence[Asked], done: asyncio.Future[list[Prepared]]) -> None:
         self._free += 1
         self._flush()
         if done.cancelled():  # closed
             _fail(burst, ModelNotReady("the service is shutting down", retry_after_s=1.0))
             return
         now = self._clock()
-        by_lane: dict[Any, list[Ticket]] = {}
-        for ticket, works in done.result():
+        by_lane: dict[Lane, list[Ticket]] = {}
+        for lane, ticket, works in done.result():
             ticket.tokenized_at = now
             if isinstance(works, Exception):
                 ticket.fail(works)
             elif not ticket.is_over:
                 entries = ticket.fill(works)
-                lane = ticket.model.lane
                 lane.token_estimate.observe(ticket.inputs[0], entries[0].length, ticket.max_length)
                 by_lane.setdefault(lane, []).append(ticket)
         for lane, tickets in by_lane.items():
             try:
-                lane.batcher.put(tickets)
+                lane.worker.put(tickets)
             except ModelNotReady as error:
-                _fail(tickets, error)
+                for ticket in tickets:
+                    ticket.fail(error)
 
 
-def _encode_burst(burst: Sequence[Ticket]) -> Encoded:
+def _prepare(burst: Sequence[Asked]) -> list[Prepared]:
     """On a tokeniser thread: one call for all requests that share a lane and their limits."""
-    groups: dict[Any, list[Ticket]] = {}
-    for ticket in burst:
-        groups.setdefault((ticket.model.lane, ticket.truncate, ticket.max_length), []).append(ticket)
-    return [pair for group in groups.values() for pair in _encode(group)]
+    groups: dict[tuple[Lane, bool, int], list[Ticket]] = {}
+    for lane, ticket in burst:
+        groups.setdefault((lane, ticket.truncate, ticket.max_length), []).append(ticket)
+    return [prepared for (lane, *_), tickets in groups.items() for prepared in _prepare_alike(lane, tickets)]
 
 
-def _encode(group: Sequence[Ticket]) -> Encoded:
-    first = group[0]
-    inputs = [item for ticket in group for item in ticket.inputs]
+def _prepare_alike(lane: Lane, tickets: Sequence[Ticket]) -> list[Prepared]:
+    first = tickets[0]
+    inputs = [item for ticket in tickets for item in ticket.inputs]
     try:
-        works = first.model.lane.preprocess(inputs, truncate=first.truncate, max_length=first.max_length)
+        works = lane.preprocess(inputs, truncate=first.truncate, max_length=first.max_length)
     except Exception as error:
-        if len(group) > 1:  # whose fault it is shows when each is alone
-            return [pair for ticket in group for pair in _encode([ticket])]
+        if len(tickets) > 1:  # whose fault it is shows when each is alone
+            return [prepared for ticket in tickets for prepared in _prepare_alike(lane, [ticket])]
         if not isinstance(error, ModelingError | InferenceError):
             _log.exception("tokenising failed", extra={"action": "tokenizing_failed"})
             error = InferenceFailed("the input could not be tokenised")
-        return [(first, error)]
-    encoded: Encoded = []
+        return [(lane, first, error)]
+    prepared: list[Prepared] = []
     start = 0
-    for ticket in group:
-        encoded.append((ticket, works[start : start + len(ticket.inputs)]))
-        start += len(ticket.inputs)
-    return encoded
-
-
-def _fail(tickets: Sequence[Ticket], error: Exception) -> None:
     for ticket in tickets:
+        prepared.append((lane, ticket, works[start : start + len(ticket.inputs)]))
+        start += len(ticket.inputs)
+    return prepared
+
+
+def _fail(burst: Sequence[Asked], error: Exception) -> None:
+    for _, ticket in burst:
         ticket.fail(error)
-
-
-def _characters(item: TextInput) -> int:
-    return len(item) if isinstance(item, str) else sum(map(len, item))

@@ -41,4 +41,4 @@ def test_one_request_enters_few_files(entered: dict[str, list[str]], request_kin
 def test_the_whole_path_is_seen(entered: dict[str, list[str]]) -> None:
     """From the protocol over the tokeniser's and the engine's threads to the answer."""
     for files in entered.values():
-        assert {"service/server.py", "service/inference/tokenizing.py", "modeling/engines/torch.py"} <= set(files)
+        assert {"service/http_limits.py", "service/inference/tokenizing.py", "modeling/engines/torch.py"} <= set(files)

@@ -30,10 +30,11 @@ from modeling.engines.torch import TorchEngine
 from modeling.heads import TaskHead
 from modeling.linear_text import LinearText
 from modeling.preprocess import TextPreprocessor
+from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 from service.api.deps import Services
-from service.inference.admission import AdmissionController
+from service.inference.capacity import AdmissionController
 from service.inference.predictor import Predictor
 from service.model_import import import_checkpoint
 from tests.support.asgi import Answered, AppUnderTest
@@ -202,7 +203,7 @@ def test_tasks_in_one_batch_answer_as_alone(served: ServedWorld) -> None:
                 "default",
                 ModelRef.parse(name),
                 TEXTS,
-                services.make_options(None, None, True, None, False),
+                Options(),
                 deadline=time.monotonic() + 30,
             )
             for name in names

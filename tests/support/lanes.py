@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,9 @@ import numpy as np
 
 from modeling.errors import EngineFailed, InputTooLong
 from modeling.tasks import NO_CALIBRATION, TASKS
-from service.inference.batching import BatchLimits, DynamicBatcher
-from service.inference.entries import QueueEntry
-from service.inference.isolation import Outputs
-from service.inference.runtime import Runtime
-from service.inference.tokenizing import TokenEstimate
+from service.inference.capacity import TokenEstimate
+from service.inference.engine_worker import BatchLimits, EngineWorker, Outputs, Runtime
+from service.inference.queue import QueueEntry, Ticket
 from service.metrics import ServingMetrics
 
 POISON, NOT_A_NUMBER = "poison", "nan"
@@ -43,7 +42,7 @@ class WordLane:
         self.is_broken = False
         if runtime is not None:
             options["runtime"] = runtime
-        self.batcher = DynamicBatcher(("tiny", self.engine_name), self, self.metrics, limits, **options)
+        self.worker = EngineWorker(("tiny", self.engine_name), self, self.metrics, limits, **options)
 
     def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[Words]:
         limit = max_length or self.max_length
@@ -76,9 +75,19 @@ class WordModel:
     metric_labels = ("m", "1", "text-classification")
     normalize_embedding = False
     adapter_key: str | None = None
+    head = linear = None
 
     def __init__(self, lane: WordLane, *, max_length: int | None = None) -> None:
         self.lane, self.max_length = lane, max_length
+
+
+def ticket_for(
+    model: WordModel, texts: Sequence[str], *, deadline: float, max_length: int = 512, **rest: Any
+) -> Ticket:
+    """As the predictor makes it."""
+    future = asyncio.get_running_loop().create_future()
+    series = model.lane.metrics.of_model(model.metric_labels)
+    return Ticket(model, series, list(texts), deadline, future, max_length, **rest)
 
 
 class WordPool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from service.inference.runtime import Runtime
+from service.inference.engine_worker import Runtime
 
 
 class _Selector(selectors.DefaultSelector):

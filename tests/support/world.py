@@ -26,10 +26,9 @@ from modeling.linear_text import LinearText
 from modeling.preprocess import TextPreprocessor
 from modeling.tasks import DEFAULT_TASK, TASKS
 from modeling.weights import FloatArray
-from service.inference.batching import BatchLimits
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
+from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.model_pool import ModelPool
-from service.inference.runtime import Runtime
 from service.metrics import ServingMetrics
 from tests.support.adapters import write_adapter
 

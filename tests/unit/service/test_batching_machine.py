@@ -16,12 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from model_registry.refs import ModelRef
 from modeling.errors import InputTooLong
 from modeling.tasks import Options
-from service.inference.admission import AdmissionController
-from service.inference.batching import Batch, BatchLimits
-from service.inference.cost import CostModel
-from service.inference.entries import QueueEntry, Ticket
+from service.inference.capacity import AdmissionController, CostModel
+from service.inference.engine_worker import BatchLimits
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady, QueueFull
 from service.inference.predictor import Predictor
+from service.inference.queue import Batch, QueueEntry, Ticket
 from service.metrics import ServingMetrics
 from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel, WordPool
 from tests.support.virtual import VirtualLoop, elapse, virtual_runtime
@@ -51,15 +50,15 @@ class Requests(RuleBasedStateMachine):
     async def _open(self, limits: BatchLimits) -> None:
         runtime = virtual_runtime(self._engine_s, lambda burst: 0.01)
         self.lane = WordLane(limits, runtime=runtime, max_length=100)
-        self.lane.batcher.start()
-        self.lane.batcher.calibrate(CostModel(RUN_S / 2, RUN_S / 200, 20), limits.max_tokens)
-        put = self.lane.batcher.put
+        self.lane.worker.start()
+        self.lane.worker.calibrate(CostModel(RUN_S / 2, RUN_S / 200, 20), limits.max_tokens)
+        put = self.lane.worker.put
 
         def recording(tickets: list[Ticket]) -> None:
             put(tickets)
             self.entries += [entry for ticket in tickets for entry in ticket.entries]
 
-        self.lane.batcher.put = recording  # type: ignore[method-assign, assignment]
+        self.lane.worker.put = recording  # type: ignore[method-assign, assignment]
         self.pool = WordPool(WordModel(self.lane))
         self.admission = AdmissionController(max_inputs=40, max_queue_delay_s=3.0)
         self.predictor = Predictor(
@@ -107,17 +106,17 @@ class Requests(RuleBasedStateMachine):
     @rule()
     def replace_engine(self) -> None:
         self.lane.is_broken = False
-        self.loop.call_soon(self.lane.batcher.supervisor.resume)
+        self.loop.call_soon(self.lane.worker.supervisor.resume)
 
     @rule()
     def calibrate(self) -> None:
-        self.lane.batcher.calibrate(CostModel(RUN_S, 1e-4, 20), 60)
+        self.lane.worker.calibrate(CostModel(RUN_S, 1e-4, 20), 60)
 
     @precondition(lambda self: not self.is_stopped)
     @rule()
     def stop(self) -> None:
         self.is_stopped = True
-        self.loop.run_until_complete(self.lane.batcher.stop())
+        self.loop.run_until_complete(self.lane.worker.stop())
 
     @invariant()
     def nothing_went_wrong_in_the_loop(self) -> None:
@@ -127,10 +126,10 @@ class Requests(RuleBasedStateMachine):
     def the_engine_is_never_idle_while_work_waits(self) -> None:
         self._pass(0)  # what has been put is seen by the thread
         self._pass(0)
-        batcher = self.lane.batcher
-        waiting = [e for e in batcher._queue._entries if e.ticket.deadline > self.loop.time() and not e.ticket.is_over]
-        if waiting and not self.is_stopped and batcher.supervisor.failure is None and not self.max_delay_s:
-            assert batcher._worker.current is not None
+        worker = self.lane.worker
+        waiting = [e for e in worker._queue._entries if e.ticket.deadline > self.loop.time() and not e.ticket.is_over]
+        if waiting and not self.is_stopped and worker.supervisor.failure is None and not self.max_delay_s:
+            assert worker._current is not None
 
     def teardown(self) -> None:
         if not hasattr(self, "loop"):
@@ -146,10 +145,10 @@ class Requests(RuleBasedStateMachine):
             assert task.done()
             error = asyncio.CancelledError() if task.cancelled() else task.exception()
             assert error is None or isinstance(error, EXPECTED), error
-        batcher = self.lane.batcher
-        assert (batcher._announced_tokens, len(batcher._queue), batcher._queue.tokens) == (0, 0, 0)
+        worker = self.lane.worker
+        assert (worker._queue.announced_tokens, len(worker._queue), worker._queue.tokens) == (0, 0, 0)
         if not self.is_stopped:
-            self.loop.run_until_complete(batcher.stop())
+            self.loop.run_until_complete(worker.stop())
         assert [entry for entry in self.entries if not entry.is_ended] == []  # and `end` refuses a second time
         assert (self.admission.inputs, self.pool.leases) == (0, 0)
         self.nothing_went_wrong_in_the_loop()

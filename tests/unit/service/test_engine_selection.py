@@ -31,10 +31,10 @@ from modeling.errors import EngineFailed
 from modeling.export import export_graphs
 from modeling.tasks import Options
 from modeling.weights import FloatArray
-from service.inference.admission import AdmissionController
-from service.inference.batching import BatchLimits
+from service.inference.capacity import AdmissionController
 from service.inference.engine_choice import EngineChoice
 from service.inference.engine_selection import EngineSelector, SelectionPolicy, measure
+from service.inference.engine_worker import BatchLimits
 from service.inference.errors import InferenceError, ModelNotReady
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor, PredictResult
@@ -220,10 +220,8 @@ def test_where_no_engine_comes_about_the_first_goes_on_and_it_is_counted(
 class Fragile:
     """An engine that computes like another until `fault` is set, which then decides what becomes of each run."""
 
-    name = "fragile"
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self._engine = name, engine
         self.fault: Callable[[], None] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -236,12 +234,13 @@ class Fragile:
 
 
 class StartsFragile(Scripted):
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, name: str = "fragile") -> None:
         super().__init__(world, "torch/fp32")
+        self._name = name
         self.fragile: Fragile | None = None
 
     def open_first(self, backbone: Backbone, *, like: Backbone | None = None) -> tuple[Engine, bool]:
-        self.fragile = Fragile(super().open(REFERENCE, backbone))
+        self.fragile = Fragile(self._name, super().open(REFERENCE, backbone))
         return self.fragile, True  # type: ignore[return-value]
 
 
@@ -292,27 +291,26 @@ def test_where_the_reference_itself_fails_the_service_says_so_until_it_passes_ag
     world.publish("m", seed=1)
 
     async def scenario() -> list[bool]:
-        selector = StartsFragile(world)
+        selector = StartsFragile(world, name="torch")
         pool = ModelPool(world.store, selector, BatchLimits(1024, 32), ServingMetrics(), memory_budget_bytes=1 << 30)
         try:
             await pool.add_backbone("tiny", world.backbone)
             await pool.apply(world.registry.snapshot())
-            batcher = pool.lanes()[0].batcher
+            worker = pool.lanes()[0].worker
             assert selector.fragile is not None
-            selector.fragile.name = "torch"
             selector.fragile.fault = broken
-            fit = [batcher.is_fit]
+            fit = [worker.is_fit]
             for _ in range(3):
                 with contextlib.suppress(InferenceError):
                     await ask(pool, "m")
             await asyncio.sleep(0.2)
-            fit.append(batcher.is_fit)
-            assert batcher.supervisor.unfit_for_s() > 0
+            fit.append(worker.is_fit)
+            assert worker.supervisor.unfit_for_s() > 0
             with pytest.raises(ModelNotReady):
                 await ask(pool, "m")
             selector.fragile.fault = None
             await asyncio.sleep(2)
-            return [*fit, batcher.is_fit, (await ask(pool, "m")).engine == "torch/fp32"]
+            return [*fit, worker.is_fit, (await ask(pool, "m")).engine == "torch/fp32"]
         finally:
             await pool.stop()
 

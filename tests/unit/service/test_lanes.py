@@ -20,10 +20,10 @@ from modeling.engines.protocol import EngineBatch
 from modeling.errors import EngineFailed
 from modeling.heads import DenseLayer, TaskHead, softmax
 from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, FeatureExtraction, Task
-from service.inference.batching import BatchLimits
-from service.inference.entries import QueueEntry, Ticket
+from service.inference.engine_worker import BatchLimits
 from service.inference.errors import InferenceFailed
 from service.inference.lanes import BackboneLane, LinearLane, apply_heads
+from service.inference.queue import QueueEntry, Ticket
 from service.metrics import ServingMetrics
 from tests.support.world import World
 
@@ -39,18 +39,18 @@ async def lane_over(
     world: World, before_run: Callable[[EngineBatch], None], limits: BatchLimits = LIMITS
 ) -> AsyncIterator[BackboneLane]:
     lane = BackboneLane(world.backbone, FakeEngine(32, before_run=before_run), ServingMetrics(), limits, label="tiny")
-    lane.batcher.start()
+    lane.worker.start()
     try:
         yield lane
     finally:
-        await lane.batcher.stop()
+        await lane.worker.stop()
 
 
 def test_warming_up_finds_what_a_batch_costs(world: World) -> None:
     async def scenario() -> tuple[float, float]:
         async with lane_over(world, lambda batch: time.sleep(0.004 + 2e-5 * tokens_of(batch))) as lane:
             await lane.measure()
-            return lane.batcher.cost.seconds(16), lane.batcher.cost.seconds(512)
+            return lane.worker.load.cost.seconds(16), lane.worker.load.cost.seconds(512)
 
     small, large = asyncio.run(scenario())
     assert 0.003 < small < large
@@ -65,7 +65,7 @@ def test_an_engine_that_runs_out_of_memory_gets_smaller_batches(world: World) ->
     async def scenario() -> int:
         async with lane_over(world, limited) as lane:
             await lane.measure()
-            return lane.batcher.max_tokens
+            return lane.worker.load.max_tokens
 
     assert asyncio.run(scenario()) <= 300
 
@@ -87,12 +87,12 @@ def test_an_engine_that_computes_nothing_does_not_come_up(world: World) -> None:
 def test_another_engine_takes_over_under_its_own_name_and_ends_an_outage(world: World) -> None:
     async def scenario() -> tuple[str, bool, bool]:
         async with lane_over(world, lambda batch: None) as lane:
-            lane.batcher.supervisor.hangs(object(), "a run has not ended")
-            was_alive = lane.batcher.is_fit
+            lane.worker.supervisor.hangs(object(), "a run has not ended")
+            was_alive = lane.worker.is_fit
             engine = FakeEngine(32)
             engine.name = "faster"  # type: ignore[misc]
             await lane.switch(engine, {})
-            return lane.batcher.name[1], was_alive, lane.batcher.is_fit
+            return lane.worker.name[1], was_alive, lane.worker.is_fit
 
     assert asyncio.run(scenario()) == ("faster/fp32", False, True)
 
@@ -119,8 +119,8 @@ def head(labels: int, seed: int) -> TaskHead:
 
 
 def entries_of(models: Sequence[Any]) -> list[QueueEntry]:
-    future: Any = None
-    return [QueueEntry(Ticket(model, [], 0.0, future, 1), None, 1) for model in models]
+    unused: Any = None
+    return [QueueEntry(Ticket(model, unused, [], 0.0, unused, 1), unused, 1) for model in models]
 
 
 def test_each_row_goes_through_its_models_head_at_its_temperature() -> None:
@@ -198,17 +198,19 @@ class Linear:
 
 def test_baselines_share_a_queue_and_a_bad_text_fails_alone() -> None:
     async def scenario() -> list[Any]:
-        lane = LinearLane(ServingMetrics(), LIMITS)
-        lane.batcher.start()
+        metrics = ServingMetrics()
+        lane = LinearLane(metrics, LIMITS)
+        lane.worker.start()
         tickets = []
         for model, text in ((Linear(), "a b"), (Linear(), "bad"), (Linear(), "c")):
             future = asyncio.get_running_loop().create_future()
-            ticket = Ticket(model, [text], time.monotonic() + 30, future, lane.max_length)
+            series = metrics.of_model(model.metric_labels)
+            ticket = Ticket(model, series, [text], time.monotonic() + 30, future, lane.max_length)
             ticket.fill(lane.preprocess([text], truncate=True, max_length=None))
             tickets.append(ticket)
-        lane.batcher.put(tickets)
+        lane.worker.put(tickets)
         await asyncio.gather(*(ticket.future for ticket in tickets), return_exceptions=True)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return [ticket.future.exception() or ticket.entries[0].scores for ticket in tickets]
 
     first, failed, last = asyncio.run(scenario())

@@ -21,7 +21,7 @@ from modeling.multi_lora import Routing, route
 from modeling.preprocess import TextInput
 from modeling.tasks import Options
 from modeling.weights import FloatArray
-from service.inference.admission import AdmissionController
+from service.inference.capacity import AdmissionController
 from service.inference.errors import EmptyInput, ModelNotReady, NotPredictable
 from service.inference.lanes import BackboneLane
 from service.inference.model_pool import ModelPool
@@ -252,8 +252,8 @@ def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world:
                 assert pool.status.version(("default", "m", 2))[0] == "unloaded"
                 lane = model.lane
                 assert isinstance(lane, BackboneLane)
-                before, lane.engine.name = lane.engine, "other"
-                lane.batcher.supervisor.on_engine_failed("a test")
+                before, lane.engine_name = lane.engine, "other/fp32"
+                lane.worker.supervisor.on_engine_failed("a test")
                 await pool.engines.idle()
                 assert lane.engine is not before
                 work = lane.preprocess(["a good film"], truncate=True, max_length=None)

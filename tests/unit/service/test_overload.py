@@ -12,11 +12,11 @@ import pytest
 
 from model_registry.refs import ModelRef
 from modeling.tasks import Options
-from service.inference.admission import AdmissionController
-from service.inference.batching import Batch, BatchLimits
-from service.inference.cost import CostModel
+from service.inference.capacity import AdmissionController, CostModel
+from service.inference.engine_worker import BatchLimits
 from service.inference.errors import DeadlineExceeded, QueueFull
 from service.inference.predictor import Predictor
+from service.inference.queue import Batch
 from service.metrics import ServingMetrics
 from tests.support.lanes import WordLane, WordModel, WordPool
 from tests.support.uncollected import uncollected
@@ -38,11 +38,11 @@ class Service:
                 return 0.0
             return (FIXED_S + PER_TOKEN_S * work.tokens) * draw.uniform(0.9, 1.1)
 
-        runtime = virtual_runtime(engine_s, lambda burst: 1e-4 + 2e-5 * sum(len(ticket.inputs) for ticket in burst))
+        runtime = virtual_runtime(engine_s, lambda burst: 1e-4 + 2e-5 * sum(len(ticket.inputs) for _, ticket in burst))
         self.now = runtime.clock
         self.lane = WordLane(BatchLimits(MAX_TOKENS, 128), runtime=runtime)
-        self.lane.batcher.start()
-        self.lane.batcher.calibrate(CostModel(FIXED_S, PER_TOKEN_S, 20), MAX_TOKENS)
+        self.lane.worker.start()
+        self.lane.worker.calibrate(CostModel(FIXED_S, PER_TOKEN_S, 20), MAX_TOKENS)
         self.admission = AdmissionController(max_inputs=max_inputs, max_queue_delay_s=MAX_DELAY_S)
         self.metrics = ServingMetrics()
         pool: Any = WordPool(WordModel(self.lane))
@@ -96,7 +96,7 @@ def test_far_too_much_work_leaves_goodput_and_latency_as_promised(factor: float)
         service = Service()
         goodput = await service.load(factor, seconds=20, length=mixed(1))
         assert goodput >= 0.9 * PEAK_TOKENS_PER_S
-        await service.lane.batcher.stop()
+        await service.lane.worker.stop()
         return service
 
     service = run_virtually(scenario())
@@ -112,7 +112,7 @@ def test_with_less_than_the_engine_can_do_nobody_is_refused() -> None:
     async def scenario() -> Service:
         service = Service()
         await service.load(0.8, seconds=20, length=mixed(2))
-        await service.lane.batcher.stop()
+        await service.lane.worker.stop()
         return service
 
     service = run_virtually(scenario())
@@ -124,7 +124,7 @@ def test_under_overload_what_is_admitted_meets_its_deadline() -> None:
     async def scenario() -> Service:
         service = Service()
         await service.load(2.0, seconds=20, length=mixed(4), timeout_s=0.8)
-        await service.lane.batcher.stop()
+        await service.lane.worker.stop()
         return service
 
     service = run_virtually(scenario())
@@ -142,7 +142,7 @@ def test_a_request_that_cannot_be_in_time_is_refused_at_once_and_not_computed() 
         await asyncio.gather(*backlog)
         await service.ask(100, seconds=0.005)  # even alone it takes 12 ms
         computed = sum(len(text.split()) == 7 for batch in service.lane.seen for text in batch)
-        await service.lane.batcher.stop()
+        await service.lane.worker.stop()
         return service, computed
 
     service, computed = run_virtually(scenario())
@@ -156,7 +156,7 @@ def test_a_burst_cannot_slip_in_while_its_first_part_is_being_tokenised() -> Non
     async def scenario() -> Service:
         service = Service()
         await asyncio.gather(*(service.ask(200) for _ in range(500)))  # 100,000 tokens in one moment, 11 s of work
-        await service.lane.batcher.stop()
+        await service.lane.worker.stop()
         return service
 
     service = run_virtually(scenario())
@@ -172,7 +172,7 @@ def test_ten_thousand_clients_are_answered_or_sent_away_without_a_wait() -> None
         assert service.admission.inputs <= 512
         assert len(service.refusals) + service.admission.inputs == 10_000
         await asyncio.gather(*tasks)
-        await service.lane.batcher.stop()
+        await service.lane.worker.stop()
         return service
 
     service = run_virtually(scenario())
@@ -191,8 +191,8 @@ def test_clients_that_leave_cost_nothing_further() -> None:
         assert service.admission.inputs == 0
         batches = len(service.lane.seen)
         await elapse(1)
-        await service.lane.batcher.stop()
-        return len(service.lane.seen) - batches, service.lane.batcher.forecast().wait_s
+        await service.lane.worker.stop()
+        return len(service.lane.seen) - batches, service.lane.worker.forecast().wait_s
 
     more, wait_s = run_virtually(scenario())
     assert more <= 1  # the run that had begun
@@ -205,7 +205,7 @@ def test_requests_leave_nothing_to_the_garbage_collector() -> None:
         await service.ask(5)
         with uncollected() as kinds:
             await asyncio.gather(*(service.ask(5, 6) for _ in range(30)))
-        await service.lane.batcher.stop()
+        await service.lane.worker.stop()
         return service, kinds
 
     service, kinds = run_virtually(scenario())

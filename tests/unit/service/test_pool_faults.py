@@ -25,12 +25,12 @@ from modeling.multi_lora import Routing, route
 from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
-from service.inference.admission import AdmissionController
+from service.inference.capacity import AdmissionController
+from service.inference.engine_worker import Runtime
 from service.inference.errors import InferenceFailed, MemoryBudgetExceeded, ModelNotReady
 from service.inference.lanes import BackboneLane
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
-from service.inference.runtime import Runtime
 from service.metrics import ServingMetrics
 from tests.support.adapters import random_adapter
 from tests.support.virtual import elapse, run_virtually, virtual_runtime
@@ -179,15 +179,15 @@ def test_an_engine_that_says_when_to_come_back_is_believed(world: World) -> None
                 with pytest.raises(InferenceFailed):
                     await ask(pool, "m", runtime)
             await elapse(0.1)
-            assert not lane.batcher.is_fit
+            assert not lane.worker.is_fit
             world.publish("m", seed=2, promote=True)
             await pool.apply(world.registry.snapshot())
             state = pool.status.version((TENANT, "m", 2))
-            assert state[0] == "failed" and "out of order" in str(state[1])
+            assert state[0] == "failed" and "unhealthy" in str(state[1])
             assert refusal(pool, "m:2").retry_after_s == pytest.approx(5)
             lane.engine.is_broken = False
             await elapse(10)
-            assert lane.batcher.is_fit
+            assert lane.worker.is_fit
             assert await ask(pool, "m", runtime) == 2
 
     run_virtually(scenario())
@@ -372,7 +372,7 @@ def test_a_backbone_that_is_no_longer_configured_counts_and_goes_with_its_last_v
             await elapse(1)
             assert [pool.status.version((TENANT, "old", number))[0] for number in (1, 2)] == ["unloaded", "unloaded"]
             (lane,) = pool.lanes()
-            assert lane.batcher.name == ("tiny", "torch/fp32")
+            assert lane.worker.name == ("tiny", "torch/fp32")
             assert metrics.registry.get_sample_value(
                 "polyhead_batch_tokens_limit", {"backbone": "tiny", "engine": "torch/fp32"}
             )

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from modeling.errors import InputTooLong
-from service.inference.batching import BatchLimits
-from service.inference.entries import Ticket
+from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.errors import InferenceFailed, ModelNotReady
-from service.inference.runtime import Runtime
-from service.inference.tokenizing import TokenEstimate, TokenizerStage
-from tests.support.lanes import WordLane, WordModel, Words
+from service.inference.queue import Ticket
+from service.inference.tokenizing import TokenizerStage
+from tests.support.lanes import WordLane, WordModel, Words, ticket_for
 from tests.support.turns import settled
 from tests.support.virtual import elapse, run_virtually, virtual_runtime
 
@@ -32,8 +31,7 @@ class Recording(WordLane):
 
 
 def ticket(lane: WordLane, *texts: str, max_length: int = 100, truncate: bool = True) -> Ticket:
-    future = asyncio.get_running_loop().create_future()
-    return Ticket(WordModel(lane), list(texts), 1e9, future, max_length, truncate=truncate)
+    return ticket_for(WordModel(lane), texts, deadline=1e9, max_length=max_length, truncate=truncate)
 
 
 def lengths(answered: Ticket) -> list[int]:
@@ -48,7 +46,7 @@ async def outcomes(tickets: Sequence[Ticket]) -> list[Any]:
 def stage(lane_type: type[Recording] = Recording, *, threads: int = 2, seconds: float = 0.0) -> Any:
     runtime = virtual_runtime(tokenizer_s=lambda burst: seconds)
     lane = lane_type(runtime=runtime)
-    lane.batcher.start()
+    lane.worker.start()
     return lane, TokenizerStage(threads, runtime)
 
 
@@ -57,10 +55,10 @@ def test_what_arrives_together_is_tokenised_in_one_call() -> None:
         lane, tokenizers = stage()
         tickets = [ticket(lane, "a", "b c"), ticket(lane, "d"), ticket(lane, "e f g")]
         for item in tickets:
-            tokenizers.submit(item)
+            tokenizers.submit(lane, item)
         assert await outcomes(tickets) == [None] * 3
         assert [lengths(item) for item in tickets] == [[1, 2], [1], [3]]
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return lane.calls
 
     assert run_virtually(scenario()) == [["a", "b c", "d", "e f g"]]
@@ -73,17 +71,17 @@ def test_requests_that_wait_long_anyway_gather_and_hold_up_nobody_else() -> None
         for item in patient:
             item.forecast_s = 1.0
         for item in patient[:3]:
-            tokenizers.submit(item)
+            tokenizers.submit(lane, item)
             await elapse(0.001)
         assert lane.calls == []
         await outcomes(patient[:3])
-        tokenizers.submit(patient[3])
+        tokenizers.submit(lane, patient[3])
         urgent, started = ticket(lane, "now"), asyncio.get_running_loop().time()
-        tokenizers.submit(urgent)
+        tokenizers.submit(lane, urgent)
         await outcomes([urgent])
         took = asyncio.get_running_loop().time() - started
         tokenizers.close()
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return lane.calls, took
 
     calls, took = run_virtually(scenario())
@@ -96,10 +94,10 @@ def test_while_the_threads_are_busy_requests_gather() -> None:
         lane, tokenizers = stage(threads=1, seconds=0.01)
         tickets = [ticket(lane, str(number)) for number in range(5)]
         for item in tickets:
-            tokenizers.submit(item)
+            tokenizers.submit(lane, item)
             await elapse(0.001)
         await outcomes(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return lane.calls
 
     assert run_virtually(scenario()) == [["0"], ["1", "2", "3", "4"]]
@@ -116,11 +114,11 @@ def test_a_bad_request_fails_alone() -> None:
             ticket(lane, "e"),
         ]
         for item in tickets:
-            tokenizers.submit(item)
+            tokenizers.submit(lane, item)
         found = await outcomes(tickets)
         error = tickets[1].future.exception()
         assert isinstance(error, InputTooLong) and error.index == 1  # as counted in its own request
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found
 
     assert run_virtually(scenario()) == [None, InputTooLong, None, InferenceFailed, None]
@@ -131,9 +129,9 @@ def test_every_request_keeps_its_own_limit() -> None:
         lane, tokenizers = stage()
         tickets = [ticket(lane, "w " * 9, max_length=limit) for limit in (3, 5, 3, 20)]
         for item in tickets:
-            tokenizers.submit(item)
+            tokenizers.submit(lane, item)
         await outcomes(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return [lengths(item) for item in tickets]
 
     assert run_virtually(scenario()) == [[3], [5], [3], [9]]
@@ -143,13 +141,13 @@ def test_nothing_is_spent_on_a_request_whose_client_has_left() -> None:
     async def scenario() -> list[list[str]]:
         lane, tokenizers = stage(threads=1, seconds=0.01)
         first, gone, last = ticket(lane, "a"), ticket(lane, "gone"), ticket(lane, "b")
-        tokenizers.submit(first)
+        tokenizers.submit(lane, first)
         await settled(1)
         for item in (gone, last):
-            tokenizers.submit(item)
+            tokenizers.submit(lane, item)
         gone.future.cancel()
         await outcomes([first, last])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return lane.calls
 
     assert run_virtually(scenario()) == [["a"], ["b"]]
@@ -160,9 +158,9 @@ def test_a_long_burst_is_split_so_that_those_behind_it_need_not_wait_for_all_of_
         lane, tokenizers = stage()
         tickets = [ticket(lane, "w " * 75_000) for _ in range(4)]
         for item in tickets:
-            tokenizers.submit(item)
+            tokenizers.submit(lane, item)
         await outcomes(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return [len(call) for call in lane.calls]
 
     assert run_virtually(scenario()) == [2, 2]
@@ -171,9 +169,9 @@ def test_a_long_burst_is_split_so_that_those_behind_it_need_not_wait_for_all_of_
 def test_where_the_queue_is_closed_the_requests_fail() -> None:
     async def scenario() -> list[Any]:
         lane, tokenizers = stage()
-        await lane.batcher.stop()
+        await lane.worker.stop()
         tickets = [ticket(lane, "a")]
-        tokenizers.submit(tickets[0])
+        tokenizers.submit(lane, tickets[0])
         return await outcomes(tickets)
 
     assert run_virtually(scenario()) == [ModelNotReady]
@@ -184,19 +182,7 @@ def test_a_closed_stage_fails_what_comes() -> None:
         lane, tokenizers = Recording(), TokenizerStage(1, Runtime())
         tokenizers.close()
         tickets = [ticket(lane, "a")]
-        tokenizers.submit(tickets[0])
+        tokenizers.submit(lane, tickets[0])
         return await outcomes(tickets)
 
     assert asyncio.run(scenario()) == [ModelNotReady]
-
-
-def test_the_estimate_follows_the_texts_and_keeps_to_the_limit() -> None:
-    estimate = TokenEstimate(4.0)
-    assert estimate.tokens(["x" * 400], 1000) == 102
-    for _ in range(300):
-        estimate.observe("x" * 400, 400, 1000)  # a token a character
-    assert 380 <= estimate.tokens(["x" * 400], 1000) <= 420
-    assert estimate.tokens(["x" * 4000, ("x" * 10, "y" * 10)], 512) < 512 + 30
-    before = estimate.tokens(["x" * 400], 1000)
-    estimate.observe("x" * 100_000, 512, 512)  # it was cut
-    assert estimate.tokens(["x" * 400], 1000) == before

@@ -6,17 +6,17 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from modeling.errors import EngineFailed
-from service.inference.cost import CostModel, Point
+from service.inference.capacity import CostModel, Point
 
 _FIRST_LENGTHS = (8, 32)
 _ROW_LENGTH = 128
 _KNEE = 0.97
-_WORTH = 1.02  # twice the tokens must bring so much more speed, or the ladder has passed the top
+_WORTH = 1.02  # twice the tokens must bring so much more speed, or the top has been passed
 _MIN_POINTS = 6
 
 Shape = tuple[int, int]
 """Rows, and the tokens in each."""
-Ladder = Generator[Shape, float | None, "Measured"]
+Runs = Generator[Shape, float | None, "Measured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Measured:
     max_tokens: int
 
 
-def ladder(*, max_tokens: int, max_rows: int, max_length: int, seconds: float) -> Ladder:
+def timed_runs(*, max_tokens: int, max_rows: int, max_length: int, seconds: float) -> Runs:
     """Yields shapes and is sent the seconds of each, or None where the engine could not compute it.
 
     Single rows show what a run costs before its first token; then rows double until speed no longer grows or `seconds`

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling.errors import EngineFailed
-from service.inference.ladder import Measured, Shape, ladder
+from service.inference.warm_up import Measured, Shape, timed_runs
 
 LIMITS: dict[str, Any] = {"max_tokens": 16384, "max_rows": 128, "max_length": 256, "seconds": 1.0}
 
 
 def climb(seconds: Callable[[int, int], float | None], **limits: Any) -> tuple[Measured, list[Shape]]:
-    steps, shapes = ladder(**(LIMITS | limits)), []
+    steps, shapes = timed_runs(**(LIMITS | limits)), []
     try:
         shape = next(steps)
         while True:

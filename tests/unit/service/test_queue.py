@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.inference.packing import pack
+from service.inference.queue import pack
 
 widths_lists = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from service.inference.batch_log import BatchLog
-from service.inference.batching import Batch, BatchLimits
-from service.inference.cost import CostModel
-from service.inference.entries import QueueEntry, Ticket
+from service.inference.capacity import CostModel
+from service.inference.engine_worker import BatchLimits, Outputs
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady
-from service.inference.isolation import Outputs
-from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel
+from service.inference.queue import Batch, QueueEntry, Ticket
+from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel, ticket_for
 from tests.support.turns import settled
 from tests.support.virtual import elapse, run_virtually, virtual_runtime
 
@@ -30,19 +29,19 @@ def lane_of(limits: BatchLimits = LIMITS, *, seconds: Callable[[Any], float] | N
     """Started, in virtual time; a run takes `RUN_S` and a call nothing."""
     took = seconds or (lambda work: RUN_S if isinstance(work, Batch) else 0.0)
     lane = WordLane(limits, runtime=virtual_runtime(took), **options)
-    lane.batcher.calibrate(CostModel(RUN_S, 1e-9, 20), limits.max_tokens)
-    lane.batcher.start()
+    lane.worker.calibrate(CostModel(RUN_S, 1e-9, 20), limits.max_tokens)
+    lane.worker.start()
     return lane
 
 
 def put(lane: WordLane, *texts: str, seconds: float = 60.0, model: WordModel | None = None) -> Ticket:
     """Queues one request as the tokeniser stage would."""
     loop = asyncio.get_running_loop()
-    ticket = Ticket(model or WordModel(lane), list(texts), loop.time() + seconds, loop.create_future(), 512)
+    ticket = ticket_for(model or WordModel(lane), texts, deadline=loop.time() + seconds)
     timer = loop.call_later(seconds, ticket.expire)
-    ticket.future.add_done_callback(lambda _: (timer.cancel(), lane.batcher.withdraw(ticket)))
+    ticket.future.add_done_callback(lambda _: (timer.cancel(), lane.worker.withdraw(ticket)))
     ticket.fill(lane.preprocess(texts, truncate=True, max_length=None))
-    lane.batcher.put([ticket])
+    lane.worker.put([ticket])
     return ticket
 
 
@@ -64,7 +63,7 @@ def test_a_batch_that_fails_is_halved_until_only_the_culprits_fail() -> None:
     async def scenario() -> list[Any]:
         lane = lane_of()
         found = await answers([put(lane, text) for text in ("a", POISON, "ccc", NOT_A_NUMBER, "eeeee")])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found
 
     assert run_virtually(scenario()) == [[1.0], InferenceFailed, [3.0], InferenceFailed, [5.0]]
@@ -76,7 +75,7 @@ def test_the_first_failing_input_fails_its_request_and_the_others_of_it_are_not_
         tickets = [put(lane, POISON, "b", "c", "d", "e"), put(lane, "other")]
         found = await answers(tickets)
         assert all(entry.is_ended for ticket in tickets for entry in ticket.entries)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found, lane.seen
 
     found, seen = run_virtually(scenario())
@@ -92,7 +91,7 @@ def test_an_idle_engine_starts_at_once_and_a_busy_one_takes_what_gathered() -> N
         tickets += [put(lane, "b"), put(lane, "c")]
         await answers(tickets)
         ended = asyncio.get_running_loop().time()
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return lane.seen, ended
 
     seen, ended = run_virtually(scenario())
@@ -112,7 +111,7 @@ def test_with_a_delay_an_idle_engine_waits_for_more_but_not_for_longer_than_that
         tickets = [put(lane, str(number)) for number in range(8)]  # a full batch waits for nothing
         await answers(tickets)
         assert asyncio.get_running_loop().time() == pytest.approx(ended + RUN_S)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return lane.seen[:1], ended
 
     seen, ended = run_virtually(scenario())
@@ -129,9 +128,9 @@ def test_while_a_run_lasts_a_full_batch_is_made_ready_shortly_before_its_end() -
         stages = []
         for moment in (0.5 * RUN_S, 0.95 * RUN_S):
             await elapse(moment - asyncio.get_running_loop().time())
-            stages.append(len(lane.batcher._ready))
+            stages.append(len(lane.worker._queue._ready))
         await answers(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return stages
 
     assert run_virtually(scenario()) == [0, 8]
@@ -146,7 +145,7 @@ def test_who_leaves_a_batch_that_stands_ready_is_not_computed() -> None:
         await elapse(0.95 * RUN_S)
         tickets[3].future.cancel()
         await answers(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return lane.seen, value(
             lane, "cancelled_total", model="m", version="1", task="text-classification", stage="queued"
         )
@@ -164,7 +163,7 @@ def test_expired_and_abandoned_entries_never_reach_the_engine() -> None:
         lane.seen.clear()
         tickets[2].future.cancel()
         found = await answers(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found, lane.seen
 
     found, seen = run_virtually(scenario())
@@ -177,14 +176,14 @@ def test_work_that_leaves_counts_no_longer() -> None:
         lane = lane_of()
         put(lane, "running")
         await settled(1)
-        alone = lane.batcher.forecast().wait_s
+        alone = lane.worker.forecast().wait_s
         tickets = [put(lane, "w " * 60) for _ in range(5)]
-        assert lane.batcher.forecast().wait_s > alone
+        assert lane.worker.forecast().wait_s > alone
         for ticket in tickets:
             ticket.future.cancel()
         await settled(1)
-        after = lane.batcher.forecast().wait_s
-        await lane.batcher.stop()
+        after = lane.worker.forecast().wait_s
+        await lane.worker.stop()
         return alone, after
 
     alone, after = run_virtually(scenario())
@@ -195,14 +194,14 @@ def test_what_is_being_tokenised_counts_from_its_admission() -> None:
     async def scenario() -> list[float]:
         lane = lane_of()
         loop = asyncio.get_running_loop()
-        ticket = Ticket(WordModel(lane), ["w"], loop.time() + 9, loop.create_future(), 512, tokens=640)
-        waits = [lane.batcher.forecast().wait_s]
-        lane.batcher.announce(ticket)
-        waits.append(lane.batcher.forecast().wait_s)
-        lane.batcher.withdraw(ticket)
-        lane.batcher.withdraw(ticket)
-        waits.append(lane.batcher.forecast().wait_s)
-        await lane.batcher.stop()
+        ticket = ticket_for(WordModel(lane), ["w"], deadline=loop.time() + 9, tokens=640)
+        waits = [lane.worker.forecast().wait_s]
+        lane.worker.announce(ticket)
+        waits.append(lane.worker.forecast().wait_s)
+        lane.worker.withdraw(ticket)
+        lane.worker.withdraw(ticket)
+        waits.append(lane.worker.forecast().wait_s)
+        await lane.worker.stop()
         return waits
 
     before, announced, after = run_virtually(scenario())
@@ -213,10 +212,10 @@ def test_what_is_being_tokenised_counts_from_its_admission() -> None:
 def test_a_forecast_that_nothing_has_confirmed_for_long_refuses_nobody() -> None:
     async def scenario() -> tuple[float, float]:
         lane = lane_of()
-        fresh = lane.batcher.forecast(10).done_s
+        fresh = lane.worker.forecast(10).done_s
         await elapse(60)
-        stale = lane.batcher.forecast(10).done_s
-        await lane.batcher.stop()
+        stale = lane.worker.forecast(10).done_s
+        await lane.worker.stop()
         return fresh, stale
 
     fresh, stale = run_virtually(scenario())
@@ -229,12 +228,12 @@ def test_the_measured_limit_is_kept_and_shown_and_never_above_what_was_set() -> 
         lane = lane_of(BatchLimits(64, 100))
         limits = []
         for measured in (16, 1000):
-            lane.batcher.calibrate(CostModel(), measured)
-            limits.append(lane.batcher.max_tokens)
-        lane.batcher.calibrate(CostModel(), 16)
+            lane.worker.calibrate(CostModel(), measured)
+            limits.append(lane.worker.load.max_tokens)
+        lane.worker.calibrate(CostModel(), 16)
         await answers([put(lane, "w w w w") for _ in range(12)])
         shown = value(lane, "batch_tokens_limit")
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return limits, shown, [len(batch) for batch in lane.seen[1:]]
 
     limits, shown, rows = run_virtually(scenario())
@@ -251,7 +250,7 @@ def test_rows_are_padded_as_the_engine_pads_them() -> None:
             padded_width=lambda longest: -(-longest // 8) * 8, record=lambda name, batch: batches.append(batch)
         )
         await answers([put(lane, "w w w"), put(lane, "w w w w w")])
-        await lane.batcher.stop()
+        await lane.worker.stop()
 
     run_virtually(scenario())
     assert {batch.width for batch in batches} == {8}
@@ -262,16 +261,16 @@ def test_stop_fails_what_waits_lets_the_run_end_and_refuses_what_comes() -> None
         lane = lane_of(BatchLimits(64, 1))
         tickets = [put(lane, "running"), put(lane, "waiting")]
         await elapse(RUN_S / 2)
-        call = asyncio.ensure_future(lane.batcher.call(lambda: None))
+        call = asyncio.ensure_future(lane.worker.call(lambda: None))
         await settled(1)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         with pytest.raises(ModelNotReady):
             put(lane, "late")
         with pytest.raises(ModelNotReady):
-            await lane.batcher.call(lambda: None)
+            await lane.worker.call(lambda: None)
         with pytest.raises(ModelNotReady):
             await call
-        assert not lane.batcher.is_fit
+        assert not lane.worker.is_fit
         return await answers(tickets)
 
     assert run_virtually(scenario()) == [[7.0], ModelNotReady]
@@ -283,11 +282,11 @@ def test_calls_run_between_batches_and_give_back_what_they_raise() -> None:
         order: list[str] = []
         tickets = [put(lane, "a"), put(lane, "b")]
         await elapse(RUN_S / 2)
-        await lane.batcher.call(lambda: order.append(f"call after {len(lane.seen)} batches"))
+        await lane.worker.call(lambda: order.append(f"call after {len(lane.seen)} batches"))
         with pytest.raises(ZeroDivisionError):
-            await lane.batcher.call(lambda: 1 // 0)
+            await lane.worker.call(lambda: 1 // 0)
         await answers(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return order
 
     assert run_virtually(scenario()) == ["call after 1 batches"]
@@ -307,15 +306,15 @@ def test_a_run_that_hangs_is_given_up_and_the_hook_may_bring_in_another_engine()
 
         def replace(reason: str) -> None:
             reasons.append(reason)
-            lane.batcher.supervisor.resume()
+            lane.worker.supervisor.resume()
 
-        lane.batcher.supervisor.on_engine_failed = replace
+        lane.worker.supervisor.on_engine_failed = replace
         tickets = [put(lane, "hang"), put(lane, "waiting")]
         found = await answers(tickets)
         ended = asyncio.get_running_loop().time()
-        assert lane.batcher.is_fit
+        assert lane.worker.is_fit
         restarts = value(lane, "worker_restarts_total")
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found, reasons, ended, restarts
 
     found, reasons, ended, restarts = run_virtually(scenario())
@@ -332,14 +331,14 @@ def test_without_another_engine_the_queue_refuses_until_the_lost_run_returns() -
 
         lane = lane_of(BatchLimits(64, 1, engine_timeout_s=2.0), seconds=late)
         found = await answers([put(lane, "late"), put(lane, "waiting")])
-        states = [lane.batcher.is_fit]
+        states = [lane.worker.is_fit]
         with pytest.raises(ModelNotReady) as refused:
             put(lane, "refused")
         assert refused.value.retry_after_s
         await elapse(60)
-        states.append(lane.batcher.is_fit)
+        states.append(lane.worker.is_fit)
         found += await answers([put(lane, "again")])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return [*found, *states]
 
     assert run_virtually(scenario()) == [ModelNotReady, ModelNotReady, [5.0], False, True]
@@ -350,15 +349,15 @@ def test_nothing_enters_an_engine_that_a_run_hangs_in_but_another_engine_may_be_
         lane = lane_of(BatchLimits(64, 1, engine_timeout_s=2.0), seconds=hanging)
         entered: list[str] = []
         tickets = [put(lane, "hang"), put(lane, "waiting")]
-        called = asyncio.ensure_future(lane.batcher.call(lambda: entered.append("golden rows")))
+        called = asyncio.ensure_future(lane.worker.call(lambda: entered.append("golden rows")))
         found = await answers(tickets)
         with pytest.raises(ModelNotReady):
             await called
         with pytest.raises(ModelNotReady):
-            await lane.batcher.call(lambda: entered.append("golden rows"))
+            await lane.worker.call(lambda: entered.append("golden rows"))
         entered += [text for batch in lane.seen for text in batch]
-        await lane.batcher.exchange(lambda: entered.append("another engine"))
-        await lane.batcher.stop()
+        await lane.worker.exchange(lambda: entered.append("another engine"))
+        await lane.worker.stop()
         return found, entered
 
     assert run_virtually(scenario()) == ([ModelNotReady, ModelNotReady], ["another engine"])
@@ -368,7 +367,7 @@ def test_a_slow_run_that_was_predicted_to_be_slow_is_not_given_up() -> None:
     async def scenario() -> list[Any]:
         lane = lane_of(BatchLimits(64, 1, engine_timeout_s=0.2), seconds=lambda work: 5 * RUN_S)
         found = await answers([put(lane, "slow")])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found
 
     assert run_virtually(scenario()) == [[4.0]]
@@ -378,20 +377,20 @@ def test_an_engine_that_fails_every_row_of_three_batches_is_reported_and_serves_
     async def scenario() -> tuple[list[Any], list[str], list[bool]]:
         lane = lane_of()
         reasons: list[str] = []
-        lane.batcher.supervisor.on_engine_failed = reasons.append
+        lane.worker.supervisor.on_engine_failed = reasons.append
         lane.is_broken = True
         found = []
         for _ in range(3):
             found += await answers([put(lane, "a"), put(lane, "b")])
         await elapse(2)
-        states = [lane.batcher.is_fit]
+        states = [lane.worker.is_fit]
         with pytest.raises(ModelNotReady):
             put(lane, "refused")
         lane.is_broken = False
         await elapse(10)
-        states.append(lane.batcher.is_fit)
+        states.append(lane.worker.is_fit)
         found += await answers([put(lane, "c")])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found, reasons, states
 
     found, reasons, states = run_virtually(scenario())
@@ -404,9 +403,9 @@ def test_bad_inputs_alone_keep_a_sound_engine_from_serving_nobody() -> None:
     async def scenario() -> tuple[list[Any], list[str]]:
         lane = lane_of(BatchLimits(64, 1))
         reasons: list[str] = []
-        lane.batcher.supervisor.on_engine_failed = reasons.append
+        lane.worker.supervisor.on_engine_failed = reasons.append
         found = await answers([put(lane, text) for text in (POISON, POISON, POISON, "waits", POISON)])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found, reasons
 
     found, reasons = run_virtually(scenario())
@@ -418,9 +417,9 @@ def test_while_a_suspected_engine_is_checked_nobody_is_refused() -> None:
     async def scenario() -> list[Any]:
         lane = lane_of(BatchLimits(64, 1))
         found = await answers([put(lane, POISON) for _ in range(3)])
-        assert lane.batcher.is_fit
+        assert lane.worker.is_fit
         found += await answers([put(lane, "good")])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found
 
     assert run_virtually(scenario()) == [InferenceFailed] * 3 + [[4.0]]
@@ -430,10 +429,10 @@ def test_a_good_batch_in_between_and_the_count_starts_anew() -> None:
     async def scenario() -> list[str]:
         lane = lane_of()
         reasons: list[str] = []
-        lane.batcher.supervisor.on_engine_failed = reasons.append
+        lane.worker.supervisor.on_engine_failed = reasons.append
         for text in (POISON, POISON, "good", POISON, POISON):
             await answers([put(lane, text)])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return reasons
 
     assert run_virtually(scenario()) == []
@@ -446,12 +445,12 @@ def test_a_hook_that_fails_itself_changes_nothing() -> None:
         def broken(reason: str) -> None:
             raise RuntimeError(reason)
 
-        lane.batcher.supervisor.on_engine_failed = broken
+        lane.worker.supervisor.on_engine_failed = broken
         for _ in range(3):
             await answers([put(lane, POISON)])
         await elapse(1)
-        alive = lane.batcher.is_fit
-        await lane.batcher.stop()
+        alive = lane.worker.is_fit
+        await lane.worker.stop()
         return alive
 
     assert run_virtually(scenario())
@@ -462,19 +461,19 @@ def test_a_bug_in_the_queue_fails_those_who_wait_and_a_fresh_thread_goes_on() ->
         lane = lane_of()
         tickets = [put(lane, "a")]
         await answers(tickets)
-        form = lane.batcher._form
+        form = lane.worker._queue.next
 
-        def explode() -> Any:
-            lane.batcher._form = form  # type: ignore[method-assign]
+        def explode(now: float) -> Any:
+            lane.worker._queue.next = form  # type: ignore[method-assign]
             raise RuntimeError("a bug")
 
-        lane.batcher._form = explode  # type: ignore[method-assign]
+        lane.worker._queue.next = explode  # type: ignore[method-assign]
         found = await answers([put(lane, "b"), put(lane, "c")])
-        assert not lane.batcher.is_fit
+        assert not lane.worker.is_fit
         await elapse(1)
         found += await answers([put(lane, "d")])
         restarts = value(lane, "worker_restarts_total")
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found, restarts
 
     found, restarts = run_virtually(scenario())
@@ -489,12 +488,12 @@ def test_results_that_cannot_be_delivered_end_their_requests_all_the_same() -> N
         def explode(*_: Any, **__: Any) -> None:
             raise RuntimeError("a bug")
 
-        lane.batcher._observe = explode  # type: ignore[method-assign]
-        lane.batcher.supervisor.batch_ended = explode  # type: ignore[method-assign]
+        lane.worker._observe = explode  # type: ignore[method-assign]
+        lane.worker.supervisor.batch_ended = explode  # type: ignore[method-assign]
         tickets = [put(lane, "a"), put(lane, "b " * 3)]
         tickets[1].entries[0].is_ended = True  # `end` will refuse
         found = await answers(tickets[:1])
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found
 
     assert run_virtually(scenario()) == [[1.0]]
@@ -514,23 +513,22 @@ def test_results_come_back_from_a_real_thread_and_a_hung_one_is_left_behind() ->
 
     async def scenario() -> list[Any]:
         lane = Blocking(BatchLimits(64, 4, engine_timeout_s=0.1))
-        lane.batcher.start()
+        lane.worker.start()
         found = await answers([put_now(lane, text) for text in ("a", "bb", "ccc")])
-        lane.batcher.supervisor.on_engine_failed = lambda reason: lane.batcher.supervisor.resume()
+        lane.worker.supervisor.on_engine_failed = lambda reason: lane.worker.supervisor.resume()
         found += await answers([put_now(lane, "hang")])
         found += await answers([put_now(lane, "later")])
         gate.set()
-        await lane.batcher.stop()
+        await lane.worker.stop()
         return found
 
     assert asyncio.run(scenario()) == [[1.0], [2.0], [3.0], ModelNotReady, [5.0]]
 
 
 def put_now(lane: WordLane, text: str) -> Ticket:
-    future = asyncio.get_running_loop().create_future()
-    ticket = Ticket(WordModel(lane), [text], time.monotonic() + 60, future, 512)
+    ticket = ticket_for(WordModel(lane), [text], deadline=time.monotonic() + 60)
     ticket.fill(lane.preprocess([text], truncate=True, max_length=None))
-    lane.batcher.put([ticket])
+    lane.worker.put([ticket])
     return ticket
 
 
@@ -553,12 +551,12 @@ def test_under_load_the_engine_takes_its_next_batch_without_the_event_loop() -> 
 
     async def scenario() -> None:
         lane = CountingLane(BatchLimits(64, 1))
-        lane.batcher.start()
+        lane.worker.start()
         tickets = [put_now(lane, str(number)) for number in range(20)]
         for _ in tickets:
             assert lane.computed.acquire(timeout=10)
         await answers(tickets)
-        await lane.batcher.stop()
+        await lane.worker.stop()
 
     asyncio.run(scenario())
 
@@ -574,7 +572,7 @@ def test_the_log_holds_what_a_replay_needs(tmp_path: Path) -> None:
             adapted = WordModel(lane)
             adapted.adapter_key = "default/m/1"
             await answers([put(lane, "w w"), put(lane, "w w w", model=adapted)])
-            await lane.batcher.stop()
+            await lane.worker.stop()
 
     run_virtually(scenario())
     (line,) = (tmp_path / "logs" / "batches.jsonl").read_text().splitlines()
