@@ -89,28 +89,29 @@ async def _measure(folder: Path, texts: int, repeats: int) -> dict[str, float]:
     engine = InstantEngine()
     async with _pool(folder, engine) as pool:
         admission = AdmissionController(max_inputs=1 << 20, max_queue_delay_s=600)
-        predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=256, tokenizer_threads=2)
+        predictor = Predictor(admission, ServingMetrics(), max_inputs=256, tokenizer_threads=2)
         lane: Any = pool.lanes()[0]
         tokenizer = lane._preprocessor
         for name, preprocessor in (("with tokenizer", tokenizer), ("own", ConstantPreprocessor(tokenizer))):
             lane._preprocessor = preprocessor
             for size in (1, 32):
                 case = f"{size} texts a request, {name}"
-                figures[case] = await _cpu_per_text(_ask(predictor, size), size, texts, repeats)
+                figures[case] = await _cpu_per_text(_ask(pool, predictor, size), size, texts, repeats)
         engine.run_s = RUN_S
-        await _closed_loop(_ask(predictor, 1), 4 * CLIENTS)
+        await _closed_loop(_ask(pool, predictor, 1), 4 * CLIENTS)
         engine.gaps_s.clear()
-        await _closed_loop(_ask(predictor, 1), 40 * CLIENTS)
+        await _closed_loop(_ask(pool, predictor, 1), 40 * CLIENTS)
         figures["gap, 1 text a request"] = statistics.median(engine.gaps_s) * 1e6
         predictor.close()
     return {name: round(figure, 1) for name, figure in figures.items()}
 
 
-def _ask(predictor: Predictor, size: int) -> Ask:
+def _ask(pool: ModelPool, predictor: Predictor, size: int) -> Ask:
     ref, inputs = ModelRef.parse("m"), [TEXT] * size
 
-    def ask() -> Awaitable[Any]:
-        return predictor.predict("default", ref, inputs, OPTIONS, deadline=time.monotonic() + 30)
+    async def ask() -> Any:
+        model = await pool.find("default", ref)
+        return await predictor.predict(model, inputs, OPTIONS, deadline=time.monotonic() + 30)
 
     return ask
 

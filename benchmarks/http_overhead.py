@@ -107,11 +107,11 @@ class ConstantPredictor:
         self._vector = np.random.default_rng(0).normal(size=WIDTH).astype(np.float32)
 
     async def predict(
-        self, tenant: str, ref: Any, inputs: Any, options: Any, *, deadline: float, needs_labels: bool = True
+        self, model: Any, inputs: Any, options: Any, *, deadline: float, needs_labels: bool = True
     ) -> PredictResult:
         await asyncio.sleep(0)
         return PredictResult(
-            model=ref.name,
+            model=model.name,
             version=1,
             task="text-classification",
             answers=[self._answer(embedded=options.return_embedding) for _ in inputs],
@@ -170,7 +170,7 @@ async def _measure(folder: Path, requests: int, repeats: int) -> list[tuple[str,
         async with _served(pool, constant, keys=KEYS) as app:
             figures.append((f"app: {KEYED.name}", await _repeat(_through_app(app, KEYED), requests, repeats)))
         admission = AdmissionController(max_inputs=512, max_queue_delay_s=60)
-        real = Predictor(pool, admission, ServingMetrics(), max_inputs=256, tokenizer_threads=2)
+        real = Predictor(admission, ServingMetrics(), max_inputs=256, tokenizer_threads=2)
         async with _served(pool, real) as app:
             for case in (CASES[0], CASES[2], CASES[4]):
                 ask = _through_app(app, case)

@@ -41,9 +41,9 @@ class InProcess:
 
     def adapter_key(self, name: str) -> str:
         """By which the engine knows the adapter of the LoRA model `name`, a champion of the data folder."""
-        with self._pool.lease("default", ModelRef.parse(name)) as model:
-            assert model.adapter_key is not None
-            return model.adapter_key
+        model = self._runner.run(self._pool.find("default", ModelRef.parse(name)))
+        assert model.adapter_key is not None
+        return model.adapter_key
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         return list(self._lane.preprocess(texts, truncate=True, max_length=None))

@@ -67,7 +67,6 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             max_inputs=settings.max_concurrent_requests, max_queue_delay_s=settings.max_queue_delay_ms / 1000
         )
         predictor = Predictor(
-            pool,
             admission,
             metrics,
             max_inputs=settings.max_client_batch_size,

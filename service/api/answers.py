@@ -123,9 +123,10 @@ async def predicted(
     metrics."""
     services, tenant = call.services, call.principal.tenant
     ref = reference(model, services.settings.default_model)
-    call.scope["state"]["metric_labels"] = services.pool.labels_of(tenant, ref)
     deadline = time.monotonic() + _allowed_s(call, timeout_ms)
-    work = services.predictor.predict(tenant, ref, inputs, options, deadline=deadline, needs_labels=needs_labels)
+    found = await services.pool.find(tenant, ref)
+    call.scope["state"]["metric_labels"] = found.metric_labels
+    work = services.predictor.predict(found, inputs, options, deadline=deadline, needs_labels=needs_labels)
     return await unless_gone(call.scope, call.receive, work)
 
 

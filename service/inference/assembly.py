@@ -31,9 +31,8 @@ from modeling.tasks import DEFAULT_MODALITY, FeatureExtraction
 from modeling.weights import FloatArray
 from service.inference.aliases import Key
 from service.inference.engine_director import EngineDirector
-from service.inference.lanes import BackboneLane, Lane, LinearLane
+from service.inference.lanes import BackboneLane, Lane, LinearLane, ServedModel
 from service.inference.residency import Residency
-from service.inference.served import ServedModel
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.assembly")

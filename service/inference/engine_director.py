@@ -23,8 +23,7 @@ from service.garbage import reconsider
 from service.inference.batch_log import BatchLog
 from service.inference.engine_selection import EngineSelector
 from service.inference.engine_worker import BatchLimits, Runtime
-from service.inference.lanes import BackboneLane, Lane, LinearLane
-from service.inference.served import ServedModel
+from service.inference.lanes import BackboneLane, Lane, LinearLane, ServedModel
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.engine_director")

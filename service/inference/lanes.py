@@ -1,12 +1,14 @@
-"""Lanes: an engine with its queue. Heads and adapters of one backbone share a lane; linear models share one too."""
+"""Lanes, an engine with its queue each, and the models served on them. Heads and adapters of one backbone share a lane;
+linear models share one too."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, cast
 
@@ -14,11 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter
+from modeling.assemble import VersionParts
 from modeling.backbone import Backbone
 from modeling.engines.build import EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
+from modeling.heads import TaskHead
+from modeling.linear_text import LinearText
 from modeling.preprocess import Encoded, TextInput, TextPreprocessor
+from modeling.tasks import NO_CALIBRATION, Calibration, Task
 from modeling.weights import FloatArray
 from service.inference.capacity import TokenEstimate
 from service.inference.engine_worker import BatchLimits, EngineWorker, Outputs, Record, Runtime
@@ -198,6 +204,73 @@ class LinearLane:
 
     def check(self) -> None:
         """There is no engine that could be unfit."""
+
+
+@dataclass(slots=True, eq=False)
+class ServedModel:
+    """State `loading warming ready draining unloading`. Leases count the requests that use it now.
+
+    `owns_weights`: the weights of its lane were loaded for this model, which is a backbone or a full fine-tune.
+    """
+
+    tenant: str
+    name: str
+    version: int | None
+    task: Task
+    labels: tuple[str, ...]
+    lane: Lane
+    calibration: Calibration = NO_CALIBRATION
+    parts: VersionParts | None = None
+    adapter_key: str | None = None
+    max_length: int | None = None
+    normalize_embedding: bool = False
+    state: str = "ready"
+    owns_weights: bool = False
+    head: TaskHead | None = field(init=False)
+    linear: LinearText | None = field(init=False)
+    metric_labels: tuple[str, str, str] = field(init=False)
+    loaded_at: float = field(default_factory=time.time)
+    used_at: float = field(default_factory=time.monotonic)
+    leases: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.head = None if self.parts is None else self.parts.head
+        self.linear = None if self.parts is None else self.parts.linear
+        self.metric_labels = (self.name, "" if self.version is None else str(self.version), self.task.name)
+        self._idle.set()
+
+    @property
+    def own_bytes(self) -> int:
+        """What it adds to what others need anyhow, on the engine that serves it now."""
+        held = 0 if self.parts is None else self.parts.own_bytes
+        if isinstance(self.lane, BackboneLane):
+            if self.adapter_key is not None:
+                held += self.lane.engine.adapter_bytes(self.adapter_key)
+            if self.owns_weights:
+                held += self.lane.engine.memory().weights
+        return held
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        return (self.tenant, self.name, self.version)
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Until the block ends, the model stays in memory."""
+        self.leases += 1
+        self.used_at = time.monotonic()
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.leases -= 1
+            if self.leases == 0:
+                self._idle.set()
+
+    async def drained(self) -> None:
+        """Returns once no request uses it."""
+        await self._idle.wait()
 
 
 def apply_heads(entries: Sequence[QueueEntry], vectors: FloatArray) -> Outputs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection
 
 from model_registry.errors import ModelNotFound
 from model_registry.refs import CHAMPION, ModelRef
@@ -24,11 +24,10 @@ from service.inference.engine_director import EngineDirector
 from service.inference.engine_selection import EngineSelector
 from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.errors import ModelNotReady
-from service.inference.lanes import Lane
+from service.inference.lanes import Lane, ServedModel
 from service.inference.loader import Loader
 from service.inference.pool_status import PoolStatus
 from service.inference.residency import Residency
-from service.inference.served import ServedModel
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.model_pool")
@@ -64,6 +63,7 @@ class ModelPool:
         self._aliases = Aliases()
         self.status = PoolStatus(self._aliases, self._residency, self._loader, self.engines)
         self._backbones: dict[str, ServedModel] = {}
+        self._found: dict[tuple[str, ModelRef], ServedModel] = {}  # since the loop's last turn
         self._missing = set(backbones)
         self._changed = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
@@ -94,27 +94,22 @@ class ModelPool:
 
     # For requests
 
-    @contextlib.contextmanager
-    def lease(self, tenant: str, ref: ModelRef) -> Iterator[ServedModel]:
-        """The model that `ref` means now, held until the block ends. Raises `ModelNotFound`, `ModelNotReady`."""
-        model = self._served(tenant, ref)
+    async def find(self, tenant: str, ref: ModelRef) -> ServedModel:
+        """Returns the model that `ref` means now. Take a lease of it before anything else is awaited.
+
+        If `ref` is unknown here, looks once more: another process may just have registered it. Raises `ModelNotFound`,
+        `ModelNotReady`.
+        """
+        model = self._found.get((tenant, ref))
         if model is None:
-            raise self._absence(tenant, ref)
-        model.acquire()
-        try:
-            yield model
-        finally:
-            model.release()
-
-    async def look_up(self, tenant: str, ref: ModelRef) -> None:
-        """If `ref` is unknown here, looks once more: another process may just have registered it."""
-        if not self._is_backbone(ref) and self._aliases.resolve(tenant, ref) is None and self.look_again is not None:
-            await self.look_again()
-
-    def labels_of(self, tenant: str, ref: ModelRef) -> tuple[str, str, str]:
-        """Metric labels of what `ref` means now; empty for what is not loaded, so that callers cannot invent series."""
-        model = self._served(tenant, ref)
-        return ("", "", "") if model is None else model.metric_labels
+            is_unknown = not self._is_backbone(ref) and self._aliases.resolve(tenant, ref) is None
+            if is_unknown and self.look_again is not None:
+                await self.look_again()
+            model = self._served(tenant, ref)
+            if model is None:
+                raise self._absence(tenant, ref)
+            self._found[tenant, ref] = model
+        return model
 
     def _served(self, tenant: str, ref: ModelRef) -> ServedModel | None:
         if self._is_backbone(ref):
@@ -199,6 +194,7 @@ class ModelPool:
                 self._loader.start(key, version)
         self._residency.pinned, self._residency.previous = self._aliases.pinned(), self._aliases.previous()
         self._residency.release()
+        self._found.clear()
         self._plan_next()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model_registry.refs import ModelRef
 from modeling.heads import normalized
 from modeling.preprocess import TextInput
 from modeling.tasks import Answer, Options, Task
@@ -25,10 +24,8 @@ from service.inference.errors import (
     ParameterUnfit,
     QueueFull,
 )
-from service.inference.lanes import Lane
-from service.inference.model_pool import ModelPool
+from service.inference.lanes import Lane, ServedModel
 from service.inference.queue import QueueEntry, Ticket
-from service.inference.served import ServedModel
 from service.inference.tokenizing import TokenizerStage
 from service.metrics import ModelSeries, ServingMetrics
 
@@ -61,7 +58,6 @@ class PredictResult:
 class Predictor:
     def __init__(
         self,
-        pool: ModelPool,
         admission: AdmissionController,
         metrics: ServingMetrics,
         *,
@@ -69,7 +65,7 @@ class Predictor:
         tokenizer_threads: int,
         runtime: Runtime = Runtime(),
     ) -> None:
-        self._pool, self._admission, self._metrics = pool, admission, metrics
+        self._admission, self._metrics = admission, metrics
         self._max_inputs, self._clock = max_inputs, runtime.clock
         self._tokenizers = TokenizerStage(tokenizer_threads, runtime)
 
@@ -78,23 +74,21 @@ class Predictor:
 
     async def predict(
         self,
-        tenant: str,
-        ref: ModelRef,
+        model: ServedModel,
         inputs: Sequence[TextInput],
         options: Options,
         *,
         deadline: float,
         needs_labels: bool = True,
     ) -> PredictResult:
-        """Answers for `inputs`, in their order. `deadline` is in `time.monotonic` seconds.
+        """Returns `model`'s answers for `inputs`, in their order. `deadline` is in `time.monotonic` seconds.
 
-        Raises `ModelNotFound`, `ModelNotReady`, `EmptyInput`, `BatchTooLarge`, `QueueFull`, `InputTooLong`,
+        Raises `ModelNotReady`, `EmptyInput`, `BatchTooLarge`, `QueueFull`, `InputTooLong`,
         `DeadlineExceeded`, `NotPredictable`, `ParameterUnfit`, `InferenceFailed`.
         """
         started = self._clock()
         check_inputs(inputs, self._max_inputs)
-        await self._pool.look_up(tenant, ref)
-        with self._pool.lease(tenant, ref) as model:
+        with model.lease():
             if needs_labels and not model.task.has_answers and not options.return_embedding:
                 raise NotPredictable(
                     f"{model.name} is a backbone without labels; set parameters.return_embedding or use /v1/embeddings"

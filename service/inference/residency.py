@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from service.inference.aliases import Key
 from service.inference.engine_director import EngineDirector
 from service.inference.errors import MemoryBudgetExceeded
-from service.inference.lanes import BackboneLane
-from service.inference.served import ServedModel
+from service.inference.lanes import BackboneLane, ServedModel
 from service.metrics import ServingMetrics
 
 

@@ -61,7 +61,7 @@ class ServedWorld(AppUnderTest):
         admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
         async with self.world.pool(metrics=self.metrics) as pool:
             await pool.apply(self.world.registry.snapshot())
-            predictor = Predictor(pool, admission, self.metrics, max_inputs=50, tokenizer_threads=1)
+            predictor = Predictor(admission, self.metrics, max_inputs=50, tokenizer_threads=1)
             try:
                 self.services = Services(
                     settings=self.settings,
@@ -200,8 +200,7 @@ def test_tasks_in_one_batch_answer_as_alone(served: ServedWorld) -> None:
         services = served.services
         work = [
             services.predictor.predict(
-                "default",
-                ModelRef.parse(name),
+                await services.pool.find("default", ModelRef.parse(name)),
                 TEXTS,
                 Options(),
                 deadline=time.monotonic() + 30,
@@ -285,7 +284,7 @@ def test_a_published_checkpoint_answers_as_transformers_does(
     imported(world, name, checkpoint)
     with closing(ServedWorld(world)) as app:
         rows = app.rows(name)
-        assert app.services.pool.labels_of("default", ModelRef(name))[2] == task
+        assert app.run(app.services.pool.find("default", ModelRef(name))).metric_labels[2] == task
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"), pad_token="[PAD]")
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
     function = "none" if task == "text-regression" else None

@@ -53,15 +53,16 @@ class RecordingPredictor:
 
     async def predict(
         self,
-        tenant: str,
-        ref: ModelRef,
+        model: Any,
         inputs: Sequence[TextInput],
         options: Options,
         *,
         deadline: float,
         needs_labels: bool = True,
     ) -> PredictResult:
-        self.asked.append(Asked(tenant, ref, list(inputs), options, needs_labels, deadline - time.monotonic()))
+        self.asked.append(
+            Asked(model.tenant, model.ref, list(inputs), options, needs_labels, deadline - time.monotonic())
+        )
         try:
             await (asyncio.Event().wait() if self.hold else asyncio.sleep(0))
         except asyncio.CancelledError:
@@ -114,8 +115,13 @@ class RecordingApp:
     @asynccontextmanager
     async def _build(self) -> AsyncIterator[Services]:
         unused: Any = SimpleNamespace()
+
+        async def find(tenant: str, ref: ModelRef) -> Any:
+            labels = LABELS if ref.name == "p" else ("", "", "")
+            return SimpleNamespace(tenant=tenant, ref=ref, metric_labels=labels)
+
         pool: Any = SimpleNamespace(
-            labels_of=lambda tenant, ref: LABELS if ref.name == "p" else ("", "", ""),
+            find=find,
             lanes=lambda: [],
             backbones=lambda: {},
             is_started=True,

@@ -79,6 +79,15 @@ class WordModel:
 
     def __init__(self, lane: WordLane, *, max_length: int | None = None) -> None:
         self.lane, self.max_length = lane, max_length
+        self.leases = 0
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        self.leases += 1
+        try:
+            yield
+        finally:
+            self.leases -= 1
 
 
 def ticket_for(
@@ -88,22 +97,3 @@ def ticket_for(
     future = asyncio.get_running_loop().create_future()
     series = model.lane.metrics.of_model(model.metric_labels)
     return Ticket(model, series, list(texts), deadline, future, max_length, **rest)
-
-
-class WordPool:
-    """One model, whatever is asked for."""
-
-    def __init__(self, *models: WordModel) -> None:
-        self._models = {model.name: model for model in models}
-        self.leases = 0
-
-    async def look_up(self, tenant: str, ref: Any) -> None:
-        """All that there is is known."""
-
-    @contextlib.contextmanager
-    def lease(self, tenant: str, ref: Any) -> Iterator[WordModel]:
-        self.leases += 1
-        try:
-            yield self._models[ref.name]
-        finally:
-            self.leases -= 1

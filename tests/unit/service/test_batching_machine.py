@@ -13,7 +13,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model_registry.refs import ModelRef
 from modeling.errors import InputTooLong
 from modeling.tasks import Options
 from service.inference.capacity import AdmissionController, CostModel
@@ -22,7 +21,7 @@ from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNot
 from service.inference.predictor import Predictor
 from service.inference.queue import Batch, QueueEntry, Ticket
 from service.metrics import ServingMetrics
-from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel, WordPool
+from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel
 from tests.support.virtual import VirtualLoop, elapse, virtual_runtime
 
 EXPECTED = (InferenceFailed, DeadlineExceeded, ModelNotReady, QueueFull, InputTooLong, asyncio.CancelledError)
@@ -59,10 +58,9 @@ class Requests(RuleBasedStateMachine):
             self.entries += [entry for ticket in tickets for entry in ticket.entries]
 
         self.lane.worker.put = recording  # type: ignore[method-assign, assignment]
-        self.pool = WordPool(WordModel(self.lane))
+        self.model: Any = WordModel(self.lane)
         self.admission = AdmissionController(max_inputs=40, max_queue_delay_s=3.0)
         self.predictor = Predictor(
-            self.pool,  # type: ignore[arg-type]
             self.admission,
             ServingMetrics(),
             max_inputs=8,
@@ -82,7 +80,7 @@ class Requests(RuleBasedStateMachine):
     @rule(texts=TEXTS, seconds=st.sampled_from([0.05, 0.3, 2.0, 30.0]), truncate=st.booleans())
     def ask(self, texts: list[str], seconds: float, truncate: bool) -> None:
         request = self.predictor.predict(
-            "t", ModelRef.parse("m"), texts, Options(truncate=truncate), deadline=self.loop.time() + seconds
+            self.model, texts, Options(truncate=truncate), deadline=self.loop.time() + seconds
         )
         self.tasks.append(self.loop.create_task(request))
 
@@ -150,7 +148,7 @@ class Requests(RuleBasedStateMachine):
         if not self.is_stopped:
             self.loop.run_until_complete(worker.stop())
         assert [entry for entry in self.entries if not entry.is_ended] == []  # and `end` refuses a second time
-        assert (self.admission.inputs, self.pool.leases) == (0, 0)
+        assert (self.admission.inputs, self.model.leases) == (0, 0)
         self.nothing_went_wrong_in_the_loop()
 
 

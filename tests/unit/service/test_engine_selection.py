@@ -166,10 +166,13 @@ class Scripted(EngineSelector):
 
 async def ask(pool: ModelPool, model: str) -> PredictResult:
     admission = AdmissionController(max_inputs=9, max_queue_delay_s=60)
-    predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=9, tokenizer_threads=1)
+    predictor = Predictor(admission, ServingMetrics(), max_inputs=9, tokenizer_threads=1)
     try:
         return await predictor.predict(
-            "default", ModelRef.parse(model), ["a good film", "dull"], Options(), deadline=time.monotonic() + 30
+            await pool.find("default", ModelRef.parse(model)),
+            ["a good film", "dull"],
+            Options(),
+            deadline=time.monotonic() + 30,
         )
     finally:
         predictor.close()

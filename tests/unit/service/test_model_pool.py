@@ -33,10 +33,13 @@ from tests.support.world import World, run
 
 async def ask(pool: ModelPool, model: str, texts: list[TextInput], **options: Any) -> PredictResult:
     admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
-    predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=50, tokenizer_threads=1)
+    predictor = Predictor(admission, ServingMetrics(), max_inputs=50, tokenizer_threads=1)
     try:
         return await predictor.predict(
-            "default", ModelRef.parse(model), texts, Options(**options), deadline=time.monotonic() + 30
+            await pool.find("default", ModelRef.parse(model)),
+            texts,
+            Options(**options),
+            deadline=time.monotonic() + 30,
         )
     finally:
         predictor.close()
@@ -63,7 +66,8 @@ def test_a_request_keeps_its_version_while_the_alias_moves(world: World) -> None
     async def scenario() -> int | None:
         async with world.pool() as pool:
             await pool.apply(world.registry.snapshot())
-            with pool.lease("default", ModelRef.parse("m")) as model:
+            model = await pool.find("default", ModelRef.parse("m"))
+            with model.lease():
                 world.publish("m", seed=2, promote=True)
                 await pool.apply(world.registry.snapshot())
                 assert pool.status.version(("default", "m", 2)) == ("ready", None)
@@ -245,7 +249,8 @@ def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world:
         async with world.pool(memory_budget_bytes=20_000) as pool:
             await pool.apply(world.registry.snapshot())
             await pool.ensure("default", "m", loras[0])
-            with pool.lease("default", ModelRef.parse("m:2")) as model:
+            model = await pool.find("default", ModelRef.parse("m:2"))
+            with model.lease():
                 assert model.own_bytes < 20_000 < 2 * model.own_bytes
                 await pool.ensure("default", "m", loras[1])
                 await pool.settled()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from model_registry.refs import ModelRef
 from modeling.tasks import Options
 from service.inference.capacity import AdmissionController, CostModel
 from service.inference.engine_worker import BatchLimits
@@ -18,7 +17,7 @@ from service.inference.errors import DeadlineExceeded, QueueFull
 from service.inference.predictor import Predictor
 from service.inference.queue import Batch
 from service.metrics import ServingMetrics
-from tests.support.lanes import WordLane, WordModel, WordPool
+from tests.support.lanes import WordLane, WordModel
 from tests.support.uncollected import uncollected
 from tests.support.virtual import elapse, run_virtually, virtual_runtime
 
@@ -45,10 +44,8 @@ class Service:
         self.lane.worker.calibrate(CostModel(FIXED_S, PER_TOKEN_S, 20), MAX_TOKENS)
         self.admission = AdmissionController(max_inputs=max_inputs, max_queue_delay_s=MAX_DELAY_S)
         self.metrics = ServingMetrics()
-        pool: Any = WordPool(WordModel(self.lane))
-        self.predictor = Predictor(
-            pool, self.admission, self.metrics, max_inputs=256, tokenizer_threads=2, runtime=runtime
-        )
+        self.model: Any = WordModel(self.lane)
+        self.predictor = Predictor(self.admission, self.metrics, max_inputs=256, tokenizer_threads=2, runtime=runtime)
         self.latencies: list[float] = []
         self.tokens = 0
         self.refusals: list[tuple[Exception, float]] = []
@@ -58,8 +55,7 @@ class Service:
         started = self.now()
         try:
             await self.predictor.predict(
-                "t",
-                ModelRef.parse("m"),
+                self.model,
                 ["w " * length for length in lengths],
                 Options(),
                 deadline=started + seconds,

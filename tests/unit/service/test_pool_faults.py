@@ -67,20 +67,20 @@ def store(world: World) -> UnsteadyStore:
 async def ask(pool: ModelPool, model: str, runtime: Runtime, **options: Any) -> int | None:
     """The version that answered."""
     admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
-    predictor = Predictor(pool, admission, ServingMetrics(), max_inputs=5, tokenizer_threads=1, runtime=runtime)
+    predictor = Predictor(admission, ServingMetrics(), max_inputs=5, tokenizer_threads=1, runtime=runtime)
     ref, deadline = ModelRef.parse(model), runtime.clock() + 30
-    answer = await predictor.predict(TENANT, ref, ["a good film"], Options(**options), deadline=deadline)
+    found = await pool.find(TENANT, ref)
+    answer = await predictor.predict(found, ["a good film"], Options(**options), deadline=deadline)
     return answer.version
 
 
-def serving(pool: ModelPool, model: str) -> int | None:
-    with pool.lease(TENANT, ModelRef.parse(model)) as served:
-        return served.version
+async def serving(pool: ModelPool, model: str) -> int | None:
+    return (await pool.find(TENANT, ModelRef.parse(model))).version
 
 
-def refusal(pool: ModelPool, model: str) -> ModelNotReady:
+async def refusal(pool: ModelPool, model: str) -> ModelNotReady:
     with pytest.raises(ModelNotReady) as refused:
-        serving(pool, model)
+        await serving(pool, model)
     assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 0
     return refused.value
 
@@ -105,8 +105,8 @@ def test_a_promoted_version_that_fails_is_loaded_once_per_back_off_and_serves_by
             store.broken.add("m:2")
             pool.follow(world.registry.snapshot())  # the last that it hears of the registry
             for _ in range(200):  # within 20 s
-                assert serving(pool, "m") == 1
-                assert "m:2" in str(refusal(pool, "m:2"))
+                assert await serving(pool, "m") == 1
+                assert "m:2" in str(await refusal(pool, "m:2"))
                 await elapse(0.1)
             assert store.reads["m:2"] == 5, "at about 0, 1, 3, 7 and 15 s"
             state = pool.status.alias((TENANT, "m", "champion"), 2)
@@ -115,7 +115,7 @@ def test_a_promoted_version_that_fails_is_loaded_once_per_back_off_and_serves_by
             assert state.retry_at is not None
             store.broken.clear()
             await elapse(20)
-            assert serving(pool, "m") == 2
+            assert await serving(pool, "m") == 2
             assert store.reads["m:2"] == 6
             assert pool.status.alias((TENANT, "m", "champion"), 2).reason is None
 
@@ -133,7 +133,7 @@ def test_back_off_is_bounded(world: World, store: UnsteadyStore) -> None:
             store.reads.clear()
             await elapse(600)
             assert store.reads["m:1"] == 10
-            assert refusal(pool, "m").retry_after_s <= 60  # type: ignore[operator]
+            assert (await refusal(pool, "m")).retry_after_s <= 60  # type: ignore[operator]
 
     run_virtually(scenario())
 
@@ -148,10 +148,10 @@ def test_many_requests_for_a_version_that_is_not_loaded_load_it_once(world: Worl
             store.reads.clear()
             store.broken.add("m:2")
             for _ in range(200):
-                refusal(pool, "m:2")
+                await refusal(pool, "m:2")
             await elapse(1.5)
             assert store.reads["m:2"] == 1
-            assert "cannot be read" in str(refusal(pool, "m:2"))
+            assert "cannot be read" in str(await refusal(pool, "m:2"))
 
     run_virtually(scenario())
 
@@ -184,7 +184,7 @@ def test_an_engine_that_says_when_to_come_back_is_believed(world: World) -> None
             await pool.apply(world.registry.snapshot())
             state = pool.status.version((TENANT, "m", 2))
             assert state[0] == "failed" and "unhealthy" in str(state[1])
-            assert refusal(pool, "m:2").retry_after_s == pytest.approx(5)
+            assert (await refusal(pool, "m:2")).retry_after_s == pytest.approx(5)
             lane.engine.is_broken = False
             await elapse(10)
             assert lane.worker.is_fit
@@ -228,8 +228,9 @@ def test_a_champion_that_loads_late_is_pinned_and_counted_under_its_name(world: 
             await pool.apply(world.registry.snapshot())
             store.broken.clear()
             await elapse(2)
-            assert serving(pool, "m") == 1
-            assert pool.labels_of(TENANT, ModelRef.parse("m")) == ("m", "1", "text-classification")
+            assert await serving(pool, "m") == 1
+            found = await pool.find(TENANT, ModelRef.parse("m"))
+            assert found.metric_labels == ("m", "1", "text-classification")
             for version in others:
                 await pool.ensure(TENANT, "m", version)
             await elapse(1)
@@ -253,12 +254,13 @@ def test_a_version_that_comes_back_while_its_last_load_drains_keeps_its_weights(
         async with world.pool(runtime=runtime) as pool:  # to see how large one is
             await pool.apply(world.registry.snapshot())
             await pool.ensure(TENANT, "m", first)
-            with pool.lease(TENANT, ModelRef.parse("m:2")) as model:
-                room = int(1.5 * model.own_bytes)
+            model = await pool.find(TENANT, ModelRef.parse("m:2"))
+            room = int(1.5 * model.own_bytes)
         async with world.pool(memory_budget_bytes=room, metrics=metrics, runtime=runtime) as pool:
             await pool.apply(world.registry.snapshot())
             await pool.ensure(TENANT, "m", first)
-            with pool.lease(TENANT, ModelRef.parse("m:2")):
+            model = await pool.find(TENANT, ModelRef.parse("m:2"))
+            with model.lease():
                 await pool.ensure(TENANT, "m", second)  # pushes the first out, which waits for this lease
                 await elapse(1)
                 assert pool.status.version((TENANT, "m", 2))[0] == "unloaded"
@@ -324,13 +326,13 @@ def test_the_version_before_stays_in_memory_longest_so_a_rollback_needs_no_load(
                 tenant=TENANT, name="m", alias="champion", version=2, expected_version=1, actor="test", reason=""
             )
             await pool.apply(world.registry.snapshot())
-            assert serving(pool, "m") == 2
+            assert await serving(pool, "m") == 2
             for version in others:
                 await pool.ensure(TENANT, "m", version)
             store.reads.clear()
             world.registry.rollback(tenant=TENANT, name="m", alias="champion", actor="test", reason="")
             pool.follow(world.registry.snapshot())
-            assert serving(pool, "m") == 1
+            assert await serving(pool, "m") == 1
             assert not store.reads
 
     run_virtually(scenario())
@@ -365,7 +367,7 @@ def test_a_backbone_that_is_no_longer_configured_counts_and_goes_with_its_last_v
             pool.follow(type(snapshot)(snapshot.epoch, {}, snapshot.versions))  # no alias holds them
             for version in olds:
                 await pool.ensure(TENANT, "old", version)
-            assert (serving(pool, "old:1"), serving(pool, "old:2")) == (1, 2), "their backbone counts once"
+            assert (await serving(pool, "old:1"), await serving(pool, "old:2")) == (1, 2), "their backbone counts once"
             assert len(pool.lanes()) == 2
             for version in news:
                 await pool.ensure(TENANT, "new", version)
@@ -405,8 +407,8 @@ def test_a_backbone_that_hides_a_model_is_announced(world: World, caplog: pytest
             (told,) = [record for record in caplog.records if record.__dict__.get("action") == "model_hidden"]
             assert "'tiny'" in told.getMessage() and "backbones" in told.getMessage()
             assert pool.status.hidden == {(TENANT, "tiny")}
-            assert serving(pool, "tiny") is None
-            assert serving(pool, "tiny:1") == 1
+            assert await serving(pool, "tiny") is None
+            assert await serving(pool, "tiny:1") == 1
 
     run_virtually(scenario())
 
@@ -418,15 +420,15 @@ def test_while_the_service_starts_what_is_known_is_not_ready_instead_of_unknown(
         runtime = virtual_runtime()
         async with world.bare_pool(backbones=("tiny",), runtime=runtime) as pool:
             for unread in ("tiny", "m"):
-                assert "starting" in str(refusal(pool, unread))
+                assert "starting" in str(await refusal(pool, unread))
             await pool.apply(world.registry.snapshot())
             for known in ("tiny", "m", "m:1"):
-                assert "tiny" in str(refusal(pool, known))
+                assert "tiny" in str(await refusal(pool, known))
             with pytest.raises(ModelNotFound):
-                serving(pool, "nothing")
+                await serving(pool, "nothing")
             await pool.add_backbone("tiny", world.backbone)
             await pool.settled()
-            assert (serving(pool, "tiny"), serving(pool, "m")) == (None, 1)
+            assert (await serving(pool, "tiny"), await serving(pool, "m")) == (None, 1)
 
     run_virtually(scenario())
 
