@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from modeling.errors import GoldenRowsDiffer, ModelingError
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText, new_vectorizer
 from modeling.preprocess import TextPreprocessor
+from modeling.tasks import NO_CALIBRATION, TASKS
 from modeling.testing import write_tiny_checkpoint
 
 TEXTS = ["a good film", "dull plot and a very bad actor", "wheat and oil"]
@@ -56,7 +59,7 @@ def test_the_problem_type_says_the_task(tmp_path: Path, labels: int, problem: st
     names = [f"l{index}" for index in range(labels)]
     folder = write_tiny_checkpoint(tmp_path / "whole", labels=names, problem_type=problem)
     parts = import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
-    assert (parts.task, parts.head.labels) == (task, labels)
+    assert (parts.task.name, parts.head.labels) == (task, labels)
     assert parts.labels == (() if task == "text-regression" else tuple(names))
 
 
@@ -93,7 +96,7 @@ def version(tmp_path: Path) -> tuple[FileStore, ModelManifest, TaskHead]:
 def test_a_version_is_read_back_as_it_was_written(version: tuple[FileStore, ModelManifest, TaskHead]) -> None:
     store, manifest, head = version
     parts = read_version(store, manifest)
-    assert (parts.temperature, parts.max_length, parts.own_bytes) == (1.5, 16, head.size_bytes)
+    assert (parts.calibration.temperature, parts.max_length, parts.own_bytes) == (1.5, 16, head.size_bytes)
     check_golden(parts, lambda texts: np.asarray([[1, 0], [0, 1]], np.float32))
     for wrong in (np.asarray([[1, 0], [0, 1.01]], np.float32), np.full((2, 2), np.nan, np.float32), np.eye(3)):
         with pytest.raises(GoldenRowsDiffer):
@@ -102,11 +105,10 @@ def test_a_version_is_read_back_as_it_was_written(version: tuple[FileStore, Mode
 
 def test_a_lower_precision_may_differ_where_the_answer_is_close() -> None:
     golden = (GoldenRow("a", (2.0, 0.0)), GoldenRow("b", (0.02, 0.0)))
-    manifest = type("Manifest", (), {"task": "text-classification"})()
-    parts = type("Parts", (), {"golden": golden, "temperature": 1.0, "manifest": manifest})()
-    check_golden(parts, lambda _: np.asarray([[1.9, 0], [0.0, 0.02]], np.float32), precision="bf16")
+    parts = SimpleNamespace(golden=golden, task=TASKS["text-classification"], calibration=NO_CALIBRATION)
+    check_golden(cast(Any, parts), lambda _: np.asarray([[1.9, 0], [0.0, 0.02]], np.float32), precision="bf16")
     with pytest.raises(GoldenRowsDiffer):
-        check_golden(parts, lambda _: np.asarray([[0.0, 2.0], [0.02, 0.0]], np.float32), precision="bf16")
+        check_golden(cast(Any, parts), lambda _: np.asarray([[0.0, 2.0], [0.02, 0.0]], np.float32), precision="bf16")
 
 
 def test_any_altered_file_is_noticed(version: tuple[FileStore, ModelManifest, TaskHead]) -> None:
