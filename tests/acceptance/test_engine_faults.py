@@ -214,7 +214,7 @@ def test_beside_an_engine_that_hangs_others_answer_and_nothing_enters_it(faulty:
             problem(future.result(), 503, "model_not_ready")
         moved, pending = move.result(), move.result().json()
         assert (moved.status_code, pending["wanted"], pending["serving"]) == (202, version, 1)
-        assert "out of order" in pending["reason"]
+        assert "unhealthy" in pending["reason"]
         assert faulty.labelled("linear").status_code == 200
         assert not faulty.is_crowded()
     until(faulty.served_again, within_s=90, what="the engine to serve again", every_s=0.2)

@@ -104,4 +104,4 @@ def test_a_dry_run_tells_task_metric_and_findings(service: Service) -> None:
     assert (finding["code"], finding["column"], finding["rows"][0]) == ("non_numeric_target", "label", 1)
     options = {"hyperparameters": {"method": "setfit"}}
     refused = service.client.http.post("/finetune", json=body | options)
-    assert refused.status_code == 422 and "setfit is not available for text-multi-label" in refused.json()["detail"]
+    assert refused.status_code == 422 and "setfit does not fit text-multi-label" in refused.json()["detail"]
