@@ -20,7 +20,7 @@ from benchmarks.processes import ROOT
 from benchmarks.servers import Spec
 from model_registry.refs import ModelRef
 from modeling.engines.protocol import EngineBatch
-from modeling.preprocess import Encoded
+from modeling.inputs import Features
 from modeling.weights import FloatArray
 from service.api.deps import Services
 from service.api.guard import DrainState
@@ -45,7 +45,7 @@ class InProcess:
         assert model.adapter_key is not None
         return model.adapter_key
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str]) -> list[Features]:
         return list(self._lane.preprocess(texts, truncate=True, max_length=None))
 
     def run(self, batches: Sequence[EngineBatch]) -> tuple[FloatArray, float]:
@@ -80,9 +80,9 @@ def copied(data_dir: Path, target: Path) -> Path:
     return Path(shutil.copytree(data_dir, target))
 
 
-def batches_by_length(inputs: Sequence[Encoded], *, rows: int = 32) -> list[EngineBatch]:
+def batches_by_length(inputs: Sequence[Features], *, rows: int = 32) -> list[EngineBatch]:
     """Inputs in order of length, `rows` a batch: next to no padding."""
-    ordered = sorted(inputs, key=lambda item: item.length)
+    ordered = sorted(inputs, key=lambda item: item.cost)
     return [EngineBatch(ordered[start : start + rows]) for start in range(0, len(ordered), rows)]
 
 

@@ -21,7 +21,7 @@ from benchmarks.service import write_results
 from benchmarks.versions import MAX_LENGTH, Publisher
 from modeling.backbone import Backbone
 from modeling.engines.torch import TorchEngine
-from modeling.preprocess import TextPreprocessor
+from tests.support.rows import encoded_texts
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -68,9 +68,7 @@ def _fit(vectors: Any, labels: list[str]) -> Any:
 
 def _reference(backbone: Backbone, rows: list[dict[str, Any]]) -> Any:
     """float32[rows, hidden] by torch in fp32, in the order of `rows`."""
-    encoded = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=MAX_LENGTH).encode(
-        [row["text"] for row in rows]
-    )
+    encoded = encoded_texts(backbone.folder, [row["text"] for row in rows], limit=MAX_LENGTH)
     engine = TorchEngine(backbone)
     return _unsorted(encoded, np.concatenate([engine.run(batch) for batch in batches_by_length(encoded)]))
 
@@ -87,7 +85,7 @@ def _vectors(spec: Spec, data_dir: Path, rows: list[dict[str, Any]]) -> tuple[st
 
 def _unsorted(encoded: Any, vectors: Any) -> Any:
     """`vectors` of inputs in order of length, put back into the order of `encoded`."""
-    order = sorted(range(len(encoded)), key=lambda position: encoded[position].length)
+    order = sorted(range(len(encoded)), key=lambda position: encoded[position].cost)
     restored = np.empty_like(vectors)
     restored[order] = vectors
     return restored

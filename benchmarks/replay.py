@@ -22,7 +22,8 @@ from benchmarks.open_loop import CONNECTIONS
 from benchmarks.servers import BACKBONE, OPEN_ADMISSION, Server, started_with_data
 from benchmarks.service import write_results
 from modeling.engines.protocol import EngineBatch
-from modeling.preprocess import Encoded
+from modeling.inputs import Features
+from modeling.weights import IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,7 @@ def as_engine_batches(batches: Sequence[LoggedBatch]) -> list[EngineBatch]:
     random = np.random.default_rng(0)
     return [
         EngineBatch(
-            [
-                Encoded(random.integers(1000, 20000, size=length), np.zeros(length, dtype=np.int64))
-                for length in batch.lengths
-            ],
+            [_row(random.integers(1000, 20000, size=length)) for length in batch.lengths],
             batch.adapters if any(batch.adapters) else None,
         )
         for batch in batches
@@ -115,3 +113,7 @@ def figures(batches: Sequence[LoggedBatch], seen: wrk.ClosedLoop, replay_s: floa
         "engine_busy": sum(batch.seconds for batch in batches) * seen.requests_per_s / rows,
         "replay_to_logged": replay_s / sum(batch.seconds for batch in batches),
     }
+
+
+def _row(ids: IntArray) -> Features:
+    return Features({"input_ids": ids, "token_type_ids": np.zeros_like(ids)}, len(ids))

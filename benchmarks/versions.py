@@ -30,8 +30,8 @@ from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.export import export_graphs
 from modeling.heads import DenseLayer, TaskHead
-from modeling.preprocess import TextPreprocessor
 from modeling.weights import FloatArray
+from tests.support.rows import encoded_texts
 
 MAX_LENGTH = 256
 RANK = 16
@@ -54,7 +54,7 @@ class Publisher:
         self.backbone = ingest(
             self._store, locate(_SOURCE, offline=True), name="minilm", source=_SOURCE
         )  # the name it has among the service's default backbones
-        self._encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=MAX_LENGTH).encode(_GOLDEN)
+        self._encoded = encoded_texts(self.backbone.folder, _GOLDEN, limit=MAX_LENGTH)
         self._engine = TorchEngine(self.backbone)
         self._pooled = self._engine.run(EngineBatch(self._encoded))
         self._layers = linear_layers(self.backbone)

@@ -21,8 +21,8 @@ from modeling.adapters import Adapter
 from modeling.backbone import Backbone
 from modeling.errors import GoldenRowsDiffer, WeightsInvalid
 from modeling.heads import TaskHead
+from modeling.inputs import MODALITIES, Example
 from modeling.linear_text import LinearText
-from modeling.preprocess import TextInput
 from modeling.tasks import DEFAULT_TASK, TASKS, Calibration, Task
 from modeling.weights import FloatArray
 
@@ -33,7 +33,7 @@ _MAX_JSON_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class GoldenRow:
-    text: TextInput
+    example: Example
     logits: tuple[float, ...]
 
 
@@ -89,11 +89,12 @@ def write_version_files(
         (folder / "head.safetensors").write_bytes(head.to_bytes())
     for name, data in (linear.files() if linear is not None else {}).items():
         (folder / name).write_bytes(data)
+    key, to_json = TASKS[task].modality, MODALITIES[TASKS[task].modality].to_json
     documents = {
         "labels.json": list(labels),
         "preprocess.json": {"schema": 1, "max_length": max_length},
         "calibration.json": {"temperature": temperature, **limits, **(calibration or {})},
-        "golden.json": {"rows": [{"text": row.text, "logits": row.logits} for row in golden]},
+        "golden.json": {"rows": [{key: to_json(row.example), "logits": row.logits} for row in golden]},
     }
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=1))
@@ -127,7 +128,7 @@ def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
         backbone=Backbone.open(folder / "full") if kind == "full" else None,
         max_length=_json(store, manifest, "preprocess.json")["max_length"],
         calibration=calibration,
-        golden=tuple(_golden(row) for row in _json(store, manifest, "golden.json")["rows"]),
+        golden=tuple(_golden(row, task.modality) for row in _json(store, manifest, "golden.json")["rows"]),
     )
     given = parts.head.labels if parts.head else len(parts.linear.bias) if parts.linear else 0
     if given != outputs:
@@ -141,10 +142,10 @@ def read_adapter(store: ArtifactStore, manifest: ModelManifest) -> Adapter:
 
 
 def check_golden(
-    parts: VersionParts, logits_of: Callable[[Sequence[TextInput]], FloatArray], *, precision: str = "fp32"
+    parts: VersionParts, logits_of: Callable[[Sequence[Example]], FloatArray], *, precision: str = "fp32"
 ) -> None:
     """Runs the golden rows in one go and compares. Raises `GoldenRowsDiffer`."""
-    compare_golden(parts, logits_of([row.text for row in parts.golden]), precision=precision)
+    compare_golden(parts, logits_of([row.example for row in parts.golden]), precision=precision)
 
 
 def compare_golden(parts: VersionParts, got: FloatArray, *, precision: str = "fp32") -> None:
@@ -173,6 +174,5 @@ def _json(store: ArtifactStore, manifest: ModelManifest, name: str) -> Any:
         raise WeightsInvalid(f"{name} is not JSON") from error
 
 
-def _golden(row: dict[str, Any]) -> GoldenRow:
-    text = row["text"]
-    return GoldenRow(text if isinstance(text, str) else (text[0], text[1]), tuple(row["logits"]))
+def _golden(row: dict[str, Any], modality: str) -> GoldenRow:
+    return GoldenRow(MODALITIES[modality].from_json(row[modality]), tuple(row["logits"]))

@@ -24,6 +24,7 @@ from model_registry.store import ArtifactStore
 from modeling.errors import BackboneUnavailable, ConfigRefused, UnsupportedArchitecture
 
 Pooling = Literal["mean", "cls"]
+_FIRST_MODALITY = "text"
 BACKBONE_FILE = "backbone.json"
 GRAPHS_FOLDER = "graphs"  # of a backbone that came with its export
 # Modules beside the plain weights, see `modeling.adapters_in_encoder`; most backbones have none.
@@ -65,6 +66,7 @@ class BackboneInfo:
     pooling: Pooling
     normalize: bool
     parameters: int
+    modality: str = _FIRST_MODALITY
 
     def runs_like(self, other: BackboneInfo) -> bool:
         """Whether an engine's speed with one tells of the other: equal but for the pooler of some encoders, which a
@@ -184,7 +186,10 @@ def _source_digest(folder: Path) -> str:
 
 
 def info_bytes(info: BackboneInfo) -> bytes:
-    return json.dumps(asdict(info), indent=2).encode()
+    values = asdict(info)
+    if values["modality"] == _FIRST_MODALITY:  # which earlier releases leave out
+        del values["modality"]
+    return json.dumps(values, indent=2).encode()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

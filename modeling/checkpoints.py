@@ -29,10 +29,10 @@ from modeling.backbone import (
 )
 from modeling.encoder import load_pretrained
 from modeling.engines.protocol import EngineBatch
-from modeling.engines.torch import TorchEngine, takes_type_ids
+from modeling.engines.torch import TorchEngine
 from modeling.errors import BackboneUnavailable, GoldenRowsDiffer, UnsupportedArchitecture
 from modeling.heads import Activation, DenseLayer, TaskHead
-from modeling.preprocess import TextPreprocessor
+from modeling.inputs import open_preprocessor, single
 from modeling.tasks import DEFAULT_MODALITY, Task, task_of_kind
 
 # Where a sequence classifier of each model type keeps the layers between token state and logits.
@@ -170,12 +170,13 @@ def _numpy(parameter: torch.Tensor) -> Any:
 
 @torch.inference_mode()
 def _check_reproduces(original: Any, backbone: Backbone, head: TaskHead) -> None:
-    encoded = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=backbone.info.max_length).encode(_PROBES)
-    pooled = TorchEngine(backbone).run(EngineBatch(encoded))
-    for row, item in enumerate(encoded):
-        types = {"token_type_ids": torch.from_numpy(item.type_ids)[None]} if takes_type_ids(original.config) else {}
-        wanted = original(input_ids=torch.from_numpy(item.input_ids)[None], **types).logits[0].numpy()
-        if np.abs(head.logits(pooled[row : row + 1])[0] - wanted).max() > 1e-3:
+    preprocessor = open_preprocessor(backbone)
+    rows = single(preprocessor.encode(_PROBES))
+    pooled = TorchEngine(backbone).run(EngineBatch(rows))
+    for place, row in enumerate(rows):
+        arrays = preprocessor.collate([row], row.cost)
+        wanted = original(**{name: torch.from_numpy(array) for name, array in arrays.items()}).logits[0].numpy()
+        if np.abs(head.logits(pooled[place : place + 1])[0] - wanted).max() > 1e-3:
             raise GoldenRowsDiffer(
                 "taken apart into encoder and head, the checkpoint gives other logits than as a whole"
             )

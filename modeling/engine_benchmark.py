@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from modeling import calibration
 from modeling.backbone import Backbone
 from modeling.child_process import run_in_background
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import ModelingError
-from modeling.preprocess import Encoded, TextPreprocessor
+from modeling.heads import DenseLayer, TaskHead
+from modeling.inputs import MODALITIES, Features, open_preprocessor, single
 from modeling.weights import FloatArray
 
 # A candidate this much slower than the fastest on the first batches cannot win: it is not measured further.
@@ -44,7 +44,7 @@ class TrialRequest:
     candidates: tuple[str, ...]
     device: str = "cpu"
     threads: int = 0
-    texts: int = calibration.TEXTS
+    texts: int = 512
     batch_tokens: int = 1024
     niceness: int = 10
 
@@ -83,9 +83,8 @@ def run_trial(request: TrialRequest, say: Callable[[dict[str, Any]], None]) -> l
     backbone = Backbone.open(Path(request.backbone))
     files = _graphs(backbone, request, say)
     contenders, reports = _open(backbone, files, request, say)
-    texts, topics = calibration.texts(request.texts)
-    preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=backbone.info.max_length)
-    batches, order = _batches(preprocessor.encode(texts), request.batch_tokens)
+    examples, topics = MODALITIES[backbone.info.modality].probe_set(request.texts)
+    batches, order = _batches(single(open_preprocessor(backbone).encode(examples)), request.batch_tokens)
     for number, batch in enumerate(batches):
         if number == _SCREENING_BATCHES:
             _drop_hopeless(contenders)
@@ -93,7 +92,7 @@ def run_trial(request: TrialRequest, say: Callable[[dict[str, Any]], None]) -> l
             say({"engine": str(contender.spec), "stage": "measure"})
             _measure(contender, batch)
     reference = next(item for item in contenders if item.spec == REFERENCE)
-    head = calibration.probe(np.concatenate(reference.vectors), [topics[row] for row in order])
+    head = probe(np.concatenate(reference.vectors), [topics[row] for row in order])
     for contender in contenders:
         if contender.report.error is None:
             _judge(contender, reference, head, batches)
@@ -130,13 +129,13 @@ def _open(
     return contenders, reports
 
 
-def _batches(encoded: Sequence[Encoded], batch_tokens: int) -> tuple[list[list[Encoded]], list[int]]:
+def _batches(rows: Sequence[Features], batch_tokens: int) -> tuple[list[list[Features]], list[int]]:
     """Texts of like length together, as a server's queue would form them; and the texts' numbers in that order."""
-    order = sorted(range(len(encoded)), key=lambda row: encoded[row].length)
-    batches: list[list[Encoded]] = []
+    order = sorted(range(len(rows)), key=lambda row: rows[row].cost)
+    batches: list[list[Features]] = []
     for row in order:
-        item = encoded[row]
-        if not batches or item.length * (len(batches[-1]) + 1) > batch_tokens:
+        item = rows[row]
+        if not batches or item.cost * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
         batches[-1].append(item)
     # Short and long alternate in time, so that a candidate is screened on both.
@@ -159,7 +158,7 @@ def _turn(contenders: Sequence[_Contender], number: int) -> list[_Contender]:
     return [*alive[start:], *alive[:start]]
 
 
-def _measure(contender: _Contender, batch: Sequence[Encoded]) -> None:
+def _measure(contender: _Contender, batch: Sequence[Features]) -> None:
     """The better of two runs: the first of a new shape prepares kernels, which a long-running server pays once."""
     try:
         seconds = []
@@ -187,7 +186,7 @@ def _drop_hopeless(contenders: Sequence[_Contender]) -> None:
             contender.report.error = f"not measured further: {share:.2f} times the speed of the fastest"
 
 
-def _judge(contender: _Contender, reference: _Contender, head: Any, batches: Sequence[Sequence[Encoded]]) -> None:
+def _judge(contender: _Contender, reference: _Contender, head: Any, batches: Sequence[Sequence[Features]]) -> None:
     report = contender.report
     ours, theirs = np.concatenate(contender.vectors), np.concatenate(reference.vectors)
     report.texts = len(ours)
@@ -205,6 +204,20 @@ def _judge(contender: _Contender, reference: _Contender, head: Any, batches: Seq
         contender.engine.run(alone)
         singles.append(time.perf_counter() - started)
     report.single_ms = round(statistics.median(singles) * 1000, 2)
+
+
+def probe(vectors: FloatArray, topics: list[int], *, ridge: float = 1e-2) -> TaskHead:
+    """Fit a linear head float32[topics, hidden] by ridge regression of the topics on standardised vectors: it stands
+    for the heads to come, and how many of its answers change is what users would see."""
+    mean, scale = vectors.mean(0), vectors.std(0) + 1e-6
+    x = (vectors - mean) / scale
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    y = np.eye(max(topics) + 1)[topics]
+    solved = np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ y)
+    weight, bias = solved[:-1] / scale[:, None], solved[-1]
+    # Regression gives shares from 0 to 1; ten times that are logits as confident as a trained head's.
+    weight, bias = weight * 10, (bias - mean @ weight) * 10
+    return TaskHead((DenseLayer(weight.T.astype(np.float32), bias.astype(np.float32)),))
 
 
 def main() -> None:

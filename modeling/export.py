@@ -18,10 +18,10 @@ from torch import nn
 
 from modeling.adapters import LoraLayout
 from modeling.backbone import Backbone
-from modeling.encoder import load_encoder
-from modeling.engines.graphs import SLOTS_INPUT, GraphFiles, a_input, b_input
-from modeling.engines.torch import pool, takes_type_ids
+from modeling.engines.graphs import OUTPUT, SLOTS_INPUT, GraphFiles, a_input, b_input
+from modeling.engines.torch import pool
 from modeling.multi_lora import Routing, route
+from modeling.networks import NETWORKS
 
 # From 23 on attention is one operator, which both CPU runtimes compute fused: 3 to 25 % less time a batch.
 OPSET = 23
@@ -43,18 +43,17 @@ def export_graphs(backbone: Backbone, folder: Path, *, has_adapters: bool = True
     if has_adapters:
         names, examples, dynamic = _stack_inputs(adapted.layout)
         _export(adapted, files.lora, inputs=list(zip(names, examples, strict=True)), dynamic=dynamic)
-    files.describe(adapted.layout, pad_id=adapted.pad_id, hidden_size=backbone.info.hidden_size)
+    files.describe(adapted.layout, hidden_size=backbone.info.hidden_size)
     return files
 
 
 def _export(
     graph: _Pooled, target: Path, *, inputs: Sequence[tuple[str, torch.Tensor]], dynamic: Sequence[dict[int, Any]]
 ) -> None:
-    batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=8192)
-    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if graph.takes_types else [])
-    tokens = [torch.ones(_EXAMPLE_ROWS, _EXAMPLE_LENGTH, dtype=torch.int64) for _ in names]
-    shapes: list[Any] = [{0: batch, 1: length} for _ in names] + ([{0: batch}, *dynamic] if inputs else [])
-    examples = (*tokens, *(example for _, example in inputs))
+    axes = {"batch": torch.export.Dim("batch", min=1, max=4096), "length": torch.export.Dim("length", min=2, max=8192)}
+    shapes: list[Any] = [{axis: axes[kind] for axis, kind in graph.network.axes(name).items()} for name in graph.inputs]
+    shapes += [{0: axes["batch"]}, *dynamic] if inputs else []
+    examples = (*graph.inputs.values(), *(example for _, example in inputs))
     temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
     with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")
@@ -62,9 +61,9 @@ def _export(
             graph,
             examples,
             dynamo=True,
-            input_names=[*names, *(name for name, _ in inputs)],
-            output_names=["pooled"],
-            dynamic_shapes=(*shapes[:2], tuple(shapes[2:])),  # the third stands for `*more`
+            input_names=[*graph.inputs, *(name for name, _ in inputs)],
+            output_names=[OUTPUT],
+            dynamic_shapes=(tuple(shapes),),  # of `*more`
             external_data=False,
             opset_version=OPSET,
             verbose=False,
@@ -93,26 +92,24 @@ def _stack_inputs(layout: LoraLayout) -> tuple[list[str], list[torch.Tensor], li
 
 
 class _Pooled(nn.Module):
-    """Token ids to pooled vectors; with `is_routed` every row takes the LoRA of its slot."""
+    """A batch's arrays to pooled vectors; with `is_routed` every row takes the LoRA of its slot."""
 
     def __init__(self, backbone: Backbone, *, is_routed: bool = False) -> None:
         super().__init__()
-        self.encoder = load_encoder(backbone.folder)
+        self.network = NETWORKS[backbone.info.modality]
+        self.encoder = self.network.load(backbone.folder)
         self.pooling = backbone.info.pooling
-        config: Any = self.encoder.config
-        self.takes_types = takes_type_ids(config)
-        self.pad_id = int(config.pad_token_id or 0)
+        self.inputs = self.network.example(self.encoder, rows=_EXAMPLE_ROWS, positions=_EXAMPLE_LENGTH)
         self.routing = Routing()
-        self.layout = route(self.encoder, self.routing) if is_routed else LoraLayout(())
+        self.layout = route(self.encoder, self.routing, self.network) if is_routed else LoraLayout(())
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-        extra = {"token_type_ids": more[0]} if self.takes_types else {}
-        stacks = more[1:] if self.takes_types else more
+    def forward(self, *more: torch.Tensor) -> torch.Tensor:
+        inputs, stacks = dict(zip(self.inputs, more, strict=False)), more[len(self.inputs) :]
         if self.layout.groups:
             self._take(stacks[0], stacks[1:])
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+        states = self.network.states(self.encoder, inputs)
         self.routing.clear()
-        return pool(states, attention_mask, self.pooling)
+        return pool(states, self.network.mask(inputs), self.pooling)
 
     def _take(self, slots: torch.Tensor, stacks: Sequence[torch.Tensor]) -> None:
         a, b, position = {}, {}, 0

@@ -44,8 +44,9 @@ class LinearText:
     def size_bytes(self) -> int:
         return self.weight.nbytes + self.idf.nbytes + self.bias.nbytes + sum(len(term) for term in self.terms)
 
-    def margins(self, texts: Sequence[str]) -> FloatArray:
-        """Decision values float32[rows, outputs]."""
+    def margins(self, texts: Sequence[str | tuple[str, str]]) -> FloatArray:
+        """Decision values float32[rows, outputs]; a pair is read as one text."""
+        texts = [text if isinstance(text, str) else " ".join(text) for text in texts]
         vectorizer: Any = self.__dict__["_vectorizer"]
         return np.asarray(vectorizer.transform(texts) @ self.weight.T + self.bias, dtype=np.float32)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modeling.adapters import LoraGroup, LoraLayout
+from modeling.networks.base import Network
 
 # For (group) the A and for (group, linear) the B of the rows that run now.
 GatherA = Callable[[int], torch.Tensor]
@@ -35,7 +36,7 @@ class Routing:
 
 
 class RoutedLinear(nn.Module):
-    """`y = base(x)`, and for the rows with an adapter `y += (x @ A) @ B`. x is [batch, tokens, in]."""
+    """`y = base(x)`, and for the rows with an adapter `y += (x @ A) @ B`. x is [batch, positions, in]."""
 
     def __init__(self, base: nn.Linear, routing: Routing, *, group: int, index: int, group_size: int) -> None:
         super().__init__()
@@ -64,12 +65,12 @@ class RoutedLinear(nn.Module):
         return h @ b
 
 
-def route(encoder: nn.Module, routing: Routing) -> LoraLayout:
-    """Replaces every linear layer that tokens pass through by a `RoutedLinear`; says where they stand.
+def route(encoder: nn.Module, routing: Routing, network: Network) -> LoraLayout:
+    """Replace every linear layer that positions pass through by a `RoutedLinear`; says where they stand.
 
-    One forward pass on two tokens shows the order and which layers read the same tensor.
+    One forward pass on two positions shows the order and which layers read the same tensor.
     """
-    groups = _groups(encoder)
+    groups = _groups(encoder, network)
     layout = []
     for number, names in enumerate(groups):
         linears: list[Any] = [encoder.get_submodule(name) for name in names]
@@ -81,7 +82,7 @@ def route(encoder: nn.Module, routing: Routing) -> LoraLayout:
     return LoraLayout(tuple(layout))
 
 
-def _groups(encoder: nn.Module) -> list[list[str]]:
+def _groups(encoder: nn.Module, network: Network) -> list[list[str]]:
     seen: dict[str, torch.Tensor] = {}
 
     def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -96,8 +97,7 @@ def _groups(encoder: nn.Module) -> list[list[str]]:
     handles = [module.register_forward_pre_hook(record(name)) for name, module in linears]
     try:
         with torch.inference_mode():
-            ones = torch.ones(1, 2, dtype=torch.int64, device=next(encoder.parameters()).device)
-            encoder(input_ids=ones, attention_mask=ones)
+            network.states(encoder, network.example(encoder, rows=1, positions=2))
     finally:
         for handle in handles:
             handle.remove()

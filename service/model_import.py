@@ -13,7 +13,7 @@ from model_registry.store import ArtifactStore, put_tree
 from modeling.assemble import GoldenRow, write_version_files
 from modeling.backbone import locate
 from modeling.engines.protocol import EngineBatch
-from modeling.preprocess import TextPreprocessor
+from modeling.inputs import open_preprocessor, single
 
 _GOLDEN_TEXTS = (
     "It works.",
@@ -55,8 +55,9 @@ def import_checkpoint(
         staged = Path(temporary)
         parts = import_classifier(folder, staged / "full", name=name, source=source)
         registry.check_task(tenant=tenant, name=name, task=parts.task.name)
-        tokenizer = TextPreprocessor(staged / "full" / "tokenizer.json", max_length=parts.backbone.info.max_length)
-        pooled = TorchEngine(parts.backbone).run(EngineBatch(tokenizer.encode(_GOLDEN_TEXTS)))
+        pooled = TorchEngine(parts.backbone).run(
+            EngineBatch(single(open_preprocessor(parts.backbone).encode(_GOLDEN_TEXTS)))
+        )
         golden = [
             GoldenRow(text, tuple(float(value) for value in row))
             for text, row in zip(_GOLDEN_TEXTS, parts.head.logits(pooled), strict=True)

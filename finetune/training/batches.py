@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modeling.preprocess import TextPreprocessor
+from modeling.engines.protocol import Collate
+from modeling.inputs import Arrays, Example, Features, Preprocessor, single
 from modeling.weights import IntArray
 
 _WINDOW_BATCHES = 50
@@ -24,26 +25,25 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows:
-    """Tokenised rows end to end: `ids` int32[tokens], `types` int8[tokens], row i from `starts[i]` to `starts[i + 1]`.
+class FeatureRows:
+    """Preprocessed rows end to end: `arrays` by the names of the encoder's inputs, [positions, …] each, row i from
+    `starts[i]` to `starts[i + 1]`; whole numbers are kept in as few bytes as they need."""
 
-    Some 5 bytes a token, where an array of its own for each row took over a hundred bytes more.
-    """
-
-    ids: npt.NDArray[np.int32]
-    types: npt.NDArray[np.int8]
+    arrays: dict[str, npt.NDArray[Any]]
     starts: IntArray
-    pad_id: int
+    collate: Collate
 
     @classmethod
-    def encode(cls, preprocessor: TextPreprocessor, texts: Sequence[str], *, pad_id: int) -> TokenRows:
-        ids, types, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int8)], [0]
-        for start in range(0, len(texts), _ENCODED_AT_ONCE):
-            encoded = preprocessor.encode(texts[start : start + _ENCODED_AT_ONCE])
-            ids.append(np.concatenate([row.input_ids for row in encoded]).astype(np.int32))
-            types.append(np.concatenate([row.type_ids for row in encoded]).astype(np.int8))
-            lengths += [row.length for row in encoded]
-        return cls(np.concatenate(ids), np.concatenate(types), np.cumsum(lengths, dtype=_LONG), pad_id)
+    def encode(cls, preprocessor: Preprocessor, examples: Sequence[Example]) -> FeatureRows:
+        parts: dict[str, list[npt.NDArray[Any]]] = {}
+        lengths = [0]
+        for start in range(0, len(examples), _ENCODED_AT_ONCE):
+            rows = single(preprocessor.encode(examples[start : start + _ENCODED_AT_ONCE]))
+            for name in rows[0].arrays:
+                parts.setdefault(name, []).append(_narrow(np.concatenate([row.arrays[name] for row in rows])))
+            lengths += [row.cost for row in rows]
+        arrays = {name: np.concatenate(found) for name, found in parts.items()}
+        return cls(arrays, np.cumsum(lengths, dtype=_LONG), preprocessor.collate)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -52,14 +52,24 @@ class TokenRows:
     def lengths(self) -> IntArray:
         return np.diff(self.starts)
 
-    def padded(self, rows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """int64[rows, width] ids, attention mask and type ids, as wide as the longest, padded on the right."""
-        lengths = self.lengths[rows]
-        positions = np.arange(lengths.max())
-        mask = positions < lengths[:, None]
-        places = np.where(mask, self.starts[rows][:, None] + positions, 0)
-        ids = np.where(mask, self.ids[places], self.pad_id)
-        return ids.astype(_LONG), mask.astype(_LONG), np.where(mask, self.types[places], 0).astype(_LONG)
+    def batch(self, rows: IntArray) -> Arrays:
+        """The arrays of a batch of these rows, as wide as the longest."""
+        features = [self._features(int(row)) for row in rows]
+        return self.collate(features, max(row.cost for row in features))
+
+    def _features(self, row: int) -> Features:
+        place = slice(int(self.starts[row]), int(self.starts[row + 1]))
+        return Features({name: _wide(array[place]) for name, array in self.arrays.items()}, place.stop - place.start)
+
+
+def _narrow(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if not np.issubdtype(array.dtype, np.integer) or not array.size:
+        return array
+    return array.astype(np.int8 if array.max() < 128 and array.min() >= 0 else np.int32)
+
+
+def _wide(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return array.astype(_LONG) if np.issubdtype(array.dtype, np.integer) else array
 
 
 def epoch_size(rows: int, classes: IntArray | None) -> int:
@@ -116,18 +126,15 @@ def passes(lengths: IntArray, rows: IntArray, *, most_rows: int, most_tokens: in
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One pass: its rows, and ids, mask and types int64[rows, width] on the device."""
+    """One pass: its rows, and the encoder's inputs [rows, width, …] on the device."""
 
     rows: IntArray
-    inputs: tuple[torch.Tensor, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.inputs[0].numel()
+    inputs: dict[str, torch.Tensor]
 
 
-def make_batch(tokens: TokenRows, rows: IntArray, device: torch.device) -> Batch:
-    return Batch(rows, tuple(torch.from_numpy(array).to(device) for array in tokens.padded(rows)))
+def make_batch(features: FeatureRows, rows: IntArray, device: torch.device) -> Batch:
+    arrays = features.batch(rows)
+    return Batch(rows, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
 class Ahead(Generic[T]):

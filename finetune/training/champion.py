@@ -17,7 +17,7 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, build_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import BackboneUnavailable
-from modeling.preprocess import TextPreprocessor
+from modeling.inputs import open_preprocessor
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
@@ -78,9 +78,7 @@ def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Se
             run.reference.of(texts, max_length=parts.max_length or run.backbone.info.max_length)
         )
     engine = _engine(store, run, parts)
-    backbone_folder = parts.backbone.folder if parts.backbone else _base(store, run, parts).folder
-    limit = _base(store, run, parts).info.max_length if parts.backbone is None else parts.backbone.info.max_length
-    preprocessor = TextPreprocessor(backbone_folder / "tokenizer.json", max_length=parts.max_length or limit)
+    preprocessor = open_preprocessor(parts.backbone or _base(store, run, parts), limit=parts.max_length)
     adapter = None
     if parts.adapter is not None:
         engine.load_adapter(_KEY, parts.adapter)

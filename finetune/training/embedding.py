@@ -21,7 +21,7 @@ from modeling.engines.device import DeviceFingerprint
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import ModelingError
-from modeling.preprocess import Encoded, TextPreprocessor
+from modeling.inputs import Features, Preprocessor, open_preprocessor, single
 from modeling.weights import FloatArray, IntArray
 
 _TOKENS_PER_BATCH = 4096
@@ -65,9 +65,8 @@ class FrozenVectors:
     on_open: Callable[[], None] | None = None
 
     @cached_property
-    def tokenizer(self) -> TextPreprocessor:
-        info = self.backbone.info
-        return TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=info.max_length)
+    def preprocessor(self) -> Preprocessor:
+        return open_preprocessor(self.backbone)
 
     @cached_property
     def engine(self) -> Engine:
@@ -93,7 +92,7 @@ class FrozenVectors:
         missing = np.flatnonzero(~is_known)
         for start in range(0, len(missing), _TEXTS_PER_PART):
             part = missing[start : start + _TEXTS_PER_PART]
-            found[part, 0] = [item.length + item.is_truncated for item in self._encoded(texts, part)]
+            found[part, 0] = [item.cost + item.is_truncated for item in self._encoded(texts, part)]
         if self.cache is not None and len(missing):
             self.cache.add(space, [keys[row] for row in missing], found[missing])
         return found[:, 0].astype(np.int64)
@@ -123,8 +122,8 @@ class FrozenVectors:
             for text, length in zip(texts, self.lengths(texts).tolist(), strict=True)
         ]
 
-    def _encoded(self, texts: Sequence[str], rows: IntArray, max_length: int | None = None) -> list[Encoded]:
-        return self.tokenizer.encode([texts[row] for row in rows], max_length=max_length)
+    def _encoded(self, texts: Sequence[str], rows: IntArray, max_length: int | None = None) -> list[Features]:
+        return single(self.preprocessor.encode([texts[row] for row in rows], limit=max_length))
 
     def _space(self) -> str:
         return space_name(self.backbone.info.digest, self.engine_name)
@@ -135,7 +134,7 @@ def _shifted(on_batch: OnBatch, start: int, total: int, done: int, _: int) -> No
 
 
 def run_all(
-    engine: Engine, rows: Sequence[Encoded], *, adapter: str | None = None, on_batch: OnBatch | None = None
+    engine: Engine, rows: Sequence[Features], *, adapter: str | None = None, on_batch: OnBatch | None = None
 ) -> FloatArray:
     """Pooled vectors float32[rows, hidden] in the order of `rows`, computed in batches of similar length."""
     pooled = np.zeros((len(rows), 0), dtype=np.float32)
@@ -154,15 +153,15 @@ def run_all(
     return pooled
 
 
-def length_batches(encoded: Sequence[Encoded], *, tokens: int) -> list[IntArray]:
+def length_batches(encoded: Sequence[Features], *, tokens: int) -> list[IntArray]:
     """Row indices in batches of similar length, each within the token budget, the longest first.
 
     Longest first, so that a batch too large for the memory fails at once and not at the end.
     """
-    order = np.argsort([-item.length for item in encoded], kind="stable")
+    order = np.argsort([-item.cost for item in encoded], kind="stable")
     batches, start = [], 0
     while start < len(order):
-        size = max(1, tokens // encoded[order[start]].length)
+        size = max(1, tokens // encoded[order[start]].cost)
         batches.append(order[start : start + size].astype(np.int64))
         start += size
     return batches

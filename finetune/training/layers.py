@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ def freeze_below(encoder: nn.Module, top: int) -> None:
 class FrozenTrunk(nn.Module):
     """Stands in the place of an encoder's lower layers: no gradients, and each row's output is computed once.
 
-    `expect` says which rows the next forward pass has. Kept are the states of real tokens; what stands behind them is
-    masked in every layer above, so zeros do. What would exceed `budget_bytes` is not kept, nor anything else then.
+    `expect` says which rows the next forward pass has. Kept are the states of a row's own positions; padding is masked
+    in every layer above, so zeros do. What would exceed `budget_bytes` is not kept, nor anything else then.
     """
 
     def __init__(self, layers: Sequence[nn.Module], *, budget_bytes: int = KEEP_BYTES) -> None:
@@ -56,10 +56,12 @@ class FrozenTrunk(nn.Module):
         self._rows: list[tuple[bytes, int]] = []
         self._tail: tuple[Any, ...] | None = None  # what a layer returns beside the states
 
-    def expect(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> None:
-        inputs = torch.stack([ids, types], dim=2).cpu().numpy()
+    def expect(self, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> None:
+        arrays = [values.cpu().numpy() for values in inputs.values()]
         lengths = mask.sum(1).tolist()
-        self._rows = [(inputs[row, :length].tobytes(), length) for row, length in enumerate(lengths)]
+        self._rows = [
+            (b"".join(array[row, :length].tobytes() for array in arrays), length) for row, length in enumerate(lengths)
+        ]
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,12 @@
 """The training loop: step, evaluate, checkpoint, emit, stop early, restore the best.
 
-A model is anything whose forward takes ids, mask and types int64[rows, width] and gives the output of its `head`;
+A model is anything whose forward takes the encoder's inputs by name and gives the output of its `head`;
 `head` takes the rows' vectors, and `encoder` has a transformers configuration.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -21,7 +20,7 @@ from finetune.jobs.failures import Cancelled, NonFiniteLoss, Stopped
 from finetune.jobs.hyperparameters import EMBEDDING_LOSSES
 from finetune.jobs.plan import MethodPlan
 from finetune.training import bf16_cpu
-from finetune.training.batches import Ahead, Batch, TokenRows, epoch_order, epoch_size, make_batch, passes
+from finetune.training.batches import Ahead, Batch, FeatureRows, epoch_order, epoch_size, make_batch, passes
 from finetune.training.checkpoints import load_checkpoint, save_checkpoint
 from finetune.training.losses import build_loss
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
@@ -80,9 +79,9 @@ class _Loop:
         self.factor = schedule(
             run.plan.scheduler, total_steps=plan.total_steps, warmup_ratio=run.plan.warmup_ratio, epochs=plan.epochs
         )
-        encode = functools.partial(TokenRows.encode, run.preprocessor, pad_id=encoder.config.pad_token_id or 0)
-        self.train_rows = encode(run.train.texts) if run.tokens is None else run.tokens
-        self.validation_rows = encode(run.validation.texts)
+        given = run.tokens
+        self.train_rows = FeatureRows.encode(run.preprocessor, run.train.texts) if given is None else given
+        self.validation_rows = FeatureRows.encode(run.preprocessor, run.validation.texts)
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
         self.classes = run.train.labels if run.plan.oversample else None
         self.steps_per_epoch = max(1, -(-epoch_size(len(self.train_rows), self.classes) // self.rows_per_step))
@@ -246,7 +245,7 @@ class _Loop:
         of_vectors = self.objective.of_vectors
         hook = self.head.register_forward_pre_hook(lambda _, inputs: vectors.append(inputs[0]))
         try:
-            output = self.model(*batch.inputs).float()
+            output = self.model(batch.inputs).float()
         finally:
             hook.remove()
         compared = output.new_zeros(()) if of_vectors is None else of_vectors(vectors[0].float(), targets)
@@ -336,10 +335,8 @@ class _Loop:
             "backbone_folder": run.backbone.folder,
         }
         arrays = {
-            "ids": tokens.ids,
-            "types": tokens.types,
+            **{f"rows.{name}": array for name, array in tokens.arrays.items()},
             "starts": tokens.starts,
-            "pad_id": np.asarray([tokens.pad_id]),
             "labels": run.train.labels,
             "numbers": np.asarray(run.train.numbers),
         }
@@ -354,7 +351,7 @@ class _Loop:
         logits = np.zeros((len(rows), self.run.outputs), dtype=np.float32)
         for part in passes(self.validation_rows.lengths, rows, most_rows=len(rows), most_tokens=_EVALUATION_TOKENS):
             batch = make_batch(self.validation_rows, part, self.accelerator.device)
-            logits[part] = self.model(*batch.inputs).float().cpu().numpy()
+            logits[part] = self.model(batch.inputs).float().cpu().numpy()
         return self.run.scale.raw(logits)
 
     def _evaluate(self) -> None:
@@ -434,7 +431,7 @@ class _Loop:
         return {
             "seed": self.run.plan.seed,
             "rows": len(self.train_rows),
-            "tokens": len(self.train_rows.ids),
+            "tokens": int(self.train_rows.starts[-1]),
             "rows_per_step": self.rows_per_step,
             "total_steps": self.plan.total_steps,
             "trainable": sum(parameter.numel() for parameter in trainable(self.raw).values()),

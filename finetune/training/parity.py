@@ -18,6 +18,7 @@ from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.onnx import is_available, onnx_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import ModelingError
+from modeling.inputs import open_preprocessor
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
@@ -90,7 +91,7 @@ def _compared(
 ) -> Gate:
     weights = _written(run, best, folder)
     reference = _reference(weights.backbone) if best.kind == "full" else run.engine
-    other = onnx_engine(files, threads=run.plan.cpu_threads)
+    other = onnx_engine(files, open_preprocessor(weights.backbone).collate, threads=run.plan.cpu_threads)
     wanted, got = (_vectors(engine, run, texts, weights.adapter) for engine in (reference, other))
     assert servable.head is not None
     flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)

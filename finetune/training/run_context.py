@@ -21,12 +21,12 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine
 from modeling.heads import TaskHead
-from modeling.preprocess import TextPreprocessor
+from modeling.inputs import Preprocessor, open_preprocessor, single
 from modeling.tasks import TASKS
 from modeling.weights import FloatArray, IntArray
 
 if TYPE_CHECKING:
-    from finetune.training.batches import TokenRows
+    from finetune.training.batches import FeatureRows
     from finetune.training.parallel import Follower, Leader
 
 __all__ = ["Rows", "Run", "embed", "joined", "length_batches"]
@@ -84,12 +84,12 @@ class Run:
     on_evaluation: Callable[[int, float], None] | None = None
     leader: Leader | None = None
     follower: Follower | None = None
-    tokens: TokenRows | None = None
+    tokens: FeatureRows | None = None
     _features: dict[str, FloatArray] = field(default_factory=dict)
 
     @cached_property
-    def preprocessor(self) -> TextPreprocessor:
-        return TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=self.plan.max_length)
+    def preprocessor(self) -> Preprocessor:
+        return open_preprocessor(self.backbone, limit=self.plan.max_length)
 
     @cached_property
     def reference(self) -> FrozenVectors:
@@ -163,12 +163,12 @@ class Run:
 
 def embed(
     engine: Engine,
-    preprocessor: TextPreprocessor,
+    preprocessor: Preprocessor,
     texts: Sequence[str],
     *,
     on_batch: OnBatch | None = None,
     adapter: str | None = None,
 ) -> FloatArray:
     """Pooled vectors in the order of `texts`, computed in batches of similar length."""
-    rows = preprocessor.encode(texts) if texts else []
+    rows = single(preprocessor.encode(texts)) if texts else []
     return run_all(engine, rows, adapter=adapter, on_batch=on_batch)

@@ -14,12 +14,13 @@ from safetensors.numpy import load_file
 
 from finetune.jobs.link import SilentLink
 from finetune.jobs.plan import TrainingPlan
-from finetune.training.batches import TokenRows
+from finetune.training.batches import FeatureRows
 from finetune.training.methods import METHODS
 from finetune.training.parallel import Assignment, Follower, threads_of
 from finetune.training.run_context import Rows, Run
 from modeling.backbone import Backbone
 from modeling.child_process import die_with_parent, private_stdout
+from modeling.inputs import open_preprocessor
 
 
 def main() -> int:
@@ -43,6 +44,8 @@ def _prepare(plan: TrainingPlan) -> None:
 def _run(assignment: Assignment, follower: Follower) -> Run:
     """The run as far as a method needs it for its model: the rows are tokens already, and only those to train on."""
     arrays = load_file(assignment.rows_file)
+    rows = {name.removeprefix("rows."): array for name, array in arrays.items() if name.startswith("rows.")}
+    backbone = Backbone.open(assignment.backbone_folder)
     none = Rows([], np.empty(0, arrays["labels"].dtype), np.empty(0, np.int64))
     return Run(
         train=Rows([], arrays["labels"], arrays["numbers"]),
@@ -50,11 +53,11 @@ def _run(assignment: Assignment, follower: Follower) -> Run:
         test=none,
         labels=assignment.labels,
         plan=assignment.plan,
-        backbone=Backbone.open(assignment.backbone_folder),
+        backbone=backbone,
         link=SilentLink(),
         work_dir=assignment.rows_file.parent,
         follower=follower,
-        tokens=TokenRows(arrays["ids"], arrays["types"], arrays["starts"], int(arrays["pad_id"][0])),
+        tokens=FeatureRows(rows, arrays["starts"], open_preprocessor(backbone).collate),
     )
 
 

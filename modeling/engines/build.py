@@ -9,6 +9,7 @@ from modeling.backbone import Backbone
 from modeling.engines.device import fingerprint, has_vnni
 from modeling.engines.graphs import GraphFiles
 from modeling.errors import EngineFailed
+from modeling.inputs import Preprocessor, open_preprocessor
 
 if TYPE_CHECKING:
     from modeling.engines.protocol import Engine
@@ -104,8 +105,9 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
     if files is None or not files.is_complete:
         raise EngineFailed(f"{spec} needs the exported graphs, which are missing or damaged")
     slots, budget = options.adapter_slots, options.slots_budget_bytes
+    preprocessor = open_preprocessor(backbone)
     if options.device.startswith("cuda") and spec.runtime in {"onnx", CAPTURED, TENSORRT}:
-        return _build_on_gpu(spec, backbone, files, options)
+        return _build_on_gpu(spec, backbone, files, preprocessor, options)
     if spec.runtime == "onnx":
         from modeling.engines.onnx import onnx_engine
 
@@ -114,13 +116,19 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
 
             files = int8_graphs(files, has_vnni=has_vnni(fingerprint(options.device)))
         return onnx_engine(
-            files, precision=spec.precision, threads=options.threads, adapter_slots=slots, slots_budget_bytes=budget
+            files,
+            preprocessor.collate,
+            precision=spec.precision,
+            threads=options.threads,
+            adapter_slots=slots,
+            slots_budget_bytes=budget,
         )
     if spec.runtime == "openvino":
         from modeling.engines.openvino import openvino_engine
 
         return openvino_engine(
             files,
+            preprocessor.collate,
             max_length=backbone.info.max_length,
             precision=spec.precision,
             threads=options.threads,
@@ -130,7 +138,9 @@ def build_engine(spec: EngineSpec, backbone: Backbone, files: GraphFiles | None,
     raise EngineFailed(f"there is no engine {spec}")
 
 
-def _build_on_gpu(spec: EngineSpec, backbone: Backbone, files: GraphFiles, options: EngineOptions) -> Engine:
+def _build_on_gpu(
+    spec: EngineSpec, backbone: Backbone, files: GraphFiles, preprocessor: Preprocessor, options: EngineOptions
+) -> Engine:
     from modeling.engines.onnx_gpu import cuda_engine
     from modeling.engines.providers import ladder
     from modeling.engines.tensorrt import build_tensorrt, tensorrt_engine
@@ -143,6 +153,7 @@ def _build_on_gpu(spec: EngineSpec, backbone: Backbone, files: GraphFiles, optio
             build_tensorrt(files, digest=digest, max_length=max_length, precision=spec.precision, device=device)
         return tensorrt_engine(
             files,
+            preprocessor,
             digest=digest,
             max_length=max_length,
             precision=spec.precision,
@@ -154,5 +165,11 @@ def _build_on_gpu(spec: EngineSpec, backbone: Backbone, files: GraphFiles, optio
         files = low_precision_graphs(files, spec.precision)
     captured = ladder(max_length) if spec.runtime == CAPTURED else None
     return cuda_engine(
-        files, precision=spec.precision, device=device, ladder=captured, adapter_slots=slots, slots_budget_bytes=budget
+        files,
+        preprocessor,
+        precision=spec.precision,
+        device=device,
+        ladder=captured,
+        adapter_slots=slots,
+        slots_budget_bytes=budget,
     )

@@ -1,4 +1,4 @@
-"""An engine without a model: vectors are a fixed function of the tokens. For tests of what stands around engines."""
+"""An engine without a model: a vector is a fixed function of a row's first array. For tests of what is around it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from modeling.adapters import Adapter
 from modeling.engines.protocol import EngineBatch, MemoryUse
 from modeling.errors import EngineFailed
+from modeling.inputs.base import Features
 from modeling.weights import FloatArray, IntArray
 
 
@@ -36,10 +37,10 @@ class FakeEngine:
     def run(self, batch: EngineBatch) -> FloatArray:
         if self._before_run is not None:
             self._before_run(batch)
-        if self._poison is not None and any(self._poison in item.input_ids for item in batch.inputs):
+        if self._poison is not None and any(self._poison in _values(item) for item in batch.inputs):
             raise EngineFailed("a poisoned row")
         adapters = batch.adapters or [None] * len(batch.inputs)
-        return np.stack([self._vector(item.input_ids, key) for item, key in zip(batch.inputs, adapters, strict=True)])
+        return np.stack([self._vector(_values(item), key) for item, key in zip(batch.inputs, adapters, strict=True)])
 
     def width(self, longest: int) -> int:
         return longest
@@ -63,3 +64,9 @@ class FakeEngine:
         shift = 0 if adapter is None else self._adapters[adapter].rank
         seed = int((ids * np.arange(1, len(ids) + 1)).sum()) % (1 << 31)
         return np.random.default_rng(seed).normal(size=self._hidden_size).astype(np.float32) + np.float32(shift)
+
+
+def _values(row: Features) -> IntArray:
+    """The row's first array."""
+    values: IntArray = next(iter(row.arrays.values()))
+    return values

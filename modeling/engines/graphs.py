@@ -21,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter, LoraLayout
-from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first, pad
+from modeling.engines.protocol import Collate, EngineBatch, MemoryUse, adapters_first
 from modeling.engines.slots import AdapterStacks, Stack
 from modeling.errors import EngineFailed
-from modeling.preprocess import Encoded
-from modeling.weights import FloatArray, IntArray
+from modeling.inputs.base import Arrays, Features
+from modeling.weights import FloatArray
 
 SLOTS_INPUT = "lora_slots"
+OUTPUT = "pooled"
 _EXPORT_SCHEMA = 4  # raised when the graphs change for the same weights
 _EXPORTERS = ("torch", "onnx", "onnxscript", "transformers")
 
@@ -82,9 +83,9 @@ class GraphFiles:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def describe(self, layout: LoraLayout, *, pad_id: int, hidden_size: int) -> None:
+    def describe(self, layout: LoraLayout, *, hidden_size: int) -> None:
         """Written last: from here on the export is complete. Raises `OSError`."""
-        values = {"layout": json.loads(layout.to_json()), "pad_id": pad_id, "hidden_size": hidden_size}
+        values = {"layout": json.loads(layout.to_json()), "pad_id": 0, "hidden_size": hidden_size}
         document = json.dumps({**values, "schema": _EXPORT_SCHEMA, "bytes": self._sizes()})
         _place(self.description, lambda temporary: temporary.write_text(document))
 
@@ -119,10 +120,6 @@ class GraphFiles:
         return LoraLayout.from_json(json.dumps(self._values["layout"]))
 
     @property
-    def pad_id(self) -> int:
-        return int(self._values["pad_id"])
-
-    @property
     def hidden_size(self) -> int:
         return int(self._values["hidden_size"])
 
@@ -144,7 +141,7 @@ def _link(path: Path, target: Path) -> None:
 class Session(Protocol):
     """One graph on one runtime."""
 
-    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
         """The pooled vectors float32[rows, hidden]; inputs that the graph lacks are ignored. Raises `EngineFailed`."""
 
     def bind(self, stacks: Mapping[str, Stack]) -> None:
@@ -161,6 +158,7 @@ class GraphEngine:
         name: str,
         files: GraphFiles,
         open_session: Callable[[Path], Session],
+        collate: Collate,
         *,
         device: str,
         precision: str,
@@ -173,7 +171,7 @@ class GraphEngine:
         self.width = width
         self.name, self.device, self.precision = name, device, precision
         self.files, self._open = files, open_session
-        self._pad_id, self._hidden_size = files.pad_id, files.hidden_size
+        self._collate, self._hidden_size = collate, files.hidden_size
         self._bare = open_session(files.bare)
         self._lora: Session | None = None
         self._layout = files.layout
@@ -214,7 +212,7 @@ class GraphEngine:
     def adapter_bytes(self, key: str) -> int:
         return self._stacks.adapter_bytes(key)
 
-    def _run_adapted(self, inputs: Sequence[Encoded], keys: Sequence[str]) -> FloatArray:
+    def _run_adapted(self, inputs: Sequence[Features], keys: Sequence[str]) -> FloatArray:
         slots = self._stacks.rows(keys)
         assert self._lora is not None  # opened with the first adapter
         written = self._stacks.take_written()
@@ -223,10 +221,8 @@ class GraphEngine:
             self._lora.bind(self._named_stacks())
         return self._lora.run(self._feeds(inputs) | {SLOTS_INPUT: slots})
 
-    def _feeds(self, inputs: Sequence[Encoded]) -> dict[str, IntArray]:
-        longest = max(item.length for item in inputs)
-        ids, mask, types = pad(inputs, pad_id=self._pad_id, width=self.width(longest))
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    def _feeds(self, inputs: Sequence[Features]) -> Arrays:
+        return self._collate(inputs, self.width(max(row.cost for row in inputs)))
 
     def _named_stacks(self) -> dict[str, Stack]:
         stacks = {}

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from modeling.engines import providers
-from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.graphs import OUTPUT, GraphEngine, GraphFiles
+from modeling.engines.protocol import Collate
 from modeling.engines.providers import SessionPlan
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
-from modeling.weights import FloatArray, IntArray
+from modeling.weights import FloatArray
 
 
 def onnx_engine(
     files: GraphFiles,
+    collate: Collate,
     *,
     precision: str = "fp32",
     threads: int = 0,
@@ -31,6 +34,7 @@ def onnx_engine(
         "onnx",
         files,
         lambda path: OnnxSession(path, threads=threads),
+        collate,
         device="cpu",
         precision=precision,
         adapter_slots=adapter_slots,
@@ -43,14 +47,12 @@ class OnnxSession:
 
     def __init__(self, model_file: Path, *, threads: int = 0) -> None:
         self._session = open_session(model_file, providers.cpu(threads=threads))
-        self._inputs = {node.name for node in self._session.get_inputs()}
         self._stacks: dict[str, Any] = {}
         self._bytes = model_file.stat().st_size
 
-    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
-        tokens = {name: value for name, value in feeds.items() if name in self._inputs}
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
         try:
-            (pooled,) = self._session.run(None, tokens | self._stacks)
+            (pooled,) = self._session.run([OUTPUT], {**feeds, **self._stacks})
         except Exception as error:
             raise EngineFailed(f"ONNX Runtime could not compute a batch ({type(error).__name__})") from error
         return np.asarray(pooled, dtype=np.float32)

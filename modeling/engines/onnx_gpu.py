@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from modeling.engines import providers
-from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.graphs import OUTPUT, GraphEngine, GraphFiles
 from modeling.engines.onnx import open_session, runtime
 from modeling.engines.providers import Bucket, Ladder, SessionPlan
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
-from modeling.weights import FloatArray, IntArray
+from modeling.inputs.base import Preprocessor
+from modeling.weights import FloatArray
 
 _log = logging.getLogger("modeling.onnx_gpu")
 # Run option by which ONNX Runtime tells captured graphs apart (onnxruntime#19636).
@@ -28,6 +30,7 @@ _NO_GRAPH = "-1"
 
 def cuda_engine(
     files: GraphFiles,
+    preprocessor: Preprocessor,
     *,
     precision: str = "fp32",
     device: str = "cuda",
@@ -40,7 +43,7 @@ def cuda_engine(
     With `ladder`, its shapes are captured as CUDA graphs. For processes in which nobody else uses the GPU: ONNX Runtime
     captures in CUDA's global mode, in which an allocation by any other thread fails and spoils the capture.
     """
-    open_session = partial(cuda_session, pad_id=files.pad_id, precision=precision, device_id=device_id(device))
+    open_session = partial(cuda_session, padding=preprocessor.padding, precision=precision, device_id=device_id(device))
 
     def open_graph(path: Path) -> GpuSession:
         try:
@@ -55,6 +58,7 @@ def cuda_engine(
         "onnx" if ladder is None else "onnx-graphs",
         files,
         open_graph,
+        preprocessor.collate,
         device=device,
         precision=precision,
         adapter_slots=adapter_slots,
@@ -63,11 +67,11 @@ def cuda_engine(
 
 
 def cuda_session(
-    model_file: Path, *, pad_id: int, precision: str, device_id: int, ladder: Ladder | None = None
+    model_file: Path, *, padding: Mapping[str, float], precision: str, device_id: int, ladder: Ladder | None = None
 ) -> GpuSession:
     """Raises `EngineFailed`; with `ladder` also where a part of the graph would run on the CPU."""
     plan = providers.cuda(device_id=device_id, precision=precision, has_graphs=ladder is not None)
-    return GpuSession(model_file, plan, pad_id=pad_id, ladder=ladder)
+    return GpuSession(model_file, plan, padding=padding, ladder=ladder)
 
 
 def device_id(device: str) -> int:
@@ -95,11 +99,13 @@ class GpuSession:
     Called from one thread at a time. ONNX Runtime captures per thread: another thread captures anew.
     """
 
-    def __init__(self, model_file: Path, plan: SessionPlan, *, pad_id: int, ladder: Ladder | None = None) -> None:
+    def __init__(
+        self, model_file: Path, plan: SessionPlan, *, padding: Mapping[str, float], ladder: Ladder | None = None
+    ) -> None:
         self._session = open_session(model_file, plan)
-        self._plan, self._pad_id, self._ladder = plan, pad_id, ladder
+        self._plan, self._padding, self._ladder = plan, padding, ladder
         self._inputs = {node.name for node in self._session.get_inputs()}
-        (output,) = self._session.get_outputs()
+        output = next(node for node in self._session.get_outputs() if node.name == OUTPUT)
         self._output, self._hidden_size = output.name, int(output.shape[-1])
         self._buckets: dict[Bucket, _Buffers] = {}
         # A number is never used again: its graph would replay with the addresses of buffers that are gone.
@@ -108,9 +114,9 @@ class GpuSession:
         self._without_graph = _run_options(_NO_GRAPH)
         self._bytes = model_file.stat().st_size
 
-    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
         tokens = {name: value for name, value in feeds.items() if name in self._inputs}
-        rows, length = tokens["input_ids"].shape
+        rows, length = batch_shape(tokens)
         bucket = self._ladder.bucket_for(rows, length) if self._ladder is not None else None
         try:
             return self._run_as_is(tokens) if bucket is None else self._run_in(bucket, tokens)[:rows]
@@ -129,14 +135,14 @@ class GpuSession:
     def memory_bytes(self) -> int:
         return self._bytes
 
-    def _run_in(self, bucket: Bucket, tokens: Mapping[str, IntArray]) -> FloatArray:
+    def _run_in(self, bucket: Bucket, tokens: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
         buffers = self._buffers(bucket, tokens)
-        for name, values in pad_to(bucket, tokens, pad_id=self._pad_id).items():
+        for name, values in pad_to(bucket, tokens, padding=self._padding).items():
             buffers.inputs[name].update_inplace(values)
         self._session.run_with_iobinding(buffers.binding, buffers.options)
         return np.array(buffers.output.numpy(), dtype=np.float32)  # the buffer's next batch must not change it
 
-    def _run_as_is(self, tokens: Mapping[str, IntArray]) -> FloatArray:
+    def _run_as_is(self, tokens: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
         binding = self._session.io_binding()
         for name, values in tokens.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(values))
@@ -146,15 +152,18 @@ class GpuSession:
         self._session.run_with_iobinding(binding, self._without_graph)
         return np.asarray(binding.copy_outputs_to_cpu()[0], dtype=np.float32)
 
-    def _buffers(self, bucket: Bucket, tokens: Mapping[str, IntArray]) -> _Buffers:
+    def _buffers(self, bucket: Bucket, tokens: Mapping[str, npt.NDArray[Any]]) -> _Buffers:
         """The bucket's, made at its first batch."""
         buffers = self._buckets.get(bucket)
         if buffers is None:
             buffers = self._buckets[bucket] = self._new_buffers(bucket, tokens)
         return buffers
 
-    def _new_buffers(self, bucket: Bucket, tokens: Mapping[str, IntArray]) -> _Buffers:
-        inputs = {name: self._allocate(bucket[: values.ndim], values.dtype) for name, values in tokens.items()}
+    def _new_buffers(self, bucket: Bucket, tokens: Mapping[str, npt.NDArray[Any]]) -> _Buffers:
+        inputs = {
+            name: self._allocate((*bucket[: values.ndim], *values.shape[2:]), values.dtype)
+            for name, values in tokens.items()
+        }
         output = self._allocate((bucket[0], self._hidden_size), np.dtype(np.float32))
         binding = self._session.io_binding()
         for name, value in (inputs | self._stacks).items():
@@ -174,18 +183,24 @@ class GpuSession:
         return kind.ortvalue_from_shape_and_type(list(shape), dtype.type, self._plan.device, self._plan.device_id)
 
 
-def pad_to(bucket: Bucket, tokens: Mapping[str, IntArray], *, pad_id: int) -> dict[str, IntArray]:
-    """Inputs [rows, length] or [rows] in the shape of `bucket`, padding behind and below.
+def batch_shape(feeds: Mapping[str, npt.NDArray[Any]]) -> tuple[int, int]:
+    """Rows and width of a batch, by an input that has positions."""
+    rows, width = next(values.shape[:2] for values in feeds.values() if values.ndim > 1)
+    return rows, width
 
-    An added row sees its first token: attention over nothing at all would be 0 / 0.
-    """
+
+def pad_to(
+    bucket: Bucket, feeds: Mapping[str, npt.NDArray[Any]], *, padding: Mapping[str, float]
+) -> dict[str, npt.NDArray[Any]]:
+    """Inputs [rows, width, …] or [rows] in the shape of `bucket`, padded behind; added rows repeat the first, for
+    attention over nothing at all would be 0 / 0."""
     padded = {}
-    for name, values in tokens.items():
+    for name, values in feeds.items():
         rows, *rest = values.shape
-        full = np.full(bucket[: values.ndim], pad_id if name == "input_ids" else 0, dtype=values.dtype)
+        shape = (*bucket[: values.ndim], *values.shape[2:])
+        full = np.full(shape, padding.get(name, 0), dtype=values.dtype)
         full[(slice(rows), *map(slice, rest))] = values
-        if name == "attention_mask":
-            full[rows:, 0] = 1
+        full[rows:] = full[0]
         padded[name] = full
     return padded
 

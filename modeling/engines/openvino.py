@@ -11,12 +11,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from modeling.engines.graphs import GraphEngine, GraphFiles
-from modeling.engines.protocol import stepped_width
+from modeling.engines.protocol import Collate, stepped_width
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
-from modeling.weights import FloatArray, IntArray
+from modeling.weights import FloatArray
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -32,6 +33,7 @@ def import_runtime() -> None:
 
 def openvino_engine(
     files: GraphFiles,
+    collate: Collate,
     *,
     max_length: int,
     precision: str = "fp32",
@@ -48,6 +50,7 @@ def openvino_engine(
         "openvino",
         files,
         lambda path: OpenVinoSession(path, precision=precision, threads=threads, cache=cache),
+        collate,
         device="cpu",
         precision=precision,
         stack_dtype=ml_dtypes.bfloat16 if precision == "bf16" else np.float32,
@@ -68,7 +71,7 @@ class OpenVinoSession:
         self._bytes = model_file.stat().st_size // (2 if precision == "bf16" else 1)
         self._kept: list[Any] = []
 
-    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
         openvino = _openvino()
         try:
             for name in self._tokens:

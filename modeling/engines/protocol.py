@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from modeling.adapters import Adapter
-from modeling.preprocess import Encoded
-from modeling.weights import FloatArray, IntArray
+from modeling.inputs.base import Arrays, Features
+from modeling.weights import FloatArray
+
+Collate = Callable[[Sequence[Features], int], Arrays]
+"""`Preprocessor.collate`: rows to the arrays of a batch, padded to a width."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineBatch:
     """Rows for one run. `adapters[i]` names the LoRA adapter of row i, None for the bare backbone."""
 
-    inputs: Sequence[Encoded]
+    inputs: Sequence[Features]
     adapters: Sequence[str | None] | None = None
 
 
@@ -43,7 +44,7 @@ class Engine(Protocol):
         """Pooled vectors float32[rows, hidden], in the order of the batch. Raises `EngineFailed`."""
 
     def width(self, longest: int) -> int:
-        """What a batch is padded to whose longest row has so many tokens; at least that."""
+        """Return what a batch is padded to if its longest row costs `longest`; at least that."""
 
     def load_adapter(self, key: str, adapter: Adapter) -> None:
         """Makes `adapter` usable under `key`. Raises `AdapterMismatch`; then nothing has changed."""
@@ -81,16 +82,3 @@ def stepped_width(longest: int, *, limit: int) -> int:
     8 % more tokens on mixed texts. Never more than `limit`, where the positions end, unless `longest` is."""
     step = 8 if longest <= 64 else 16 if longest <= 128 else 32
     return max(longest, min(limit, -(-longest // step) * step))
-
-
-def pad(inputs: Sequence[Encoded], *, pad_id: int, width: int | None = None) -> tuple[IntArray, IntArray, IntArray]:
-    """int64[rows, width] ids, attention mask and type ids, padded on the right; by default as wide as the longest."""
-    width = max(item.length for item in inputs) if width is None else width
-    ids = np.full((len(inputs), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(inputs), width), dtype=np.int64)
-    types = np.zeros((len(inputs), width), dtype=np.int64)
-    for row, item in enumerate(inputs):
-        ids[row, : item.length] = item.input_ids
-        mask[row, : item.length] = 1
-        types[row, : item.length] = item.type_ids
-    return ids, mask, types

@@ -16,14 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from modeling.engines import providers
 from modeling.engines.device import DeviceFingerprint, fingerprint
 from modeling.engines.graphs import GraphEngine, GraphFiles, Session
 from modeling.engines.onnx import INSTALL, refuse_without
-from modeling.engines.onnx_gpu import GpuSession, cuda_session, device_id
+from modeling.engines.onnx_gpu import GpuSession, batch_shape, cuda_session, device_id
 from modeling.engines.providers import (
     TENSORRT,
     EngineCacheKey,
@@ -33,8 +35,9 @@ from modeling.engines.providers import (
 )
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
+from modeling.inputs.base import Preprocessor
 from modeling.precision import low_precision_graphs
-from modeling.weights import FloatArray, IntArray
+from modeling.weights import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ def build_tensorrt(files: GraphFiles, *, digest: str, max_length: int, precision
 
 def tensorrt_engine(
     files: GraphFiles,
+    preprocessor: Preprocessor,
     *,
     digest: str,
     max_length: int,
@@ -76,15 +80,16 @@ def tensorrt_engine(
 
     def open_graph(path: Path) -> Session:
         if path == files.bare:
-            sessions = [GpuSession(path, plan.session(plan.engine), pad_id=files.pad_id) for plan in plans]
+            sessions = [GpuSession(path, plan.session(plan.engine), padding=preprocessor.padding) for plan in plans]
             return TensorrtSession([(plan.key.profile, session) for plan, session in zip(plans, sessions, strict=True)])
         adapted = low_precision_graphs(files, precision).lora
-        return cuda_session(adapted, pad_id=files.pad_id, precision=precision, device_id=device_id(device))
+        return cuda_session(adapted, padding=preprocessor.padding, precision=precision, device_id=device_id(device))
 
     return GraphEngine(
         "tensorrt",
         files,
         open_graph,
+        preprocessor.collate,
         device=device,
         precision=precision,
         adapter_slots=adapter_slots,
@@ -99,8 +104,8 @@ class TensorrtSession:
     def __init__(self, engines: Sequence[tuple[ShapeProfile, Session]]) -> None:
         self._engines = engines
 
-    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
-        rows, length = feeds["input_ids"].shape
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
+        rows, length = batch_shape(feeds)
         for profile, session in self._engines:
             most, longest = profile.max
             if length <= longest:
@@ -170,7 +175,7 @@ def _compile(model_file: Path, plan: EnginePlan) -> None:
     for folder in (partial_folder, plan.timings):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        session = GpuSession(model_file, plan.session(partial_folder), pad_id=0)
+        session = GpuSession(model_file, plan.session(partial_folder), padding={})
         # What is not compiled with the session is compiled with its first run.
         session.run({name: np.ones(plan.key.profile.opt, dtype=np.int64) for name in _inputs(model_file)})
         if not any(partial_folder.glob("*.engine")):

@@ -11,11 +11,12 @@ import torch
 
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone
-from modeling.encoder import load_encoder
-from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first, pad
+from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first
 from modeling.engines.slots import AdapterStacks, Stack
 from modeling.errors import EngineFailed
+from modeling.inputs import open_preprocessor
 from modeling.multi_lora import Routing, route
+from modeling.networks import NETWORKS
 from modeling.weights import FloatArray, IntArray
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,12 +44,11 @@ class TorchEngine:
         self.precision = precision
         self._pooling = backbone.info.pooling
         self._hidden_size = backbone.info.hidden_size
-        encoder = load_encoder(backbone.folder, dtype=_DTYPES[precision]).to(device)
-        config: Any = encoder.config
-        self._pad_id = int(config.pad_token_id or 0)
-        self._takes_types = takes_type_ids(config)
+        self._network = NETWORKS[backbone.info.modality]
+        self._collate = open_preprocessor(backbone).collate
+        encoder = self._network.load(backbone.folder, dtype=_DTYPES[precision]).to(device)
         self._routing = Routing()
-        layout = route(encoder, self._routing)
+        layout = route(encoder, self._routing, self._network)
         self._stacks = AdapterStacks(
             layout, capacity=adapter_slots, dtype=_STACK_DTYPES[precision], budget_bytes=slots_budget_bytes
         )
@@ -84,15 +84,14 @@ class TorchEngine:
         return self._stacks.adapter_bytes(key)
 
     def _run(self, batch: EngineBatch, keys: Sequence[str]) -> FloatArray:
-        arrays = pad(batch.inputs, pad_id=self._pad_id)
-        ids, mask, types = (torch.from_numpy(array).to(self.device) for array in arrays)
-        extra = {"token_type_ids": types} if self._takes_types else {}
+        arrays = self._collate(batch.inputs, max(row.cost for row in batch.inputs))
+        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
         try:
             if keys:
                 self._route(self._stacks.rows(keys))
             encoder = self._encoder if keys or self._compiled is None else self._compiled
-            states = encoder(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
-            return pool(states, mask, self._pooling).float().cpu().numpy()
+            states = self._network.states(encoder, inputs)
+            return pool(states, self._network.mask(inputs), self._pooling).float().cpu().numpy()
         finally:
             self._routing.clear()
 
@@ -150,16 +149,9 @@ def _tensor(stack: Stack) -> torch.Tensor:
     return torch.from_numpy(stack)
 
 
-def takes_type_ids(config: Any) -> bool:
-    """Whether the encoder tells the two halves of a pair apart by segment ids."""
-    return getattr(config, "type_vocab_size", 0) > 1 and config.model_type != "distilbert"
-
-
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Token states [rows, length, hidden] to one vector a row: the first token's, or the mean over unmasked ones.
-
-    The mean is summed in float32: hundreds of tokens can exceed what fp16 holds.
-    """
+    """Reduce states [rows, positions, hidden] to one vector per row: the first position's, or the mean over unmasked
+    ones. The mean is summed in float32: hundreds of states can exceed what fp16 holds."""
     if pooling == "cls":
         return states[:, 0]
     weights = mask.unsqueeze(-1).float()

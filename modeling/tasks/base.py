@@ -104,15 +104,11 @@ class Task(Protocol):
     def reduce(
         self, rows: Sequence[FloatArray], labels: Sequence[str], calibration: Calibration, options: Options
     ) -> Answer:
-        """Combine the scores of one input's rows, float32[outputs] each, into its answer; `index` is left at 0."""
+        """Combine the scores of one input's rows, float32[outputs] each, into its answer: their mean if it was read in
+        several windows. `index` is left at 0."""
 
     def observed(self, answers: Sequence[Any], calibration: Calibration) -> Sequence[Sequence[float]]:
         """Return the values to observe, one list per name in `observes`."""
 
     def same(self, wanted: FloatArray, got: FloatArray, calibration: Calibration, *, precision: str) -> bool:
         """Say whether golden rows' logits, float32[rows, outputs], count as reproduced on an engine of `precision`."""
-
-
-def combined(rows: Sequence[FloatArray]) -> FloatArray:
-    """Average the scores of an input that was read in several windows."""
-    return rows[0] if len(rows) == 1 else np.mean(rows, axis=0, dtype=np.float32)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from msgspec import UNSET
 
-from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, Task, combined
+from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, Task
 from modeling.weights import FloatArray
 
 
@@ -57,7 +57,7 @@ class Regression:
     def reduce(
         self, rows: Sequence[FloatArray], labels: Sequence[str], calibration: Calibration, options: Options
     ) -> Value:
-        return Value(0, float(combined(rows)[0]))
+        return Value(0, float(np.mean([row[0] for row in rows])))
 
     def observed(self, answers: Sequence[Value], calibration: Calibration) -> Sequence[Sequence[float]]:
         if not calibration.value_shares:

@@ -26,7 +26,7 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import GoldenRowsDiffer
-from modeling.preprocess import TextInput
+from modeling.inputs import Example
 from modeling.tasks import DEFAULT_MODALITY, FeatureExtraction
 from modeling.weights import FloatArray
 from service.inference.aliases import Key
@@ -180,7 +180,7 @@ class Assembler:
         if isinstance(lane, LinearLane):
             linear = parts.linear
             assert linear is not None
-            await lane.worker.call(lambda: check_golden(parts, lambda texts: linear.margins([str(t) for t in texts])))
+            await lane.worker.call(lambda: check_golden(parts, linear.margins))
             return
         assert isinstance(lane, BackboneLane) and parts.head is not None
         if parts.head.input_size != lane.backbone.info.hidden_size:
@@ -193,7 +193,7 @@ class Assembler:
         logits = []
         for row in parts.golden:  # one at a time: requests wait for no more than one row of it
             started = time.monotonic()
-            logits.append(await lane.worker.call(functools.partial(_golden_logits, model, engine, [row.text])))
+            logits.append(await lane.worker.call(functools.partial(_golden_logits, model, engine, [row.example])))
             if lane.worker.is_in_demand:
                 await asyncio.sleep(_YIELD * (time.monotonic() - started))
         compare_golden(parts, np.concatenate(logits or [np.zeros((0, 0), np.float32)]), precision=engine.precision)
@@ -207,8 +207,8 @@ def _weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _golden_logits(model: ServedModel, engine: Engine, texts: Sequence[TextInput]) -> FloatArray:
+def _golden_logits(model: ServedModel, engine: Engine, examples: Sequence[Example]) -> FloatArray:
     assert model.parts is not None and model.parts.head is not None and isinstance(model.lane, BackboneLane)
-    work = model.lane.preprocess(texts, truncate=True, max_length=model.max_length)
+    work = model.lane.preprocess(examples, truncate=True, max_length=model.max_length)
     keys = [model.adapter_key] * len(work) if model.adapter_key else None
     return model.parts.head.logits(engine.run(EngineBatch(work, keys)))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from modeling.preprocess import TextInput
+from modeling.inputs import Example
 from service.inference.errors import DeadlineExceeded, QueueFull
 
 Point = tuple[int, float]
@@ -232,30 +232,26 @@ class Slippage:
         self.factor = min(_MAX_SLIP, max(1.0, self.factor + _SLIP_STEP * step))
 
 
-class TokenEstimate:
-    """Tokens from characters, before tokenising: follows what the lane's tokenizer makes of the texts that come."""
+class CostEstimate:
+    """Costs from sizes, before preprocessing: follows what the lane's preprocessor makes of the examples that come."""
 
-    def __init__(self, characters_per_token: float = 4.0) -> None:
-        self._characters_per_token = characters_per_token
+    def __init__(self, size: Callable[[Example], int], size_per_unit: float = 4.0) -> None:
+        self.size, self._size_per_unit = size, size_per_unit
 
-    def tokens(self, inputs: Sequence[TextInput], limit: int) -> int:
-        """Of all inputs, each at most `limit`."""
-        rate = self._characters_per_token
-        return sum([min(limit, 2 + int(characters(item) / rate)) for item in inputs])
+    def cost(self, examples: Sequence[Example], limit: int) -> int:
+        """Of all examples, each at most `limit`."""
+        rate = self._size_per_unit
+        return sum([min(limit, 2 + int(self.size(item) / rate)) for item in examples])
 
-    def observe(self, item: TextInput, tokens: int, limit: int) -> None:
-        """Follows one tokenised input; one that was cut says nothing."""
-        if tokens < limit:
-            self._characters_per_token += 0.02 * (max(0.5, characters(item) / tokens) - self._characters_per_token)
+    def observe(self, item: Example, cost: int, limit: int) -> None:
+        """Follow one preprocessed example; one that was cut says nothing."""
+        if cost < limit:
+            self._size_per_unit += 0.02 * (max(0.5, self.size(item) / cost) - self._size_per_unit)
 
 
 def _jittered(seconds: float) -> float:
     """Spread over 1 to 1.5 times, so that refused clients do not all return at once."""
     return seconds * random.uniform(1.0, 1.5)
-
-
-def characters(item: TextInput) -> int:
-    return len(item) if isinstance(item, str) else sum(map(len, item))
 
 
 def _line(points: Sequence[Point], weights: Sequence[float]) -> tuple[float, float]:

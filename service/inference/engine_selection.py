@@ -19,7 +19,6 @@ from typing import Any
 from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.errors import DatabaseUnavailable
 from modeling.backbone import GRAPHS_FOLDER, Backbone
-from modeling.calibration import TEXTS
 from modeling.engine_benchmark import EngineReport, TrialRequest
 from modeling.engines.build import (
     CAPTURED,
@@ -52,7 +51,7 @@ class SelectionPolicy:
     allow_cuda_graphs: bool = False
     allow_tensorrt: bool = False
     stall_s: float = 600.0
-    texts: int = TEXTS
+    texts: int = 512
     batch_tokens: int = 1024
     niceness: int = 10
     bound: ParityBound = field(default_factory=ParityBound)

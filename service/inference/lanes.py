@@ -22,34 +22,33 @@ from modeling.engines.build import EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.heads import TaskHead
+from modeling.inputs import MODALITIES, Example, Features, open_preprocessor, single
 from modeling.linear_text import LinearText
-from modeling.preprocess import Encoded, TextInput, TextPreprocessor
-from modeling.tasks import NO_CALIBRATION, Calibration, Task
+from modeling.tasks import DEFAULT_MODALITY, NO_CALIBRATION, Calibration, Task
 from modeling.weights import FloatArray
-from service.inference.capacity import TokenEstimate
+from service.inference.capacity import CostEstimate
 from service.inference.engine_worker import BatchLimits, EngineWorker, Outputs, Record, Runtime
 from service.inference.queue import Model, QueueEntry, Work
 from service.inference.warm_up import Measured, timed_runs
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.lanes")
-WARM_UP_TEXT = "warm up"
-_CHECK_LENGTH = 8
+_CHECK_COST = 8
 _MEASURE_S = 0.5
-_CHARACTERS_PER_TOKEN = 16  # tf-idf costs a small part of what an encoder does
+_SIZE_PER_UNIT = 16  # tf-idf costs a small part of what an encoder does
 
 
 class Lane(Protocol):
-    """What a served model needs of the engine under it. `max_length` bounds an input, in tokens."""
+    """What a served model needs of the engine under it. `max_length` bounds an input, in the lane's unit."""
 
     worker: EngineWorker
     max_length: int
-    token_estimate: TokenEstimate
+    cost_estimate: CostEstimate
 
     @property
     def engine_name(self) -> str: ...
 
-    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> Sequence[Work]:
+    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> Sequence[Work]:
         """Inputs to work for the queue; called on a tokeniser thread."""
 
 
@@ -70,9 +69,9 @@ class BackboneLane:
         self.backbone = backbone
         self._take_over(engine)
         self.max_length = backbone.info.max_length
-        self.token_estimate = TokenEstimate()
+        self.cost_estimate = CostEstimate(MODALITIES[backbone.info.modality].size)
         self._limits = limits
-        self._preprocessor = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=self.max_length)
+        self._preprocessor = open_preprocessor(backbone)
         self.worker = EngineWorker(
             (label, self.engine_name),
             self,
@@ -83,8 +82,8 @@ class BackboneLane:
             runtime=runtime,
         )
 
-    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[Encoded]:
-        return self._preprocessor.encode(inputs, truncate=truncate, max_length=max_length)
+    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[Features]:
+        return single(self._preprocessor.encode(inputs, truncate=truncate, limit=max_length))
 
     async def switch(self, engine: Engine, adapters: Mapping[str, Adapter]) -> None:
         """`engine` takes over with these adapters and a first run behind it. Raises `ModelingError`; then nothing
@@ -93,10 +92,10 @@ class BackboneLane:
         def prepare() -> None:
             for key, adapter in adapters.items():
                 engine.load_adapter(key, adapter)
-            work = self.preprocess([WARM_UP_TEXT], truncate=True, max_length=None)
-            engine.run(EngineBatch(work))
+            row = self._preprocessor.sample(_CHECK_COST)
+            engine.run(EngineBatch([row]))
             if adapters:
-                engine.run(EngineBatch(work, [next(iter(adapters))]))
+                engine.run(EngineBatch([row], [next(iter(adapters))]))
 
         await asyncio.to_thread(prepare)
         await self.worker.exchange(partial(self._take_over, engine))
@@ -127,7 +126,7 @@ class BackboneLane:
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         """One run for rows of all models and adapters; heads follow, grouped by model."""
-        inputs = cast("list[Encoded]", [entry.work for entry in entries])  # as `preprocess` made them
+        inputs = cast("list[Features]", [entry.work for entry in entries])  # as `preprocess` made them
         adapters = [entry.ticket.model.adapter_key for entry in entries]
         batch = EngineBatch(inputs, adapters if any(adapters) else None)
         return apply_heads(entries, self.engine.run(batch))
@@ -136,8 +135,8 @@ class BackboneLane:
         self.engine, self.engine_name = engine, str(EngineSpec(engine.name, engine.precision))
 
     def check(self) -> None:
-        """Raises `EngineFailed` where the engine does not compute a text that any engine can."""
-        if not np.isfinite(self.engine.run(self._sample(1, _CHECK_LENGTH))).all():
+        """Raises `EngineFailed` where the engine does not compute a row that any engine can."""
+        if not np.isfinite(self.engine.run(self._sample(1, _CHECK_COST))).all():
             raise EngineFailed("the engine gives values that are not finite")
 
     def _time(self, rows: int, length: int) -> float | None:
@@ -155,21 +154,16 @@ class BackboneLane:
         self.engine.run(batch)
         return time.perf_counter() - started
 
-    def _sample(self, rows: int, length: int) -> EngineBatch:
-        (encoded,) = self.preprocess([WARM_UP_TEXT], truncate=True, max_length=None)
-        ids, types = np.resize(encoded.input_ids, length), np.zeros(length, dtype=np.int64)
-        return EngineBatch([Encoded(ids, types)] * rows)
+    def _sample(self, rows: int, cost: int) -> EngineBatch:
+        return EngineBatch([self._preprocessor.sample(cost)] * rows)
 
 
 @dataclass(frozen=True, slots=True)
-class RawText:
-    """A text for a model that needs no tokenizer; its cost is estimated from its size."""
+class Raw:
+    """An example for a model that needs no preprocessor; its cost is estimated from its size."""
 
-    text: str
-
-    @property
-    def length(self) -> int:
-        return 1 + len(self.text) // _CHARACTERS_PER_TOKEN
+    example: Example
+    cost: int
 
 
 class LinearLane:
@@ -186,19 +180,20 @@ class LinearLane:
         record: Record | None = None,
         runtime: Runtime = Runtime(),
     ) -> None:
-        self.token_estimate = TokenEstimate(_CHARACTERS_PER_TOKEN)
+        self._size = MODALITIES[DEFAULT_MODALITY].size
+        self.cost_estimate = CostEstimate(self._size, _SIZE_PER_UNIT)
         self.worker = EngineWorker(("linear", self.engine_name), self, metrics, limits, record=record, runtime=runtime)
 
-    def preprocess(self, inputs: Sequence[TextInput], *, truncate: bool, max_length: int | None) -> list[RawText]:
-        return [RawText(item if isinstance(item, str) else " ".join(item)) for item in inputs]
+    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[Raw]:
+        return [Raw(item, 1 + self._size(item) // _SIZE_PER_UNIT) for item in inputs]
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         vectors = np.zeros((len(entries), 1), dtype=np.float32)
-        works = cast("list[RawText]", [entry.work for entry in entries])  # as `preprocess` made them
+        works = cast("list[Raw]", [entry.work for entry in entries])  # as `preprocess` made them
 
         def margins(model: Model, rows: list[int]) -> FloatArray:
             assert model.linear is not None
-            return model.linear.margins([works[row].text for row in rows])
+            return model.linear.margins([works[row].example for row in rows])
 
         return _answers(entries, vectors, margins)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modeling.heads import normalized
-from modeling.preprocess import TextInput
+from modeling.inputs import MODALITIES, Example
 from modeling.tasks import Answer, Options, Task
 from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
@@ -75,7 +75,7 @@ class Predictor:
     async def predict(
         self,
         model: ServedModel,
-        inputs: Sequence[TextInput],
+        inputs: Sequence[Example],
         options: Options,
         *,
         deadline: float,
@@ -88,6 +88,7 @@ class Predictor:
         """
         started = self._clock()
         check_inputs(inputs, self._max_inputs)
+        refuse_empty(model.task, inputs)
         with model.lease():
             if needs_labels and not model.task.has_answers and not options.return_embedding:
                 raise NotPredictable(
@@ -123,7 +124,7 @@ class Predictor:
         self,
         model: ServedModel,
         series: ModelSeries,
-        inputs: Sequence[TextInput],
+        inputs: Sequence[Example],
         options: Options,
         *,
         deadline: float,
@@ -140,7 +141,7 @@ class Predictor:
             asyncio.get_running_loop().create_future(),
             truncate=options.truncate,
             max_length=max_length,
-            tokens=lane.token_estimate.tokens(inputs, max_length),
+            tokens=lane.cost_estimate.cost(inputs, max_length),
         )
         forecast = lane.worker.forecast(ticket.tokens)
         self._admission.admit(len(inputs), forecast=forecast, time_left_s=deadline - now)
@@ -164,15 +165,19 @@ class Predictor:
                 ticket.future.exception()  # seen, even where the caller was cancelled in the same moment
 
 
-def check_inputs(inputs: Sequence[TextInput], max_inputs: int) -> None:
+def check_inputs(inputs: Sequence[Example], max_inputs: int) -> None:
     if not inputs:
-        raise EmptyInput("inputs is empty; give at least one text")
+        raise EmptyInput("inputs is empty; give at least one")
     if len(inputs) > max_inputs:
         raise BatchTooLarge(f"the request has {len(inputs)} inputs, the limit is {max_inputs}; send several requests")
+
+
+def refuse_empty(task: Task, inputs: Sequence[Example]) -> None:
+    """Raises `EmptyInput` for an input with nothing in it."""
+    is_empty = MODALITIES[task.modality].is_empty
     for index, item in enumerate(inputs):
-        parts = (item,) if isinstance(item, str) else item
-        if not any(part.strip() for part in parts):
-            raise EmptyInput(f"input {index} is empty; leave it out or give it a text")
+        if is_empty(item):
+            raise EmptyInput(f"input {index} is empty; leave it out or give it a {task.modality}")
 
 
 def check_options(task: Task, options: Options) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from modeling.heads import TaskHead
+from modeling.inputs import Example
 from modeling.linear_text import LinearText
-from modeling.preprocess import TextInput
 from modeling.tasks import Calibration, Task
 from modeling.weights import FloatArray
 from service.inference.capacity import WINDOW_BATCHES, LoadModel
@@ -35,10 +35,10 @@ class Model(Protocol):
 
 
 class Work(Protocol):
-    """An input as its lane prepared it. `length` is what it costs, in the lane's unit."""
+    """An input as its lane prepared it. `cost` is in the lane's unit."""
 
     @property
-    def length(self) -> int: ...
+    def cost(self) -> int: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +53,7 @@ class Ticket:
 
     model: Model
     series: ModelSeries
-    inputs: Sequence[TextInput]
+    inputs: Sequence[Example]
     deadline: float
     future: asyncio.Future[None]
     max_length: int
@@ -78,7 +78,7 @@ class Ticket:
 
     def fill(self, works: Sequence[Work]) -> list[QueueEntry]:
         """Makes entries of the tokenised inputs, in their order."""
-        self.entries = [QueueEntry(self, work, work.length) for work in works]
+        self.entries = [QueueEntry(self, work, work.cost) for work in works]
         self.missing = len(self.entries)
         return self.entries
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from modeling.errors import ModelingError
-from service.inference.capacity import characters
 from service.inference.engine_worker import Runtime
 from service.inference.errors import InferenceError, InferenceFailed, ModelNotReady
 from service.inference.lanes import Lane
@@ -71,7 +70,7 @@ class TokenizerStage:
             lane, ticket = self._waiting.popleft()
             if not ticket.is_over:
                 burst.append((lane, ticket))
-                size += sum(map(characters, ticket.inputs))
+                size += sum(map(lane.cost_estimate.size, ticket.inputs))
         return burst
 
     def _prepared(self, burst: Sequence[Asked], done: asyncio.Future[list[Prepared]]) -> None:
@@ -88,7 +87,7 @@ class TokenizerStage:
                 ticket.fail(works)
             elif not ticket.is_over:
                 entries = ticket.fill(works)
-                lane.token_estimate.observe(ticket.inputs[0], entries[0].length, ticket.max_length)
+                lane.cost_estimate.observe(ticket.inputs[0], entries[0].length, ticket.max_length)
                 by_lane.setdefault(lane, []).append(ticket)
         for lane, tickets in by_lane.items():
             try:

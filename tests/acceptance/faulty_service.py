@@ -20,7 +20,7 @@ import numpy as np
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.errors import EngineFailed
-from modeling.preprocess import Encoded
+from modeling.inputs import Features
 from modeling.weights import FloatArray
 
 _FAULTS = Path(os.environ["FAULTS"])
@@ -28,9 +28,9 @@ _compute = TorchEngine.run
 _inside = threading.Semaphore(1)
 
 
-def is_marked(row: Encoded) -> bool:
+def is_marked(row: Features) -> bool:
     """One word over and over."""
-    return row.length >= 6 and len(set(row.input_ids.tolist())) <= 3
+    return row.cost >= 6 and len(set(row.arrays["input_ids"].tolist())) <= 3
 
 
 def run(engine: TorchEngine, batch: EngineBatch) -> FloatArray:

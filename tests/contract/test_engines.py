@@ -21,17 +21,18 @@ from modeling.engines import onnx, openvino, providers
 from modeling.engines.build import CAPTURED, TENSORRT, EngineOptions, EngineSpec, build_engine
 from modeling.engines.graphs import GraphEngine, GraphFiles
 from modeling.engines.onnx_gpu import GpuSession
-from modeling.engines.protocol import Engine, EngineBatch, pad
+from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.providers import Ladder
 from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed
 from modeling.export import export_graphs
+from modeling.inputs import Features, open_preprocessor, padded
 from modeling.precision import low_precision_graphs
-from modeling.preprocess import Encoded, TextPreprocessor
 from modeling.quantize import int8_graphs
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 from tests.support.adapters import random_adapter
+from tests.support.rows import encoded_texts
 
 TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull", "oil"]
 SLOTS = 3
@@ -72,6 +73,7 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
         pytest.skip(f"needs {provider}")
 
     def build() -> Engine:
+        collate = open_preprocessor(backbone).collate
         if isinstance(request.param, EngineSpec):
             options = EngineOptions(device="cuda", adapter_slots=SLOTS, compiles=True)
             return build_engine(request.param, backbone, files, options)
@@ -81,19 +83,20 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
             case "torch-bf16":
                 return TorchEngine(backbone, precision="bf16", adapter_slots=SLOTS)
             case "onnx":
-                return onnx.onnx_engine(files, threads=1, adapter_slots=SLOTS)
+                return onnx.onnx_engine(files, collate, threads=1, adapter_slots=SLOTS)
             case "onnx-int8":
                 quantized = int8_graphs(files, has_vnni=True)
-                return onnx.onnx_engine(quantized, precision="int8", threads=1, adapter_slots=SLOTS)
+                return onnx.onnx_engine(quantized, collate, precision="int8", threads=1, adapter_slots=SLOTS)
             case "onnx-fp16":  # computed in fp32 on a CPU, after rounding
                 return onnx.onnx_engine(
-                    low_precision_graphs(files, "fp16"), precision="fp16", threads=1, adapter_slots=SLOTS
+                    low_precision_graphs(files, "fp16"), collate, precision="fp16", threads=1, adapter_slots=SLOTS
                 )
             case "onnx-buckets":
                 return GraphEngine(
                     "onnx",
                     files,
-                    lambda path: in_buckets(path, files),
+                    in_buckets,
+                    collate,
                     device="cpu",
                     precision="fp32",
                     adapter_slots=SLOTS,
@@ -101,15 +104,20 @@ def make(request: pytest.FixtureRequest, backbone: Backbone, files: GraphFiles) 
             case name:
                 precision = "bf16" if name == "openvino-bf16" else "fp32"
                 return openvino.openvino_engine(
-                    files, max_length=backbone.info.max_length, precision=precision, threads=1, adapter_slots=SLOTS
+                    files,
+                    collate,
+                    max_length=backbone.info.max_length,
+                    precision=precision,
+                    threads=1,
+                    adapter_slots=SLOTS,
                 )
 
     return build
 
 
-def in_buckets(path: Path, files: GraphFiles) -> GpuSession:
+def in_buckets(path: Path) -> GpuSession:
     """What a GPU runs, on the CPU's provider: some batches of the tests fit a bucket, some do not."""
-    return GpuSession(path, providers.cpu(threads=1), pad_id=files.pad_id, ladder=Ladder((1, 4), (8, 16)))
+    return GpuSession(path, providers.cpu(threads=1), padding={}, ladder=Ladder((1, 4), (8, 16)))
 
 
 def adapters(files: GraphFiles) -> dict[str, Adapter]:
@@ -123,11 +131,11 @@ def adapters(files: GraphFiles) -> dict[str, Adapter]:
     }
 
 
-def encode(backbone: Backbone) -> list[Encoded]:
-    return TextPreprocessor(backbone.folder / "tokenizer.json", max_length=32).encode(TEXTS)
+def encode(backbone: Backbone) -> list[Features]:
+    return encoded_texts(backbone.folder, TEXTS, limit=32)
 
 
-def merged(backbone: Backbone, change: Adapter | None, item: Encoded) -> FloatArray:
+def merged(backbone: Backbone, change: Adapter | None, item: Features) -> FloatArray:
     """The reference: a model whose weights have the adapter added in, on one row alone."""
     import torch
 
@@ -195,7 +203,7 @@ def test_a_batch_is_padded_to_what_the_engine_says(make: Make, backbone: Backbon
     assert widths == sorted(widths) and widths[-1] == limit
     assert all(width >= longest for longest, width in enumerate(widths, start=1))
     for longest in (limit - 1, limit):
-        row = Encoded(np.resize(encode(backbone)[0].input_ids, longest), np.zeros(longest, dtype=np.int64))
+        row = open_preprocessor(backbone).sample(longest)
         close(engine, engine.run(EngineBatch([row]))[0], merged(backbone, None, row))
 
 
@@ -220,24 +228,26 @@ def test_graphs_in_low_precision_stay_close(
     precision: str, bound: float, backbone: Backbone, files: GraphFiles
 ) -> None:
     """By ONNX's reference implementation, since ONNX Runtime computes no bf16 on a CPU."""
-    ids, mask, types = pad(encode(backbone), pad_id=files.pad_id)
-    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    rows = encode(backbone)
+    feeds = open_preprocessor(backbone).collate(rows, max(row.cost for row in rows))
     (vectors,) = ReferenceEvaluator(str(low_precision_graphs(files, precision).bare)).run(None, feeds)
-    expected = onnx.onnx_engine(files, threads=1).run(EngineBatch(encode(backbone)))
+    expected = onnx.onnx_engine(files, open_preprocessor(backbone).collate, threads=1).run(
+        EngineBatch(encode(backbone))
+    )
     cosines = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
     assert vectors.dtype == np.float32 and cosines.min() > bound
 
 
 @pytest.mark.parametrize("open_engine", [onnx.onnx_engine, partial(openvino.openvino_engine, max_length=32)])
 def test_a_file_that_will_not_load_is_refused(
-    open_engine: Callable[[GraphFiles], Engine], files: GraphFiles, tmp_path: Path
+    open_engine: Callable[..., Engine], files: GraphFiles, tmp_path: Path
 ) -> None:
     broken = GraphFiles(tmp_path)
     broken.description.write_bytes(files.description.read_bytes())
     for content in (b"", b"not a graph", files.bare.read_bytes()[:-2000]):
         broken.bare.write_bytes(content)
         with pytest.raises(EngineFailed, match=r"backbone\.onnx"):
-            open_engine(broken)
+            open_engine(broken, padded)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -257,8 +267,9 @@ def test_no_runtime_writes_or_sends_anything_about_its_use(files: GraphFiles, tm
 from pathlib import Path
 from modeling.engines import onnx, openvino
 from modeling.engines.graphs import GraphFiles
+from modeling.inputs import padded
 files = GraphFiles(Path({str(files.folder)!r}))
-openvino.supports_bf16(), onnx.onnx_engine(files), openvino.openvino_engine(files, max_length=8)
+openvino.supports_bf16(), onnx.onnx_engine(files, padded), openvino.openvino_engine(files, padded, max_length=8)
 """
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

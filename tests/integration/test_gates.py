@@ -160,7 +160,7 @@ def test_a_champion_answers_as_its_golden_rows_say(shop: Workshop, method: str) 
     )
     parts = read_version(shop.store, manifest)
     found = read_champion(shop.store, bare_run(shop), pointer(manifest), tenant="default", name="m")
-    logits = found.logits([str(row.text) for row in parts.golden])
+    logits = found.logits([row.example for row in parts.golden])
     np.testing.assert_allclose(logits, [row.logits for row in parts.golden], atol=1e-4)
     hashes = json.loads((shop.store.local_path(manifest.prefix) / "data" / "fingerprint.json").read_text())[
         "row_hashes"

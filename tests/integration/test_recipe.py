@@ -31,7 +31,8 @@ from modeling.assemble import check_golden, read_version
 from modeling.backbone import ingest
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
-from modeling.preprocess import TextPreprocessor
+from modeling.inputs import single
+from modeling.inputs.text import TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 
@@ -151,11 +152,11 @@ def served_logits(store: FileStore, manifest: ModelManifest) -> Callable[[Any], 
     engine = TorchEngine(backbone)
     if parts.adapter is not None:
         engine.load_adapter("a", parts.adapter)
-    tokenizer = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=parts.max_length or 64)
+    tokenizer = TextPreprocessor(backbone.folder, limit=parts.max_length or 64)
 
     def logits(texts: Any) -> Any:
         keys = ["a"] * len(texts) if parts.adapter is not None else None
-        return head.logits(engine.run(EngineBatch(tokenizer.encode(list(texts)), keys)))
+        return head.logits(engine.run(EngineBatch(single(tokenizer.encode(list(texts))), keys)))
 
     return logits
 

@@ -29,7 +29,6 @@ from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import TaskHead
 from modeling.linear_text import LinearText
-from modeling.preprocess import TextPreprocessor
 from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
@@ -38,6 +37,7 @@ from service.inference.capacity import AdmissionController
 from service.inference.predictor import Predictor
 from service.model_import import import_checkpoint
 from tests.support.asgi import Answered, AppUnderTest
+from tests.support.rows import encoded_texts
 from tests.support.world import World
 
 LONG_WAY = {"content-type": "application/json; way=long"}
@@ -137,7 +137,7 @@ def logits(world: World, name: str) -> FloatArray:
     folder = world.store.local_path(f"models/default/{name}/1")
     if name.endswith("-words"):
         return LinearText.read(folder).margins(TEXTS)
-    encoded = TextPreprocessor(world.backbone.folder / "tokenizer.json", max_length=32).encode(TEXTS)
+    encoded = encoded_texts(world.backbone.folder, TEXTS, limit=32)
     return TaskHead.read(folder / "head.safetensors").logits(TorchEngine(world.backbone).run(EngineBatch(encoded)))
 
 

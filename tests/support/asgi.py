@@ -15,7 +15,7 @@ import orjson
 from starlette.types import ASGIApp, Message
 
 from model_registry.refs import ModelRef
-from modeling.preprocess import TextInput
+from modeling.inputs.text import TextInput
 from modeling.tasks import Options, Score
 from modeling.tasks.single_label import OneLabel
 from service.api.deps import Services

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from modeling.errors import EngineFailed, InputTooLong
+from modeling.inputs import MODALITIES
 from modeling.tasks import NO_CALIBRATION, TASKS
-from service.inference.capacity import TokenEstimate
+from service.inference.capacity import CostEstimate
 from service.inference.engine_worker import BatchLimits, EngineWorker, Outputs, Runtime
 from service.inference.queue import QueueEntry, Ticket
 from service.metrics import ServingMetrics
@@ -25,7 +26,7 @@ class Words:
     text: str
 
     @property
-    def length(self) -> int:
+    def cost(self) -> int:
         return len(self.text.split())
 
 
@@ -36,7 +37,7 @@ class WordLane:
 
     def __init__(self, limits: BatchLimits, *, runtime: Runtime | None = None, max_length: int = 512, **options: Any):
         self.max_length = max_length
-        self.token_estimate = TokenEstimate(2.0)
+        self.cost_estimate = CostEstimate(MODALITIES["text"].size, 2.0)
         self.metrics = ServingMetrics()
         self.seen: list[list[str]] = []
         self.is_broken = False

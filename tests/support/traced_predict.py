@@ -57,6 +57,7 @@ def publish(folder: Path) -> Path:
     from modeling.backbone import ingest
     from modeling.encoder import load_encoder
     from modeling.multi_lora import Routing, route
+    from modeling.networks import NETWORKS
     from modeling.testing import write_tiny_checkpoint
     from tests.support.adapters import random_adapter
     from tests.support.world import World
@@ -66,7 +67,7 @@ def publish(folder: Path) -> Path:
     store = FileStore(folder / "store")
     checkpoint = write_tiny_checkpoint(folder / "checkpoint")
     world = World(Registry(database), store, ingest(store, checkpoint, name="tiny", source="file:tiny"), folder)
-    layout = route(load_encoder(world.backbone.folder), Routing())
+    layout = route(load_encoder(world.backbone.folder), Routing(), NETWORKS["text"])
     world.publish("m", promote=True, adapter=random_adapter(layout, rank=4, seed=1))
     database.dispose()
     return checkpoint

@@ -23,7 +23,6 @@ from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText
-from modeling.preprocess import TextPreprocessor
 from modeling.tasks import DEFAULT_TASK, TASKS
 from modeling.weights import FloatArray
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
@@ -31,6 +30,7 @@ from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.model_pool import ModelPool
 from service.metrics import ServingMetrics
 from tests.support.adapters import write_adapter
+from tests.support.rows import encoded_texts
 
 GOLDEN = ("a good film", "dull plot", "wheat and oil")
 
@@ -62,7 +62,7 @@ class World:
         outputs = TASKS[task].outputs(labels)
         weight = random.normal(size=(outputs, self.backbone.info.hidden_size)).astype(np.float32)
         head = TaskHead((DenseLayer(weight, np.zeros(outputs, np.float32)),))
-        encoded = TextPreprocessor(self.backbone.folder / "tokenizer.json", max_length=32).encode(GOLDEN)
+        encoded = encoded_texts(self.backbone.folder, GOLDEN, limit=32)
         engine = self.make_engine(self.backbone)
         kind: VersionKind = "head" if adapter is None else "lora"
         method = "linear_probe" if adapter is None else "lora"

@@ -6,10 +6,17 @@ from __future__ import annotations
 import torch
 
 from finetune.training.methods.candidate import Candidate
-from finetune.training.methods.tuned import Classifier, Serving, new_classifier, serve_own, start_head, train_tuned
+from finetune.training.methods.tuned import (
+    Classifier,
+    Serving,
+    load_network,
+    new_classifier,
+    serve_own,
+    start_head,
+    train_tuned,
+)
 from finetune.training.run_context import Run
 from modeling.adapters_in_encoder import Composition, compose
-from modeling.encoder import load_encoder
 
 
 def train_bottleneck(run: Run) -> Candidate:
@@ -25,7 +32,7 @@ def _train(run: Run, method: str, composition: Composition) -> Candidate:
 
     def build() -> Classifier:
         torch.manual_seed(run.plan.seed)
-        encoder = load_encoder(run.backbone.folder).requires_grad_(False)
+        encoder = load_network(run).requires_grad_(False)
         model = new_classifier(run, compose(encoder, composition))
         start_head(model, run.probe_head, run.scale)
         return model

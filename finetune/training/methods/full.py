@@ -8,9 +8,16 @@ import torch
 
 from finetune.training.layers import freeze_below, set_trunk, unset_trunk
 from finetune.training.methods.candidate import Candidate
-from finetune.training.methods.tuned import Classifier, Serving, new_classifier, serve_own, start_head, train_tuned
+from finetune.training.methods.tuned import (
+    Classifier,
+    Serving,
+    load_network,
+    new_classifier,
+    serve_own,
+    start_head,
+    train_tuned,
+)
 from finetune.training.run_context import Run
-from modeling.encoder import load_encoder
 
 
 def train(run: Run) -> Candidate:
@@ -19,7 +26,7 @@ def train(run: Run) -> Candidate:
 
 def _build(run: Run) -> Classifier:
     torch.manual_seed(run.plan.seed)
-    model = new_classifier(run, load_encoder(run.backbone.folder))
+    model = new_classifier(run, load_network(run))
     if run.plan.unfreeze_layers != "all":
         freeze_below(model.encoder, run.plan.unfreeze_layers)
         # With dropout the frozen layers give another answer each time.

@@ -16,10 +16,17 @@ import torch
 from torch import nn
 
 from finetune.training.methods.candidate import Candidate
-from finetune.training.methods.tuned import Classifier, Serving, new_classifier, serve_own, start_head, train_tuned
+from finetune.training.methods.tuned import (
+    Classifier,
+    Serving,
+    load_network,
+    new_classifier,
+    serve_own,
+    start_head,
+    train_tuned,
+)
 from finetune.training.run_context import Run
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from modeling.encoder import load_encoder
 
 _ATTENTION = ("query", "key", "value", "q_lin", "k_lin", "v_lin", "q", "k", "v", "query_proj", "key_proj", "value_proj")
 _SERVING_KEY = "candidate"
@@ -34,7 +41,7 @@ def train(run: Run, method: str = "lora") -> Candidate:
 
 def _build(run: Run, method: str) -> Classifier:
     torch.manual_seed(run.plan.seed)
-    encoder = load_encoder(run.backbone.folder)
+    encoder = load_network(run)
     targets = _targets(encoder, run)
     if method == "qlora":
         in_four_bits(encoder)

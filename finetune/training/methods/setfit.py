@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +19,9 @@ from finetune.jobs.failures import Cancelled, NonFiniteLoss
 from finetune.jobs.records import JobPhase
 from finetune.training.methods import logistic
 from finetune.training.methods.candidate import Candidate, Servable
-from finetune.training.methods.tuned import Classifier, new_classifier, serve_own
+from finetune.training.methods.tuned import Classifier, load_network, new_classifier, serve_own
 from finetune.training.run_context import Run, embed, length_batches
-from modeling.encoder import load_encoder
-from modeling.engines.protocol import pad
-from modeling.preprocess import Encoded
+from modeling.inputs import Features, single
 from modeling.weights import FloatArray, IntArray
 
 ROWS_PER_STEP = 32
@@ -37,8 +34,8 @@ _EVALUATION_TOKENS = 4096
 def train(run: Run) -> Candidate:
     started = time.monotonic()
     run.link.phase(JobPhase.TRAINING)
-    train_rows = run.preprocessor.encode(run.train.texts)
-    validation_rows = run.preprocessor.encode(run.validation.texts)
+    train_rows = single(run.preprocessor.encode(run.train.texts))
+    validation_rows = single(run.preprocessor.encode(run.validation.texts))
     body, steps = _tuned(run, train_rows, run.train.labels, steps=run.plan_of("setfit").total_steps)
     features, held_out = _vectors(run, body, train_rows), _vectors(run, body, validation_rows)
 
@@ -57,7 +54,7 @@ def train(run: Run) -> Candidate:
     )
 
 
-def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Encoded]) -> Servable:
+def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Features]) -> Servable:
     """Tuned again on training and validation rows together: with few rows the held-out ones are many."""
     labels = np.concatenate([run.train.labels, run.validation.labels])
     left = run.seconds_left()
@@ -75,10 +72,10 @@ def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Encoded]) -
     return Servable(logits=logits, head=head, write_extra=write)
 
 
-def _tuned(run: Run, rows: Sequence[Encoded], labels: IntArray, *, steps: int) -> tuple[Classifier, int]:
+def _tuned(run: Run, rows: Sequence[Features], labels: IntArray, *, steps: int) -> tuple[Classifier, int]:
     """A body tuned on pairs for `steps` steps, or as many as the budget allows. Raises `NonFiniteLoss`."""
     torch.manual_seed(run.plan.seed)
-    body = new_classifier(run, load_encoder(run.backbone.folder)).to(run.plan.device)
+    body = new_classifier(run, load_network(run)).to(run.plan.device)
     start = {name: value.clone() for name, value in body.encoder.state_dict().items()}
     body.encoder.train()
     plan = run.plan_of("setfit")
@@ -159,7 +156,7 @@ def _rate(step: int, steps: int, warmup_ratio: float) -> float:
 
 
 @torch.inference_mode()
-def _vectors(run: Run, body: Classifier, rows: Sequence[Encoded]) -> FloatArray:
+def _vectors(run: Run, body: Classifier, rows: Sequence[Features]) -> FloatArray:
     """Pooled vectors float32[rows, hidden] in the order of `rows`."""
     body.eval()
     found = np.zeros((len(rows), run.backbone.info.hidden_size), dtype=np.float32)
@@ -168,8 +165,6 @@ def _vectors(run: Run, body: Classifier, rows: Sequence[Encoded]) -> FloatArray:
     return found
 
 
-def _forward(run: Run, body: Classifier, rows: Sequence[Encoded]) -> torch.Tensor:
-    config: Any = body.encoder.config
-    padded = pad(rows, pad_id=int(config.pad_token_id or 0))
-    arrays = (torch.from_numpy(array).to(run.plan.device) for array in padded)
-    return body.pooled(*arrays)
+def _forward(run: Run, body: Classifier, rows: Sequence[Features]) -> torch.Tensor:
+    arrays = run.preprocessor.collate(rows, max(row.cost for row in rows))
+    return body.pooled({name: torch.from_numpy(array).to(run.plan.device) for name, array in arrays.items()})

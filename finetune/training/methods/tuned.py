@@ -27,8 +27,9 @@ from modeling.adapters_in_encoder import Composition
 from modeling.backbone import Backbone
 from modeling.checkpoints import write_encoder
 from modeling.engines.protocol import Engine
-from modeling.engines.torch import TorchEngine, pool, takes_type_ids
+from modeling.engines.torch import TorchEngine, pool
 from modeling.heads import DenseLayer, TaskHead
+from modeling.networks import NETWORKS, Network, Tensors
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
@@ -38,14 +39,14 @@ _WORSE_BY_CHANCE = 0.05
 class Classifier(nn.Module):
     """Encoder, pooling and one linear layer; forward gives logits [rows, labels] in float32."""
 
-    def __init__(self, encoder: nn.Module, *, pooling: str, hidden_size: int, labels: int, dropout: float) -> None:
+    def __init__(
+        self, encoder: nn.Module, network: Network, *, pooling: str, hidden_size: int, labels: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.network = encoder, network
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, labels)
-        config: Any = encoder.config
-        self.takes_types = takes_type_ids(config)
         self._trunk: tuple[FrozenTrunk, ...] = ()  # a tuple, or its weights would have two names
 
     @property
@@ -56,17 +57,16 @@ class Classifier(nn.Module):
     def keep_in(self, trunk: FrozenTrunk | None) -> None:
         self._trunk = () if trunk is None else (trunk,)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self.dropout(self.pooled(ids, mask, types)))
+    def forward(self, inputs: Tensors) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.dropout(self.pooled(inputs)))
         return logits
 
-    def pooled(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        """Vectors float32[rows, hidden] of int64[rows, tokens]."""
+    def pooled(self, inputs: Tensors) -> torch.Tensor:
+        """Compute vectors float32[rows, hidden] of the encoder's inputs [rows, width, …]."""
+        mask = self.network.mask(inputs)
         if self.trunk is not None:
-            self.trunk.expect(ids, mask, types)
-        extra = {"token_type_ids": types} if self.takes_types else {}
-        states = self.encoder(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
-        return pool(states, mask, self.pooling).float()
+            self.trunk.expect(inputs, mask)
+        return pool(self.network.states(self.encoder, inputs), mask, self.pooling).float()
 
     def task_head(self) -> TaskHead:
         weight, bias = (np.array(p.detach().float().cpu().numpy()) for p in (self.head.weight, self.head.bias))
@@ -77,8 +77,18 @@ def new_classifier(run: Run, encoder: nn.Module) -> Classifier:
     set_dropout(encoder, run.plan.dropout)
     info = run.backbone.info
     return Classifier(
-        encoder, pooling=info.pooling, hidden_size=info.hidden_size, labels=run.outputs, dropout=run.plan.dropout
+        encoder,
+        NETWORKS[info.modality],
+        pooling=info.pooling,
+        hidden_size=info.hidden_size,
+        labels=run.outputs,
+        dropout=run.plan.dropout,
     )
+
+
+def load_network(run: Run) -> nn.Module:
+    """Load the run's backbone under torch, on the CPU."""
+    return NETWORKS[run.backbone.info.modality].load(run.backbone.folder)
 
 
 def start_head(model: Classifier, probe: TaskHead | None, scale: Scale = Scale()) -> None:

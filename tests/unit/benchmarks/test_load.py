@@ -132,7 +132,7 @@ def test_replayed_batches_have_the_logged_shapes() -> None:
     line = {"lengths": [8, 6], "width": 8, "adapters": [None, "a"], "seconds": 0.5}
     batches = replay.read_log([json.dumps(line), "", json.dumps(line | {"adapters": [None, None]})])
     mixed, bare = replay.as_engine_batches(batches)
-    assert [item.length for item in mixed.inputs] == [8, 6]
+    assert [item.cost for item in mixed.inputs] == [8, 6]
     assert (mixed.adapters, bare.adapters) == ((None, "a"), None)
 
     seen = wrk.as_closed_loop(figures_of(bursts(40, rows=1, every_s=0.25), duration_s=10))

@@ -26,15 +26,16 @@ from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.errors import BackboneUnavailable
 from modeling.export import export_graphs
-from modeling.preprocess import Encoded, TextPreprocessor
+from modeling.inputs import Features
 from modeling.testing import write_tiny_checkpoint
+from tests.support.rows import encoded_texts
 
 KINDS = [Composition("bottleneck", 4), Composition("prompt", 3)]
 TEXTS = ["good film", "a very dull and bad story of the actor", "it was not great"]
 
 
-def encoded(backbone: Backbone) -> list[Encoded]:
-    return TextPreprocessor(backbone.folder / "tokenizer.json", max_length=32).encode(TEXTS)
+def encoded(backbone: Backbone) -> list[Features]:
+    return encoded_texts(backbone.folder, TEXTS, limit=32)
 
 
 def trained(backbone: Backbone, composition: Composition) -> torch.nn.Module:
@@ -72,10 +73,12 @@ def test_loaded_it_answers_as_it_did_and_not_as_the_plain_one(
     answers = TorchEngine(own).run(EngineBatch(rows))
     encoder = trained(backbone, composition)
     for row, item in enumerate(rows):
-        ids, types = (torch.from_numpy(array)[None] for array in (item.input_ids, item.type_ids))
+        ids, types = (
+            torch.from_numpy(array)[None] for array in (item.arrays["input_ids"], item.arrays["token_type_ids"])
+        )
         with torch.inference_mode():
             states = encoder(ids, torch.ones_like(ids), token_type_ids=types).last_hidden_state
-        assert states.shape[1] == item.length, "virtual tokens must not come out"
+        assert states.shape[1] == item.cost, "virtual tokens must not come out"
         np.testing.assert_allclose(answers[row], states[0].mean(0).numpy(), atol=1e-5)
     assert np.abs(answers - TorchEngine(backbone).run(EngineBatch(rows))).max() > 0.01
     assert own.info.digest != backbone.info.digest

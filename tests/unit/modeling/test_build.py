@@ -21,7 +21,7 @@ def files(tmp_path: Path) -> GraphFiles:
     files = GraphFiles(tmp_path)
     for path in (files.bare, files.lora):
         graphs.write_pooled(path)
-    files.describe(LoraLayout(()), pad_id=0, hidden_size=graphs.HIDDEN)
+    files.describe(LoraLayout(()), hidden_size=graphs.HIDDEN)
     return files
 
 

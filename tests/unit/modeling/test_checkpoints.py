@@ -18,13 +18,13 @@ from modeling.assemble import GoldenRow, check_golden, read_version, write_versi
 from modeling.backbone import SUPPORTED_MODEL_TYPES
 from modeling.checkpoints import import_classifier
 from modeling.engines.protocol import EngineBatch
-from modeling.engines.torch import TorchEngine, takes_type_ids
+from modeling.engines.torch import TorchEngine
 from modeling.errors import GoldenRowsDiffer, ModelingError
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText, new_vectorizer
-from modeling.preprocess import TextPreprocessor
 from modeling.tasks import NO_CALIBRATION, TASKS
 from modeling.testing import write_tiny_checkpoint
+from tests.support.rows import encoded_texts
 
 TEXTS = ["a good film", "dull plot and a very bad actor", "wheat and oil"]
 
@@ -34,13 +34,13 @@ def test_the_parts_give_the_logits_of_the_whole(model_type: str, tmp_path: Path)
     folder = write_tiny_checkpoint(tmp_path / "whole", model_type=model_type, labels=["x", "y", "z"])
     parts = import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
     assert parts.labels == ("x", "y", "z")
-    encoded = TextPreprocessor(parts.backbone.folder / "tokenizer.json", max_length=32).encode(TEXTS)
+    encoded = encoded_texts(parts.backbone.folder, TEXTS, limit=32)
     ours = parts.head.logits(TorchEngine(parts.backbone).run(EngineBatch(encoded)))
     whole = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for row, item in enumerate(encoded):
-        types = {"token_type_ids": torch.from_numpy(item.type_ids)[None]} if takes_type_ids(whole.config) else {}
+        inputs = {name: torch.from_numpy(array)[None] for name, array in item.arrays.items()}
         with torch.inference_mode():
-            expected = whole(input_ids=torch.from_numpy(item.input_ids)[None], **types).logits[0].numpy()
+            expected = whole(**inputs).logits[0].numpy()
         np.testing.assert_allclose(ours[row], expected, atol=1e-4)
 
 

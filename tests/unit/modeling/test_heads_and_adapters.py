@@ -19,7 +19,7 @@ from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, pool
 from modeling.errors import AdapterMismatch, WeightsInvalid
 from modeling.heads import DenseLayer, TaskHead, softmax
-from modeling.preprocess import TextPreprocessor
+from tests.support.rows import encoded_texts
 
 TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull"]
 
@@ -102,7 +102,7 @@ def adapter(peft_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Adapte
 
 
 def encode(backbone: Backbone) -> Any:
-    return TextPreprocessor(backbone.folder / "tokenizer.json", max_length=32).encode(TEXTS)
+    return encoded_texts(backbone.folder, TEXTS, limit=32)
 
 
 def test_an_adapter_runs_as_peft_runs_it(backbone: Backbone, peft_model: Any, adapter: Adapter) -> None:
@@ -112,7 +112,7 @@ def test_an_adapter_runs_as_peft_runs_it(backbone: Backbone, peft_model: Any, ad
     bare = engine.run(EngineBatch(encoded))
     assert np.abs(ours - bare).max() > 0.05, "an adapter that changes nothing would prove nothing"
     for row, item in enumerate(encoded):
-        ids = torch.from_numpy(item.input_ids)[None]
+        ids = torch.from_numpy(item.arrays["input_ids"])[None]
         with torch.inference_mode():
             states = peft_model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).last_hidden_state
             expected = pool(states, torch.ones_like(ids), "mean")[0].numpy()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,36 +12,46 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from modeling.backbone import Backbone
 from modeling.errors import InputTooLong
-from modeling.preprocess import TextInput, TextPreprocessor, _shares
+from modeling.inputs import Features, single
+from modeling.inputs.text import TextInput, TextPreprocessor, _shares
 from modeling.testing import write_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer(backbone: Backbone) -> TextPreprocessor:
-    return TextPreprocessor(backbone.folder / "tokenizer.json", max_length=16)
+    return TextPreprocessor(backbone.folder, limit=16)
+
+
+def rows_of(tokenizer: TextPreprocessor, texts: Sequence[TextInput], **options: Any) -> list[Features]:
+    return single(tokenizer.encode(texts, **options))
+
+
+def described(folder: Path) -> Path:
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    return folder
 
 
 def test_special_tokens_survive_truncation(tokenizer: TextPreprocessor) -> None:
-    (encoded,) = tokenizer.encode(["film " * 100])
-    assert (encoded.length, encoded.is_truncated) == (16, True)
-    assert (encoded.input_ids[0], encoded.input_ids[-1]) == (2, 3)
+    (encoded,) = rows_of(tokenizer, ["film " * 100])
+    assert (encoded.cost, encoded.is_truncated) == (16, True)
+    assert (encoded.arrays["input_ids"][0], encoded.arrays["input_ids"][-1]) == (2, 3)
 
 
 def test_pairs_carry_types_and_share_the_room(tokenizer: TextPreprocessor) -> None:
-    (encoded,) = tokenizer.encode([("film", "plot " * 100)])
-    assert encoded.length == 16
-    assert encoded.type_ids.tolist() == [0] * 3 + [1] * 13
+    (encoded,) = rows_of(tokenizer, [("film", "plot " * 100)])
+    assert encoded.cost == 16
+    assert encoded.arrays["token_type_ids"].tolist() == [0] * 3 + [1] * 13
 
 
 def test_an_input_that_may_not_be_cut_is_named(tokenizer: TextPreprocessor) -> None:
     with pytest.raises(InputTooLong) as refused:
-        tokenizer.encode(["film", "plot " * 100], truncate=False)
+        rows_of(tokenizer, ["film", "plot " * 100], truncate=False)
     assert refused.value.index == 1
 
 
 def test_a_request_can_shorten_but_not_lengthen(tokenizer: TextPreprocessor) -> None:
-    assert tokenizer.encode(["film " * 100], max_length=8)[0].length == 8
-    assert tokenizer.encode(["film " * 100], max_length=800)[0].length == 16
+    assert rows_of(tokenizer, ["film " * 100], limit=8)[0].cost == 8
+    assert rows_of(tokenizer, ["film " * 100], limit=800)[0].cost == 16
 
 
 def test_padding_and_truncation_of_the_file_are_overridden(backbone: Backbone, tmp_path: Path) -> None:
@@ -48,8 +60,10 @@ def test_padding_and_truncation_of_the_file_are_overridden(backbone: Backbone, t
     baked.enable_truncation(6)
     path = tmp_path / "tokenizer.json"
     baked.save(str(path))
-    short, long = TextPreprocessor(path, max_length=16).encode(["film", "film plot actor movie story it was"])
-    assert (short.length, long.length) == (3, 9)
+    short, long = rows_of(
+        TextPreprocessor(described(tmp_path), limit=16), ["film", "film plot actor movie story it was"]
+    )
+    assert (short.cost, long.cost) == (3, 9)
 
 
 def written(folder: Path, tokenizer: Tokenizer, *special: AddedToken) -> Path:
@@ -115,7 +129,7 @@ def slicing_and_whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TextPreprocessor, Tokenizer]:
     path = request.param(tmp_path_factory.mktemp("tokenizer"))
-    return TextPreprocessor(path, max_length=16), Tokenizer.from_file(str(path))
+    return TextPreprocessor(described(path.parent), limit=16), Tokenizer.from_file(str(path))
 
 
 # Of each text that a slice may cut in half: what holds together, what vanishes, what is long, what is nothing.
@@ -188,23 +202,25 @@ def test_a_long_text_has_the_tokens_that_it_has_as_a_whole(
 ) -> None:
     slicing, whole = slicing_and_whole
     whole.enable_truncation(limit)
-    (encoded,) = slicing.encode([item], max_length=limit)
+    (encoded,) = rows_of(slicing, [item], limit=limit)
     expected = whole.encode(item) if isinstance(item, str) else whole.encode(*item)
-    assert encoded.input_ids.tolist() == expected.ids
-    assert encoded.type_ids.tolist() == expected.type_ids
+    assert encoded.arrays["input_ids"].tolist() == expected.ids
+    assert encoded.arrays["token_type_ids"].tolist() == expected.type_ids
     assert encoded.is_truncated == bool(expected.overflowing)
 
 
 def test_a_text_that_fits_is_not_refused_for_its_characters(tokenizer: TextPreprocessor) -> None:
     for text in (" " * 4000 + "a good film", "\u200b" * 4000 + "a good film"):
-        (encoded,) = tokenizer.encode([text], truncate=False)
-        np.testing.assert_array_equal(encoded.input_ids, tokenizer.encode(["a good film"])[0].input_ids)
-        np.testing.assert_array_equal(encoded.input_ids, tokenizer.encode([text])[0].input_ids)
+        (encoded,) = rows_of(tokenizer, [text], truncate=False)
+        np.testing.assert_array_equal(
+            encoded.arrays["input_ids"], rows_of(tokenizer, ["a good film"])[0].arrays["input_ids"]
+        )
+        np.testing.assert_array_equal(encoded.arrays["input_ids"], rows_of(tokenizer, [text])[0].arrays["input_ids"])
 
 
 def test_huge_words_and_strange_text_stay_cheap_and_bounded(tokenizer: TextPreprocessor) -> None:
     for text in ("x" * 1_000_000, "😀" * 200_000, "\u200b" * 100_000, "\u202e" + "ab" * 50_000):
-        assert tokenizer.encode([text])[0].length <= 16
+        assert rows_of(tokenizer, [text])[0].cost <= 16
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 60))
@@ -217,5 +233,7 @@ def test_shares_fit_the_room_and_waste_none(first: int, second: int, room: int) 
 
 def test_batches_equal_single_texts(tokenizer: TextPreprocessor) -> None:
     texts = ["a film", ("good", "bad"), "plot " * 40]
-    for alone, together in zip((tokenizer.encode([text])[0] for text in texts), tokenizer.encode(texts), strict=True):
-        np.testing.assert_array_equal(alone.input_ids, together.input_ids)
+    for alone, together in zip(
+        (rows_of(tokenizer, [text])[0] for text in texts), rows_of(tokenizer, texts), strict=True
+    ):
+        np.testing.assert_array_equal(alone.arrays["input_ids"], together.arrays["input_ids"])

@@ -5,12 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.engines.protocol import pad, stepped_width
-from modeling.preprocess import Encoded
-
-
-def encoded(length: int) -> Encoded:
-    return Encoded(np.arange(1, length + 1), np.zeros(length, dtype=np.int64))
+from modeling.engines.protocol import stepped_width
+from modeling.inputs import Features, padded
+from tests.support.rows import row_of
 
 
 @given(st.integers(1, 4096), st.integers(1, 4096))
@@ -31,18 +28,23 @@ def test_widths_are_few_and_grow() -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 20))
 def test_padding_keeps_the_rows_and_masks_the_rest(lengths: list[int], extra: int) -> None:
     width = max(lengths) + extra
-    ids, mask, _ = pad([encoded(length) for length in lengths], pad_id=99, width=width)
-    assert ids.shape == mask.shape == (len(lengths), width)
+    rows = [row_of(np.arange(1, length + 1)) for length in lengths]
+    arrays = padded(rows, width, padding={"input_ids": 99}, mask="attention_mask")
+    ids, mask = arrays["input_ids"], arrays["attention_mask"]
+    assert ids.shape == mask.shape == arrays["token_type_ids"].shape == (len(lengths), width)
     assert mask.sum(axis=1).tolist() == lengths
     for row, length in enumerate(lengths):
         assert ids[row, :length].tolist() == list(range(1, length + 1))
         assert set(ids[row, length:].tolist()) <= {99}
 
 
-def test_by_default_the_longest_sets_the_width() -> None:
-    assert pad([encoded(3), encoded(7)], pad_id=0)[0].shape == (2, 7)
+def test_arrays_may_have_further_axes() -> None:
+    rows = [Features({"frames": np.full((length, 3), length, np.float32)}, length) for length in (2, 5)]
+    frames = padded(rows, 6)["frames"]
+    assert frames.shape == (2, 6, 3) and frames.dtype == np.float32
+    assert frames[0, :2].tolist() == [[2.0] * 3] * 2 and not frames[0, 2:].any()
 
 
 def test_a_width_that_holds_not_every_row_is_an_error() -> None:
     with pytest.raises(ValueError, match="broadcast"):
-        pad([encoded(7)], pad_id=0, width=6)
+        padded([row_of(np.ones(7))], 6)

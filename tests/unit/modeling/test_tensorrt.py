@@ -28,6 +28,7 @@ from modeling.engines.tensorrt import (
 )
 from modeling.errors import EngineFailed
 from tests.support import graphs
+from tests.unit.modeling.test_onnx_gpu import NO_INPUTS
 
 GPU = DeviceFingerprint(
     "cuda", "A GPU", 132, (), 1 << 37, "9.0", "580.1", {"cuda": "13.0", "onnxruntime-gpu": "1.31.1"}
@@ -41,7 +42,7 @@ def files(tmp_path: Path) -> GraphFiles:
     files.folder.mkdir(parents=True)
     graphs.write_pooled(files.bare)
     files.lora.write_bytes(b"")
-    files.describe(LoraLayout(()), pad_id=0, hidden_size=graphs.HIDDEN)
+    files.describe(LoraLayout(()), hidden_size=graphs.HIDDEN)
     return files
 
 
@@ -147,7 +148,7 @@ def test_every_shape_runs_in_pieces_that_some_engine_takes(files: GraphFiles, ro
             return super().run(feeds)
 
     session = TensorrtSession(
-        [(profile, Noting(files.bare, providers.cpu(threads=1), pad_id=0)) for profile in PROFILES]
+        [(profile, Noting(files.bare, providers.cpu(threads=1), padding={})) for profile in PROFILES]
     )
     inputs = graphs.feeds(rows, length)
     np.testing.assert_allclose(session.run(inputs), graphs.expected(files.bare, inputs), atol=1e-6)
@@ -157,7 +158,7 @@ def test_every_shape_runs_in_pieces_that_some_engine_takes(files: GraphFiles, ro
 
 
 def test_a_text_longer_than_every_engine_is_refused(files: GraphFiles) -> None:
-    session = TensorrtSession([(PROFILES[0], GpuSession(files.bare, providers.cpu(threads=1), pad_id=0))])
+    session = TensorrtSession([(PROFILES[0], GpuSession(files.bare, providers.cpu(threads=1), padding={}))])
     with pytest.raises(EngineFailed, match="5 tokens"):
         session.run(graphs.feeds(1, 5))
 
@@ -165,7 +166,9 @@ def test_a_text_longer_than_every_engine_is_refused(files: GraphFiles) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize("call", [build_tensorrt, tensorrt_engine])
+@pytest.mark.parametrize(
+    "call", [build_tensorrt, lambda files, **options: tensorrt_engine(files, NO_INPUTS, **options)]
+)
 def test_without_tensorrt_it_says_what_to_install(call, files: GraphFiles) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(EngineFailed, match=r"no TensorrtExecutionProvider.*tensorrt-cu13"):
         call(files, digest="d", max_length=64, precision="fp16")
@@ -186,10 +189,10 @@ def test_serving_compiles_nothing(files: GraphFiles, monkeypatch: pytest.MonkeyP
     plans = [on_cpu(plan, opened) for plan in plans_of(files)]
     monkeypatch.setattr(tensorrt, "_plans", lambda *_, **__: plans)
     with pytest.raises(EngineFailed, match="not built"):
-        tensorrt_engine(files, digest="d", max_length=256, precision="fp16")
+        tensorrt_engine(files, NO_INPUTS, digest="d", max_length=256, precision="fp16")
     assert opened == []
     fill_caches(files.bare, plans)
-    engine = tensorrt_engine(files, digest="d", max_length=256, precision="fp16")
+    engine = tensorrt_engine(files, NO_INPUTS, digest="d", max_length=256, precision="fp16")
     assert (engine.name, engine.precision) == ("tensorrt", "fp16")
     assert opened[-2:] == [plan.engine for plan in plans]
 

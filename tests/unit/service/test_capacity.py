@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.inference.capacity import AdmissionController, CostModel, DrainRate, Forecast, Slippage, TokenEstimate
+from modeling.inputs import MODALITIES
+from service.inference.capacity import AdmissionController, CostEstimate, CostModel, DrainRate, Forecast, Slippage
 from service.inference.errors import DeadlineExceeded, QueueFull
 
 SIZES = (8, 32, 128, 256, 512, 1024)
@@ -120,15 +121,15 @@ def test_slippage_is_bounded_and_forgets() -> None:
 
 
 def test_the_estimate_follows_the_texts_and_keeps_to_the_limit() -> None:
-    estimate = TokenEstimate(4.0)
-    assert estimate.tokens(["x" * 400], 1000) == 102
+    estimate = CostEstimate(MODALITIES["text"].size, 4.0)
+    assert estimate.cost(["x" * 400], 1000) == 102
     for _ in range(300):
         estimate.observe("x" * 400, 400, 1000)  # a token a character
-    assert 380 <= estimate.tokens(["x" * 400], 1000) <= 420
-    assert estimate.tokens(["x" * 4000, ("x" * 10, "y" * 10)], 512) < 512 + 30
-    before = estimate.tokens(["x" * 400], 1000)
+    assert 380 <= estimate.cost(["x" * 400], 1000) <= 420
+    assert estimate.cost(["x" * 4000, ("x" * 10, "y" * 10)], 512) < 512 + 30
+    before = estimate.cost(["x" * 400], 1000)
     estimate.observe("x" * 100_000, 512, 512)  # it was cut
-    assert estimate.tokens(["x" * 400], 1000) == before
+    assert estimate.cost(["x" * 400], 1000) == before
 
 
 # Admission

@@ -31,7 +31,7 @@ LIMITS = BatchLimits(1024, 32)
 
 
 def tokens_of(batch: EngineBatch) -> int:
-    return max(item.length for item in batch.inputs) * len(batch.inputs)
+    return max(item.cost for item in batch.inputs) * len(batch.inputs)
 
 
 @asynccontextmanager

@@ -17,8 +17,9 @@ from modeling.adapters import Adapter, LoraPair
 from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.errors import AdapterMismatch, GoldenRowsDiffer, ModelingError
+from modeling.inputs.text import TextInput
 from modeling.multi_lora import Routing, route
-from modeling.preprocess import TextInput
+from modeling.networks import NETWORKS
 from modeling.tasks import Options
 from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
@@ -109,7 +110,7 @@ def test_a_version_that_does_not_load_leaves_the_old_one_serving(world: World, s
 
 
 def test_an_adapter_that_does_not_fit_is_named_and_leaves_the_old_version_serving(world: World) -> None:
-    layout = route(load_encoder(world.backbone.folder), Routing())
+    layout = route(load_encoder(world.backbone.folder), Routing(), NETWORKS["text"])
     fits = random_adapter(layout, rank=4, seed=1)
     name = layout.groups[1].linears[0][0]
     wide = LoraPair(np.zeros((4, 99), np.float32), fits.pairs[name].b)
@@ -241,7 +242,7 @@ def test_unknown_models_and_empty_inputs_are_refused(world: World) -> None:
 
 
 def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world: World) -> None:
-    layout = route(load_encoder(world.backbone.folder), Routing())
+    layout = route(load_encoder(world.backbone.folder), Routing(), NETWORKS["text"])
     world.publish("m", seed=1)
     loras = [world.publish("m", seed=seed, adapter=random_adapter(layout, rank=4, seed=seed)) for seed in (2, 3)]
 

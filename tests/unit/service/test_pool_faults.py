@@ -22,6 +22,7 @@ from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.errors import EngineFailed, GoldenRowsDiffer
 from modeling.multi_lora import Routing, route
+from modeling.networks import NETWORKS
 from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
@@ -86,7 +87,7 @@ async def refusal(pool: ModelPool, model: str) -> ModelNotReady:
 
 
 def adapter_of(world: World, seed: int) -> Adapter:
-    return random_adapter(route(load_encoder(world.backbone.folder), Routing()), rank=4, seed=seed)
+    return random_adapter(route(load_encoder(world.backbone.folder), Routing(), NETWORKS["text"]), rank=4, seed=seed)
 
 
 # Loads that fail

@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.training.batches import Ahead, TokenRows, epoch_order, epoch_size, passes
-from modeling.engines.protocol import pad
-from modeling.preprocess import TextPreprocessor
+from finetune.training.batches import Ahead, FeatureRows, epoch_order, epoch_size, passes
+from modeling.inputs import single
+from modeling.inputs.text import TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=200)
@@ -68,18 +68,22 @@ def test_epochs_and_seeds_differ() -> None:
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_token_rows_are_padded_like_the_engines_pad(tmp_path: Path) -> None:
+def test_rows_kept_end_to_end_make_the_batches_of_the_preprocessor(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "tiny")
-    preprocessor = TextPreprocessor(folder / "tokenizer.json", max_length=16)
+    preprocessor = TextPreprocessor(folder, limit=16)
     texts = ["a good film", "", "dull", "the plot of a very long story it was " * 5]
-    tokens = TokenRows.encode(preprocessor, texts, pad_id=0)
-    encoded = preprocessor.encode(texts)
-    assert tokens.lengths.tolist() == [row.length for row in encoded]
+    kept = FeatureRows.encode(preprocessor, texts)
+    encoded = single(preprocessor.encode(texts))
+    assert kept.lengths.tolist() == [row.cost for row in encoded]
     for rows in ([0, 1, 2, 3], [2], [1, 0], [3, 3]):
-        expected = pad([encoded[row] for row in rows], pad_id=0)
-        for mine, theirs in zip(tokens.padded(np.asarray(rows)), expected, strict=True):
-            np.testing.assert_array_equal(mine, theirs)
-    assert len(TokenRows.encode(preprocessor, [], pad_id=0)) == 0
+        chosen = [encoded[row] for row in rows]
+        expected = preprocessor.collate(chosen, max(row.cost for row in chosen))
+        batch = kept.batch(np.asarray(rows))
+        assert list(batch) == list(expected)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, expected[name])
+            assert array.dtype == expected[name].dtype
+    assert len(FeatureRows.encode(preprocessor, [])) == 0
 
 
 def test_the_next_step_is_made_on_another_thread_and_can_be_forgotten() -> None:

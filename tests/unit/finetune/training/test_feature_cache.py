@@ -19,9 +19,11 @@ from modeling.backbone import Backbone, ingest
 from modeling.engines.device import DeviceFingerprint
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
-from modeling.preprocess import Encoded, TextInput, TextPreprocessor
+from modeling.inputs import Features
+from modeling.inputs.text import TextInput, TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
+from tests.support.rows import encoded_texts, row_of
 
 HIDDEN = 6
 DEVICE = DeviceFingerprint("cpu", "EPYC", 2, ("avx2",), 0, "", "", {"torch": "2"})
@@ -129,9 +131,9 @@ class CountingEngine(TorchEngine):
 class CountingTokenizer(TextPreprocessor):
     texts = 0
 
-    def encode(self, inputs: Sequence[TextInput], **options: Any) -> list[Encoded]:
-        self.texts += len(inputs)
-        return super().encode(inputs, **options)
+    def encode(self, examples: Sequence[TextInput], **options: Any) -> list[list[Features]]:
+        self.texts += len(examples)
+        return super().encode(examples, **options)
 
 
 Counted = tuple[FrozenVectors, CountingEngine, CountingTokenizer]
@@ -143,8 +145,8 @@ def frozen(backbone: Backbone, tmp_path: Path) -> Callable[[], Counted]:
 
     def build() -> Counted:
         made = FrozenVectors(backbone, cache=FeatureCache(tmp_path, budget_bytes=1 << 20))
-        tokenizer = CountingTokenizer(backbone.folder / "tokenizer.json", max_length=backbone.info.max_length)
-        made.__dict__ |= {"engine": (engine := CountingEngine(backbone)), "tokenizer": tokenizer}
+        tokenizer = CountingTokenizer(backbone.folder, limit=backbone.info.max_length)
+        made.__dict__ |= {"engine": (engine := CountingEngine(backbone)), "preprocessor": tokenizer}
         return made, engine, tokenizer
 
     return build
@@ -154,8 +156,7 @@ TEXTS = [f"good film {'very ' * (number % 7)}{chr(97 + number)}" for number in r
 
 
 def computed(backbone: Backbone, texts: Sequence[str], *, max_length: int) -> FloatArray:
-    encode = TextPreprocessor(backbone.folder / "tokenizer.json", max_length=max_length).encode
-    return TorchEngine(backbone).run(EngineBatch(encode(texts)))
+    return TorchEngine(backbone).run(EngineBatch(encoded_texts(backbone.folder, texts, limit=max_length)))
 
 
 def test_only_unknown_rows_are_computed_and_the_vectors_stay_the_same(
@@ -240,7 +241,7 @@ def test_vectors_come_from_the_engine_that_serves_here(
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(8, 200))
 def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], tokens: int) -> None:
-    rows = [Encoded(np.ones(n, dtype=np.int64), np.zeros(n, dtype=np.int64)) for n in lengths]
+    rows = [row_of(np.ones(n)) for n in lengths]
     batches = length_batches(rows, tokens=tokens)
     assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(lengths)))
     for batch in batches:

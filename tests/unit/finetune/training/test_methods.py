@@ -86,7 +86,7 @@ def test_kept_activations_give_the_same_states_and_gradients(tmp_path: Path, mod
     for turn in range(3):
         order = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 2]][turn])
         kept.zero_grad()
-        trunk.expect(ids[order], mask[order], torch.zeros_like(ids))
+        trunk.expect({"input_ids": ids[order]}, mask[order])
         with _counted(trunk) as calls:
             got = states(kept, ids[order], mask[order])
         computed += len(calls)
@@ -105,7 +105,7 @@ def test_rows_that_are_new_are_computed_among_those_that_are_known(tmp_path: Pat
     assert trunk is not None
     for seed in (0, 1, 0):
         ids, mask = rows(seed)
-        trunk.expect(ids, mask, torch.zeros_like(ids))
+        trunk.expect({"input_ids": ids}, mask)
         torch.testing.assert_close(states(kept, ids, mask), states(plain, ids, mask), atol=1e-5, rtol=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_beyond_its_budget_nothing_is_kept_and_the_answers_stay(tmp_path: Path) 
     ids, mask = rows()
     first = trunk(hidden, None)
     for _ in range(2):
-        trunk.expect(ids, mask, torch.zeros_like(ids))
+        trunk.expect({"input_ids": ids}, mask)
         torch.testing.assert_close(trunk(hidden, None), first)
     assert not trunk._kept
 

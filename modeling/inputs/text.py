@@ -1,4 +1,4 @@
-"""Text to token ids, the same call in training and serving. No torch."""
+"""Text: strings and pairs of strings, tokenised by the checkpoint's own tokenizer, alike in training and serving."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import itertools
 import json
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from modeling.errors import InputTooLong, UnsupportedArchitecture
+from modeling.inputs import text_probe_set
+from modeling.inputs.base import Arrays, Features, padded
 
 # Tokenizers cut after encoding everything (tokenizers#1573: 650,000 characters cost 45 ms each), so a long text is read
 # in slices from its start, each longer than the last, until they hold all the tokens that can be kept.
@@ -38,29 +40,53 @@ _ONE_TOKEN = {
     **{"special_tokens_mask": [0], "attention_mask": [1], "sequence_ranges": {}},
 }
 
+# Padding id and number of segments by model type, where `config.json` leaves them out.
+_DEFAULTS = {
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), (1, 2)),
+    **dict.fromkeys(("bert", "albert", "electra"), (0, 2)),
+    "mpnet": (1, 0),
+}
+
 TextInput = str | tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One input ready for an engine: `input_ids` and `type_ids` are int64[length], special tokens included."""
+class Text:
+    name: ClassVar[str] = "text"
+    unit: ClassVar[str] = "token"
 
-    input_ids: npt.NDArray[np.int64]
-    type_ids: npt.NDArray[np.int64]
-    is_truncated: bool = False
+    def open(self, folder: Path, *, limit: int) -> TextPreprocessor:
+        return TextPreprocessor(folder, limit=limit)
 
-    @property
-    def length(self) -> int:
-        """What the input costs, in tokens."""
-        return len(self.input_ids)
+    def size(self, example: TextInput) -> int:
+        return len(example) if isinstance(example, str) else sum(map(len, example))
+
+    def is_empty(self, example: TextInput) -> bool:
+        return not any(part.strip() for part in ((example,) if isinstance(example, str) else example))
+
+    def to_json(self, example: TextInput) -> str | list[str]:
+        return example if isinstance(example, str) else list(example)
+
+    def from_json(self, value: Any) -> TextInput:
+        if isinstance(value, str):
+            return value
+        first, second = value
+        return first, second
+
+    def probe_set(self, count: int) -> tuple[list[TextInput], list[int]]:
+        found, topics = text_probe_set.texts(count)
+        return list(found), topics
 
 
 class TextPreprocessor:
-    """Tokenises for one backbone. Safe to call from several threads: nothing is mutated after construction."""
+    """Tokenise for one backbone. Safe to call from several threads: nothing is mutated after construction."""
 
-    def __init__(self, tokenizer_file: Path, *, max_length: int) -> None:
-        self.max_length = max_length
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    def __init__(self, folder: Path, *, limit: int) -> None:
+        """`folder` holds `tokenizer.json` and a checkpoint's `config.json`."""
+        self.limit = limit
+        config = _config(folder)
+        self.padding = {"input_ids": int(config["pad_token_id"] or 0)}
+        self._takes_types = takes_type_ids(config)
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # Exports bake in padding and truncation of their own; ours are explicit.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -69,20 +95,34 @@ class TextPreprocessor:
         self._takes_blanks = any(token.lstrip for token in self._tokenizer.get_added_tokens_decoder().values())
 
     def encode(
-        self, inputs: Sequence[TextInput], *, truncate: bool = True, max_length: int | None = None
-    ) -> list[Encoded]:
-        """Encodes each input, cut to `max_length` tokens (at most the backbone's own limit).
+        self, examples: Sequence[TextInput], *, truncate: bool = True, limit: int | None = None
+    ) -> list[list[Features]]:
+        """Encode each text, cut to `limit` tokens (at most the backbone's own limit), special tokens included.
 
-        Raises `InputTooLong` with the input's index where cutting is needed and `truncate` is off.
+        Raises `InputTooLong` with the example's index if it does not fit and `truncate` is off.
         """
-        limit = min(max_length or self.max_length, self.max_length)
-        pieces = self._read(_flatten(inputs), limit if truncate else None)
+        most = min(limit or self.limit, self.limit)
+        pieces = self._read(_flatten(examples), most if truncate else None)
         encoded, position = [], 0
-        for index, item in enumerate(inputs):
+        for index, item in enumerate(examples):
             width = 1 if isinstance(item, str) else 2
-            encoded.append(self._assemble(pieces[position : position + width], limit, truncate=truncate, index=index))
+            encoded.append([self._assemble(pieces[position : position + width], most, truncate=truncate, index=index)])
             position += width
         return encoded
+
+    def collate(self, rows: Sequence[Features], width: int) -> Arrays:
+        """int64[rows, width] of each input that the encoder takes."""
+        return padded(rows, width, padding=self.padding, mask="attention_mask")
+
+    def sample(self, cost: int) -> Features:
+        ((row,),) = self.encode(["warm up"])
+        return self._features(np.resize(row.arrays["input_ids"], cost), np.zeros(cost, dtype=np.int64))
+
+    def _features(
+        self, ids: npt.NDArray[np.int64], types: npt.NDArray[np.int64], *, is_truncated: bool = False
+    ) -> Features:
+        arrays = {"input_ids": ids} | ({"token_type_ids": types} if self._takes_types else {})
+        return Features(arrays, len(ids), is_truncated=is_truncated)
 
     def _read(self, texts: Sequence[str], limit: int | None) -> list[_Piece]:
         """Tokenises each text: all of it, or a slice that begins with more than `limit` of the same tokens."""
@@ -110,12 +150,12 @@ class TextPreprocessor:
             known -= 1
         return known
 
-    def _assemble(self, pieces: Sequence[_Piece], limit: int, *, truncate: bool, index: int) -> Encoded:
+    def _assemble(self, pieces: Sequence[_Piece], limit: int, *, truncate: bool, index: int) -> Features:
         layout = self._layouts[len(pieces)]
         room = max(0, limit - layout.specials)
         total = sum(piece.tokens for piece in pieces)
         if total <= room:
-            return layout.fill([piece.encoding.ids for piece in pieces], is_truncated=False)
+            return self._features(*layout.fill([piece.encoding.ids for piece in pieces]))
         if not truncate:
             raise InputTooLong(
                 f"input {index} has {total + limit - room} tokens, more than {limit}; shorten it or set truncate",
@@ -126,7 +166,7 @@ class TextPreprocessor:
             pieces = self._read([piece.text for piece in pieces], None)
         sizes = _shares([piece.tokens for piece in pieces], room)
         kept = [piece.encoding.ids[:size] for piece, size in zip(pieces, sizes, strict=True)]
-        return layout.fill(kept, is_truncated=True)
+        return self._features(*layout.fill(kept), is_truncated=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +192,13 @@ class _Layout:
     def specials(self) -> int:
         return sum(len(ids) for ids, _ in self.around)
 
-    def fill(self, texts: Sequence[list[int]], *, is_truncated: bool) -> Encoded:
+    def fill(self, texts: Sequence[list[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """int64[length] ids and types of the texts' tokens with what belongs around them."""
         ids, types = list(self.around[0][0]), list(self.around[0][1])
         for text, type_id, (behind, behind_types) in zip(texts, self.types, self.around[1:], strict=True):
             ids += text + behind
             types += [type_id] * len(text) + behind_types
-        return Encoded(np.array(ids, dtype=np.int64), np.array(types, dtype=np.int64), is_truncated)
+        return np.array(ids, dtype=np.int64), np.array(types, dtype=np.int64)
 
 
 def _layout(tokenizer: Tokenizer, texts: int) -> _Layout:
@@ -173,6 +214,18 @@ def _layout(tokenizer: Tokenizer, texts: int) -> _Layout:
         (whole.ids[start + 1 : end], whole.type_ids[start + 1 : end]) for start, end in itertools.pairwise(edges)
     )
     return _Layout(around, tuple(whole.type_ids[place] for place in places))
+
+
+def takes_type_ids(config: Mapping[str, Any]) -> bool:
+    """Say whether the encoder tells the two halves of a pair apart by segment ids."""
+    return bool(config["type_vocab_size"] > 1 and config["model_type"] != "distilbert")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """`config.json`, with what transformers takes for keys that it lacks."""
+    config = json.loads((folder / "config.json").read_bytes())
+    padding, types = _DEFAULTS.get(config["model_type"], (0, 0))
+    return {"pad_token_id": padding, "type_vocab_size": types, **config}
 
 
 def _flatten(inputs: Sequence[TextInput]) -> list[str]:

@@ -1,18 +1,9 @@
-"""Texts to measure an engine on, and the head whose answers must not change. No torch.
-
-An engine is compared before anybody's own texts are at hand, so these stand for them: sentences of
-eight topics, joined to texts of one sentence to some two hundred words. A linear probe fitted to
-the topics plays the part of the heads to come; how many of its answers change is what users would see.
-"""
+"""Texts to compare engines on before anybody's own are at hand: sentences of eight topics, joined to texts of one
+sentence to some two hundred words."""
 
 from __future__ import annotations
 
 import random
-
-import numpy as np
-
-from modeling.heads import DenseLayer, TaskHead
-from modeling.weights import FloatArray
 
 _TOPICS: dict[str, tuple[str, ...]] = {
     "earnings": (
@@ -110,16 +101,3 @@ def texts(count: int = TEXTS, *, seed: int = 7) -> tuple[list[str], list[int]]:
         made.append(" ".join(draw.choice(sentences[topic]) for _ in range(length)))
         topics.append(topic)
     return made, topics
-
-
-def probe(vectors: FloatArray, topics: list[int], *, ridge: float = 1e-2) -> TaskHead:
-    """A linear head float32[topics, hidden] by ridge regression of the topics on standardised vectors."""
-    mean, scale = vectors.mean(0), vectors.std(0) + 1e-6
-    x = (vectors - mean) / scale
-    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
-    y = np.eye(max(topics) + 1)[topics]
-    solved = np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ y)
-    weight, bias = solved[:-1] / scale[:, None], solved[-1]
-    # Regression gives shares from 0 to 1; ten times that are logits as confident as a trained head's.
-    weight, bias = weight * 10, (bias - mean @ weight) * 10
-    return TaskHead((DenseLayer(weight.T.astype(np.float32), bias.astype(np.float32)),))

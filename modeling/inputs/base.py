@@ -1,0 +1,115 @@
+"""What goes into a model: the protocol of a modality, and the values that pass between it and everything else.
+
+Nothing outside a modality's own files knows what an example holds. Pure: no torch, no transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Example = Any
+"""One input as its modality reads it; opaque to everything else."""
+Arrays = dict[str, npt.NDArray[Any]]
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One row for an engine.
+
+    `arrays` go by the names of the graph's inputs; the first axis of each is the row's positions. `cost` is what the
+    row costs in the modality's unit, and how many positions its states have. Only rows with equal `key` share a batch.
+    `extra` is what a head needs beside the engine's output.
+    """
+
+    arrays: Mapping[str, npt.NDArray[Any]]
+    cost: int
+    key: Hashable = None
+    extra: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    is_truncated: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+class Preprocessor(Protocol):
+    """Made from a checkpoint's own files; safe to call from several threads. `limit` is the most units that a row may
+    cost, `padding` the value behind a row's own by the array's name, 0 for names left out."""
+
+    @property
+    def limit(self) -> int: ...
+    @property
+    def padding(self) -> Mapping[str, float]: ...
+
+    def encode(
+        self, examples: Sequence[Example], *, truncate: bool = True, limit: int | None = None
+    ) -> list[list[Features]]:
+        """Encode each example into one or more windows, each of at most `limit` units.
+
+        Raises `InputTooLong` with the example's index if it does not fit and `truncate` is off.
+        """
+
+    def collate(self, rows: Sequence[Features], width: int) -> Arrays:
+        """Stack rows into the arrays of a batch, [rows, width, …], padded behind."""
+
+    def sample(self, cost: int) -> Features:
+        """Return a row of exactly this cost, to time and check an engine with."""
+
+
+class Modality(Protocol):
+    """`unit` is what rows cost: tokens, patches, frames."""
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+
+    def open(self, folder: Path, *, limit: int) -> Preprocessor:
+        """Open the preprocessor of a checkpoint's folder."""
+
+    def size(self, example: Example) -> int:
+        """Return what the cost grows with, known before preprocessing: characters, pixels, samples."""
+
+    def is_empty(self, example: Example) -> bool:
+        """Say whether there is nothing in it to predict on."""
+
+    def to_json(self, example: Example) -> Any:
+        """Return the example as golden rows store it."""
+
+    def from_json(self, value: Any) -> Example:
+        """Read what `to_json` wrote. Raises `ValueError`."""
+
+    def probe_set(self, count: int) -> tuple[list[Example], list[int]]:
+        """Return examples and the number of each one's topic, to compare engines on before anybody's own are at
+        hand."""
+
+
+def padded(
+    rows: Sequence[Features], width: int, *, padding: Mapping[str, float] = _NOTHING, mask: str | None = None
+) -> Arrays:
+    """Stack arrays [positions, …] of each name into [rows, width, …], padded behind; `mask` names an array int64[rows,
+    width] that is added, 1 for a row's own positions."""
+    stacked: Arrays = {}
+    for name, first in rows[0].arrays.items():
+        full = np.full((len(rows), width, *first.shape[1:]), padding.get(name, 0), dtype=first.dtype)
+        for place, row in enumerate(rows):
+            array = row.arrays[name]
+            full[place, : len(array)] = array
+        stacked[name] = full
+    if mask is not None:
+        own = np.zeros((len(rows), width), dtype=np.int64)
+        for place, row in enumerate(rows):
+            own[place, : row.cost] = 1
+        stacked[mask] = own
+    return stacked
+
+
+def single(windows: Sequence[Sequence[Features]]) -> list[Features]:
+    """Return the rows of examples that have one window each."""
+    return [row for (row,) in windows]
