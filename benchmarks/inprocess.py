@@ -20,7 +20,7 @@ from benchmarks.processes import ROOT
 from benchmarks.servers import Spec
 from model_registry.refs import ModelRef
 from modeling.engines.protocol import EngineBatch
-from modeling.inputs import Features
+from modeling.inputs import Features, single
 from modeling.weights import FloatArray
 from service.api.deps import Services
 from service.api.guard import DrainState
@@ -46,7 +46,7 @@ class InProcess:
         return model.adapter_key
 
     def encode(self, texts: Sequence[str]) -> list[Features]:
-        return list(self._lane.preprocess(texts, truncate=True, max_length=None))
+        return single(self._lane.preprocess(texts, truncate=True, max_length=None))
 
     def run(self, batches: Sequence[EngineBatch]) -> tuple[FloatArray, float]:
         """Vectors float32[rows of all batches, hidden] and the seconds they took, on the engine's own thread."""

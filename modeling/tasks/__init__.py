@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from modeling.tasks.base import NO_CALIBRATION, Answer, Answers, Calibration, Options, Score, Task
+from modeling.tasks.base import NO_CALIBRATION, Answer, Answers, Calibration, Options, RowOutput, Score, Task
 from modeling.tasks.feature_extraction import FeatureExtraction
 from modeling.tasks.multi_label import DEFAULT_THRESHOLD, MultiLabel, reached
 from modeling.tasks.regression import Regression
@@ -22,6 +22,7 @@ __all__ = [
     "Calibration",
     "FeatureExtraction",
     "Options",
+    "RowOutput",
     "Score",
     "Task",
     "reached",

@@ -7,7 +7,7 @@ Pure: no torch, no file, no queue, no HTTP.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
@@ -49,6 +49,14 @@ class Calibration:
 
 
 NO_CALIBRATION: Final = Calibration()
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutput:
+    """What a head gave for one row: its scores, and what its features carried along for the answer."""
+
+    scores: FloatArray
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
@@ -102,10 +110,10 @@ class Task(Protocol):
         """Return what is answered for rows of `scores`, as an array."""
 
     def reduce(
-        self, rows: Sequence[FloatArray], labels: Sequence[str], calibration: Calibration, options: Options
+        self, rows: Sequence[RowOutput], labels: Sequence[str], calibration: Calibration, options: Options
     ) -> Answer:
-        """Combine the scores of one input's rows, float32[outputs] each, into its answer: their mean if it was read in
-        several windows. `index` is left at 0."""
+        """Combine the rows of one input into its answer: the mean of their scores if it was read in several
+        windows. `index` is left at 0."""
 
     def observed(self, answers: Sequence[Any], calibration: Calibration) -> Sequence[Sequence[float]]:
         """Return the values to observe, one list per name in `observes`."""

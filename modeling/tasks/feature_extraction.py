@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from modeling.tasks.base import Answer, Answers, Calibration, Example, Options, Task
+from modeling.tasks.base import Answer, Answers, Calibration, Example, Options, RowOutput, Task
 from modeling.tasks.single_label import OneLabel
 from modeling.weights import FloatArray
 
@@ -40,7 +40,7 @@ class FeatureExtraction:
         return scores
 
     def reduce(
-        self, rows: Sequence[FloatArray], labels: Sequence[str], calibration: Calibration, options: Options
+        self, rows: Sequence[RowOutput], labels: Sequence[str], calibration: Calibration, options: Options
     ) -> OneLabel:
         return OneLabel(0, None, None, [])
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from msgspec import UNSET
 
 from modeling.heads import sigmoid
-from modeling.tasks.base import Answer, Calibration, Embedding, Example, Options, Score, Task
+from modeling.tasks.base import Answer, Calibration, Embedding, Example, Options, RowOutput, Score, Task
 from modeling.tasks.parity import is_near_in_fp32, temperature_of
 from modeling.weights import FloatArray
 
@@ -67,9 +67,9 @@ class MultiLabel:
         return reached(scores, calibration.thresholds or DEFAULT_THRESHOLD)
 
     def reduce(
-        self, rows: Sequence[FloatArray], labels: Sequence[str], calibration: Calibration, options: Options
+        self, rows: Sequence[RowOutput], labels: Sequence[str], calibration: Calibration, options: Options
     ) -> ManyLabels:
-        scores = rows[0] if len(rows) == 1 else np.mean(np.stack(rows), axis=0)
+        scores = rows[0].scores if len(rows) == 1 else np.mean(np.stack([row.scores for row in rows]), axis=0)
         order = np.argsort(-scores, kind="stable")
         is_given = reached(scores, calibration.thresholds if options.threshold is None else options.threshold)
         best = order[: options.top_k]

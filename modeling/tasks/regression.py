@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from msgspec import UNSET
 
-from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, Task
+from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, RowOutput, Task
 from modeling.weights import FloatArray
 
 
@@ -55,9 +55,9 @@ class Regression:
         return np.asarray(scores[:, 0], np.float32)
 
     def reduce(
-        self, rows: Sequence[FloatArray], labels: Sequence[str], calibration: Calibration, options: Options
+        self, rows: Sequence[RowOutput], labels: Sequence[str], calibration: Calibration, options: Options
     ) -> Value:
-        return Value(0, float(np.mean([row[0] for row in rows])))
+        return Value(0, float(np.mean([row.scores[0] for row in rows])))
 
     def observed(self, answers: Sequence[Value], calibration: Calibration) -> Sequence[Sequence[float]]:
         if not calibration.value_shares:

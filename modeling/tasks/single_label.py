@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import UNSET
 
 from modeling.heads import softmax
-from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, Score, Task
+from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, RowOutput, Score, Task
 from modeling.tasks.parity import is_near_in_fp32, temperature_of
 from modeling.weights import FloatArray
 
@@ -58,9 +58,9 @@ class SingleLabel:
         return np.asarray(scores.argmax(axis=1), np.int64)
 
     def reduce(
-        self, rows: Sequence[FloatArray], labels: Sequence[str], calibration: Calibration, options: Options
+        self, rows: Sequence[RowOutput], labels: Sequence[str], calibration: Calibration, options: Options
     ) -> OneLabel:
-        scores = rows[0] if len(rows) == 1 else np.mean(np.stack(rows), axis=0)
+        scores = rows[0].scores if len(rows) == 1 else np.mean(np.stack([row.scores for row in rows]), axis=0)
         order = np.argsort(-scores, kind="stable")[: options.top_k]
         best = list(zip([labels[index] for index in order.tolist()], scores[order].tolist(), strict=True))
         label, score = best[0]

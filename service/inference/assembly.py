@@ -26,7 +26,7 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import GoldenRowsDiffer
-from modeling.inputs import Example
+from modeling.inputs import Example, single
 from modeling.tasks import DEFAULT_MODALITY, FeatureExtraction
 from modeling.weights import FloatArray
 from service.inference.aliases import Key
@@ -209,6 +209,6 @@ def _weights(folder: Path) -> int:
 
 def _golden_logits(model: ServedModel, engine: Engine, examples: Sequence[Example]) -> FloatArray:
     assert model.parts is not None and model.parts.head is not None and isinstance(model.lane, BackboneLane)
-    work = model.lane.preprocess(examples, truncate=True, max_length=model.max_length)
+    work = single(model.lane.preprocess(examples, truncate=True, max_length=model.max_length))
     keys = [model.adapter_key] * len(work) if model.adapter_key else None
     return model.parts.head.logits(engine.run(EngineBatch(work, keys)))

@@ -585,5 +585,4 @@ def _fail_entries(entries: Sequence[QueueEntry], error: Exception) -> None:
 
 def _named(entry: QueueEntry, error: InferenceFailed) -> InferenceFailed:
     """Of several inputs, which one it was."""
-    entries = entry.ticket.entries
-    return error if len(entries) == 1 else InferenceFailed(f"input {entries.index(entry)}: {error}")
+    return error if len(entry.ticket.inputs) == 1 else InferenceFailed(f"input {entry.place}: {error}")

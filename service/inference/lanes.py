@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from modeling.engines.build import EngineSpec
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.heads import TaskHead
-from modeling.inputs import MODALITIES, Example, Features, open_preprocessor, single
+from modeling.inputs import MODALITIES, Example, Features, open_preprocessor
 from modeling.linear_text import LinearText
 from modeling.tasks import DEFAULT_MODALITY, NO_CALIBRATION, Calibration, Task
 from modeling.weights import FloatArray
@@ -48,8 +48,10 @@ class Lane(Protocol):
     @property
     def engine_name(self) -> str: ...
 
-    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> Sequence[Work]:
-        """Inputs to work for the queue; called on a tokeniser thread."""
+    def preprocess(
+        self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None
+    ) -> Sequence[Sequence[Work]]:
+        """Prepare each example for the queue, in one or more windows; called on a tokeniser thread."""
 
 
 class BackboneLane:
@@ -82,8 +84,8 @@ class BackboneLane:
             runtime=runtime,
         )
 
-    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[Features]:
-        return single(self._preprocessor.encode(inputs, truncate=truncate, limit=max_length))
+    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[list[Features]]:
+        return self._preprocessor.encode(inputs, truncate=truncate, limit=max_length)
 
     async def switch(self, engine: Engine, adapters: Mapping[str, Adapter]) -> None:
         """`engine` takes over with these adapters and a first run behind it. Raises `ModelingError`; then nothing
@@ -164,6 +166,7 @@ class Raw:
 
     example: Example
     cost: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LinearLane:
@@ -184,8 +187,8 @@ class LinearLane:
         self.cost_estimate = CostEstimate(self._size, _SIZE_PER_UNIT)
         self.worker = EngineWorker(("linear", self.engine_name), self, metrics, limits, record=record, runtime=runtime)
 
-    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[Raw]:
-        return [Raw(item, 1 + self._size(item) // _SIZE_PER_UNIT) for item in inputs]
+    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[list[Raw]]:
+        return [[Raw(item, 1 + self._size(item) // _SIZE_PER_UNIT)] for item in inputs]
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         vectors = np.zeros((len(entries), 1), dtype=np.float32)

@@ -9,9 +9,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from modeling.heads import normalized
 from modeling.inputs import MODALITIES, Example
-from modeling.tasks import Answer, Options, Task
+from modeling.tasks import Answer, Options, RowOutput, Task
 from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
 from service.inference.engine_worker import Runtime
@@ -98,11 +100,13 @@ class Predictor:
             series = self._metrics.of_model(model.metric_labels)
             series.in_progress.inc()
             try:
-                ticket = self._admit(model, series, inputs, options, deadline=deadline, now=started)
+                expanded = [model.task.expand(item, options) for item in inputs]
+                examples = [example for own in expanded for example in own]
+                ticket = self._admit(model, series, examples, options, deadline=deadline, now=started)
                 try:
                     await self._answered(model.lane, ticket, deadline - started)
                 finally:
-                    self._admission.release(len(inputs))
+                    self._admission.release(len(examples))
             except QueueFull as error:
                 series.rejected[error.reason].inc()
                 raise
@@ -112,11 +116,12 @@ class Predictor:
             finally:
                 series.in_progress.dec()
             entries = ticket.let_go()
-            answers = [_answer(model, [entry], options) for entry in entries]
+            rows_of = by_input(entries, [len(own) for own in expanded])
+            answers = [_answer(model, rows, options) for rows in rows_of]
             for histogram, values in zip(series.answers, model.task.observed(answers, model.calibration), strict=True):
                 for value in values:
                     histogram.observe(value)
-            vectors = [_embedding(model, entry) for entry in entries] if options.return_embedding else []
+            vectors = [_embedding(model, rows) for rows in rows_of] if options.return_embedding else []
             series.tokenize_duration.observe(ticket.tokenized_at - started)
             return _result(model, ticket, entries, answers, vectors, started=started, ended=self._clock())
 
@@ -124,7 +129,7 @@ class Predictor:
         self,
         model: ServedModel,
         series: ModelSeries,
-        inputs: Sequence[Example],
+        examples: Sequence[Example],
         options: Options,
         *,
         deadline: float,
@@ -136,19 +141,19 @@ class Predictor:
         ticket = Ticket(
             model,
             series,
-            inputs,
+            examples,
             deadline,
             asyncio.get_running_loop().create_future(),
             truncate=options.truncate,
             max_length=max_length,
-            tokens=lane.cost_estimate.cost(inputs, max_length),
+            tokens=lane.cost_estimate.cost(examples, max_length),
         )
         forecast = lane.worker.forecast(ticket.tokens)
-        self._admission.admit(len(inputs), forecast=forecast, time_left_s=deadline - now)
+        self._admission.admit(len(examples), forecast=forecast, time_left_s=deadline - now)
         try:
             lane.worker.announce(ticket)
         except ModelNotReady:
-            self._admission.release(len(inputs))
+            self._admission.release(len(examples))
             raise
         return ticket
 
@@ -188,13 +193,26 @@ def check_options(task: Task, options: Options) -> None:
 
 
 def _answer(model: ServedModel, rows: Sequence[QueueEntry], options: Options) -> Answer:
-    scores = [row.scores for row in rows if row.scores is not None]  # a backbone has none
-    return model.task.reduce(scores, model.labels, model.calibration, options)
+    outputs = [RowOutput(row.scores, row.work.extra) for row in rows if row.scores is not None]  # a backbone has none
+    return model.task.reduce(outputs, model.labels, model.calibration, options)
 
 
-def _embedding(model: ServedModel, entry: QueueEntry) -> FloatArray:
-    assert entry.vector is not None
-    return normalized(entry.vector[None])[0] if model.normalize_embedding else entry.vector
+def _embedding(model: ServedModel, rows: Sequence[QueueEntry]) -> FloatArray:
+    """The vector of one input: the mean of its rows'."""
+    vectors = [row.vector for row in rows if row.vector is not None]
+    vector = vectors[0] if len(vectors) == 1 else np.mean(np.stack(vectors), axis=0)
+    return normalized(vector[None])[0] if model.normalize_embedding else vector
+
+
+def by_input(entries: Sequence[QueueEntry], examples: Sequence[int]) -> list[list[QueueEntry]]:
+    """Group rows by the input that they are of; `examples` counts those that each input became."""
+    if len(entries) == len(examples):
+        return [[entry] for entry in entries]
+    input_of = np.repeat(np.arange(len(examples)), examples).tolist()
+    groups: list[list[QueueEntry]] = [[] for _ in examples]
+    for entry in entries:
+        groups[input_of[entry.place]].append(entry)
+    return groups
 
 
 def _result(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from modeling.heads import TaskHead
 from modeling.inputs import Example
@@ -35,10 +35,12 @@ class Model(Protocol):
 
 
 class Work(Protocol):
-    """An input as its lane prepared it. `cost` is in the lane's unit."""
+    """A row as its lane prepared it. `cost` is in the lane's unit; `extra` is for the answer."""
 
     @property
     def cost(self) -> int: ...
+    @property
+    def extra(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -76,9 +78,11 @@ class Ticket:
         """Nothing more is computed for it: answered, failed, expired or abandoned."""
         return self.future.done()
 
-    def fill(self, works: Sequence[Work]) -> list[QueueEntry]:
-        """Makes entries of the tokenised inputs, in their order."""
-        self.entries = [QueueEntry(self, work, work.cost) for work in works]
+    def fill(self, prepared: Sequence[Sequence[Work]]) -> list[QueueEntry]:
+        """Make entries of the prepared examples, in their order: one for each window of each."""
+        self.entries = [
+            QueueEntry(self, work, work.cost, place) for place, works in enumerate(prepared) for work in works
+        ]
         self.missing = len(self.entries)
         return self.entries
 
@@ -97,11 +101,13 @@ class Ticket:
 
 @dataclass(slots=True, eq=False)
 class QueueEntry:
-    """One input on its way, and in the end its result. `width` is what its row is padded to when it runs alone."""
+    """One row on its way, and in the end its result. `place` is that of its example in the ticket; `width` is what the
+    row is padded to when it runs alone."""
 
     ticket: Ticket
     work: Work
     length: int
+    place: int = 0
     width: int = 0
     due_at: float = 0.0
     is_ended: bool = False

@@ -25,7 +25,7 @@ _MAX_CHARACTERS = 200_000
 _PATIENT_S, _GATHER_S = 0.2, 0.02
 
 Asked = tuple[Lane, Ticket]
-Prepared = tuple[Lane, Ticket, Sequence[Work] | Exception]
+Prepared = tuple[Lane, Ticket, Sequence[Sequence[Work]] | Exception]
 
 
 class TokenizerStage:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ POISON, NOT_A_NUMBER = "poison", "nan"
 @dataclass(frozen=True)
 class Words:
     text: str
+    extra: ClassVar[dict[str, Any]] = {}
 
     @property
     def cost(self) -> int:
@@ -45,13 +46,13 @@ class WordLane:
             options["runtime"] = runtime
         self.worker = EngineWorker(("tiny", self.engine_name), self, self.metrics, limits, **options)
 
-    def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[Words]:
+    def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[list[Words]]:
         limit = max_length or self.max_length
         words = [item.split() for item in inputs]
         for index, item in enumerate(words):
             if len(item) > limit and not truncate:
                 raise InputTooLong(f"input {index} has {len(item)} tokens", index=index)
-        return [Words(" ".join(item[:limit])) for item in words]
+        return [[Words(" ".join(item[:limit]))] for item in words]
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         texts = [entry.work.text for entry in entries]

@@ -262,7 +262,7 @@ def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world:
                 lane.worker.supervisor.on_engine_failed("a test")
                 await pool.engines.idle()
                 assert lane.engine is not before
-                work = lane.preprocess(["a good film"], truncate=True, max_length=None)
+                (work,) = lane.preprocess(["a good film"], truncate=True, max_length=None)
                 return lane.engine.run(EngineBatch(work, [model.adapter_key]))
 
     assert run(scenario()).shape == (1, 32)

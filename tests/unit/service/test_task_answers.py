@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from prometheus_client import CollectorRegistry
 
-from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, FeatureExtraction, Options
+from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, FeatureExtraction, Options, RowOutput
 from modeling.tasks.regression import Value
 from service.api.problems import problem_for
 from service.inference.errors import ParameterUnfit
@@ -26,7 +26,7 @@ probabilities = arrays(np.float32, 4, elements=st.floats(0, 1, width=32))
 
 
 def given_by(row: Any, threshold: float | None = None, top_k: int | None = None) -> Any:
-    return many.reduce([row], LABELS, CALIBRATION, Options(threshold=threshold, top_k=top_k))
+    return many.reduce([RowOutput(row)], LABELS, CALIBRATION, Options(threshold=threshold, top_k=top_k))
 
 
 @given(probabilities, st.none() | st.floats(0, 1, width=32), st.none() | st.integers(1, 6))
@@ -56,7 +56,7 @@ def test_no_label_and_every_label() -> None:
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_a_value_is_the_heads_output(value: float) -> None:
     row = value_task.scores(np.asarray([[value]], np.float32), NO_CALIBRATION)[0]
-    assert value_task.reduce([row], (), NO_CALIBRATION, Options()) == Value(0, value)
+    assert value_task.reduce([RowOutput(row)], (), NO_CALIBRATION, Options()) == Value(0, value)
 
 
 @pytest.mark.parametrize("parameter", ["top_k", "threshold"])
