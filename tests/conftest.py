@@ -16,6 +16,25 @@ from model_registry.db import Database
 from model_registry.migrations import migrate
 
 
+TESTS = Path(__file__).parent
+SUITES = ("acceptance", "integration", "contract", "unit", "docs")
+"""The longest first, so that parallel workers end together."""
+SERVICES = ("service", "lone")
+"""Fixtures of tests/acceptance that start processes for the whole run."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: tests of one service go to one worker, and so do those of one file."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        suite = item.path.relative_to(TESTS).parts[0]
+        services = [name for name in SERVICES if suite == "acceptance" and name in getattr(item, "fixturenames", ())]
+        item.add_marker(pytest.mark.xdist_group(*services[:1] or [str(item.path.relative_to(TESTS))]))
+    items.sort(key=lambda item: SUITES.index(item.path.relative_to(TESTS).parts[0]))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not _has_gpu():
         pytest.skip("needs a CUDA device")

@@ -184,6 +184,7 @@ def test_the_budget_is_the_least_of_ratio_and_total() -> None:
         ("a.csv.gz", packed("tar.gz", {"a": b"b"}), "tar"),
         ("a.tar.gz", b"\x1f\x8b\x08\x00broken", None),
     ],
+    ids=["zip", "empty zip", "tar", "gzipped tar", "broken gzip"],
 )
 def test_archives_are_known_by_their_content(filename: str, content: bytes, expected: str | None) -> None:
     assert detect_format(filename, content[:4096]) == expected
