@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 import uuid
 import warnings
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 
 from model_registry.db import Database
 from model_registry.migrations import migrate
-
+from tests.support.exports import Exports
 
 TESTS = Path(__file__).parent
 SUITES = ("acceptance", "integration", "contract", "unit", "docs")
@@ -45,6 +46,15 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    folder = tmp_path_factory.getbasetemp()
+    is_parallel = "PYTEST_XDIST_WORKER" in os.environ  # then each worker has a folder below that of the run
+    shared = (folder.parent if is_parallel else folder) / "exports"
+    shared.mkdir(exist_ok=True)
+    return Exports(shared)
 
 
 @pytest.fixture(scope="session")

@@ -25,13 +25,13 @@ from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.providers import Ladder
 from modeling.engines.torch import TorchEngine
 from modeling.errors import AdapterMismatch, EngineFailed
-from modeling.export import export_graphs
 from modeling.inputs import Features, open_preprocessor, padded
 from modeling.precision import low_precision_graphs
 from modeling.quantize import int8_graphs
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 from tests.support.adapters import random_adapter
+from tests.support.exports import Exports
 from tests.support.rows import encoded_texts
 
 TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull", "oil"]
@@ -49,8 +49,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def files(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> GraphFiles:
-    return export_graphs(backbone, tmp_path_factory.mktemp("export"))
+def files(backbone: Backbone, exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> GraphFiles:
+    return exports(backbone, tmp_path_factory.mktemp("export"))
 
 
 ON_CPU = ["torch", "torch-bf16", "onnx", "onnx-int8", "onnx-fp16", "onnx-buckets", "openvino", "openvino-bf16"]

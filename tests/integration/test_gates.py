@@ -18,8 +18,8 @@ from model_registry.store import FileStore
 from modeling.assemble import read_version
 from modeling.backbone import Backbone, ingest
 from modeling.engines.graphs import graphs_key
-from modeling.export import export_graphs
 from modeling.testing import write_tiny_checkpoint
+from tests.support.exports import Exports
 from tests.support.registering import Record, Workshop, pointer
 
 BOTH = {"up": ["great", "superb"], "down": ["bad", "awful"], "flat": ["dull", "grey"]}
@@ -201,10 +201,10 @@ def parity_of(shop: Workshop, weak: ModelManifest, method: str) -> dict[str, Any
 
 
 @pytest.fixture
-def exported(shop: Workshop) -> Path:
+def exported(shop: Workshop, exports: Exports) -> Path:
     assert shop.graphs_root is not None
     backbone = Backbone.open(shop.backbone_folder)
-    return export_graphs(backbone, shop.graphs_root / graphs_key(backbone.info.digest)).folder
+    return exports(backbone, shop.graphs_root / graphs_key(backbone.info.digest)).folder
 
 
 def test_without_a_graph_parity_is_skipped_with_the_reason(shop: Workshop, weak: ModelManifest) -> None:

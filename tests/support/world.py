@@ -19,8 +19,10 @@ from modeling.adapters import Adapter
 from modeling.assemble import GoldenRow, write_version_files
 from modeling.backbone import Backbone
 from modeling.engines.build import EngineOptions, EngineSpec
+from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.torch import TorchEngine
+from modeling.export import export_graphs
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText
 from modeling.tasks import DEFAULT_TASK, TASKS
@@ -42,6 +44,7 @@ class World:
     backbone: Backbone
     folder: Path
     make_engine: Callable[[Backbone], Engine] = TorchEngine
+    export: Callable[..., GraphFiles] = export_graphs
 
     def publish(
         self,

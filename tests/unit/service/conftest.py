@@ -11,6 +11,7 @@ from model_registry.registry import Registry
 from model_registry.store import FileStore
 from modeling.backbone import ingest
 from modeling.testing import write_tiny_checkpoint
+from tests.support.exports import Exports
 from tests.support.world import World
 
 
@@ -20,10 +21,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def world(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[World]:
+def world(tmp_path: Path, tiny_checkpoint: Path, exports: Exports) -> Iterator[World]:
     database = Database(f"sqlite:///{tmp_path / 'registry.db'}")
     migrate(database)
     store = FileStore(tmp_path / "store")
     backbone = ingest(store, tiny_checkpoint, name="tiny", source="file:tiny")
-    yield World(Registry(database), store, backbone, tmp_path)
+    yield World(Registry(database), store, backbone, tmp_path, export=exports)
     database.dispose()

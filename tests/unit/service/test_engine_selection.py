@@ -28,7 +28,6 @@ from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
-from modeling.export import export_graphs
 from modeling.tasks import Options
 from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
@@ -126,7 +125,7 @@ def test_a_damaged_graph_leaves_torch_serving_and_is_exported_anew(
 ) -> None:
     finder = selector(world, reports)
     digest = world.backbone.info.digest
-    files = export_graphs(world.backbone, finder._graphs(world.backbone).folder)
+    files = world.export(world.backbone, finder._graphs(world.backbone).folder)
     reports.put(EngineMeasurement(digest, finder._device_key(), {}, "onnx/fp32", []))
     assert selector(world, reports).open_first(world.backbone)[0].name == "onnx"
     damaged = files.folder / name
@@ -138,7 +137,7 @@ def test_a_damaged_graph_leaves_torch_serving_and_is_exported_anew(
     assert (engine.name, is_final) == ("torch", False)
     assert fallbacks == [("tiny", "onnx/fp32")]
     assert not list(files.folder.iterdir()), "what was made of a damaged graph may be damaged too"
-    export_graphs(world.backbone, files.folder)
+    world.export(world.backbone, files.folder)
     assert selector(world, reports).open_first(world.backbone)[0].name == "onnx"
 
 
@@ -147,7 +146,7 @@ class Scripted(EngineSelector):
 
     def __init__(self, world: World, choice: str | Exception) -> None:
         super().__init__(SelectionPolicy(engine="auto"), EngineOptions(threads=1), world.folder / "graphs", None)
-        self.choice = choice
+        self.choice, self.export = choice, world.export
         self.opened: list[str] = []
 
     async def select(self, backbone: Backbone, *, like: Backbone | None = None) -> EngineChoice:
@@ -160,7 +159,7 @@ class Scripted(EngineSelector):
         self.opened.append(str(spec))
         if str(spec) == "torch/fp32":
             return super().open(spec, backbone)
-        export_graphs(backbone, self._graphs(backbone).folder)
+        self.export(backbone, self._graphs(backbone).folder)
         return super().open(spec, backbone)
 
 
@@ -368,7 +367,7 @@ def test_weights_of_a_known_shape_begin_on_the_engine_that_serves_there(
     """With the export that they bring, which is linked into the cache and left as it is."""
     finder = selector(world, reports)
     reports.put(EngineMeasurement(world.backbone.info.digest, finder._device_key(), {}, "onnx/fp32", []))
-    export_graphs(world.backbone, finder._graphs(world.backbone).folder)
+    world.export(world.backbone, finder._graphs(world.backbone).folder)
     other = write_encoder(
         tmp_path / "full",
         load_encoder(world.backbone.folder),
@@ -382,7 +381,7 @@ def test_weights_of_a_known_shape_begin_on_the_engine_that_serves_there(
     assert other.info.digest != world.backbone.info.digest
     engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
     assert (engine.name, is_final) == ("torch", False), "without an export there is nothing to begin on"
-    brought = export_graphs(other, other.folder / GRAPHS_FOLDER, has_adapters=False)
+    brought = world.export(other, other.folder / GRAPHS_FOLDER, has_adapters=False)
     before = {path.name: path.stat().st_mtime_ns for path in brought.folder.iterdir()}
     engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
     assert (engine.name, is_final) == ("onnx", False)
