@@ -9,6 +9,7 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
+PIP_DOWNLOAD := $(BIN)/python -m pip --disable-pip-version-check -q download
 # Only files whose hashes requirements/ lists; nothing beside them, as each file is complete.
 LOCKED := $(PIP) --no-deps --require-hashes
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -52,7 +53,10 @@ $(BIN)/python:
 # The stamps are newer than what was installed from; dev holds all that cpu does.
 $(VENV)/.installed-cpu: pyproject.toml requirements/torch.txt requirements/cuda.txt requirements/up.txt | $(BIN)/python
 	@echo "installing into $(VENV)"
-	$(LOCKED) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	@# The build that pip would take by itself, checked by its hash: among several pip prefers one whose index gives it.
+	$(PIP_DOWNLOAD) -d $(VENV)/torch --no-deps -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(LOCKED) --no-index --find-links $(VENV)/torch -r requirements/torch.txt
+	@rm -rf $(VENV)/torch
 	@# PyPI's build for Linux needs the libraries of CUDA, that of the CPU index does not.
 	if ! ls -d $(VENV)/lib/python3*/site-packages/torch-*+cpu.dist-info >/dev/null 2>&1; then $(LOCKED) -r requirements/cuda.txt; fi
 	$(LOCKED) -r requirements/up.txt
