@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from finetune.jobs.failures import Cancelled, NonFiniteLoss, Stopped
+from finetune.jobs.failures import Cancelled, NonFiniteLoss, ProcessLost, Stopped
 from finetune.jobs.hyperparameters import EMBEDDING_LOSSES
 from finetune.jobs.plan import MethodPlan
 from finetune.training import bf16_cpu
@@ -25,13 +25,14 @@ from finetune.training.checkpoints import load_checkpoint, save_checkpoint
 from finetune.training.losses import build_loss
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
 from finetune.training.optimizers import build_optimizer, plateau_factor, schedule
-from finetune.training.parallel import Follower, Order, Share, seed_of, share_of
+from finetune.training.parallel import Exchange, seed_of, share_of
 from finetune.training.run_context import Run
 from finetune.training.state import Best, Progress, copied, from_checkpoint, load_weights, to_checkpoint, trainable
 from modeling.weights import FloatArray, IntArray
 
 _CHECKPOINT_EVERY_S = 60.0
 _EVALUATION_TOKENS = 8192
+_NAMED_ROWS = 20  # of those whose loss is not finite
 _CPU_TOKENS = 2048  # of a pass: larger ones only leave the caches (docs/log.md)
 
 
@@ -44,43 +45,65 @@ class Trained:
 
 
 def run_training(run: Run, method: str, model: Any) -> Trained:
-    """Trains `model` in place and leaves its best weights in it (the last ones without `restore_best`).
+    """Train `model` in place and leave its best weights in it (the last ones without `restore_best`).
 
-    In a process that follows another one it computes what that one orders, and nothing is to be read from the result.
-    Raises `Cancelled` (without keep_best), `Stopped` (after saving a checkpoint), `NonFiniteLoss`, `OutOfMemory`,
-    `ProcessLost`.
+    In a process that takes orders nothing is to be read from the result. Raises `Cancelled` (without keep_best),
+    `Stopped` (after saving a checkpoint), `NonFiniteLoss`, `OutOfMemory`, `ProcessLost`.
     """
-    loop = _Loop(run, method, model)
-    with loop.prepared():
-        if run.follower is not None:
-            return loop.follow(run.follower)
-        loop.restore()
-        while loop.progress.stopped is None:
-            loop.one_step()
-        return loop.finish()
+    rows = FeatureRows.encode(run.preprocessor, run.train.texts) if run.tokens is None else run.tokens
+    with _others(run, method, rows):
+        loop = _Loop(run, method, model, rows)
+        with loop.prepared():
+            loop.restore()
+            loop.exchange.begin(loop.parameters, step=loop.progress.step)
+            if run.orders is not None:
+                return loop.follow(run.orders)
+            while loop.progress.stopped is None:
+                loop.one_step()
+            return loop.finish()
+
+
+def _others(run: Run, method: str, rows: FeatureRows) -> contextlib.AbstractContextManager[None]:
+    """The training in the other processes, if there are any."""
+    if run.ranks is None:
+        return contextlib.nullcontext()
+    assignment = {
+        "method": method,
+        "plan": run.plan,
+        "labels": run.labels,
+        "backbone_folder": run.backbone.folder,
+        "work_dir": run.work_dir,
+        "earlier_work_dirs": run.earlier_work_dirs,
+    }
+    arrays = {
+        **{f"rows.{name}": array for name, array in rows.arrays.items()},
+        "starts": rows.starts,
+        "labels": run.train.labels,
+        "numbers": np.asarray(run.train.numbers),
+    }
+    return run.ranks.training(assignment, arrays)
 
 
 class _Loop:
-    def __init__(self, run: Run, method: str, model: Any) -> None:
+    def __init__(self, run: Run, method: str, model: Any, rows: FeatureRows) -> None:
         plan: MethodPlan = run.plan_of(method)
         self.run, self.plan, self.method = run, plan, method
-        self.rank = 0 if run.follower is None else run.follower.rank
-        self.processes = run.plan.processes
         self.folder = run.work_dir / method
         on_cpu = run.plan.device == "cpu"
         self.has_own_bf16 = on_cpu and run.plan.precision == "bf16"
         precision = "no" if self.has_own_bf16 or run.plan.precision == "fp32" else run.plan.precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
-        self.raw = model
-        encoder: Any = model.encoder
-        self.encoder, self.head = encoder, model.head
-        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, run.plan, plan))
+        self.exchange = Exchange(self.accelerator, self._lost)
+        self.rank, self.processes = self.exchange.rank, self.exchange.processes
+        self.raw, self.encoder, self.head = model, model.encoder, model.head
+        self.parameters = list(trainable(model).values())
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)  # `exchange` sums its gradients
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(model, run.plan, plan))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.factor = schedule(
             run.plan.scheduler, total_steps=plan.total_steps, warmup_ratio=run.plan.warmup_ratio, epochs=plan.epochs
         )
-        given = run.tokens
-        self.train_rows = FeatureRows.encode(run.preprocessor, run.train.texts) if given is None else given
+        self.train_rows = rows
         self.validation_rows = FeatureRows.encode(run.preprocessor, run.validation.texts)
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
         self.classes = run.train.labels if run.plan.oversample else None
@@ -99,6 +122,7 @@ class _Loop:
         self.size = self.most
         self.progress = Progress()
         self.best: Best | None = None
+        self.broken: Sequence[int] = ()  # this process's rows of the step whose loss is not finite
         self.started = self.saved = time.monotonic()
         self.first_step = 0
         self.steps_of_epoch: tuple[int, list[IntArray]] | None = None
@@ -115,8 +139,6 @@ class _Loop:
                 self.after_step = copies.expire
             if self.run.plan.gradient_checkpointing:
                 stack.enter_context(_recomputing(self.encoder))
-            if self.run.leader is not None:
-                stack.enter_context(self.run.leader.training(*self._assignment()))
             yield
 
     # One step
@@ -125,22 +147,36 @@ class _Loop:
         if self._should_end():
             return
         progress, started = self.progress, time.monotonic()
-        if progress.step == self.first_step and self.plan.finds_batch_size:
-            self._find_size()
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self._factor()
-        self._gradients_or_half()
-        self._check_norm(self.accelerator.clip_grad_norm_(self.raw.parameters(), self.run.plan.max_grad_norm))
-        self.optimizer.step()
-        self.after_step()
-        self.optimizer.zero_grad()
-        progress.step += 1
+        factor = self._factor()
+        if self.run.ranks is not None:
+            self.run.ranks.order(progress.step, factor)
+        self._descend(factor)
         progress.trained_s += time.monotonic() - started
         self._report()
         if self._is_evaluated() or progress.step >= self.plan.total_steps:
             self._evaluate()
         elif time.monotonic() - self.saved > _CHECKPOINT_EVERY_S:
             self._save()
+
+    def follow(self, orders: Iterator[float]) -> Trained:
+        """Take the steps that rank 0 orders, until the training ends."""
+        for factor in orders:
+            torch.manual_seed(seed_of(self.run.plan.seed, rank=self.rank, step=self.progress.step))
+            self._descend(factor)
+        return Trained(np.zeros((0, self.run.outputs), np.float32), {})
+
+    def _descend(self, factor: float) -> None:
+        """Take a step, the same in every process."""
+        if self.progress.step == self.first_step and self.plan.finds_batch_size:
+            self._find_size()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self._gradients_or_half()
+        self._check_norm(self.accelerator.clip_grad_norm_(self.parameters, self.run.plan.max_grad_norm))
+        self.optimizer.step()
+        self.after_step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
 
     def _is_evaluated(self) -> bool:
         """At the first step beyond each multiple of the interval, which need be no whole number of steps."""
@@ -173,20 +209,36 @@ class _Loop:
         self.progress.stopped = reason
 
     def _gradients_or_half(self) -> None:
-        """The step's gradients; where the memory does not suffice, once more from its beginning in passes of half."""
+        """Leave the gradient of the mean over the step's rows in the parameters; if the memory of a process does not
+        suffice, once more from the step's beginning in passes of half."""
         random = torch.get_rng_state()
         while True:
-            try:
-                return self._gradients()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                half = self.size.half()
-                if self.progress.halved or half is None:
-                    raise OutOfMemory(self.size) from error
+            shares = self.exchange.gathered(self._share_if_it_fits())
+            loss, plain, rows, short = (sum(values) for values in zip(*shares, strict=True))
+            if not short:
+                break
+            half = self.size.half()
+            if self.progress.halved or half is None:
+                raise OutOfMemory(self.size)
             self.progress.halved += 1
             self._shrink(half)
             torch.set_rng_state(random)
+        if not np.isfinite(loss):
+            broken = [*self.broken, *[-1.0] * _NAMED_ROWS][:_NAMED_ROWS]
+            raise self._not_finite([row for rows in self.exchange.gathered(broken) for row in rows if row >= 0])
+        self.exchange.sum_gradients(self.parameters)
+        self.progress.loss_sum += plain
+        self.progress.loss_rows += int(rows)
+        self.progress.trained_rows += int(rows)
+
+    def _share_if_it_fits(self) -> tuple[float, ...]:
+        """What `_share` gives, and 1 if the memory did not suffice for it, else 0."""
+        try:
+            return *self._share(self.progress.step), 0
+        except (RuntimeError, MemoryError) as error:  # kept no longer than here: it holds what filled the memory
+            if not is_out_of_memory(error):
+                raise
+        return 0.0, 0.0, 0, 1
 
     def _shrink(self, size: PassSize) -> None:
         self.optimizer.zero_grad()
@@ -198,25 +250,9 @@ class _Loop:
         data = {"code": "batch_halved", "method": self.method, "step": self.progress.step, "rows": size.rows}
         self.run.link.event("data_warning", message, data, level="warn")
 
-    def _gradients(self) -> None:
-        """Leaves the gradient of the mean over the step's rows in the parameters."""
-        step, leader = self.progress.step, self.run.leader
-        if leader is None:
-            shares = [self._share(step)]
-        else:
-            scaler = self.accelerator.scaler
-            order = Order(step, self.size.rows, self.size.tokens, None if scaler is None else scaler.get_scale())
-            shares = leader.gradients(self.raw, order, lambda: self._share(step))
-        total = sum(share.loss for share in shares)
-        if not np.isfinite(total):
-            raise self._not_finite([share.broken for share in shares])
-        rows = sum(share.rows for share in shares)
-        self.progress.loss_sum += sum(share.plain for share in shares)
-        self.progress.loss_rows += rows
-        self.progress.trained_rows += rows
-
-    def _share(self, step: int) -> Share:
-        """Leaves this process's part of that gradient in the parameters: all of it where no other process trains."""
+    def _share(self, step: int) -> tuple[float, float, int]:
+        """Leave this process's part of that gradient in the parameters: all of it if no other process trains. Give its
+        part of the loss, the sum of its rows' plain losses, and its number of rows."""
         self.model.train()
         (rows, batches), targets = self.batches.get(step), self.targets
         weight = float(self.objective.weights(self._of_rows(targets, rows)).sum())
@@ -226,11 +262,12 @@ class _Loop:
             loss = of_rows.sum() / weight + of_vectors * (len(batch.rows) / len(rows))
             losses.append((batch, of_rows.detach(), torch.stack([loss.detach(), plain])))
             self.accelerator.backward(loss)
+        if not losses and self.accelerator.scaler is not None:
+            self.accelerator.scaler.scale(torch.zeros((), device=self.accelerator.device))  # or it has no scale yet
         total, plain_total = torch.stack([sums for _, _, sums in losses]).sum(0).tolist() if losses else (0.0, 0.0)
-        broken = (
-            [] if np.isfinite(total) else [row for batch, values, _ in losses for row in self._broken(batch, values)]
-        )
-        return Share(total, plain_total, rows=sum(len(batch.rows) for batch in batches), broken=broken)
+        if not np.isfinite(total):
+            self.broken = [row for batch, values, _ in losses for row in self._broken(batch, values)]
+        return total, plain_total, sum(len(batch.rows) for batch in batches)
 
     def _targets(self, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self._of_rows(targets, batch.rows)
@@ -260,9 +297,14 @@ class _Loop:
         if norm is not None and self.accelerator.scaler is None and not np.isfinite(float(norm)):
             raise self._not_finite([])
 
-    def _not_finite(self, rows: list[list[int]]) -> NonFiniteLoss:
+    def _lost(self) -> ProcessLost:
+        if self.run.ranks is not None:
+            return self.run.ranks.lost()
+        return ProcessLost(0, of=self.processes, what="cannot be reached", step=self.progress.step)
+
+    def _not_finite(self, rows: Sequence[float]) -> NonFiniteLoss:
         rate = max(group["lr"] for group in self.optimizer.param_groups)
-        numbers = sorted(number for some in rows for number in some)
+        numbers = sorted(map(int, rows))
         return NonFiniteLoss(self.progress.step, rows=numbers, learning_rate=rate, precision=self.run.plan.precision)
 
     # Rows
@@ -301,46 +343,10 @@ class _Loop:
             self.accelerator.backward(of_rows.mean() + of_vectors)
             self.optimizer.zero_grad()
 
-        self.size = largest_that_fits(attempt, PassSize(-(-self.rows_per_step // self.processes)))
+        found = largest_that_fits(attempt, PassSize(-(-self.rows_per_step // self.processes)))
+        self.size = PassSize(int(min(self.exchange.gathered([found.rows]))[0]))
         self.optimizer.zero_grad()
         torch.set_rng_state(random)
-
-    # Several processes
-
-    def follow(self, follower: Follower) -> Trained:
-        """Computes this process's share of each step that is ordered, until the training ends."""
-
-        def compute(order: Order) -> Share:
-            size = PassSize(order.rows, order.tokens)
-            if size != self.size:
-                self.size = size
-                self.batches.forget()
-            if order.scale is not None:
-                scaler = self.accelerator.scaler
-                scaler.load_state_dict(scaler.state_dict() | {"scale": order.scale})
-            self.optimizer.zero_grad()
-            torch.manual_seed(seed_of(self.run.plan.seed, rank=self.rank, step=order.step))
-            return self._share(order.step)
-
-        follower.follow(self.raw, compute)
-        return Trained(np.zeros((0, len(self.run.labels)), np.float32), {})
-
-    def _assignment(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the other processes need to know, and their rows."""
-        run, tokens = self.run, self.train_rows
-        assignment = {
-            "method": self.method,
-            "plan": run.plan,
-            "labels": run.labels,
-            "backbone_folder": run.backbone.folder,
-        }
-        arrays = {
-            **{f"rows.{name}": array for name, array in tokens.arrays.items()},
-            "starts": tokens.starts,
-            "labels": run.train.labels,
-            "numbers": np.asarray(run.train.numbers),
-        }
-        return assignment, arrays
 
     # Evaluation and early stopping
 

@@ -42,7 +42,7 @@ from model_registry.store import FileStore
 from modeling.backbone import Backbone
 
 if TYPE_CHECKING:
-    from finetune.training.parallel import Leader
+    from finetune.training.parallel import Ranks
 
 
 def run_job(job: ChildJob, link: Link) -> None:
@@ -91,9 +91,9 @@ def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
 
 def train(run: Run, replan: Replan) -> list[Candidate]:
     """Train what the plan lists, or search over the one method of a plan with trials."""
-    with _leading(run.plan, run.work_dir) as run.leader:
+    with _ranks(run.plan, run.work_dir) as run.ranks:
         candidates = [search(run, replan)] if run.plan.trials else train_methods(run)
-    run.leader = None
+    run.ranks = None
     return candidates
 
 
@@ -230,13 +230,13 @@ def frozen_vectors(job: ChildJob, backbone: Backbone, cache: FeatureCache | None
 # Methods
 
 
-def _leading(plan: TrainingPlan, work_dir: Path) -> contextlib.AbstractContextManager[Leader | None]:
-    """What other processes train with, where the plan has several; one alone needs nothing of it."""
+def _ranks(plan: TrainingPlan, work_dir: Path) -> contextlib.AbstractContextManager[Ranks | None]:
+    """The other processes of a plan with several. A plan with one must not import torch for them."""
     if plan.processes == 1:
         return contextlib.nullcontext()
-    from finetune.training.parallel import leading
+    from finetune.training.parallel import Ranks
 
-    return leading(plan, work_dir)
+    return contextlib.closing(Ranks(plan, work_dir=work_dir))
 
 
 def train_methods(run: Run) -> list[Candidate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from modeling.weights import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from finetune.training.batches import FeatureRows
-    from finetune.training.parallel import Follower, Leader
+    from finetune.training.parallel import Ranks
 
 __all__ = ["Rows", "Run", "embed", "joined", "length_batches"]
 
@@ -62,8 +62,8 @@ class Run:
     `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training. Where the
     run does not hold out the validation rows, as in a refit, they are among the training rows and nothing is evaluated.
     `suspects` are the training rows whose label is probably wrong, as the evaluation lists them.
-    With a `leader` several processes train; in those that follow it there is a `follower`, and `tokens` are the
-    training rows.
+    `ranks` are the other processes that train with this one. Those have `orders` instead, the factor on the learning
+    rates of each step to take, and `tokens` for their rows.
     """
 
     train: Rows
@@ -82,8 +82,8 @@ class Run:
     vectors: FrozenVectors | None = None
     suspects: list[dict[str, Any]] = field(default_factory=list)
     on_evaluation: Callable[[int, float], None] | None = None
-    leader: Leader | None = None
-    follower: Follower | None = None
+    ranks: Ranks | None = None
+    orders: Iterator[float] | None = None
     tokens: FeatureRows | None = None
     _features: dict[str, FloatArray] = field(default_factory=dict)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -19,3 +21,16 @@ def rank_environment(threads: int, *, device: int) -> dict[str, str]:
     devices = [name for name in visible.split(",") if name] or [str(number) for number in range(device + 1)]
     alone = {"CUDA_VISIBLE_DEVICES": devices[device]} if device < len(devices) else {}
     return child_environment(threads) | alone
+
+
+@contextlib.contextmanager
+def rank_variables(rank: int, processes: int) -> Iterator[None]:
+    """Inside, the environment says which of several processes this is, as Accelerate reads it."""
+    before = dict(os.environ)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ |= {"OMP_NUM_THREADS": "1"} | before | {name: str(value) for name, value in place.items()}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before

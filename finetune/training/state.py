@@ -7,6 +7,7 @@ answers on validation, and the patience left. The learning rate is a function of
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,11 +56,11 @@ class Best:
     logits: torch.Tensor
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
@@ -79,7 +80,7 @@ def to_checkpoint(
     identity: dict[str, Any],
 ) -> Checkpoint:
     """`identity` says which run it is: only the same one goes on from it."""
-    tensors = {f"model.{name}": value for name, value in trainable(model).items()}
+    tensors: dict[str, torch.Tensor] = {f"model.{name}": value for name, value in trainable(model).items()}
     if best is not None:
         tensors |= {f"best.{name}": value for name, value in best.weights.items()} | {"best_logits": best.logits}
     numbers: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from finetune.jobs.link import ChildJob
 from finetune.jobs.plan import WorkerProfile
 from finetune.training import parallel
 from finetune.training.loop import _Loop
-from finetune.training.parallel import Leader, leading, share_of
+from finetune.training.parallel import Ranks, share_of
 from finetune.training.recipe import run_job
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
@@ -41,46 +42,36 @@ def on_this_host_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Leader]]:
-    """The leader of this module's quiet runs: its follower stays for all of them."""
-    leaders: list[Leader] = []
-    yield leaders
-    for leader in leaders:
-        leader.close()
+def kept() -> Iterator[list[Ranks]]:
+    """The other process of this module's quiet runs: it stays for all of them."""
+    ranks: list[Ranks] = []
+    yield ranks
+    for one in ranks:
+        one.close()
 
 
 @pytest.fixture
-def pair(job: Build, kept: list[Leader], monkeypatch: pytest.MonkeyPatch) -> Build:
+def pair(job: Build, kept: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> Build:
     """A job of two processes, the second of which outlives it."""
 
     def keep(plan: Any, work_dir: Path) -> Any:
         if plan.processes == 1:
-            return leading(plan, work_dir)
+            return contextlib.nullcontext()
         if not kept:
-            kept.append(Leader(plan, work_dir=work_dir))
-        return _Kept(kept[0])
+            kept.append(Ranks(plan, work_dir=work_dir))
+        return contextlib.nullcontext(kept[0])
 
-    monkeypatch.setattr("finetune.training.recipe._leading", keep)
+    monkeypatch.setattr("finetune.training.recipe._ranks", keep)
     return _of_two(job)
 
 
 @pytest.fixture
-def two(job: Build, kept: list[Leader]) -> Build:
-    """A job of two processes that start and end with it; a process can lead but one group."""
-    for leader in kept:
-        leader.close()
+def two(job: Build, kept: list[Ranks]) -> Build:
+    """A job of two processes, the second of which starts and ends with it; a process can be in one group only."""
+    for one in kept:
+        one.close()
     kept.clear()
     return _of_two(job)
-
-
-class _Kept:
-    def __init__(self, leader: Leader) -> None:
-        self.leader = leader
-
-    def __enter__(self) -> Leader:
-        return self.leader
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def _of_two(job: Build) -> Build:
@@ -131,7 +122,7 @@ def test_two_processes_train_what_one_does(
 
     def share(self: Any, step: int) -> Any:
         found = original(self, step)
-        shares.append(found.rows)
+        shares.append(found[2])
         return found
 
     monkeypatch.setattr(_Loop, "_share", share)
@@ -145,6 +136,17 @@ def test_two_processes_train_what_one_does(
     found = weights(store, together)
     assert any(np.abs(values).max() > 1e-3 for name, values in found.items() if "lora_B" in name or case == "full")
     assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
+
+
+def test_a_last_step_of_one_row_is_taken_by_all(pair: Build, store: FileStore) -> None:
+    rows = finish(pair("counted", processes=1, method="baseline"), RecordingLink())["evaluation"]["rows"]["train"]
+    options = {"method": "full", "epochs": 2, "batch_size": rows - 1, "restore_best": False}
+    expected = weights(store, finish(pair("alone", processes=1, **options), RecordingLink()))
+    together = finish(pair("together", **options), RecordingLink())
+    assert details(together)["steps"] == 4
+    found = weights(store, together)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
 
@@ -178,19 +180,19 @@ def test_a_run_goes_on_with_another_number_of_processes(pair: Build) -> None:
     assert resumed["evaluation"]["test"]["loss"] == pytest.approx(whole["evaluation"]["test"]["loss"], abs=1e-5)
 
 
-def test_a_search_keeps_its_processes(pair: Build, kept: list[Leader]) -> None:
+def test_a_search_keeps_its_processes(pair: Build, kept: list[Ranks]) -> None:
     finish(pair("first", method="lora", epochs=1), RecordingLink())
-    before = kept[0].pids
+    before = [other.pid for other in kept[0]._others]
     result = finish(pair("search", method="lora", epochs=1, trials=2), RecordingLink())
     assert len(details(result)["search"]["trials"]) == 2
-    assert kept[0].pids == before
+    assert [other.pid for other in kept[0]._others] == before
 
 
 # One of them ends, or cannot go on
 
 _FAULTY = """
 import os, signal, sys, torch
-from finetune.worker import ddp_follower as rank
+from finetune.training import rank
 from finetune.training.loop import _Loop
 
 original, passes = _Loop._losses, []
@@ -202,7 +204,7 @@ def losses(self, batch, targets):
     return of_rows, of_vectors, plain
 
 _Loop._losses = losses
-sys.exit(rank.main())
+rank.main(int(sys.argv[1]))
 """
 
 
@@ -269,22 +271,22 @@ def test_one_that_dies_in_a_step_fails_the_job(
 def test_one_that_dies_or_hangs_between_steps_fails_the_job(
     two: Build, number: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leaders: list[Leader] = []
-    original = Leader.__init__
+    started: list[Ranks] = []
+    original = Ranks.__init__
 
-    def init(self: Leader, *arguments: Any, **options: Any) -> None:
+    def init(self: Ranks, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options)
-        leaders.append(self)
+        started.append(self)
 
     def strike(events: list[dict[str, Any]]) -> None:
         if any(event["type"] == "best_updated" for event in events):
-            monkeypatch.setattr(parallel, "_ANSWER_S", 1.0)
-            os.kill(leaders[0].pids[0], number)
+            os.kill(started[0]._others[0].pid, number)
 
-    monkeypatch.setattr(Leader, "__init__", init)
+    monkeypatch.setattr(parallel, "_EXCHANGE_S", 10.0)
+    monkeypatch.setattr(Ranks, "__init__", init)
     with pytest.raises(ProcessLost, match=said):
         run_job(two(method="lora", epochs=2), RecordingLink(strike))
-    assert not leaders[0].pids, "they are gone at the end"
+    assert not started[0]._others, "they are gone at the end"
 
 
 def test_one_that_cannot_start_fails_the_job(two: Build, monkeypatch: pytest.MonkeyPatch) -> None:
