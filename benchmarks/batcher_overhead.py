@@ -89,7 +89,7 @@ async def _measure(folder: Path, texts: int, repeats: int) -> dict[str, float]:
     engine = InstantEngine()
     async with _pool(folder, engine) as pool:
         admission = AdmissionController(max_inputs=1 << 20, max_queue_delay_s=600)
-        predictor = Predictor(admission, ServingMetrics(), max_inputs=256, tokenizer_threads=2)
+        predictor = Predictor(admission, ServingMetrics(), max_inputs=256, preprocessor_threads=2)
         lane: Any = pool.lanes()[0]
         tokenizer = lane._preprocessor
         for name, preprocessor in (("with tokenizer", tokenizer), ("own", ConstantPreprocessor(tokenizer))):

@@ -119,7 +119,7 @@ class ConstantPredictor:
             input_tokens=12,
             engine="fake",
             batch_rows=1,
-            timings=Timings(queue=0.00042, tokenize=0.00013, inference=0.0042, total=0.0051),
+            timings=Timings(queue=0.00042, preprocess=0.00013, inference=0.0042, total=0.0051),
         )
 
     def _answer(self, *, embedded: bool) -> Answer:
@@ -170,7 +170,7 @@ async def _measure(folder: Path, requests: int, repeats: int) -> list[tuple[str,
         async with _served(pool, constant, keys=KEYS) as app:
             figures.append((f"app: {KEYED.name}", await _repeat(_through_app(app, KEYED), requests, repeats)))
         admission = AdmissionController(max_inputs=512, max_queue_delay_s=60)
-        real = Predictor(admission, ServingMetrics(), max_inputs=256, tokenizer_threads=2)
+        real = Predictor(admission, ServingMetrics(), max_inputs=256, preprocessor_threads=2)
         async with _served(pool, real) as app:
             for case in (CASES[0], CASES[2], CASES[4]):
                 ask = _through_app(app, case)

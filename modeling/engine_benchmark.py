@@ -44,7 +44,7 @@ class TrialRequest:
     candidates: tuple[str, ...]
     device: str = "cpu"
     threads: int = 0
-    texts: int = 512
+    examples: int = 512
     batch_tokens: int = 1024
     niceness: int = 10
 
@@ -83,7 +83,7 @@ def run_trial(request: TrialRequest, say: Callable[[dict[str, Any]], None]) -> l
     backbone = Backbone.open(Path(request.backbone))
     files = _graphs(backbone, request, say)
     contenders, reports = _open(backbone, files, request, say)
-    examples, topics = MODALITIES[backbone.info.modality].probe_set(request.texts)
+    examples, topics = MODALITIES[backbone.info.modality].probe_set(request.examples)
     batches, order = _batches(single(open_preprocessor(backbone).encode(examples)), request.batch_tokens)
     for number, batch in enumerate(batches):
         if number == _SCREENING_BATCHES:

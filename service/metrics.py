@@ -67,7 +67,7 @@ class ModelSeries:
     """
 
     in_progress: Gauge
-    tokenize_duration: Histogram
+    preprocess_duration: Histogram
     answers: tuple[Histogram, ...]
     rejected: Mapping[str, Counter]
     cancelled_queued: Counter
@@ -315,7 +315,7 @@ class ServingMetrics:
         if series is None:
             series = self._of_model[labels] = ModelSeries(
                 in_progress=self.requests_in_progress.labels(*labels),
-                tokenize_duration=self.tokenize_duration_seconds.labels(*labels),
+                preprocess_duration=self.tokenize_duration_seconds.labels(*labels),
                 answers=tuple(histogram.labels(*labels) for histogram in self._answers_of(labels[2])),
                 rejected={reason: self.rejected_total.labels(*labels, reason) for reason in REJECT_REASONS},
                 cancelled_queued=self.cancelled_total.labels(*labels, "queued"),

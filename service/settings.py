@@ -134,6 +134,10 @@ class ServingSettings(BaseSettings):
         return self.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
 
     @property
+    def preprocessor_threads(self) -> int:
+        return self.tokenizer_threads
+
+    @property
     def resolved_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
 

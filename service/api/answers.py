@@ -134,7 +134,7 @@ def timing_headers(result: PredictResult) -> list[tuple[bytes, bytes]]:
     timings = result.timings
     stages = b"queue;dur=%.2f, tokenize;dur=%.2f, inference;dur=%.2f, total;dur=%.2f" % (
         timings.queue * 1000,
-        timings.tokenize * 1000,
+        timings.preprocess * 1000,
         timings.inference * 1000,
         timings.total * 1000,
     )

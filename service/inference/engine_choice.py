@@ -44,10 +44,10 @@ def choose(reports: Sequence[Mapping[str, Any]], *, reference: str, bound: Parit
     baseline = next((r["texts_per_s"] for r in reports if r["engine"] == reference and r["texts_per_s"]), 0.0)
     fastest = max(eligible, key=lambda engine: (eligible[engine], engine), default=None)
     if fastest is None or eligible[fastest] < MIN_GAIN * baseline:
-        slower = {name: f"{speed:.0f} texts/s, the reference {baseline:.0f}" for name, speed in eligible.items()}
+        slower = {name: f"{speed:.0f} inputs/s, the reference {baseline:.0f}" for name, speed in eligible.items()}
         return EngineChoice(reference, refused | slower)
     best = eligible[fastest]
-    slower = {name: f"{v:.0f} texts/s, the fastest {best:.0f}" for name, v in eligible.items() if name != fastest}
+    slower = {name: f"{v:.0f} inputs/s, the fastest {best:.0f}" for name, v in eligible.items() if name != fastest}
     return EngineChoice(fastest, refused | slower)
 
 

@@ -51,7 +51,7 @@ class SelectionPolicy:
     allow_cuda_graphs: bool = False
     allow_tensorrt: bool = False
     stall_s: float = 600.0
-    texts: int = 512
+    examples: int = 512
     batch_tokens: int = 1024
     niceness: int = 10
     bound: ParityBound = field(default_factory=ParityBound)
@@ -121,7 +121,7 @@ class EngineSelector:
                     candidates=tuple(names),
                     device=self._options.device,
                     threads=self._options.threads,
-                    texts=self.policy.texts,
+                    examples=self.policy.examples,
                     batch_tokens=self.policy.batch_tokens,
                     niceness=self.policy.niceness,
                 ),

@@ -138,8 +138,8 @@ class EngineThread:
             self._on_crash(self)
 
 
-def _tokenizer_threads(count: int) -> Executor:
-    return ThreadPoolExecutor(count, thread_name_prefix="tokenizer")
+def _preprocessor_threads(count: int) -> Executor:
+    return ThreadPoolExecutor(count, thread_name_prefix="preprocessor")
 
 
 def _loader_thread() -> Executor:
@@ -152,7 +152,7 @@ class Runtime:
 
     clock: Callable[[], float] = time.monotonic
     engine_thread: Callable[..., EngineThread] = EngineThread
-    tokenizer_threads: Callable[[int], Executor] = _tokenizer_threads
+    preprocessor_threads: Callable[[int], Executor] = _preprocessor_threads
     loader_thread: Callable[[], Executor] = _loader_thread
 
 
@@ -228,7 +228,7 @@ class EngineWorker:
     # For requests
 
     def forecast(self, tokens: int = 0) -> Forecast:
-        """When `tokens` more would start and be done, by all that runs, waits or is being tokenised, and by how much
+        """When `tokens` more would start and be done, by all that runs, waits or is being preprocessed, and by how much
         such forecasts have lately been wrong."""
         now = self._clock()
         return self.load.forecast(tokens, self._queue.tokens_ahead, running_s=self._running_s(now), now=now)
@@ -242,7 +242,7 @@ class EngineWorker:
         self._queue.announce(ticket)
 
     def put(self, tickets: Sequence[Ticket]) -> None:
-        """Queues the entries of tokenised requests. Raises `ModelNotReady` if the engine is stopped or unfit."""
+        """Queues the entries of preprocessed requests. Raises `ModelNotReady` if the engine is stopped or unfit."""
         self._refuse_if_unfit()
         queue, now = self._queue, self._clock()
         due_at = now + self.load.start(queue.tokens_ahead, running_s=self._running_s(now)).wait_s + self.load.window_s

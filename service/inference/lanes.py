@@ -23,7 +23,6 @@ from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import EngineFailed
 from modeling.heads import TaskHead
 from modeling.inputs import MODALITIES, Example, Features, open_preprocessor
-from modeling.linear_text import LinearText
 from modeling.tasks import DEFAULT_MODALITY, NO_CALIBRATION, Calibration, Task
 from modeling.weights import FloatArray
 from service.inference.capacity import CostEstimate
@@ -51,11 +50,11 @@ class Lane(Protocol):
     def preprocess(
         self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None
     ) -> Sequence[Sequence[Work]]:
-        """Prepare each example for the queue, in one or more windows; called on a tokeniser thread."""
+        """Prepare each example for the queue, in one or more windows; called on a preprocessor thread."""
 
 
 class BackboneLane:
-    """One backbone's engine and tokenizer. Another engine may take over between two batches."""
+    """One backbone's engine and preprocessor. Another engine may take over between two batches."""
 
     def __init__(
         self,
@@ -195,8 +194,8 @@ class LinearLane:
         works = cast("list[Raw]", [entry.work for entry in entries])  # as `preprocess` made them
 
         def margins(model: Model, rows: list[int]) -> FloatArray:
-            assert model.linear is not None
-            return model.linear.margins([works[row].example for row in rows])
+            assert model.margins is not None
+            return model.margins([works[row].example for row in rows])
 
         return _answers(entries, vectors, margins)
 
@@ -225,7 +224,7 @@ class ServedModel:
     state: str = "ready"
     owns_weights: bool = False
     head: TaskHead | None = field(init=False)
-    linear: LinearText | None = field(init=False)
+    margins: Callable[[Sequence[Example]], FloatArray] | None = field(init=False)
     metric_labels: tuple[str, str, str] = field(init=False)
     loaded_at: float = field(default_factory=time.time)
     used_at: float = field(default_factory=time.monotonic)
@@ -234,7 +233,8 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         self.head = None if self.parts is None else self.parts.head
-        self.linear = None if self.parts is None else self.parts.linear
+        linear = None if self.parts is None else self.parts.linear
+        self.margins = None if linear is None else linear.margins
         self.metric_labels = (self.name, "" if self.version is None else str(self.version), self.task.name)
         self._idle.set()
 

@@ -1,4 +1,4 @@
-"""The life of one request: lease → admit → tokenise → queue → answers. Everything taken is given back at the end.
+"""The life of one request: lease → admit → preprocess → queue → answers. Everything taken is given back at the end.
 
 All the way it is one `Ticket` and one future: stages pass the ticket on, and its caller wakes once.
 """
@@ -27,8 +27,8 @@ from service.inference.errors import (
     QueueFull,
 )
 from service.inference.lanes import Lane, ServedModel
+from service.inference.preprocessing import PreprocessorStage
 from service.inference.queue import QueueEntry, Ticket
-from service.inference.tokenizing import TokenizerStage
 from service.metrics import ModelSeries, ServingMetrics
 
 
@@ -37,7 +37,7 @@ class Timings:
     """Seconds, the longest over the request's inputs."""
 
     queue: float
-    tokenize: float
+    preprocess: float
     inference: float
     total: float
 
@@ -64,15 +64,15 @@ class Predictor:
         metrics: ServingMetrics,
         *,
         max_inputs: int,
-        tokenizer_threads: int,
+        preprocessor_threads: int,
         runtime: Runtime = Runtime(),
     ) -> None:
         self._admission, self._metrics = admission, metrics
         self._max_inputs, self._clock = max_inputs, runtime.clock
-        self._tokenizers = TokenizerStage(tokenizer_threads, runtime)
+        self._preprocessors = PreprocessorStage(preprocessor_threads, runtime)
 
     def close(self) -> None:
-        self._tokenizers.close()
+        self._preprocessors.close()
 
     async def predict(
         self,
@@ -122,7 +122,7 @@ class Predictor:
                 for value in values:
                     histogram.observe(value)
             vectors = [_embedding(model, rows) for rows in rows_of] if options.return_embedding else []
-            series.tokenize_duration.observe(ticket.tokenized_at - started)
+            series.preprocess_duration.observe(ticket.preprocessed_at - started)
             return _result(model, ticket, entries, answers, vectors, started=started, ended=self._clock())
 
     def _admit(
@@ -160,7 +160,7 @@ class Predictor:
     async def _answered(self, lane: Lane, ticket: Ticket, time_left_s: float) -> None:
         """Waits for all entries; on every way out, what is left of them leaves the queue."""
         timer = asyncio.get_running_loop().call_later(time_left_s, ticket.expire)
-        self._tokenizers.submit(lane, ticket)
+        self._preprocessors.submit(lane, ticket)
         try:
             await ticket.future
         finally:
@@ -236,7 +236,7 @@ def _result(
         batch_rows=ticket.batch_rows,
         timings=Timings(
             queue=ticket.started_at - ticket.enqueued_at,
-            tokenize=ticket.tokenized_at - started,
+            preprocess=ticket.preprocessed_at - started,
             inference=ticket.inference_s,
             total=ended - started,
         ),

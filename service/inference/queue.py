@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from modeling.heads import TaskHead
 from modeling.inputs import Example
-from modeling.linear_text import LinearText
 from modeling.tasks import Calibration, Task
 from modeling.weights import FloatArray
 from service.inference.capacity import WINDOW_BATCHES, LoadModel
@@ -20,14 +19,17 @@ _WINDOW_ROWS = 512  # sorting more costs more than it saves
 
 
 class Model(Protocol):
-    """What rows are computed by, besides the lane's engine. Two objects are two models."""
+    """What rows are computed by, besides the lane's engine. Two objects are two models.
+
+    `margins` stands for backbone and head in a model without them: examples to logits float32[rows, labels].
+    """
 
     @property
     def adapter_key(self) -> str | None: ...
     @property
     def head(self) -> TaskHead | None: ...
     @property
-    def linear(self) -> LinearText | None: ...
+    def margins(self) -> Callable[[Sequence[Example]], FloatArray] | None: ...
     @property
     def task(self) -> Task: ...
     @property
@@ -48,7 +50,7 @@ class Ticket:
     """One admitted request, on the event loop. Its caller waits for `future` alone: done with all entries, or with the
     first error.
 
-    `deadline` is in seconds of the worker's clock, `tokens` the estimate for the inputs before tokenising, `forecast_s`
+    `deadline` is in seconds of the worker's clock, `tokens` the estimate before the inputs are rows, `forecast_s`
     the longest wait predicted then, and `missing` how many entries have not ended. The last four are of the batches
     that computed it: the latest start, the longest run, the most rows, and an engine.
     """
@@ -62,7 +64,7 @@ class Ticket:
     truncate: bool = True
     tokens: int = 0
     is_announced: bool = False
-    tokenized_at: float = 0.0
+    preprocessed_at: float = 0.0
     admitted_at: float = 0.0
     forecast_s: float = 0.0
     enqueued_at: float = 0.0
@@ -145,7 +147,7 @@ class EntryQueue:
     once, wherever it is.
 
     `tokens` and the length are of the entries that no batch was formed of yet; `announced_tokens` are those of requests
-    that are being tokenised.
+    that are being preprocessed.
     """
 
     def __init__(self, load: LoadModel, *, max_rows: int) -> None:

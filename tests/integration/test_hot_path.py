@@ -39,6 +39,8 @@ def test_one_request_enters_few_files(entered: dict[str, list[str]], request_kin
 
 
 def test_the_whole_path_is_seen(entered: dict[str, list[str]]) -> None:
-    """From the protocol over the tokeniser's and the engine's threads to the answer."""
+    """From the protocol over the preprocessor's and the engine's threads to the answer."""
     for files in entered.values():
-        assert {"service/http_limits.py", "service/inference/tokenizing.py", "modeling/engines/torch.py"} <= set(files)
+        assert {"service/http_limits.py", "service/inference/preprocessing.py", "modeling/engines/torch.py"} <= set(
+            files
+        )

@@ -61,7 +61,7 @@ class ServedWorld(AppUnderTest):
         admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
         async with self.world.pool(metrics=self.metrics) as pool:
             await pool.apply(self.world.registry.snapshot())
-            predictor = Predictor(admission, self.metrics, max_inputs=50, tokenizer_threads=1)
+            predictor = Predictor(admission, self.metrics, max_inputs=50, preprocessor_threads=1)
             try:
                 self.services = Services(
                     settings=self.settings,

@@ -87,7 +87,7 @@ def result_for(rows: int, *, with_embedding: bool = False) -> PredictResult:
         input_tokens=7,
         engine="torch",
         batch_rows=2,
-        timings=Timings(queue=0.001, tokenize=0.002, inference=0.003, total=0.0064),
+        timings=Timings(queue=0.001, preprocess=0.002, inference=0.003, total=0.0064),
     )
 
 

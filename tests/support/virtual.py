@@ -1,4 +1,4 @@
-"""Time that passes only when everybody waits: an event loop, an engine's thread and a tokeniser pool on one clock.
+"""Time that passes only when everybody waits: an event loop, an engine's thread and a preprocessor pool on one clock.
 
 What takes an hour there takes a second here, and comes out the same every time.
 """
@@ -116,7 +116,7 @@ class VirtualPool(Executor):
 
 def virtual_runtime(
     engine_s: Callable[[Any], float] = lambda work: 0.0,
-    tokenizer_s: Callable[..., float] = lambda *_: 0.0,
+    preprocessor_s: Callable[..., float] = lambda *_: 0.0,
     loader_s: Callable[..., float] = lambda *_: 0.0,
 ) -> Runtime:
     """For use inside of `run_virtually`."""
@@ -124,7 +124,7 @@ def virtual_runtime(
     return Runtime(
         clock=asyncio.get_running_loop().time,
         engine_thread=thread,
-        tokenizer_threads=lambda _: VirtualPool(tokenizer_s),
+        preprocessor_threads=lambda _: VirtualPool(preprocessor_s),
         loader_thread=lambda: VirtualPool(loader_s),
     )
 

@@ -64,7 +64,7 @@ class Requests(RuleBasedStateMachine):
             self.admission,
             ServingMetrics(),
             max_inputs=8,
-            tokenizer_threads=2,
+            preprocessor_threads=2,
             runtime=runtime,
         )
 

@@ -86,7 +86,7 @@ def reports(tmp_path: Path) -> EngineReports:
 
 
 def selector(world: World, reports: EngineReports | None, engine: str = "auto", **options: Any) -> EngineSelector:
-    policy = SelectionPolicy(engine=engine, precision="fp32", texts=64, niceness=0)
+    policy = SelectionPolicy(engine=engine, precision="fp32", examples=64, niceness=0)
     return EngineSelector(policy, EngineOptions(threads=1), world.folder / "graphs", reports, **options)
 
 
@@ -165,7 +165,7 @@ class Scripted(EngineSelector):
 
 async def ask(pool: ModelPool, model: str) -> PredictResult:
     admission = AdmissionController(max_inputs=9, max_queue_delay_s=60)
-    predictor = Predictor(admission, ServingMetrics(), max_inputs=9, tokenizer_threads=1)
+    predictor = Predictor(admission, ServingMetrics(), max_inputs=9, preprocessor_threads=1)
     try:
         return await predictor.predict(
             await pool.find("default", ModelRef.parse(model)),

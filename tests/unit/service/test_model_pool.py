@@ -34,7 +34,7 @@ from tests.support.world import World, run
 
 async def ask(pool: ModelPool, model: str, texts: list[TextInput], **options: Any) -> PredictResult:
     admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
-    predictor = Predictor(admission, ServingMetrics(), max_inputs=50, tokenizer_threads=1)
+    predictor = Predictor(admission, ServingMetrics(), max_inputs=50, preprocessor_threads=1)
     try:
         return await predictor.predict(
             await pool.find("default", ModelRef.parse(model)),

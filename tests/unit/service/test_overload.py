@@ -45,7 +45,9 @@ class Service:
         self.admission = AdmissionController(max_inputs=max_inputs, max_queue_delay_s=MAX_DELAY_S)
         self.metrics = ServingMetrics()
         self.model: Any = WordModel(self.lane)
-        self.predictor = Predictor(self.admission, self.metrics, max_inputs=256, tokenizer_threads=2, runtime=runtime)
+        self.predictor = Predictor(
+            self.admission, self.metrics, max_inputs=256, preprocessor_threads=2, runtime=runtime
+        )
         self.latencies: list[float] = []
         self.tokens = 0
         self.refusals: list[tuple[Exception, float]] = []

@@ -68,7 +68,7 @@ def store(world: World) -> UnsteadyStore:
 async def ask(pool: ModelPool, model: str, runtime: Runtime, **options: Any) -> int | None:
     """The version that answered."""
     admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
-    predictor = Predictor(admission, ServingMetrics(), max_inputs=5, tokenizer_threads=1, runtime=runtime)
+    predictor = Predictor(admission, ServingMetrics(), max_inputs=5, preprocessor_threads=1, runtime=runtime)
     ref, deadline = ModelRef.parse(model), runtime.clock() + 30
     found = await pool.find(TENANT, ref)
     answer = await predictor.predict(found, ["a good film"], Options(**options), deadline=deadline)

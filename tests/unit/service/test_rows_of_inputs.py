@@ -92,7 +92,7 @@ def ask(task: Any, inputs: Sequence[Any], *, max_inputs: int = 100, options: Opt
         model: Any = WordModel(lane)
         model.task, model.metric_labels = task, ("m", "1", "text-ranking")
         admission = AdmissionController(max_inputs=max_inputs, max_queue_delay_s=30)
-        predictor = Predictor(admission, ServingMetrics(), max_inputs=100, tokenizer_threads=1)
+        predictor = Predictor(admission, ServingMetrics(), max_inputs=100, preprocessor_threads=1)
         lane.worker.start()
         try:
             deadline = asyncio.get_running_loop().time() + 30
@@ -136,7 +136,7 @@ def test_admission_counts_rows() -> None:
         lane = WindowLane(BatchLimits(1000, 100))
         model: Any = WordModel(lane)
         model.task, model.metric_labels = Ranking(), ("m", "1", "text-ranking")
-        predictor = Predictor(admission, ServingMetrics(), max_inputs=100, tokenizer_threads=1)
+        predictor = Predictor(admission, ServingMetrics(), max_inputs=100, preprocessor_threads=1)
         lane.worker.start()
         try:
             with pytest.raises(QueueFull):

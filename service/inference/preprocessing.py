@@ -1,4 +1,4 @@
-"""The stage before the queue: inputs to tokens, off the event loop, a whole burst of requests in one go.
+"""The stage before the queue: inputs to rows, off the event loop, a whole burst of requests in one go.
 
 A free thread takes all that has arrived; only what the engine could not begin for long waits a moment for others. While
 every thread is busy requests gather, so the busier it is the fewer changes of thread it costs each of them.
@@ -18,9 +18,9 @@ from service.inference.errors import InferenceError, InferenceFailed, ModelNotRe
 from service.inference.lanes import Lane
 from service.inference.queue import Ticket, Work
 
-_log = logging.getLogger("service.tokenizing")
-# So much at once, some 20 ms of work: a request with long texts does not hold up those behind it for longer.
-_MAX_CHARACTERS = 200_000
+_log = logging.getLogger("service.preprocessing")
+# So much at once by `Modality.size`, some 20 ms for characters: long inputs hold up those behind them no longer.
+_MAX_SIZE = 200_000
 # Changes of thread cost more than what they are for where each request comes alone.
 _PATIENT_S, _GATHER_S = 0.2, 0.02
 
@@ -28,11 +28,11 @@ Asked = tuple[Lane, Ticket]
 Prepared = tuple[Lane, Ticket, Sequence[Sequence[Work]] | Exception]
 
 
-class TokenizerStage:
+class PreprocessorStage:
     """Its own threads in front of all lanes; what they have done is put into the lane's queue."""
 
     def __init__(self, threads: int, runtime: Runtime) -> None:
-        self._executor, self._clock = runtime.tokenizer_threads(threads), runtime.clock
+        self._executor, self._clock = runtime.preprocessor_threads(threads), runtime.clock
         self._free = threads
         self._waiting: deque[Asked] = deque()
         self._flushing: asyncio.Handle | None = None
@@ -66,7 +66,7 @@ class TokenizerStage:
 
     def _next_burst(self) -> list[Asked]:
         burst, size = [], 0
-        while self._waiting and size < _MAX_CHARACTERS:
+        while self._waiting and size < _MAX_SIZE:
             lane, ticket = self._waiting.popleft()
             if not ticket.is_over:
                 burst.append((lane, ticket))
@@ -82,7 +82,7 @@ class TokenizerStage:
         now = self._clock()
         by_lane: dict[Lane, list[Ticket]] = {}
         for lane, ticket, works in done.result():
-            ticket.tokenized_at = now
+            ticket.preprocessed_at = now
             if isinstance(works, Exception):
                 ticket.fail(works)
             elif not ticket.is_over:
@@ -98,7 +98,7 @@ class TokenizerStage:
 
 
 def _prepare(burst: Sequence[Asked]) -> list[Prepared]:
-    """On a tokeniser thread: one call for all requests that share a lane and their limits."""
+    """On a preprocessor thread: one call for all requests that share a lane and their limits."""
     groups: dict[tuple[Lane, bool, int], list[Ticket]] = {}
     for lane, ticket in burst:
         groups.setdefault((lane, ticket.truncate, ticket.max_length), []).append(ticket)
@@ -114,8 +114,8 @@ def _prepare_alike(lane: Lane, tickets: Sequence[Ticket]) -> list[Prepared]:
         if len(tickets) > 1:  # whose fault it is shows when each is alone
             return [prepared for ticket in tickets for prepared in _prepare_alike(lane, [ticket])]
         if not isinstance(error, ModelingError | InferenceError):
-            _log.exception("tokenising failed", extra={"action": "tokenizing_failed"})
-            error = InferenceFailed("the input could not be tokenised")
+            _log.exception("preprocessing failed", extra={"action": "preprocessing_failed"})
+            error = InferenceFailed("the input could not be preprocessed")
         return [(lane, first, error)]
     prepared: list[Prepared] = []
     start = 0

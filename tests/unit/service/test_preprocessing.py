@@ -9,8 +9,8 @@ from typing import Any
 from modeling.errors import InputTooLong
 from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.errors import InferenceFailed, ModelNotReady
+from service.inference.preprocessing import PreprocessorStage
 from service.inference.queue import Ticket
-from service.inference.tokenizing import TokenizerStage
 from tests.support.lanes import WordLane, WordModel, Words, ticket_for
 from tests.support.turns import settled
 from tests.support.virtual import elapse, run_virtually, virtual_runtime
@@ -44,18 +44,18 @@ async def outcomes(tickets: Sequence[Ticket]) -> list[Any]:
 
 
 def stage(lane_type: type[Recording] = Recording, *, threads: int = 2, seconds: float = 0.0) -> Any:
-    runtime = virtual_runtime(tokenizer_s=lambda burst: seconds)
+    runtime = virtual_runtime(preprocessor_s=lambda burst: seconds)
     lane = lane_type(runtime=runtime)
     lane.worker.start()
-    return lane, TokenizerStage(threads, runtime)
+    return lane, PreprocessorStage(threads, runtime)
 
 
-def test_what_arrives_together_is_tokenised_in_one_call() -> None:
+def test_what_arrives_together_is_preprocessed_in_one_call() -> None:
     async def scenario() -> list[list[str]]:
-        lane, tokenizers = stage()
+        lane, preprocessors = stage()
         tickets = [ticket(lane, "a", "b c"), ticket(lane, "d"), ticket(lane, "e f g")]
         for item in tickets:
-            tokenizers.submit(lane, item)
+            preprocessors.submit(lane, item)
         assert await outcomes(tickets) == [None] * 3
         assert [lengths(item) for item in tickets] == [[1, 2], [1], [3]]
         await lane.worker.stop()
@@ -66,21 +66,21 @@ def test_what_arrives_together_is_tokenised_in_one_call() -> None:
 
 def test_requests_that_wait_long_anyway_gather_and_hold_up_nobody_else() -> None:
     async def scenario() -> tuple[list[list[str]], float]:
-        lane, tokenizers = stage()
+        lane, preprocessors = stage()
         patient = [ticket(lane, text) for text in "abcd"]
         for item in patient:
             item.forecast_s = 1.0
         for item in patient[:3]:
-            tokenizers.submit(lane, item)
+            preprocessors.submit(lane, item)
             await elapse(0.001)
         assert lane.calls == []
         await outcomes(patient[:3])
-        tokenizers.submit(lane, patient[3])
+        preprocessors.submit(lane, patient[3])
         urgent, started = ticket(lane, "now"), asyncio.get_running_loop().time()
-        tokenizers.submit(lane, urgent)
+        preprocessors.submit(lane, urgent)
         await outcomes([urgent])
         took = asyncio.get_running_loop().time() - started
-        tokenizers.close()
+        preprocessors.close()
         await lane.worker.stop()
         return lane.calls, took
 
@@ -91,10 +91,10 @@ def test_requests_that_wait_long_anyway_gather_and_hold_up_nobody_else() -> None
 
 def test_while_the_threads_are_busy_requests_gather() -> None:
     async def scenario() -> list[list[str]]:
-        lane, tokenizers = stage(threads=1, seconds=0.01)
+        lane, preprocessors = stage(threads=1, seconds=0.01)
         tickets = [ticket(lane, str(number)) for number in range(5)]
         for item in tickets:
-            tokenizers.submit(lane, item)
+            preprocessors.submit(lane, item)
             await elapse(0.001)
         await outcomes(tickets)
         await lane.worker.stop()
@@ -105,7 +105,7 @@ def test_while_the_threads_are_busy_requests_gather() -> None:
 
 def test_a_bad_request_fails_alone() -> None:
     async def scenario() -> list[Any]:
-        lane, tokenizers = stage()
+        lane, preprocessors = stage()
         tickets = [
             ticket(lane, "a"),
             ticket(lane, "b", "c c c", truncate=False, max_length=2),
@@ -114,7 +114,7 @@ def test_a_bad_request_fails_alone() -> None:
             ticket(lane, "e"),
         ]
         for item in tickets:
-            tokenizers.submit(lane, item)
+            preprocessors.submit(lane, item)
         found = await outcomes(tickets)
         error = tickets[1].future.exception()
         assert isinstance(error, InputTooLong) and error.index == 1  # as counted in its own request
@@ -126,10 +126,10 @@ def test_a_bad_request_fails_alone() -> None:
 
 def test_every_request_keeps_its_own_limit() -> None:
     async def scenario() -> list[list[int]]:
-        lane, tokenizers = stage()
+        lane, preprocessors = stage()
         tickets = [ticket(lane, "w " * 9, max_length=limit) for limit in (3, 5, 3, 20)]
         for item in tickets:
-            tokenizers.submit(lane, item)
+            preprocessors.submit(lane, item)
         await outcomes(tickets)
         await lane.worker.stop()
         return [lengths(item) for item in tickets]
@@ -139,12 +139,12 @@ def test_every_request_keeps_its_own_limit() -> None:
 
 def test_nothing_is_spent_on_a_request_whose_client_has_left() -> None:
     async def scenario() -> list[list[str]]:
-        lane, tokenizers = stage(threads=1, seconds=0.01)
+        lane, preprocessors = stage(threads=1, seconds=0.01)
         first, gone, last = ticket(lane, "a"), ticket(lane, "gone"), ticket(lane, "b")
-        tokenizers.submit(lane, first)
+        preprocessors.submit(lane, first)
         await settled(1)
         for item in (gone, last):
-            tokenizers.submit(lane, item)
+            preprocessors.submit(lane, item)
         gone.future.cancel()
         await outcomes([first, last])
         await lane.worker.stop()
@@ -155,10 +155,10 @@ def test_nothing_is_spent_on_a_request_whose_client_has_left() -> None:
 
 def test_a_long_burst_is_split_so_that_those_behind_it_need_not_wait_for_all_of_it() -> None:
     async def scenario() -> list[int]:
-        lane, tokenizers = stage()
+        lane, preprocessors = stage()
         tickets = [ticket(lane, "w " * 75_000) for _ in range(4)]
         for item in tickets:
-            tokenizers.submit(lane, item)
+            preprocessors.submit(lane, item)
         await outcomes(tickets)
         await lane.worker.stop()
         return [len(call) for call in lane.calls]
@@ -168,10 +168,10 @@ def test_a_long_burst_is_split_so_that_those_behind_it_need_not_wait_for_all_of_
 
 def test_where_the_queue_is_closed_the_requests_fail() -> None:
     async def scenario() -> list[Any]:
-        lane, tokenizers = stage()
+        lane, preprocessors = stage()
         await lane.worker.stop()
         tickets = [ticket(lane, "a")]
-        tokenizers.submit(lane, tickets[0])
+        preprocessors.submit(lane, tickets[0])
         return await outcomes(tickets)
 
     assert run_virtually(scenario()) == [ModelNotReady]
@@ -179,10 +179,10 @@ def test_where_the_queue_is_closed_the_requests_fail() -> None:
 
 def test_a_closed_stage_fails_what_comes() -> None:
     async def scenario() -> list[Any]:
-        lane, tokenizers = Recording(), TokenizerStage(1, Runtime())
-        tokenizers.close()
+        lane, preprocessors = Recording(), PreprocessorStage(1, Runtime())
+        preprocessors.close()
         tickets = [ticket(lane, "a")]
-        tokenizers.submit(lane, tickets[0])
+        preprocessors.submit(lane, tickets[0])
         return await outcomes(tickets)
 
     assert asyncio.run(scenario()) == [ModelNotReady]
