@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter, LoraLayout
-from modeling.engines.protocol import Collate, EngineBatch, MemoryUse, adapters_first
-from modeling.engines.slots import AdapterStacks, Stack
+from modeling.engines.protocol import Collate, EngineBatch, MemoryUse
+from modeling.engines.slots import AdapterStacks, Stack, adapters_first
 from modeling.errors import EngineFailed
 from modeling.inputs.base import Arrays, Features
 from modeling.weights import FloatArray

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,26 +55,6 @@ class Engine(Protocol):
 
     def adapter_bytes(self, key: str) -> int:
         """What one loaded adapter takes apart from the slots."""
-
-
-def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[tuple[list[int], list[str]]]:
-    """The runs for a batch: its rows, those with adapters first, and the adapters of these first rows.
-
-    One run, unless the batch names more than `capacity` distinct adapters.
-    """
-    adapters = batch.adapters or [None] * len(batch.inputs)
-    rows: list[int] = []
-    keys: list[str] = []
-    distinct: set[str] = set()
-    # Rows of one adapter stand together, so that a split brings each adapter in once.
-    for row, key in sorted(((r, k) for r, k in enumerate(adapters) if k is not None), key=lambda item: item[1]):
-        if key not in distinct and len(distinct) == capacity:
-            yield rows, keys
-            rows, keys, distinct = [], [], set()
-        rows.append(row)
-        keys.append(key)
-        distinct.add(key)
-    yield rows + [row for row, key in enumerate(adapters) if key is None], keys
 
 
 def stepped_width(longest: int, *, limit: int) -> int:

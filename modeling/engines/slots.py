@@ -1,20 +1,22 @@
 """LoRA weights of many adapters, stacked: a batch names a slot per row, whatever the adapter.
 
-`SlotTable` decides which adapter stands in which slot, `AdapterStacks` holds the numbers. The stacks
-are inputs of a graph, so adapters come and go without a change to it. Slot 0 is zero and stays so.
+`adapters_first` divides a batch into runs, `SlotTable` decides which adapter is in which slot, `AdapterStacks` holds
+the numbers. The stacks are inputs of a graph, so adapters come and go without a change to it. Slot 0 is zero and stays
+so.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter, LoraGroup, LoraLayout, LoraPair
+from modeling.engines.protocol import EngineBatch
 from modeling.errors import AdapterMismatch, EngineFailed
 from modeling.weights import IntArray
 
@@ -223,3 +225,23 @@ def _rank_of(group: LoraGroup, adapter: Adapter) -> int:
 def _width(group: LoraGroup) -> int:
     """Values per slot and unit of rank."""
     return group.in_features * len(group.linears) + sum(out for _, out in group.linears)
+
+
+def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[tuple[list[int], list[str]]]:
+    """The runs for a batch: its rows, those with adapters first, and the adapters of these first rows.
+
+    One run, unless the batch names more than `capacity` distinct adapters.
+    """
+    adapters = batch.adapters or [None] * len(batch.inputs)
+    rows: list[int] = []
+    keys: list[str] = []
+    distinct: set[str] = set()
+    # Rows of one adapter stand together, so that a split brings each adapter in once.
+    for row, key in sorted(((r, k) for r, k in enumerate(adapters) if k is not None), key=lambda item: item[1]):
+        if key not in distinct and len(distinct) == capacity:
+            yield rows, keys
+            rows, keys, distinct = [], [], set()
+        rows.append(row)
+        keys.append(key)
+        distinct.add(key)
+    yield rows + [row for row, key in enumerate(adapters) if key is None], keys

@@ -11,8 +11,8 @@ import torch
 
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone
-from modeling.engines.protocol import EngineBatch, MemoryUse, adapters_first
-from modeling.engines.slots import AdapterStacks, Stack
+from modeling.engines.protocol import EngineBatch, MemoryUse
+from modeling.engines.slots import AdapterStacks, Stack, adapters_first
 from modeling.errors import EngineFailed
 from modeling.inputs import open_preprocessor
 from modeling.multi_lora import Routing, route
