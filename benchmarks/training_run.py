@@ -59,7 +59,7 @@ def _polyhead(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     started = time.process_time()
     candidate = METHODS[task["method"]](run)
     processor_s = time.process_time() - started
-    logits = candidate.finish().logits(run.test.texts)
+    logits = candidate.finish().logits(run.test.examples)
     return {"rows_per_s": candidate.details["rows_per_second"], **_processor(processor_s), **_accuracy(logits, task)}
 
 
@@ -82,7 +82,7 @@ def _run(task: dict[str, Any], folder: Path, backbone: Backbone) -> Run:
             "batch_size": _BATCH,
         }
     )
-    counts = {f"{side}_rows": len(rows.texts) for side, rows in sides.items()}
+    counts = {f"{side}_rows": len(rows) for side, rows in sides.items()}
     plan = resolve(
         wanted,
         data=DatasetProfile(**counts, labels=len(labels), max_length_p99=_MAX_LENGTH),

@@ -16,6 +16,7 @@ import numpy as np
 
 from modeling import weights
 from modeling.errors import WeightsInvalid
+from modeling.inputs.text import TextInput, as_one
 from modeling.weights import FloatArray
 
 VOCABULARY_NAME = "vocabulary.json"
@@ -44,11 +45,10 @@ class LinearText:
     def size_bytes(self) -> int:
         return self.weight.nbytes + self.idf.nbytes + self.bias.nbytes + sum(len(term) for term in self.terms)
 
-    def margins(self, texts: Sequence[str | tuple[str, str]]) -> FloatArray:
+    def margins(self, texts: Sequence[TextInput]) -> FloatArray:
         """Decision values float32[rows, outputs]; a pair is read as one text."""
-        texts = [text if isinstance(text, str) else " ".join(text) for text in texts]
         vectorizer: Any = self.__dict__["_vectorizer"]
-        return np.asarray(vectorizer.transform(texts) @ self.weight.T + self.bias, dtype=np.float32)
+        return np.asarray(vectorizer.transform(map(as_one, texts)) @ self.weight.T + self.bias, dtype=np.float32)
 
     def files(self) -> dict[str, bytes]:
         """The artefact's files by name."""

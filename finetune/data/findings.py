@@ -1,6 +1,6 @@
 """What labelled rows reveal before any training: classes, duplicates, contradictions, leaks between splits.
 
-Pure: rows in, findings out. Knows no file, no model and no tokenizer.
+Pure: rows in, findings out. Knows no file and no model.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finetune.data.duplicates import Duplicates, Indices, find_duplicates
+from finetune.data.duplicates import SHINGLINGS, Duplicates, Indices, find_duplicates
 from finetune.data.labelled import LabelledRows
 from finetune.data.records import Finding, Severity, row_finding
 from finetune.data.targets.base import Keys, listed
-from finetune.data.text_identity import normalise
+from modeling.inputs.text_identity import normalise
 
 _MANY_DUPLICATES = 0.1
 _MANY_CUT = 0.05
@@ -38,8 +38,8 @@ def inspect_rows(
         return [_no_rows()]
     held_out = {name: rows for name, rows in (("validation", validation), ("test", test)) if rows is not None}
     everything = [train, *held_out.values()]
-    found = duplicates or find_duplicates([text for rows in everything for text in rows.texts])
-    keys = found.text_of[: len(train)].tolist()
+    found = duplicates or find_duplicates([example for rows in everything for example in rows.examples], train.modality)
+    keys = found.input_of[: len(train)].tolist()
     findings = [
         *_label_case_collision(train, held_out),
         *train.target.findings(train, found.group_of[: len(train)].tolist(), min_rows_per_class),
@@ -56,13 +56,14 @@ def inspect_rows(
 
 
 def too_long(rows: LabelledRows, lengths: Sequence[int], max_length: int) -> list[Finding]:
-    """Texts of more tokens than are read of them; `lengths` in tokens, special ones included."""
+    """Inputs longer than what is read of them; `lengths` and `max_length` in the modality's unit."""
     cut = np.flatnonzero(np.asarray(lengths) > max_length)
     if len(cut) == 0:
         return []
     severity: Severity = "warning" if len(cut) > _MANY_CUT * len(rows) else "info"
-    message = f"{len(cut):,} training texts have more than {max_length} tokens; what comes after is not read"
-    fix = "set a larger max_length, if the backbone reads as much, or shorten the texts to what matters"
+    what, unit = rows.modality.plural, rows.modality.unit
+    message = f"{len(cut):,} training {what} have more than {max_length} {unit}s; what comes after is not read"
+    fix = f"set a larger max_length, if the backbone reads as much, or shorten the {what} to what matters"
     return [
         row_finding(code="too_long", severity=severity, message=message, rows=rows.row_numbers[cut].tolist(), fix=fix)
     ]
@@ -111,27 +112,29 @@ def _duplicates(rows: LabelledRows, keys: Keys) -> list[Finding]:
     if not copies:
         return []
     severity: Severity = "warning" if len(copies) > _MANY_DUPLICATES * len(rows) else "info"
-    message = f"{len(copies):,} rows repeat an earlier text (case and whitespace aside) with the same label"
+    aside = f" ({rows.modality.ignores} aside)" if rows.modality.ignores else ""
+    message = f"{len(copies):,} rows repeat an earlier {rows.modality.name}{aside} with the same label"
     fix = "remove the copies, unless their weight is meant; copies never part in a split"
     return [row_finding(code="duplicate_row", severity=severity, message=message, rows=copies, fix=fix)]
 
 
 def _near_duplicates(rows: LabelledRows, found: Duplicates) -> list[Finding]:
-    groups, texts = found.group_of[: len(rows)], found.text_of[: len(rows)]
-    is_near = _texts_per_group(groups, texts)[groups] > 1
+    groups, inputs = found.group_of[: len(rows)], found.input_of[: len(rows)]
+    is_near = _inputs_per_group(groups, inputs)[groups] > 1
     if not is_near.any():
         return []
     numbers = rows.row_numbers[is_near].tolist()
-    message = f"{len(numbers):,} rows are near duplicates of others (four fifths of their runs of three words agree)"
+    holds = SHINGLINGS[rows.modality.name].holds
+    message = f"{len(numbers):,} rows are near duplicates of others (four fifths of their {holds} agree)"
     if found.is_cut:
         message += "; one kind makes up so much of the data that it may stand on several sides"
     fix = "nothing to do: they stay on one side of a split; thin them out if their weight is not meant"
     return [row_finding(code="near_duplicate_row", severity="info", message=message, rows=numbers, fix=fix)]
 
 
-def _texts_per_group(groups: Indices, texts: Indices) -> Indices:
-    """How many different texts each group has, by its number."""
-    _, firsts = np.unique(texts, return_index=True)
+def _inputs_per_group(groups: Indices, inputs: Indices) -> Indices:
+    """How many different inputs each group has, by its number."""
+    _, firsts = np.unique(inputs, return_index=True)
     return np.bincount(groups[firsts], minlength=int(groups.max()) + 1)
 
 
@@ -148,9 +151,9 @@ def _unknown_labels(split: str, rows: LabelledRows, *, known: set[str]) -> list[
 
 
 def _overlap(split: str, rows: LabelledRows, found: Duplicates, own: slice, *, trained: slice) -> list[Finding]:
-    """Rows of a side whose text, or a near duplicate of it, is trained on."""
+    """Rows of a side whose input, or a near duplicate of it, is trained on."""
     is_near = np.isin(found.group_of[own], found.group_of[trained])
-    is_exact = np.isin(found.text_of[own], found.text_of[trained])
+    is_exact = np.isin(found.input_of[own], found.input_of[trained])
     fix = f"remove them from one of the two (split.leaks drop does); scores on {split} come out too high otherwise"
     findings = []
     if is_exact.any():

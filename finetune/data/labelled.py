@@ -1,44 +1,50 @@
-"""Texts and labels out of a canonical table. Knows which rows cannot be trained on, and says so."""
+"""Inputs and labels out of a canonical table. Knows which rows cannot be trained on, and says so."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune.data.canonical import read_batches
+from finetune.data.options import Columns, modality_of
 from finetune.data.record_batches import FindingLog
 from finetune.data.records import Finding
-from finetune.data.targets import DEFAULT_TARGET, Misfit, Target
+from finetune.data.targets import DEFAULT_TARGET, Target
+from modeling.inputs import BadCell, Example, Modality
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
-    """Rows to train on. `row_numbers` is int64[n] and says where in the file each row stands.
+    """Rows to train on. `row_numbers` is int64[n] and says where in the file each row is.
 
     `labels` are as `target` writes them. `extras` holds further columns by name, n values each: what a split or an
     evaluation asks for.
     """
 
     row_numbers: npt.NDArray[np.int64]
-    texts: list[str]
+    examples: list[Example]
     labels: list[str]
     extras: dict[str, list[str | None]] = field(default_factory=dict)
     target: Target = DEFAULT_TARGET
 
+    @property
+    def modality(self) -> Modality:
+        return modality_of(self.target.task)
+
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.examples)
 
     def take(self, indices: npt.NDArray[np.int64]) -> LabelledRows:
         """The rows at these positions, in this order."""
         positions = indices.tolist()
         return LabelledRows(
             self.row_numbers[indices],
-            [self.texts[position] for position in positions],
+            [self.examples[position] for position in positions],
             [self.labels[position] for position in positions],
             {name: [values[position] for position in positions] for name, values in self.extras.items()},
             self.target,
@@ -59,66 +65,66 @@ class LabelledRows:
 
 
 def load_labelled(
-    rows_parquet: Path,
-    *,
-    text_column: str,
-    label_column: str,
-    extra_columns: Sequence[str] = (),
-    target: Target = DEFAULT_TARGET,
+    rows_parquet: Path, columns: Columns, *, extra_columns: Sequence[str] = (), target: Target = DEFAULT_TARGET
 ) -> tuple[LabelledRows, list[Finding]]:
-    """The rows that have a text and a label; labels lose surrounding whitespace, texts stand as given.
+    """The rows that have an input and a label; labels lose surrounding whitespace, inputs stay as given.
 
     The values of `extra_columns` come along as they are, None where a cell is empty.
 
-    Rows without a text or a label are left out and reported (as `empty_value` for most targets): a warning, or an
-    error when no row is left. A label that `target` cannot read is an error. Raises `ColumnMissing`.
+    Rows without an input or a label are left out and reported (as `empty_value` for most targets): a warning, or an
+    error when no row is left. A cell that the modality or `target` cannot read is an error. Raises `ColumnMissing`.
     """
-    names = list(dict.fromkeys([text_column, label_column, *extra_columns]))
+    rows = LabelledRows(np.zeros(0, np.int64), [], [], {name: [] for name in extra_columns}, target)
+    inputs = columns.inputs(rows.modality)
     row_numbers: list[int] = []
-    labels: list[str] = []
-    held: dict[str, list[str | None]] = {name: [] for name in dict.fromkeys([text_column, *extra_columns])}
-    known: dict[str, str] = {}  # one object for equal values: labels and extras repeat, texts seldom do
-    cells = _Cells(text_column, label_column, target)
+    known: dict[str, str] = {}  # one object for equal values: labels and extras repeat, inputs seldom do
+    cells = _Cells(inputs, columns.label, rows.modality, target)
+    names = list(dict.fromkeys([*cells.columns, *extra_columns]))
     for batch in read_batches(rows_parquet, names):
-        columns = dict(zip(names, batch.columns, strict=True))
+        found = dict(zip(names, batch.columns, strict=True))
         kept = []
-        for place, row in enumerate(batch.row_numbers):
-            label = cells.label(row, columns[text_column][place], columns[label_column][place])
-            if label is not None:
+        by_row = zip(*(found[name] for name in cells.columns), strict=True)
+        for place, (row, own) in enumerate(zip(batch.row_numbers, by_row, strict=True)):
+            read = cells.read(row, own)
+            if read is not None:
                 kept.append(place)
-                labels.append(_shared(known, label))
+                rows.examples.append(read[0])
+                rows.labels.append(_shared(known, read[1]))
         row_numbers += [batch.row_numbers[place] for place in kept]
-        for name, values in held.items():
-            values += [columns[name][place] for place in kept]
-    texts = [text for text in held[text_column] if text is not None]
-    extras = {name: [_filled(known, cell) for cell in held[name]] for name in dict.fromkeys(extra_columns)}
-    rows = LabelledRows(np.array(row_numbers, dtype=np.int64), texts, labels, extras, target)
+        for name, values in rows.extras.items():
+            values += [_filled(known, found[name][place]) for place in kept]
+    rows = replace(rows, row_numbers=np.array(row_numbers, dtype=np.int64))
     findings = cells.log.findings()
-    if texts:
-        return rows, [*findings, *target.told(label_column)]
-    return rows, _without_rows(findings, text_column=text_column, label_column=label_column)
+    if len(rows):
+        return rows, [*findings, *target.told(columns.label)]
+    return rows, _without_rows(findings, cells.columns, rows.modality.name)
 
 
 class _Cells:
-    """Reads the label of each row, and notes the rows that cannot be used."""
+    """Reads the input and the label of each row, and notes the rows that cannot be used."""
 
-    def __init__(self, text_column: str, label_column: str, target: Target) -> None:
+    def __init__(self, inputs: Mapping[str, str], label: str, modality: Modality, target: Target) -> None:
         self.log = FindingLog()
-        self._text_column, self._label_column, self._target = text_column, label_column, target
+        self.columns = (*inputs.values(), label)
+        self._codes = (*["empty_value"] * len(inputs), target.empty_code)
+        self._roles, self._modality, self._target = tuple(inputs), modality, target
 
-    def label(self, row: int, text: str | None, label: str | None) -> str | None:
-        """None where the row has no text, no label, or one that does not fit the task."""
-        if text is None or not text.strip():
-            self._note_empty(row, self._text_column, "empty_value")
-            return None
-        if label is None or not label.strip():
-            self._note_empty(row, self._label_column, self._target.empty_code)
-            return None
+    def read(self, row: int, cells: Sequence[str | None]) -> tuple[Example, str] | None:
+        """None where the row has no input, no label, or one that cannot be read."""
+        filled = []
+        for column, cell, code in zip(self.columns, cells, self._codes, strict=True):
+            if cell is None or not cell.strip():
+                self._note_empty(row, column, code)
+                return None
+            filled.append(cell)
+        column, label = self.columns[0], filled.pop()
         try:
-            return self._target.read(label)
-        except Misfit as error:
-            message = f"row {row}, column {self._label_column!r} {error}"
-            self.log.note("misfit", message, code=error.code, row=row, column=self._label_column, fix=error.fix)
+            example = self._modality.read(dict(zip(self._roles, filled, strict=True)))
+            column = self.columns[-1]
+            return example, self._target.read(label)
+        except BadCell as error:
+            message = f"row {row}, column {column!r} {error}"
+            self.log.note("misfit", message, code=error.code, row=row, column=column, fix=error.fix)
             return None
 
     def _note_empty(self, row: int, column: str, code: str) -> None:
@@ -135,11 +141,12 @@ def _filled(known: dict[str, str], cell: str | None) -> str | None:
     return None if cell is None or not cell.strip() else _shared(known, cell)
 
 
-def _without_rows(findings: list[Finding], *, text_column: str, label_column: str) -> list[Finding]:
+def _without_rows(findings: list[Finding], columns: Sequence[str], what: str) -> list[Finding]:
     if any(finding.severity == "error" for finding in findings):
         return findings
-    message = f"no row has a value both in {text_column!r} and in {label_column!r}"
+    first, *others = map(repr, columns)
+    message = f"no row has a value both in {first} and in {' and in '.join(others)}"
     if not findings:
-        fix = "add rows with a text and a label"
+        fix = f"add rows with a {what} and a label"
         return [Finding(code="empty_value", severity="error", message=message, count=0, fix=fix)]
     return [finding.model_copy(update={"severity": "error", "message": message}) for finding in findings]

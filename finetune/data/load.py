@@ -67,9 +67,7 @@ def _load(
     # Only the rows to divide need the split's column; data given as a side may lack what it is sliced by.
     extras = wanted if is_divided else [name for name in wanted if name in available]
     try:
-        rows, findings = load_labelled(
-            file, text_column=columns.text, label_column=columns.label, extra_columns=extras, target=target
-        )
+        rows, findings = load_labelled(file, columns, extra_columns=extras, target=target)
     except ColumnMissing as error:
         return NOTHING, [error.as_finding()]
     lacking = [ColumnMissing(name, available=available).as_finding() for name in columns.slices if name not in extras]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
-from modeling.tasks import TASKS
+from modeling.inputs import MODALITIES, Modality
+from modeling.tasks import DEFAULT_MODALITY, TASKS
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
@@ -26,6 +27,11 @@ def _known_task(name: str) -> str:
     return name
 
 
+def modality_of(task: str) -> Modality:
+    """The modality of a task by name, the default one of `auto`."""
+    return MODALITIES[DEFAULT_MODALITY if task == AUTO else TASKS[task].modality]
+
+
 WantedTask = Annotated[str, AfterValidator(_known_task), WithJsonSchema({"type": "string", "enum": [AUTO, *TASKS]})]
 """A task by name, or `auto`: the label column decides."""
 
@@ -34,12 +40,48 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Columns(FrozenModel):
-    """Which columns of the dataset hold what. `slices` name groups of rows to evaluate apart."""
+def _with_roles(schema: dict[str, Any]) -> None:
+    name = {"type": "string", "minLength": 1, "maxLength": 200}
+    for modality in MODALITIES.values():
+        first, *others = modality.roles
+        schema["properties"] |= {first: {**name, "default": first}, **dict.fromkeys(others, name)}
+    schema["additionalProperties"] = False
 
-    text: str = Field("text", min_length=1, max_length=200)
-    label: str = Field("label", min_length=1, max_length=200)
-    slices: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field((), max_length=5)
+
+ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Columns(BaseModel):
+    """Which columns of the dataset hold what, by role: those of the task's modality, `label`, and `slices`, which name
+    groups of rows to evaluate apart."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", json_schema_extra=_with_roles)
+    __pydantic_extra__: dict[str, ColumnName] = Field(init=False)
+    label: ColumnName = "label"
+    slices: tuple[ColumnName, ...] = Field((), max_length=5)
+
+    def inputs(self, modality: Modality) -> dict[str, str]:
+        """The column of each role that makes up an example. Raises `ValueError` for a role that the modality lacks."""
+        for role in self.named:
+            if role not in modality.roles:
+                raise ValueError(
+                    f"{role[:60]!r} is no role of {modality.plural}; known are {', '.join(modality.roles)}"
+                )
+        return {modality.roles[0]: modality.roles[0], **self.named}
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns of examples as far as they were named."""
+        return self.model_extra or {}
+
+
+def _of_task(columns: Columns, info: ValidationInfo) -> Columns:
+    """The columns with the role that the field `task` needs, named or not."""
+    return columns.model_copy(update=columns.inputs(modality_of(info.data.get("task", AUTO))))
+
+
+TaskColumns = Annotated[Columns, AfterValidator(_of_task)]
+"""Columns beside a task, in a field behind it."""
 
 
 class SplitOptions(FrozenModel):

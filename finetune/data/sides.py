@@ -2,8 +2,8 @@
 
 Pure. Decides the order of `splits`, `given_sides`, `duplicates` and `findings`; the recipe calls it.
 
-A leak is a training (or validation) row whose text, or a near duplicate of it, stands on a later side too.
-Where texts decide the side (`hash`, `stratified`, `random`) there is none. Where a column decides (`group`,
+A leak is a training (or validation) row whose input, or a near duplicate of it, is on a later side too.
+Where inputs decide the side (`hash`, `stratified`, `random`) there is none. Where a column decides (`group`,
 `time`), the earlier row is left out. Sides that the request gave are only reported on, for their figures are to
 compare with those of others. `split.leaks` may say otherwise.
 """
@@ -45,11 +45,11 @@ def divide(
     options = options.resolved()
     parts = [train, validation, test]
     given = [part if part is not None else train.take(_NONE) for part in parts]
-    duplicates = find_duplicates([text for part in given for text in part.texts])
+    duplicates = find_duplicates([example for part in given for example in part.examples], train.modality)
     pool = _Pool(given, duplicates, [part is not None for part in parts])
     if options.strategy in {"group", "time", "predefined"} and len(train) > 0:
         return _by_column(pool, options, seed)
-    return _by_text(pool, options, seed)
+    return _by_input(pool, options, seed)
 
 
 _NONE = np.zeros(0, np.int64)
@@ -78,8 +78,8 @@ class _Pool:
         self.rows[TRAIN] = rows[split.train]
 
     def leaked(self, side: int, later: Sequence[int], *, exactly: bool) -> npt.NDArray[np.bool_]:
-        """Which rows of `side` share a text (or a near duplicate) with a later side."""
-        numbers = self.duplicates.text_of if exactly else self.duplicates.group_of
+        """Which rows of `side` share an input (or a near duplicate) with a later side."""
+        numbers = self.duplicates.input_of if exactly else self.duplicates.group_of
         others = np.concatenate([_NONE, *(numbers[self.rows[other]] for other in later)])
         return np.isin(numbers[self.rows[side]], others)
 
@@ -96,7 +96,7 @@ class _Pool:
         return Sides(self.side(TRAIN), self.side(VALIDATION), self.side(TEST), findings)
 
 
-def _by_text(pool: _Pool, options: SplitOptions, seed: int) -> Sides:
+def _by_input(pool: _Pool, options: SplitOptions, seed: int) -> Sides:
     if options.leaks == "drop":
         _drop(pool, [side for side in (VALIDATION, TEST) if pool.is_given[side]])
     shares = _shares(pool, options)
@@ -296,7 +296,7 @@ def _drop(pool: _Pool, later: Sequence[int]) -> None:
         leaked &= ~_would_vanish(rows, leaked)
         if leaked.any() and not leaked.all():
             exact = int((leaked & pool.leaked(side, others, exactly=True)).sum())
-            pool.findings.append(_dropped(_SIDES[side], rows.row_numbers[leaked].tolist(), exact))
+            pool.findings.append(_dropped(_SIDES[side], rows.row_numbers[leaked].tolist(), exact, rows.modality.name))
             pool.rows[side] = pool.rows[side][~leaked]
 
 
@@ -305,12 +305,12 @@ def _would_vanish(rows: LabelledRows, leaked: npt.NDArray[np.bool_]) -> npt.NDAr
     return np.array([not left.issuperset(rows.target.names_of(label)) for label in rows.labels], bool)
 
 
-def _dropped(side: str, rows: list[int], exact: int) -> Finding:
+def _dropped(side: str, rows: list[int], exact: int, what: str) -> Finding:
     return row_finding(
         code="near_duplicate_across_splits",
         severity="warning",
         rows=rows,
-        message=f"{len(rows):,} {side} rows are left out, since a later side has their text ({exact:,}) or a near "
+        message=f"{len(rows):,} {side} rows are left out, since a later side has their {what} ({exact:,}) or a near "
         "duplicate of it",
         fix="nothing to do; split.leaks keep trains on them all the same, and scores come out too high",
     )

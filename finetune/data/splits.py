@@ -19,7 +19,6 @@ import numpy.typing as npt
 from finetune.data.duplicates import Duplicates, find_duplicates
 from finetune.data.labelled import LabelledRows
 from finetune.data.options import TEST, TRAIN, VALIDATION
-from finetune.data.text_identity import fraction, text_digest
 
 Strategy = Literal["hash", "stratified", "random", "group"]
 Indices = npt.NDArray[np.int64]
@@ -77,6 +76,13 @@ class _Shares:
         return np.maximum(np.maximum(low - positions, positions - high), 0.0)
 
 
+def fraction(digest: bytes, seed: int) -> float:
+    """A number in [0, 1) that depends on the digest and `seed` only."""
+    salt = (seed % 2**64).to_bytes(8, "little")
+    number = int.from_bytes(blake2b(digest, digest_size=8, salt=salt).digest(), "little")
+    return (number >> 11) / 2**53  # 53 bits are what a float holds exactly; more could round up to 1.0
+
+
 def split_rows(
     rows: LabelledRows,
     *,
@@ -89,41 +95,41 @@ def split_rows(
 ) -> Split:
     """Splits by `strategy`; shares are of all rows, the rest trains.
 
-    - `hash` (the default of jobs): the position is a stable hash of the text, whatever the seed, so a
+    - `hash` (the default of jobs): the position is a stable hash of the input, whatever the seed, so a
       row falls on the same side in every later dataset; shares are met on average. Near duplicates stand
-      where the lowest of their texts would: rows added later can pull a row into training, never out.
+      where the lowest of their inputs would: rows added later can pull a row into training, never out.
     - `random`: by rank in an order drawn with `seed`; shares are met up to a unit.
     - `stratified`: the same within each class; for other targets, within each of their strata.
-    - `group`: by a stable hash of each row's value in `groups`; a row without one goes by its text.
+    - `group`: by a stable hash of each row's value in `groups`; a row without one goes by its input.
 
     Then each class is topped up, so that it stands on every side with a share as far as it has
-    different texts: first on training, then validation, then test. `duplicates` are found where they are
+    different inputs: first on training, then validation, then test. `duplicates` are found where they are
     not given. Raises `ValueError` for shares that are negative or leave nothing to train on.
     """
     shares = _Shares(validation, test)
     if strategy == "group":
         units = _units_of_values(rows, groups or [])
     else:
-        units = _units_of_texts(rows, duplicates or find_duplicates(rows.texts), strategy, seed)
+        units = _units_of_inputs(rows, duplicates or find_duplicates(rows.examples, rows.modality), strategy, seed)
     units.sides = shares.sides_of(units.positions)
     _top_up(units, shares)
     return Split.of(units.sides[units.of_row])
 
 
-def _units_of_texts(
+def _units_of_inputs(
     rows: LabelledRows, duplicates: Duplicates, strategy: Literal["hash", "stratified", "random"], seed: int
 ) -> _Units:
     _, of_row = np.unique(duplicates.group_of, return_inverse=True)
-    texts, firsts = np.unique(duplicates.text_of, return_index=True)
-    drawn = [fraction(duplicates.digests[text], 0 if strategy == "hash" else seed) for text in texts.tolist()]
-    unit_of_text = of_row[firsts]
+    inputs, firsts = np.unique(duplicates.input_of, return_index=True)
+    drawn = [fraction(duplicates.digests[one], 0 if strategy == "hash" else seed) for one in inputs.tolist()]
+    unit_of_input = of_row[firsts]
     count = int(of_row.max(initial=-1)) + 1
     units = _units(rows, of_row, np.ones(count))
     match strategy:
         case "hash":
-            np.minimum.at(units.positions, unit_of_text, drawn)
+            np.minimum.at(units.positions, unit_of_input, drawn)
         case "random" | "stratified":
-            _, smallest = np.unique(unit_of_text, return_index=True)
+            _, smallest = np.unique(unit_of_input, return_index=True)
             units.positions = np.asarray(drawn, np.float64)[smallest]
             _spread(units, by_label=strategy == "stratified")
         case _:
@@ -132,16 +138,17 @@ def _units_of_texts(
 
 
 def _units_of_values(rows: LabelledRows, values: Sequence[str | None]) -> _Units:
-    digests = [_value_digest(value, text) for value, text in zip(values, rows.texts, strict=True)]
+    digests = [
+        _value_digest(value) if value and value.strip() else rows.modality.digest(example)
+        for value, example in zip(values, rows.examples, strict=True)
+    ]
     order = sorted(set(digests))
     numbers = {digest: number for number, digest in enumerate(order)}
     of_row = np.fromiter((numbers[digest] for digest in digests), np.int64, len(digests))
     return _units(rows, of_row, np.array([fraction(digest, 0) for digest in order], np.float64))
 
 
-def _value_digest(value: str | None, text: str) -> bytes:
-    if value is None or not value.strip():
-        return text_digest(text)
+def _value_digest(value: str) -> bytes:
     return blake2b(value.strip().encode("utf-8", "surrogatepass"), digest_size=16, person=b"group").digest()
 
 

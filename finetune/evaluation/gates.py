@@ -176,7 +176,7 @@ def is_passed(gates: Sequence[Gate]) -> bool:
 def shared_rows(
     hashes: Sequence[str], *, seen: frozenset[str], champion_seen: frozenset[str] | None
 ) -> tuple[IntArray, dict[str, int]]:
-    """Positions of the rows that neither version has seen, equal texts once, and how many of each kind went.
+    """Positions of the rows that neither version has seen, equal inputs once, and how many of each kind went.
 
     `champion_seen` None: nobody knows what the champion was trained on, so no row qualifies.
     """

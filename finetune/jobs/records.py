@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finetune.data.options import Columns, FrozenModel, WantedTask
+from finetune.data.options import Columns, FrozenModel, TaskColumns, WantedTask
 from model_registry.refs import NAME_PATTERN
 from modeling.tasks import DEFAULT_TASK
 
@@ -66,7 +66,7 @@ class JobSpec(FrozenModel):
     test_dataset: str | None = None
     backbone: str
     task: WantedTask = DEFAULT_TASK
-    columns: Columns = Columns()
+    columns: TaskColumns = Field(Columns(), validate_default=True)
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"
     hyperparameters: dict[str, Any] = Field({})

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data.text_identity import text_digest
 from finetune.evaluation.plots import draw
 from finetune.jobs.link import ChildJob
 from finetune.training.methods.candidate import Candidate, Servable
@@ -25,10 +24,11 @@ from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, put_tree
 from modeling.assemble import GOLDEN_ROWS, GoldenRow, write_version_files
 from modeling.backbone import GRAPHS_FOLDER, Backbone
+from modeling.inputs import Example
 from modeling.tasks import Calibration
 
 _log = logging.getLogger("finetune.training.artefact")
-_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "tokenizers", "safetensors")
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "safetensors")
 
 
 def stage_weights(folder: Path, run: Run, best: Candidate, servable: Servable) -> None:
@@ -60,9 +60,9 @@ def write_artefact(
     answering: Calibration,
     evaluation: dict[str, Any],
 ) -> None:
-    texts = _golden_texts(run)
-    logits = (servable.reference_logits or servable.logits)(texts)
-    golden = [GoldenRow(text, tuple(float(x) for x in row)) for text, row in zip(texts, logits, strict=True)]
+    examples = _golden_examples(run)
+    logits = (servable.reference_logits or servable.logits)(examples)
+    golden = [GoldenRow(example, tuple(float(x) for x in row)) for example, row in zip(examples, logits, strict=True)]
     held_out = evaluation["validation"]
     calibration = {name: held_out[name] for name in ("ece_before", "ece_after") if name in held_out}
     write_version_files(
@@ -136,7 +136,7 @@ def store_artefact(
         job_id=job.job_id,
         created_at=time.time(),
         metrics={name: side[name] for name in run.rules.figures},
-        dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train.texts)},
+        dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train)},
         files=(),
     )
     (folder / "MODEL_CARD.md").write_text(
@@ -158,7 +158,7 @@ def _card_context(folder: Path, metadata: dict[str, str], terms: TaskTerms) -> C
 
 
 def environment(run: Run) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    versions = {name: importlib.metadata.version(name) for name in (*_LIBRARIES, *run.modality.libraries)}
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -178,20 +178,20 @@ def fingerprint(job: ChildJob, run: Run) -> dict[str, Any]:
         "datasets": {side: {"id": given.id, "sha256": given.sha256} for side, given in inputs.items() if given},
         "split": run.plan.split.model_dump(mode="json"),
         "columns": job.spec.columns.model_dump(mode="json"),
-        "rows": {side: len(rows.texts) for side, rows in sides.items()},
+        "rows": {side: len(rows) for side, rows in sides.items()},
         "label_counts" if run.rules.has_labels else "targets": {
             side: run.rules.counts(rows.labels, run.labels) for side, rows in sides.items()
         },
-        "row_hashes": {side: [text_digest(text).hex()[:16] for text in rows.texts] for side, rows in sides.items()},
+        "row_hashes": {side: run.row_hashes(rows) for side, rows in sides.items()},
     }
 
 
-def _golden_texts(run: Run) -> list[str]:
+def _golden_examples(run: Run) -> list[Example]:
     """Rows of every kind first, then more, from those held out."""
     rows = run.validation
     firsts = run.rules.golden(rows.labels)
-    rest = [row for row in range(len(rows.texts)) if row not in set(firsts)]
-    return [rows.texts[row] for row in [*firsts, *rest][:GOLDEN_ROWS]]
+    rest = [row for row in range(len(rows)) if row not in set(firsts)]
+    return [rows.examples[row] for row in [*firsts, *rest][:GOLDEN_ROWS]]
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.text_identity import text_digest
 from finetune.training.run_context import Run, embed
 from model_registry.manifest import ModelManifest
 from model_registry.store import ArtifactStore, load_manifest
@@ -17,7 +16,7 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, build_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import BackboneUnavailable
-from modeling.inputs import open_preprocessor
+from modeling.inputs import Example, open_preprocessor
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
@@ -27,13 +26,13 @@ FINGERPRINT = "data/fingerprint.json"
 
 @dataclass(frozen=True, slots=True)
 class Champion:
-    """`logits` gives the outputs of texts, which mean what `task` and `answering` say. `seen` holds the hashes of its
-    training and validation rows, None where the version does not tell."""
+    """`logits` gives the outputs of examples, which mean what `task` and `answering` say. `seen` holds the hashes of
+    its training and validation rows, None where the version does not tell."""
 
     version: int
     labels: tuple[str, ...]
     seen: frozenset[str] | None
-    logits: Callable[[Sequence[str]], FloatArray]
+    logits: Callable[[Sequence[Example]], FloatArray]
     task: str
     answering: Calibration
 
@@ -53,11 +52,6 @@ def read_champion(store: ArtifactStore, run: Run, pointer: dict[str, Any], *, te
     )
 
 
-def row_hash(text: str) -> str:
-    """As in `data/fingerprint.json`."""
-    return text_digest(text).hex()[:16]
-
-
 def _seen(store: ArtifactStore, manifest: ModelManifest) -> frozenset[str] | None:
     if FINGERPRINT not in {file.path for file in manifest.files}:
         return None
@@ -68,14 +62,14 @@ def _seen(store: ArtifactStore, manifest: ModelManifest) -> frozenset[str] | Non
     return frozenset(hashes["train"]) | frozenset(hashes["validation"])
 
 
-def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Sequence[str]], FloatArray]:
+def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Sequence[Example]], FloatArray]:
     if parts.linear is not None:
         return parts.linear.margins
     head = parts.head
     assert head is not None
     if parts.backbone is None and parts.adapter is None and _base(store, run, parts) is run.backbone:
-        return lambda texts: head.logits(
-            run.reference.of(texts, max_length=parts.max_length or run.backbone.info.max_length)
+        return lambda examples: head.logits(
+            run.reference.of(examples, max_length=parts.max_length or run.backbone.info.max_length)
         )
     engine = _engine(store, run, parts)
     preprocessor = open_preprocessor(parts.backbone or _base(store, run, parts), limit=parts.max_length)
@@ -83,7 +77,7 @@ def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Se
     if parts.adapter is not None:
         engine.load_adapter(_KEY, parts.adapter)
         adapter = _KEY
-    return lambda texts: head.logits(embed(engine, preprocessor, texts, adapter=adapter))
+    return lambda examples: head.logits(embed(engine, preprocessor, examples, adapter=adapter))
 
 
 def _engine(store: ArtifactStore, run: Run, parts: VersionParts) -> Engine:

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from finetune.training.feature_cache import FeatureCache, lengths_space, space_name, text_key
+from finetune.training.feature_cache import FeatureCache, content_key, lengths_space, space_name
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.device import DeviceFingerprint
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import ModelingError
-from modeling.inputs import Features, Preprocessor, open_preprocessor, single
+from modeling.inputs import MODALITIES, Example, Features, Modality, Preprocessor, open_preprocessor, single
 from modeling.weights import FloatArray, IntArray
 
 _TOKENS_PER_BATCH = 4096
 _BATCHES_PER_RELEASE = 8  # each batch has other sizes, and what they leave free between them adds up
 _ROWS_PER_PART = 16384
-_TEXTS_PER_PART = 1024  # all encodings at once would take more memory than the texts
+_EXAMPLES_PER_PART = 1024  # all encodings at once would take more memory than the examples
 # Engines that open in about a second; others wait for a compiler first.
 _RUNTIMES = frozenset({"torch", "onnx", "openvino"})
 
@@ -54,7 +54,7 @@ def choose_engine(
 @dataclass
 class FrozenVectors:
     """Pooled vectors of one backbone by one engine. The engine is opened for the first row that is not known, and the
-    tokenizer for the first text; `on_open` hears of the former."""
+    preprocessor for the first example; `on_open` hears of the former."""
 
     backbone: Backbone
     engine_name: str = str(REFERENCE)
@@ -63,6 +63,10 @@ class FrozenVectors:
     device: str = "cpu"
     threads: int = 0
     on_open: Callable[[], None] | None = None
+
+    @property
+    def modality(self) -> Modality:
+        return MODALITIES[self.backbone.info.modality]
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
@@ -82,51 +86,52 @@ class FrozenVectors:
             self.engine_name = str(REFERENCE)
             return build_engine(REFERENCE, self.backbone, None, EngineOptions(self.device, self.threads))
 
-    def lengths(self, texts: Sequence[str]) -> IntArray:
-        """Tokens of each text int64[texts], one more than the backbone's limit where it is cut there."""
-        found = np.zeros((len(texts), 1), dtype=np.float32)
-        space, keys = lengths_space(self.backbone.info.digest), [text_key(text) for text in texts]
-        is_known = np.zeros(len(texts), dtype=np.bool_)
-        if self.cache is not None and len(texts):
+    def lengths(self, examples: Sequence[Example]) -> IntArray:
+        """What each example costs int64[examples], one more than the backbone's limit where it is cut there."""
+        found = np.zeros((len(examples), 1), dtype=np.float32)
+        space = lengths_space(self.backbone.info.digest, self.modality.libraries)
+        keys = [content_key(self.modality.content(example)) for example in examples]
+        is_known = np.zeros(len(examples), dtype=np.bool_)
+        if self.cache is not None and len(examples):
             is_known = self.cache.fill(space, keys, found)
         missing = np.flatnonzero(~is_known)
-        for start in range(0, len(missing), _TEXTS_PER_PART):
-            part = missing[start : start + _TEXTS_PER_PART]
-            found[part, 0] = [item.cost + item.is_truncated for item in self._encoded(texts, part)]
+        for start in range(0, len(missing), _EXAMPLES_PER_PART):
+            part = missing[start : start + _EXAMPLES_PER_PART]
+            found[part, 0] = [item.cost + item.is_truncated for item in self._encoded(examples, part)]
         if self.cache is not None and len(missing):
             self.cache.add(space, [keys[row] for row in missing], found[missing])
         return found[:, 0].astype(np.int64)
 
-    def of(self, texts: Sequence[str], *, max_length: int, on_batch: OnBatch | None = None) -> FloatArray:
-        """float32[texts, hidden] of each text's first `max_length` tokens; what the cache lacks is computed."""
-        vectors = np.zeros((len(texts), self.backbone.info.hidden_size), dtype=np.float32)
+    def of(self, examples: Sequence[Example], *, max_length: int, on_batch: OnBatch | None = None) -> FloatArray:
+        """float32[examples, hidden] of each example cut to `max_length` units; what the cache lacks is computed."""
+        vectors = np.zeros((len(examples), self.backbone.info.hidden_size), dtype=np.float32)
         keys: list[bytes] = []
-        is_known = np.zeros(len(texts), dtype=np.bool_)
-        if self.cache is not None and len(texts):
-            keys = self._keys(texts, max_length)
+        is_known = np.zeros(len(examples), dtype=np.bool_)
+        if self.cache is not None and len(examples):
+            keys = self._keys(examples, max_length)
             is_known = self.cache.fill(self._space(), keys, vectors)
         missing = np.flatnonzero(~is_known)
         # In parts, so that a run that is stopped on the way finds most of them when it goes on.
         for start in range(0, len(missing), _ROWS_PER_PART):
             part = missing[start : start + _ROWS_PER_PART]
             report = None if on_batch is None else partial(_shifted, on_batch, start, len(missing))
-            vectors[part] = run_all(self.engine, self._encoded(texts, part, max_length), on_batch=report)
+            vectors[part] = run_all(self.engine, self._encoded(examples, part, max_length), on_batch=report)
             if self.cache is not None:
                 self.cache.add(self._space(), [keys[row] for row in part], vectors[part])
         return vectors
 
-    def _keys(self, texts: Sequence[str], max_length: int) -> list[bytes]:
-        """The same text cut at different lengths has different vectors, one that fits has the same at every length."""
+    def _keys(self, examples: Sequence[Example], max_length: int) -> list[bytes]:
+        """An example cut at different lengths has different vectors, one that fits has the same at every length."""
         return [
-            text_key(text, cut_at=max_length if length > max_length else None)
-            for text, length in zip(texts, self.lengths(texts).tolist(), strict=True)
+            content_key(self.modality.content(example), cut_at=max_length if length > max_length else None)
+            for example, length in zip(examples, self.lengths(examples).tolist(), strict=True)
         ]
 
-    def _encoded(self, texts: Sequence[str], rows: IntArray, max_length: int | None = None) -> list[Features]:
-        return single(self.preprocessor.encode([texts[row] for row in rows], limit=max_length))
+    def _encoded(self, examples: Sequence[Example], rows: IntArray, max_length: int | None = None) -> list[Features]:
+        return single(self.preprocessor.encode([examples[row] for row in rows], limit=max_length))
 
     def _space(self) -> str:
-        return space_name(self.backbone.info.digest, self.engine_name)
+        return space_name(self.backbone.info.digest, self.engine_name, self.modality.libraries)
 
 
 def _shifted(on_batch: OnBatch, start: int, total: int, done: int, _: int) -> None:

@@ -1,9 +1,9 @@
-"""Vectors of frozen backbones, kept on disk for all jobs: computed once for a text, whichever dataset brings it.
+"""Vectors of frozen backbones, kept on disk for all jobs: computed once for an input, whichever dataset brings it.
 
-A vector is known by its text, by the number of tokens after which the text is cut, if it is, and by its space:
-the backbone's digest (which covers tokenizer and pooling), the engine that computed it and the libraries' versions.
+A vector is known by its input, by the size (in tokens) to which the input is cut, if it is, and by its space: the
+backbone's digest (which covers preprocessing and pooling), the engine that computed it and the libraries' versions.
 So a dataset that grew, or was split or cut differently, finds the rows that it shares with an earlier one, and
-nothing has to be tokenised to find them. Texts are not kept, only their hashes. A file that is damaged counts as
+nothing has to be preprocessed to find them. Inputs are not kept, only their hashes. A file that is damaged counts as
 absent.
 """
 
@@ -28,27 +28,28 @@ from safetensors.numpy import save
 from modeling.weights import FloatArray
 
 KEY_BYTES = 16
-_SCHEMA = 3  # raised when the same text gives other vectors
+_SCHEMA = 3  # raised when the same input gives other vectors
 _LIBRARIES = {"onnx": ("onnxruntime", "onnxruntime-gpu")}
 _UNFINISHED_S = 3600.0
 
 
-def text_key(text: str, *, cut_at: int | None = None) -> bytes:
-    """16 bytes that stand for what the backbone is given: the text, whole or its first `cut_at` tokens."""
+def content_key(content: bytes, *, cut_at: int | None = None) -> bytes:
+    """16 bytes that stand for what the backbone is given: an example's content, whole or cut to `cut_at` units."""
     cut = b"" if cut_at is None else str(cut_at).encode()
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES, person=cut).digest()
+    return blake2b(content, digest_size=KEY_BYTES, person=cut).digest()
 
 
-def space_name(backbone_digest: str, engine: str) -> str:
-    """The folder of all vectors that may stand for each other; `engine` is written `runtime/precision`."""
+def space_name(backbone_digest: str, engine: str, libraries: Sequence[str]) -> str:
+    """The folder of all vectors that may stand for each other; `engine` is written `runtime/precision`, and
+    `libraries` are those of the modality."""
     runtime = engine.partition("/")[0]
-    names = ("tokenizers", *_LIBRARIES.get(runtime, (runtime.removesuffix("-compile"),)))
+    names = (*libraries, *_LIBRARIES.get(runtime, (runtime.removesuffix("-compile"),)))
     return _hashed([_SCHEMA, backbone_digest, engine, {name: _version(name) for name in names}])
 
 
-def lengths_space(backbone_digest: str) -> str:
-    """The folder of how many tokens texts have for a backbone's tokenizer, as vectors of one number."""
-    return _hashed([_SCHEMA, backbone_digest, "lengths", _version("tokenizers")])
+def lengths_space(backbone_digest: str, libraries: Sequence[str]) -> str:
+    """The folder of what examples cost a backbone, as vectors of one number."""
+    return _hashed([_SCHEMA, backbone_digest, "lengths", *map(_version, libraries)])
 
 
 def _hashed(document: Any) -> str:

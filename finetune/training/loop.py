@@ -50,7 +50,7 @@ def run_training(run: Run, method: str, model: Any) -> Trained:
     In a process that takes orders nothing is to be read from the result. Raises `Cancelled` (without keep_best),
     `Stopped` (after saving a checkpoint), `NonFiniteLoss`, `OutOfMemory`, `ProcessLost`.
     """
-    rows = FeatureRows.encode(run.preprocessor, run.train.texts) if run.tokens is None else run.tokens
+    rows = FeatureRows.encode(run.preprocessor, run.train.examples) if run.tokens is None else run.tokens
     with _others(run, method, rows):
         loop = _Loop(run, method, model, rows)
         with loop.prepared():
@@ -104,7 +104,7 @@ class _Loop:
             run.plan.scheduler, total_steps=plan.total_steps, warmup_ratio=run.plan.warmup_ratio, epochs=plan.epochs
         )
         self.train_rows = rows
-        self.validation_rows = FeatureRows.encode(run.preprocessor, run.validation.texts)
+        self.validation_rows = FeatureRows.encode(run.preprocessor, run.validation.examples)
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
         self.classes = run.train.labels if run.plan.oversample else None
         self.steps_per_epoch = max(1, -(-epoch_size(len(self.train_rows), self.classes) // self.rows_per_step))

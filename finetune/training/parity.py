@@ -18,7 +18,7 @@ from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.onnx import is_available, onnx_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import ModelingError
-from modeling.inputs import open_preprocessor
+from modeling.inputs import Example, open_preprocessor
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
@@ -48,23 +48,23 @@ def engine_parity(
     `folder` holds the version's weights as written, with the graph of those that are its own; for the others the
     backbone's export must be in the cache, where a server has put it.
     """
-    texts = list(run.test.texts[:MOST_ROWS])
+    examples = list(run.test.examples[:MOST_ROWS])
     files = _graphs(run, best, folder, graphs_root)
-    reason = _reason_to_skip(best, texts, files)
+    reason = _reason_to_skip(best, examples, files)
     if reason is not None:
         return Gate("engine_parity", "skipped", f"skipped: {reason}")
     try:
-        return _compared(run, best, servable, texts, folder, files, answering)
+        return _compared(run, best, servable, examples, folder, files, answering)
     except (ModelingError, OSError) as error:
         return Gate("engine_parity", "failed", f"the graph could not be run: {error}"[:500])
 
 
-def _reason_to_skip(best: Candidate, texts: Sequence[str], files: GraphFiles) -> str | None:
+def _reason_to_skip(best: Candidate, examples: Sequence[Example], files: GraphFiles) -> str | None:
     if best.kind == "baseline":
         return "the baseline is served by the code that was evaluated"
     if best.kind not in {"head", "lora", "full"}:
         return f"versions of kind {best.kind} are served by torch"
-    if not texts:
+    if not examples:
         return "there are no rows to compare on"
     if not is_available():
         return "onnxruntime is not installed on this worker"
@@ -84,7 +84,7 @@ def _compared(
     run: Run,
     best: Candidate,
     servable: Servable,
-    texts: Sequence[str],
+    examples: Sequence[Example],
     folder: Path,
     files: GraphFiles,
     answering: Calibration,
@@ -92,10 +92,10 @@ def _compared(
     weights = _written(run, best, folder)
     reference = _reference(weights.backbone) if best.kind == "full" else run.engine
     other = onnx_engine(files, open_preprocessor(weights.backbone).collate, threads=run.plan.cpu_threads)
-    wanted, got = (_vectors(engine, run, texts, weights.adapter) for engine in (reference, other))
+    wanted, got = (_vectors(engine, run, examples, weights.adapter) for engine in (reference, other))
     assert servable.head is not None
     flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)
-    return parity("onnx/fp32", rows=len(texts), flips=flips, least_cosine=least_cosine(wanted, got))
+    return parity("onnx/fp32", rows=len(examples), flips=flips, least_cosine=least_cosine(wanted, got))
 
 
 def _reference(backbone: Backbone) -> Engine:
@@ -109,12 +109,12 @@ def _written(run: Run, best: Candidate, folder: Path) -> _Weights:
     )
 
 
-def _vectors(engine: Engine, run: Run, texts: Sequence[str], adapter: Adapter | None) -> FloatArray:
+def _vectors(engine: Engine, run: Run, examples: Sequence[Example], adapter: Adapter | None) -> FloatArray:
     if adapter is None:
-        return embed(engine, run.preprocessor, texts)
+        return embed(engine, run.preprocessor, examples)
     engine.load_adapter(_KEY, adapter)
     try:
-        return embed(engine, run.preprocessor, texts, adapter=_KEY)
+        return embed(engine, run.preprocessor, examples, adapter=_KEY)
     finally:
         engine.unload_adapter(_KEY)
 

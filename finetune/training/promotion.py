@@ -15,7 +15,7 @@ from finetune.evaluation.gates import Gate
 from finetune.evaluation.tasks.rules import Contest
 from finetune.jobs.link import ChildJob, Link
 from finetune.jobs.records import EventType
-from finetune.training.champion import Champion, read_champion, row_hash
+from finetune.training.champion import Champion, read_champion
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.parity import engine_parity
 from finetune.training.run_context import Run
@@ -95,8 +95,8 @@ def _duel(run: Run, contender: Contender, champion: Champion) -> list[Gate]:
     if champion.task != run.plan.task:
         message = f"the champion, version {champion.version}, is for {champion.task}, this version for {run.plan.task}"
         return [Gate(name, "failed", message)]
-    seen = frozenset(row_hash(text) for side in (run.train, run.validation) for text in side.texts)
-    hashes = [row_hash(text) for text in run.test.texts]
+    seen = frozenset(hash_ for side in (run.train, run.validation) for hash_ in run.row_hashes(side))
+    hashes = run.row_hashes(run.test)
     rows, dropped = gates.shared_rows(hashes, seen=seen, champion_seen=champion.seen)
     if contender.test_logits is None or not len(rows):
         return [Gate(name, "failed", _no_rows(champion, len(hashes), dropped), {"rows": 0, "left_out": dropped})]
@@ -105,7 +105,7 @@ def _duel(run: Run, contender: Contender, champion: Champion) -> list[Gate]:
         names=run.labels,
         outputs=contender.test_logits[rows],
         answering=contender.answering,
-        champion_outputs=champion.logits([run.test.texts[row] for row in rows]),
+        champion_outputs=champion.logits([run.test.examples[row] for row in rows]),
         champion_names=champion.labels,
         champion_answering=champion.answering,
         metric=run.plan.deciding,

@@ -102,7 +102,7 @@ def register(job: ChildJob, run: Run, candidates: Sequence[Candidate], journal: 
     link, best = run.link, choose(candidates, run)
     link.phase(JobPhase.EVALUATING)
     servable = best.finish()
-    test_logits = servable.logits(run.test.texts) if run.test.texts else None
+    test_logits = servable.logits(run.test.examples) if len(run.test) else None
     link.phase(JobPhase.CALIBRATING)
     answering = run.rules.calibrate(
         best.validation_logits, run.validation.labels, with_temperature=run.plan.calibration == "temperature"
@@ -160,7 +160,7 @@ def check_class_weights(wanted: Hyperparameters, labels: Sequence[str]) -> None:
 def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
     names = [rows.target.names_of(label) for label in rows.labels]
     targets = rules_of(rows.target.task).encode(names, rows.labels, labels)
-    return Rows(rows.texts, targets, rows.row_numbers, rows.extras)
+    return Rows(rows.examples, targets, rows.row_numbers, rows.extras)
 
 
 # Plan
@@ -177,7 +177,7 @@ def planner(
 ) -> Replan:
     """Make the function that plans this job, with a trial's hyperparameters in the place of those asked for."""
     info, task = vectors.backbone.info, train.target.task
-    lengths = vectors.lengths(train.texts).tolist()
+    lengths = vectors.lengths(train.examples).tolist()
     data = DatasetProfile(
         train_rows=len(train),
         validation_rows=len(validation),

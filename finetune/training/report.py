@@ -47,7 +47,7 @@ def assess(run: Run, outcome: Outcome) -> Assessment:
         "methods": [_method(run, candidate) for candidate in outcome.candidates],
         "validation": None,
         "test": None,
-        "rows": {"train": len(run.train.texts), "validation": len(run.validation.texts), "test": len(run.test.texts)},
+        "rows": {"train": len(run.train), "validation": len(run.validation), "test": len(run.test)},
     } | {name: rules.report(side) for name, side in sides.items()}
     curves = {name: rules.curves(side) for name, side in sides.items()}
     evaluation["abstention"] = _abstention(run, outcome, curves["validation"])

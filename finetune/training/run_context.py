@@ -21,7 +21,7 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine
 from modeling.heads import TaskHead
-from modeling.inputs import Preprocessor, open_preprocessor, single
+from modeling.inputs import MODALITIES, Example, Modality, Preprocessor, open_preprocessor, single
 from modeling.tasks import TASKS
 from modeling.weights import FloatArray, IntArray
 
@@ -40,16 +40,19 @@ class Rows:
     `extras` holds metadata columns by name, a value or None for each row.
     """
 
-    texts: list[str]
+    examples: list[Example]
     labels: Targets
     numbers: IntArray
     extras: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 def joined(first: Rows, second: Rows) -> Rows:
     """The rows of both, without their metadata."""
     return Rows(
-        [*first.texts, *second.texts],
+        [*first.examples, *second.examples],
         np.concatenate([first.labels, second.labels]),
         np.concatenate([first.numbers, second.numbers]),
     )
@@ -87,6 +90,10 @@ class Run:
     tokens: FeatureRows | None = None
     _features: dict[str, FloatArray] = field(default_factory=dict)
 
+    @property
+    def modality(self) -> Modality:
+        return MODALITIES[self.backbone.info.modality]
+
     @cached_property
     def preprocessor(self) -> Preprocessor:
         return open_preprocessor(self.backbone, limit=self.plan.max_length)
@@ -120,6 +127,10 @@ class Run:
     def scale(self) -> Scale:
         return self.rules.scale(self.train.labels)
 
+    def row_hashes(self, rows: Rows) -> list[str]:
+        """What `data/fingerprint.json` knows rows by: enough to find them again, not to read them."""
+        return [self.modality.digest(example).hex()[:16] for example in rows.examples]
+
     def score(self, outputs: FloatArray) -> float:
         """The job's metric of outputs for the validation rows."""
         return self.rules.score(self.plan.metric, outputs, self.validation.labels)
@@ -131,21 +142,21 @@ class Run:
         """Pooled vectors float32[rows, hidden] of `train`, `validation` or `test` by the frozen backbone."""
         if side not in self._features:
             self.link.phase(JobPhase.EMBEDDING)
-            texts = {"train": self.train, "validation": self.validation, "test": self.test}[side].texts
-            self._features[side] = self.embed(texts)
+            rows = {"train": self.train, "validation": self.validation, "test": self.test}[side]
+            self._features[side] = self.embed(rows.examples)
         return self._features[side]
 
     def has_features(self, side: str) -> bool:
         """Whether `features` of this side are computed already."""
         return side in self._features
 
-    def embed(self, texts: Sequence[str]) -> FloatArray:
-        """Pooled vectors float32[texts, hidden] by the frozen backbone, on the engine that it is served on."""
-        return self._frozen().of(texts, max_length=self.plan.max_length, on_batch=self._report_embedding)
+    def embed(self, examples: Sequence[Example]) -> FloatArray:
+        """Pooled vectors float32[examples, hidden] by the frozen backbone, on the engine that it is served on."""
+        return self._frozen().of(examples, max_length=self.plan.max_length, on_batch=self._report_embedding)
 
-    def embed_by_reference(self, texts: Sequence[str]) -> FloatArray:
+    def embed_by_reference(self, examples: Sequence[Example]) -> FloatArray:
         """The same by torch in fp32."""
-        return self.reference.of(texts, max_length=self.plan.max_length)
+        return self.reference.of(examples, max_length=self.plan.max_length)
 
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.monotonic()
@@ -164,11 +175,11 @@ class Run:
 def embed(
     engine: Engine,
     preprocessor: Preprocessor,
-    texts: Sequence[str],
+    examples: Sequence[Example],
     *,
     on_batch: OnBatch | None = None,
     adapter: str | None = None,
 ) -> FloatArray:
-    """Pooled vectors in the order of `texts`, computed in batches of similar length."""
-    rows = single(preprocessor.encode(texts)) if texts else []
+    """Pooled vectors in the order of `examples`, computed in batches of similar length."""
+    rows = single(preprocessor.encode(examples)) if examples else []
     return run_all(engine, rows, adapter=adapter, on_batch=on_batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from modeling.inputs.base import Arrays, Example, Features, Modality, Preprocessor, padded, single
+from modeling.inputs.base import Arrays, BadCell, Example, Features, Modality, Preprocessor, padded, single
 from modeling.inputs.text import Text
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODALITIES",
     "Arrays",
+    "BadCell",
     "Example",
     "Features",
     "Modality",

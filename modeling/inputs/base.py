@@ -20,6 +20,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
+class BadCell(ValueError):
+    """A cell of a dataset that cannot be read: `what` is wrong with it, and how to fix it."""
+
+    def __init__(self, what: str, *, code: str, fix: str) -> None:
+        super().__init__(what)
+        self.code, self.fix = code, fix
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
     """One row for an engine.
@@ -65,13 +73,34 @@ class Preprocessor(Protocol):
 
 
 class Modality(Protocol):
-    """`unit` is what rows cost: tokens, patches, frames."""
+    """`unit` is what rows cost: tokens, patches, frames. `plural` is what several examples are called, and `ignores`
+    what `digest` does not see, if anything, in the words of messages.
+
+    `roles` are the columns that make up an example; the first is needed, and read from a column of its own name unless
+    a job names another. `libraries` are the distributions on whose versions features depend. `has_baseline` says
+    whether there is a model without a backbone to beat.
+    """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    plural: ClassVar[str]
+    ignores: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+    libraries: ClassVar[tuple[str, ...]]
+    has_baseline: ClassVar[bool]
 
     def open(self, folder: Path, *, limit: int) -> Preprocessor:
         """Open the preprocessor of a checkpoint's folder."""
+
+    def read(self, cells: Mapping[str, str]) -> Example:
+        """Read an example from its cells by role, none of them blank. Raises `BadCell`."""
+
+    def content(self, example: Example) -> bytes:
+        """Return what the example holds: equal if and only if its features are."""
+
+    def digest(self, example: Example) -> bytes:
+        """Return 16 bytes that stand for the example, the same on every machine and in every version. Examples with
+        equal digests count as the same: they stay on one side of a split."""
 
     def size(self, example: Example) -> int:
         """Return what the cost grows with, known before preprocessing: characters, pixels, samples."""

@@ -8,6 +8,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from tokenizers import Encoding, Tokenizer
 from modeling.errors import InputTooLong, UnsupportedArchitecture
 from modeling.inputs import text_probe_set
 from modeling.inputs.base import Arrays, Features, padded
+from modeling.inputs.text_identity import normalise
 
 # Tokenizers cut after encoding everything (tokenizers#1573: 650,000 characters cost 45 ms each), so a long text is read
 # in slices from its start, each longer than the last, until they hold all the tokens that can be kept.
@@ -53,15 +55,30 @@ TextInput = str | tuple[str, str]
 class Text:
     name: ClassVar[str] = "text"
     unit: ClassVar[str] = "token"
+    plural: ClassVar[str] = "texts"
+    ignores: ClassVar[str] = "case and whitespace"
+    roles: ClassVar[tuple[str, ...]] = ("text", "text_pair")
+    libraries: ClassVar[tuple[str, ...]] = ("tokenizers",)
+    has_baseline: ClassVar[bool] = True
 
     def open(self, folder: Path, *, limit: int) -> TextPreprocessor:
         return TextPreprocessor(folder, limit=limit)
+
+    def read(self, cells: Mapping[str, str]) -> TextInput:
+        return (cells["text"], cells["text_pair"]) if "text_pair" in cells else cells["text"]
+
+    def content(self, example: TextInput) -> bytes:
+        return "\0".join(_parts(example)).encode("utf-8", "surrogatepass")
+
+    def digest(self, example: TextInput) -> bytes:
+        joined = "\0".join(map(normalise, _parts(example)))
+        return blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def size(self, example: TextInput) -> int:
         return len(example) if isinstance(example, str) else sum(map(len, example))
 
     def is_empty(self, example: TextInput) -> bool:
-        return not any(part.strip() for part in ((example,) if isinstance(example, str) else example))
+        return not any(part.strip() for part in _parts(example))
 
     def to_json(self, example: TextInput) -> str | list[str]:
         return example if isinstance(example, str) else list(example)
@@ -75,6 +92,15 @@ class Text:
     def probe_set(self, count: int) -> tuple[list[TextInput], list[int]]:
         found, topics = text_probe_set.texts(count)
         return list(found), topics
+
+
+def _parts(example: TextInput) -> tuple[str, ...]:
+    return (example,) if isinstance(example, str) else example
+
+
+def as_one(example: TextInput) -> str:
+    """Return a pair as one text, for what knows no pairs."""
+    return example if isinstance(example, str) else " ".join(example)
 
 
 class TextPreprocessor:
@@ -102,7 +128,7 @@ class TextPreprocessor:
         Raises `InputTooLong` with the example's index if it does not fit and `truncate` is off.
         """
         most = min(limit or self.limit, self.limit)
-        pieces = self._read(_flatten(examples), most if truncate else None)
+        pieces = self._read([part for item in examples for part in _parts(item)], most if truncate else None)
         encoded, position = [], 0
         for index, item in enumerate(examples):
             width = 1 if isinstance(item, str) else 2
@@ -226,16 +252,6 @@ def _config(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_bytes())
     padding, types = _DEFAULTS.get(config["model_type"], (0, 0))
     return {"pad_token_id": padding, "type_vocab_size": types, **config}
-
-
-def _flatten(inputs: Sequence[TextInput]) -> list[str]:
-    flat: list[str] = []
-    for item in inputs:
-        if isinstance(item, str):
-            flat.append(item)
-        else:
-            flat.extend(item)
-    return flat
 
 
 def _edge_words(tokenizer: Tokenizer) -> int | None:

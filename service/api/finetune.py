@@ -175,7 +175,7 @@ def _check_dataset(record: DatasetRecord, spec: JobSpec, *, split_column: str | 
         return  # still being checked: the worker looks again
     names = [column.name for column in record.columns]
     further = [*spec.columns.slices, *([split_column] if split_column else [])] if record.id == spec.dataset else []
-    for wanted in (spec.columns.text, spec.columns.label, *further):
+    for wanted in (*spec.columns.named.values(), spec.columns.label, *further):
         if wanted not in names:
             error = ColumnMissing(wanted, available=names)
             raise DatasetUnreadable(f"{record.id}: {error}", findings=[error.as_finding()])
@@ -191,10 +191,8 @@ def _dry_run(
     folders = {id_: services.intake.folder(principal.tenant, id_) for id_ in records}
     rows_file = folders[record.id] / ROWS_FILE
     target = find_target({"train": rows_file}, spec.columns, spec.task)
-    rows, findings = load_labelled(
-        rows_file, text_column=spec.columns.text, label_column=spec.columns.label, target=target
-    )
-    lengths = sorted(len(text) // _CHARACTERS_PER_TOKEN + 2 for text in rows.texts)
+    rows, findings = load_labelled(rows_file, spec.columns, target=target)
+    lengths = sorted(rows.modality.size(example) // _CHARACTERS_PER_TOKEN + 2 for example in rows.examples)
     total, split = len(rows), wanted.split
     validation = records[spec.validation_dataset].rows if spec.validation_dataset else round(total * split.validation)
     test = records[spec.test_dataset].rows if spec.test_dataset else round(total * split.test)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from finetune.data.options import AUTO, Columns, WantedTask
+from finetune.data.options import AUTO, Columns, TaskColumns, WantedTask
 from model_registry.refs import NAME_PATTERN
 
 
@@ -120,7 +120,7 @@ class FinetuneRequest(_Request):
     test_dataset: str | None = Field(None, max_length=64)
     backbone: str | None = Field(None, pattern=NAME_PATTERN)
     task: WantedTask = AUTO
-    columns: Columns = Columns()
+    columns: TaskColumns = Field(Columns(), validate_default=True)
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"
     hyperparameters: dict[str, Any] = {}

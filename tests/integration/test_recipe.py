@@ -373,7 +373,7 @@ def test_metadata_columns_become_slices_and_the_verdict_stands_in_the_card(
 
     def with_site(rows: Any, labels: Any) -> Any:
         found = real(rows, labels)
-        return dataclasses.replace(found, extras={"site": ["north"] * len(found.texts)})
+        return dataclasses.replace(found, extras={"site": ["north"] * len(found)})
 
     monkeypatch.setattr(recipe, "_rows", with_site)
     result = finish(job(method="baseline", abstain={"target_accuracy": 0.9}), RecordingLink())

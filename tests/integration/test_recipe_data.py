@@ -12,7 +12,6 @@ import torch
 
 from finetune.data.check import ROWS_FILE, write_checked
 from finetune.data.options import Columns
-from finetune.data.text_identity import text_digest
 from finetune.jobs.failures import DatasetInvalid
 from finetune.jobs.hyperparameters import Hyperparameters
 from finetune.jobs.link import ChildJob, DatasetInput
@@ -22,6 +21,7 @@ from finetune.training.recipe import frozen_vectors, load_sides, planner, run_jo
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest
+from modeling.inputs.text import Text
 from modeling.testing import write_tiny_checkpoint
 from tests.support.links import RecordingLink
 
@@ -112,7 +112,7 @@ def test_split_columns_and_rows_are_recorded_with_the_version(job: Callable[...,
     assert {side: len(own) for side, own in hashes.items()} == fingerprint["rows"]
     assert sum(fingerprint["rows"].values()) == 240
     assert sorted(digest for own in hashes.values() for digest in own) == sorted(
-        text_digest(row(number)["text"]).hex()[:16] for number in range(240)
+        Text().digest(row(number)["text"]).hex()[:16] for number in range(240)
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from finetune.data.options import AUTO
-from finetune.data.targets.base import Keys, Misfit, Target, parse_list
+from finetune.data.targets.base import Keys, Target, parse_list
 from finetune.data.targets.metric import Metric, MetricName
 from finetune.data.targets.multi_label import LabelSetTarget
 from finetune.data.targets.regression import NumberTarget
@@ -20,7 +20,6 @@ __all__ = [
     "Keys",
     "Metric",
     "MetricName",
-    "Misfit",
     "Target",
     "metric_of",
     "parse_list",

@@ -26,14 +26,6 @@ Keys = Sequence[int]
 """A number for each row's input, or for its near duplicates."""
 
 
-class Misfit(ValueError):
-    """A cell that the target cannot take: `what` is wrong with it, and how to fix it."""
-
-    def __init__(self, what: str, *, code: str, fix: str) -> None:
-        super().__init__(what)
-        self.code, self.fix = code, fix
-
-
 class Target(Protocol):
     """`task` is the task's name. `empty_code` is the finding for a row without a value. The first of `losses` and of
     `metrics` is what `auto` becomes; `methods` None means all of them, and `refuses` names hyperparameters that mean
@@ -56,7 +48,7 @@ class Target(Protocol):
         """Build the target of a column; `cells` may be looked at to see how values are written."""
 
     def read(self, cell: str) -> str:
-        """Return the label of a cell that is not empty. Raises `Misfit`."""
+        """Return the label of a cell that is not empty. Raises `BadCell`."""
 
     def names_of(self, label: str) -> tuple[str, ...]:
         """Return the classes or labels that a label names; none for a number."""
@@ -98,14 +90,12 @@ def conflicting_labels(rows: LabelledRows, keys: Keys) -> list[Finding]:
     positions = [position for position, key in enumerate(keys) if key in conflicting]
     pair = [repr(label) for label in sorted(labels[keys[positions[0]]])]
     message = (
-        f"{len(conflicting):,} texts have different labels, the first (row {numbers[positions[0]]}) has {listed(pair)}"
+        f"{len(conflicting):,} {rows.modality.plural} have different labels, "
+        f"the first (row {numbers[positions[0]]}) has {listed(pair)}"
     )
     affected = [numbers[position] for position in positions]
-    return [
-        row_finding(
-            code="conflicting_labels", severity="warning", message=message, rows=affected, fix="keep one label per text"
-        )
-    ]
+    fix = f"keep one label per {rows.modality.name}"
+    return [row_finding(code="conflicting_labels", severity="warning", message=message, rows=affected, fix=fix)]
 
 
 def listed(names: Iterable[str]) -> str:

@@ -104,11 +104,11 @@ def _separator(cells: Iterable[str | None]) -> str | None:
 def _of_sets(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
     """No label at all is an error; labels that are too rare to be learnt or measured are a warning."""
     names = [rows.target.names_of(label) for label in rows.labels]
-    texts: defaultdict[str, set[int]] = defaultdict(set)
+    inputs: defaultdict[str, set[int]] = defaultdict(set)
     for own, group in zip(names, groups, strict=True):
         for name in own:
-            texts[name].add(group)
-    if not texts:
+            inputs[name].add(group)
+    if not inputs:
         return [
             row_finding(
                 code="single_class",
@@ -118,7 +118,7 @@ def _of_sets(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
                 fix="give rows labels, or choose another label column",
             )
         ]
-    found = [*_rare(rows, texts, needed), *_everywhere(names)]
+    found = [*_rare(rows, inputs, needed), *_everywhere(names)]
     if max(map(len, names)) == 1:
         found.append(
             row_finding(
@@ -133,8 +133,8 @@ def _of_sets(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
     return found
 
 
-def _rare(rows: LabelledRows, texts: dict[str, set[int]], needed: int) -> list[Finding]:
-    sizes = {name: len(own) for name, own in texts.items() if len(own) < FEW_ROWS}
+def _rare(rows: LabelledRows, inputs: dict[str, set[int]], needed: int) -> list[Finding]:
+    sizes = {name: len(own) for name, own in inputs.items() if len(own) < FEW_ROWS}
     if not sizes:
         return []
     smallest_first = sorted(sizes, key=lambda name: (sizes[name], name))
@@ -147,8 +147,8 @@ def _rare(rows: LabelledRows, texts: dict[str, set[int]], needed: int) -> list[F
             severity="warning",
             rows=rows.numbers_with(set(sizes)),
             count=len(sizes),
-            message=f"{len(sizes):,} of {len(texts):,} labels have fewer than {FEW_ROWS} different texts (near "
-            f"duplicates count once); expect poor results for them{consequence}: {named}",
+            message=f"{len(sizes):,} of {len(inputs):,} labels have fewer than {FEW_ROWS} different "
+            f"{rows.modality.plural} (near duplicates count once); expect poor results for them{consequence}: {named}",
             fix="add rows, merge these labels into others, or remove them",
         )
     ]

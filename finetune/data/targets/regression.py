@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from finetune.data.records import Finding, row_finding
-from finetune.data.targets.base import Keys, Misfit, Target
+from finetune.data.targets.base import Keys, Target
 from finetune.data.targets.metric import Metric
+from modeling.inputs import BadCell
 
 if TYPE_CHECKING:
     from finetune.data.labelled import LabelledRows
@@ -50,7 +51,7 @@ class NumberTarget:
         text = cell.strip()
         fix = "write a finite number, such as 3.5 or -1e3, in every row; for words choose a classification task"
         if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
-            raise Misfit(f"holds {text[:60]!r}, which is no finite number", code="non_numeric_target", fix=fix)
+            raise BadCell(f"holds {text[:60]!r}, which is no finite number", code="non_numeric_target", fix=fix)
         return repr(float(text) + 0.0)  # without the sign of zero
 
     def names_of(self, label: str) -> tuple[str, ...]:
@@ -79,7 +80,7 @@ _: type[Target] = NumberTarget
 
 
 def _of_numbers(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
-    """One value everywhere, and fewer different texts than sides, are errors."""
+    """One value everywhere, and fewer different inputs than sides, are errors."""
     if len(set(rows.labels)) == 1:
         return [
             row_finding(
@@ -90,15 +91,16 @@ def _of_numbers(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
                 fix="add rows with other values, or choose another label column",
             )
         ]
-    texts = len(set(groups))
-    if texts < needed:
+    inputs = len(set(groups))
+    if inputs < needed:
         return [
             row_finding(
                 code="class_too_small",
                 severity="error",
                 rows=rows.row_numbers.tolist(),
-                count=texts,
-                message=f"there are only {texts} different texts (near duplicates count once) for {needed} sides",
+                count=inputs,
+                message=f"there are only {inputs} different {rows.modality.plural} (near duplicates count once) "
+                f"for {needed} sides",
                 fix="add rows, or bring validation and test data",
             )
         ]
@@ -106,25 +108,25 @@ def _of_numbers(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
 
 
 def _conflicting_numbers(rows: LabelledRows, keys: Keys) -> list[Finding]:
-    """Equal texts whose targets lie further apart than one standard deviation of all."""
+    """Equal inputs whose targets lie further apart than one standard deviation of all."""
     values = np.array([float(label) for label in rows.labels])
-    _, text = np.unique(np.asarray(keys), return_inverse=True)
-    low, high = np.full(text.max() + 1, np.inf), np.full(text.max() + 1, -np.inf)
-    np.minimum.at(low, text, values)
-    np.maximum.at(high, text, values)
+    _, one = np.unique(np.asarray(keys), return_inverse=True)
+    low, high = np.full(one.max() + 1, np.inf), np.full(one.max() + 1, -np.inf)
+    np.minimum.at(low, one, values)
+    np.maximum.at(high, one, values)
     is_apart = high - low > values.std()
     if not is_apart.any():
         return []
-    affected = np.flatnonzero(is_apart[text])
+    affected = np.flatnonzero(is_apart[one])
     first = int(affected[0])
     return [
         row_finding(
             code="conflicting_labels",
             severity="warning",
             rows=rows.row_numbers[affected].tolist(),
-            message=f"{int(is_apart.sum()):,} texts have targets more than a standard deviation "
+            message=f"{int(is_apart.sum()):,} {rows.modality.plural} have targets more than a standard deviation "
             f"({values.std():.3g}) apart, the first (row {rows.row_numbers[first]}) "
-            f"with {low[text[first]]:g} and {high[text[first]]:g}",
-            fix="keep one target per text, for example the mean",
+            f"with {low[one[first]]:g} and {high[one[first]]:g}",
+            fix=f"keep one target per {rows.modality.name}, for example the mean",
         )
     ]

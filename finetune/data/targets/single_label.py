@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from finetune.data.records import Finding, Severity, row_finding
-from finetune.data.targets.base import FEW_ROWS, Keys, Misfit, Target, conflicting_labels, listed, parse_list
+from finetune.data.targets.base import FEW_ROWS, Keys, Target, conflicting_labels, listed, parse_list
 from finetune.data.targets.metric import Metric
+from modeling.inputs import BadCell
 
 if TYPE_CHECKING:
     from finetune.data.labelled import LabelledRows
@@ -42,7 +43,7 @@ class ClassTarget:
         if parse_list(cell) is not None:
             fix = "choose the task for several labels, or write one label as plain text"
             what = f"holds a list of labels, and {self.task} takes one"
-            raise Misfit(what, code="unexpected_list", fix=fix)
+            raise BadCell(what, code="unexpected_list", fix=fix)
         return cell.strip()
 
     def names_of(self, label: str) -> tuple[str, ...]:
@@ -76,17 +77,18 @@ def _single_class(rows: LabelledRows) -> list[Finding]:
 
 
 def _class_sizes(rows: LabelledRows, keys: Keys, needed: int) -> list[Finding]:
-    texts: defaultdict[str, set[int]] = defaultdict(set)
+    inputs: defaultdict[str, set[int]] = defaultdict(set)
     for label, key in zip(rows.labels, keys, strict=True):
-        texts[label].add(key)
-    # Equal and nearly equal texts stay on one side of a split, so different texts are what counts.
-    too_small = {label: len(own) for label, own in texts.items() if len(own) < needed}
-    small = {label: len(own) for label, own in texts.items() if needed <= len(own) < FEW_ROWS}
+        inputs[label].add(key)
+    # Equal and nearly equal inputs stay on one side of a split, so different ones are what counts.
+    too_small = {label: len(own) for label, own in inputs.items() if len(own) < needed}
+    small = {label: len(own) for label, own in inputs.items() if needed <= len(own) < FEW_ROWS}
     fix = "add rows, merge these classes into others, or remove them"
-    error = f"fewer than {needed} different texts (near duplicates count once), so they cannot stand in every split"
-    warning = f"fewer than {FEW_ROWS} different texts; expect poor results for them"
+    what = rows.modality.plural
+    error = f"fewer than {needed} different {what} (near duplicates count once), so they cannot stand in every split"
+    warning = f"fewer than {FEW_ROWS} different {what}; expect poor results for them"
     return [
-        *_too_small(rows, too_small, "error", error, fix + _number_hint(rows, texts)),
+        *_too_small(rows, too_small, "error", error, fix + _number_hint(rows, inputs)),
         *_too_small(rows, small, "warning", warning, fix),
     ]
 
@@ -108,8 +110,8 @@ def _too_small(
     ]
 
 
-def _number_hint(rows: LabelledRows, texts: dict[str, set[int]]) -> str:
-    looks_continuous = len(texts) > len(rows) / 2 and all(_is_number(label) for label in texts)
+def _number_hint(rows: LabelledRows, inputs: dict[str, set[int]]) -> str:
+    looks_continuous = len(inputs) > len(rows) / 2 and all(_is_number(label) for label in inputs)
     return "; if the label is a quantity, choose the regression task" if looks_continuous else ""
 
 

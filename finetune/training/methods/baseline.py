@@ -17,6 +17,7 @@ from finetune.evaluation.tasks.class_weights import class_weights, positive_weig
 from finetune.evaluation.tasks.rules import Targets
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run
+from modeling.inputs.text import TextInput, as_one
 from modeling.linear_text import LinearText, new_vectorizer
 from modeling.weights import FloatArray, IntArray
 
@@ -26,17 +27,17 @@ _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularisation C, tried from 
 
 def train(run: Run) -> Candidate:
     started = time.monotonic()
-    words = _Words.of(run.train.texts)
+    words = _Words.of(run.train.examples)
     fitted = []
     for strength in _STRENGTHS:
         run.link.check_cancelled()
-        logits = words.fit(run, run.train.labels, strength).margins(run.validation.texts)
+        logits = words.fit(run, run.train.labels, strength).margins(run.validation.examples)
         fitted.append((run.score(logits), logits))
     best = run.plan.deciding.best([value for value, _ in fitted])
 
     def finish() -> Servable:
         labels = np.concatenate([run.train.labels, run.validation.labels])
-        model = _Words.of([*run.train.texts, *run.validation.texts]).fit(run, labels, _STRENGTHS[best])
+        model = _Words.of([*run.train.examples, *run.validation.examples]).fit(run, labels, _STRENGTHS[best])
         return Servable(logits=model.margins, linear=model)
 
     return Candidate(
@@ -57,9 +58,9 @@ class _Words:
     features: Any
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> _Words:
+    def of(cls, texts: Sequence[TextInput]) -> _Words:
         vectorizer = new_vectorizer()
-        return cls(vectorizer, vectorizer.fit_transform(texts))
+        return cls(vectorizer, vectorizer.fit_transform(map(as_one, texts)))
 
     def fit(self, run: Run, targets: Targets, strength: float) -> LinearText:
         with warnings.catch_warnings():

@@ -9,6 +9,7 @@ from typing import Any
 
 from model_registry.manifest import VersionKind
 from modeling.heads import TaskHead
+from modeling.inputs import Example
 from modeling.linear_text import LinearText
 from modeling.weights import FloatArray
 
@@ -17,15 +18,15 @@ from modeling.weights import FloatArray
 class Servable:
     """The weights as they will be served: `head` or `linear`, plus whatever `write_extra` puts beside them.
 
-    `logits` runs what the server will run, from raw texts, on the engine that it is likely to run it on;
+    `logits` runs what the server will run, from raw examples, on the engine that it is likely to run it on;
     `reference_logits` in torch and fp32, for golden rows. None where the two are the same.
     """
 
-    logits: Callable[[Sequence[str]], FloatArray]
+    logits: Callable[[Sequence[Example]], FloatArray]
     head: TaskHead | None = None
     linear: LinearText | None = None
     write_extra: Callable[[Path], None] | None = None
-    reference_logits: Callable[[Sequence[str]], FloatArray] | None = None
+    reference_logits: Callable[[Sequence[Example]], FloatArray] | None = None
 
 
 @dataclass(frozen=True, slots=True)

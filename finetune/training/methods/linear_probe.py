@@ -44,9 +44,9 @@ def train(run: Run) -> Candidate:
         head: TaskHead = model.fit(run, features, labels, strength=chosen.strength, start=chosen).head
 
         return Servable(
-            logits=lambda texts: head.logits(run.embed(texts)),
+            logits=lambda examples: head.logits(run.embed(examples)),
             head=head,
-            reference_logits=lambda texts: head.logits(run.embed_by_reference(texts)),
+            reference_logits=lambda examples: head.logits(run.embed_by_reference(examples)),
         )
 
     return Candidate(

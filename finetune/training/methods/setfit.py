@@ -21,7 +21,7 @@ from finetune.training.methods import logistic
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.methods.tuned import Classifier, load_network, new_classifier, serve_own
 from finetune.training.run_context import Run, embed, length_batches
-from modeling.inputs import Features, single
+from modeling.inputs import Example, Features, single
 from modeling.weights import FloatArray, IntArray
 
 ROWS_PER_STEP = 32
@@ -34,8 +34,8 @@ _EVALUATION_TOKENS = 4096
 def train(run: Run) -> Candidate:
     started = time.monotonic()
     run.link.phase(JobPhase.TRAINING)
-    train_rows = single(run.preprocessor.encode(run.train.texts))
-    validation_rows = single(run.preprocessor.encode(run.validation.texts))
+    train_rows = single(run.preprocessor.encode(run.train.examples))
+    validation_rows = single(run.preprocessor.encode(run.validation.examples))
     body, steps = _tuned(run, train_rows, run.train.labels, steps=run.plan_of("setfit").total_steps)
     features, held_out = _vectors(run, body, train_rows), _vectors(run, body, validation_rows)
 
@@ -65,8 +65,8 @@ def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Features]) 
     head = logistic.fit(run, _vectors(run, body, rows), labels, strength=STRENGTH).head
     engine, _, write_extra = serve_own(run, body.encoder, method="setfit")
 
-    def logits(texts: Sequence[str]) -> FloatArray:
-        return head.logits(embed(engine, run.preprocessor, texts))
+    def logits(examples: Sequence[Example]) -> FloatArray:
+        return head.logits(embed(engine, run.preprocessor, examples))
 
     write: Callable[[Path], None] = write_extra
     return Servable(logits=logits, head=head, write_extra=write)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from modeling.checkpoints import write_encoder
 from modeling.engines.protocol import Engine
 from modeling.engines.torch import TorchEngine, pool
 from modeling.heads import DenseLayer, TaskHead
+from modeling.inputs import Example
 from modeling.networks import NETWORKS, Network, Tensors
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
@@ -158,8 +158,8 @@ def train_tuned(
         engine, adapter, write_extra = serve(run, final)
         head = scale.folded(final.task_head())
 
-        def logits(texts: Any) -> FloatArray:
-            return head.logits(embed(engine, run.preprocessor, texts, adapter=adapter))
+        def logits(examples: Sequence[Example]) -> FloatArray:
+            return head.logits(embed(engine, run.preprocessor, examples, adapter=adapter))
 
         return Servable(logits=logits, head=head, write_extra=write_extra)
 
@@ -192,7 +192,7 @@ def _refitted(
         run.is_winding_down = everything.is_winding_down
     if reason is None:
         steps = everything.plan_of(method).total_steps
-        trained.details["refit"] = {"rows": len(everything.train.texts), "steps": steps}
+        trained.details["refit"] = {"rows": len(everything.train), "steps": steps}
         return everything.scale, model
     message = f"{method}: the refit is left out, and the model of the training rows is served: {reason}"
     run.link.event("data_warning", message[:500], {"code": "refit_left_out", "method": method}, level="warn")
@@ -202,9 +202,7 @@ def _refitted(
 def _on_all_rows(run: Run, method: str, best_step: int) -> Run:
     """The run as a refit sees it: no row is held out, so nothing is evaluated on the way."""
     rows = joined(run.train, run.validation)
-    size, first = (
-        epoch_size(len(side.texts), side.labels if run.plan.oversample else None) for side in (rows, run.train)
-    )
+    size, first = (epoch_size(len(side), side.labels if run.plan.oversample else None) for side in (rows, run.train))
     steps = max(1, round(best_step * size / max(1, first)))
     plan = run.plan_of(method).model_copy(update={"total_steps": steps})
     others = tuple(plan if one.method == method else one for one in run.plan.methods)

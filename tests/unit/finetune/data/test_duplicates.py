@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.duplicates import Duplicates, find_duplicates, largest_group
-from finetune.data.shingles import shingle_hashes, shingle_sets, word_hashes
-from finetune.data.text_identity import normalise
+from finetune.data.text_shingles import shingle_hashes, word_hashes
+from modeling.inputs.text import Text
+from modeling.inputs.text_identity import normalise
 
 WORDS = [f"word{number}" for number in range(400)]
 # Few words, so that near duplicates are common.
@@ -47,7 +48,7 @@ def test_pairs_from_the_threshold_on_are_found_and_no_others() -> None:
     for _ in range(300):
         text = " ".join(draw.choices(WORDS, k=40))
         texts += [text, altered(text, draw, draw.randrange(0, 4))]
-    found = find_duplicates(texts).group_of
+    found = find_duplicates(texts, Text()).group_of
     near = [similarity(texts[row], texts[row + 1]) >= 0.8 for row in range(0, 600, 2)]
     together = [bool(found[row] == found[row + 1]) for row in range(0, 600, 2)]
     assert 30 < sum(near) < 270, "both kinds are needed, or the comparison shows nothing"
@@ -57,17 +58,17 @@ def test_pairs_from_the_threshold_on_are_found_and_no_others() -> None:
 
 @given(texts=TEXTS)
 def test_a_group_is_connected_by_exact_similarity(texts: list[str]) -> None:
-    found = find_duplicates(texts)
+    found = find_duplicates(texts, Text())
     sets = [set(own.tolist()) for own in np.split(*_sets(texts))] if texts else []
     for row, group in enumerate(found.group_of.tolist()):
         others = [other for other in range(len(texts)) if found.group_of[other] == group and other != row]
-        different = [other for other in others if found.text_of[other] != found.text_of[row]]
+        different = [other for other in others if found.input_of[other] != found.input_of[row]]
         if different and not found.is_cut:
             assert any(_jaccard(sets[row], sets[other]) >= 0.8 for other in different)
 
 
 def _sets(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    sets = shingle_sets(texts)
+    sets = shingle_hashes(texts).as_sets()
     return sets.hashes, sets.offsets[1:-1]
 
 
@@ -78,14 +79,14 @@ def _jaccard(one: set[int], other: set[int]) -> float:
 @given(texts=TEXTS, data=st.data())
 def test_row_order_and_copies_do_not_matter(texts: list[str], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(texts + texts[:3]))
-    one, other = find_duplicates(texts), find_duplicates(shuffled)
+    one, other = find_duplicates(texts, Text()), find_duplicates(shuffled, Text())
     assert as_sets(one, texts) == as_sets(other, shuffled)
     assert one.digests == other.digests
 
 
 def test_equal_texts_have_one_number_and_differ_from_others() -> None:
-    found = find_duplicates(["Hello  World", "hello world", "hello, world", "hello there", "?", "!"])
-    assert found.text_of[0] == found.text_of[1] != found.text_of[2]
+    found = find_duplicates(["Hello  World", "hello world", "hello, world", "hello there", "?", "!"], Text())
+    assert found.input_of[0] == found.input_of[1] != found.input_of[2]
     assert found.group_of[0] == found.group_of[2] != found.group_of[3]
     assert len(set(found.group_of.tolist())) == 4, "texts without a word are no near duplicates of each other"
 
@@ -97,7 +98,7 @@ def test_a_chain_through_the_whole_data_is_cut() -> None:
         words = chain[-1].split()
         words[(step * 7) % 60] = f"new{step}"
         chain.append(" ".join(words))
-    found = find_duplicates(chain)
+    found = find_duplicates(chain, Text())
     assert found.is_cut
     sizes = np.bincount(found.group_of)
     assert 1 < sizes.max() <= largest_group(200)
@@ -109,14 +110,14 @@ def test_a_chain_through_the_whole_data_is_cut() -> None:
 def test_copies_of_one_letter_form_groups_within_the_limit() -> None:
     letter = " ".join(WORDS[:60])
     texts = [f"{letter} signed{number}" for number in range(400)]
-    found = find_duplicates(texts)
+    found = find_duplicates(texts, Text())
     sizes = np.bincount(found.group_of)
     assert found.is_cut and sizes.max() == largest_group(400) == 20
 
 
 def test_nothing_and_no_words() -> None:
-    assert len(find_duplicates([]).group_of) == 0
-    assert find_duplicates(["", "  ", "?"]).group_of.tolist() in ([0, 0, 1], [1, 1, 0])
+    assert len(find_duplicates([], Text()).group_of) == 0
+    assert find_duplicates(["", "  ", "?"], Text()).group_of.tolist() in ([0, 0, 1], [1, 1, 0])
 
 
 @given(st.lists(st.text(max_size=30), max_size=6))

@@ -14,8 +14,8 @@ from finetune.data.load import load_sides
 from finetune.data.options import Columns, SplitOptions
 from finetune.data.record_batches import RowBatch
 from finetune.training import feature_cache
-from finetune.training.champion import row_hash
-from finetune.training.feature_cache import lengths_space, space_name, text_key
+from finetune.training.feature_cache import content_key, lengths_space, space_name
+from modeling.inputs.text import Text
 
 WORDS = "der Straße FILM ﬁne naïve 良い 映画 plot dull good and was the a of 2024 ¿qué".split()
 EXAMPLE = "  Straße ﬁne\n NAÏVE 映画\ud83d "
@@ -55,9 +55,11 @@ def test_rows_fall_on_the_sides_that_they_always_fell_on(
     assert (tuple(map(len, numbers)), found) == (counts, digest)
 
 
-def test_row_hashes_and_keys_of_vectors_are_what_they_always_were() -> None:
-    assert row_hash(EXAMPLE) == row_hash(EXAMPLE.lower()) == "2936ff2534881f4f"
-    assert [text_key(EXAMPLE, cut_at=cut).hex() for cut in (None, 128)] == [
+def test_digests_and_keys_of_vectors_are_what_they_always_were() -> None:
+    """Row hashes are the digests' first halves."""
+    text = Text()
+    assert text.digest(EXAMPLE).hex() == text.digest(EXAMPLE.lower()).hex() == "2936ff2534881f4fce01567adafea31f"
+    assert [content_key(text.content(EXAMPLE), cut_at=cut).hex() for cut in (None, 128)] == [
         "def66c8b00a5a31358a4e4b52ca6b6bb",
         "f46dba47eda5f1f9496dd346f4cfabbc",
     ]
@@ -65,6 +67,6 @@ def test_row_hashes_and_keys_of_vectors_are_what_they_always_were() -> None:
 
 def test_vectors_are_kept_in_the_folders_that_they_were_always_kept_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "_version", lambda name: f"{name} 1")
-    assert space_name("digest", "torch/fp32") == "9792275fb2283ad2664ce1009709e182"
-    assert space_name("digest", "onnx/int8") == "d7859716549186bc3bdcb809443febbf"
-    assert lengths_space("digest") == "5e1f38f4b06a04b5663c122f4da13926"
+    assert space_name("digest", "torch/fp32", Text.libraries) == "9792275fb2283ad2664ce1009709e182"
+    assert space_name("digest", "onnx/int8", Text.libraries) == "d7859716549186bc3bdcb809443febbf"
+    assert lengths_space("digest", Text.libraries) == "5e1f38f4b06a04b5663c122f4da13926"

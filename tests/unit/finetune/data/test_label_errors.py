@@ -15,6 +15,7 @@ from finetune.data.labelled import LabelledRows
 from finetune.training import suspects
 from finetune.training.feature_cache import FeatureCache
 from finetune.training.suspects import FOLDS, find_suspects, stratified_folds
+from modeling.inputs.text import Text
 from tests.support.links import RecordingLink
 
 
@@ -64,7 +65,7 @@ def test_flipped_labels_are_found() -> None:
     assert len(listed & wrong) >= 0.7 * len(wrong) and len(listed & wrong) >= 0.9 * len(listed)
     for item in found:
         if item["row"] in wrong:
-            true = rows.texts[item["row"] - 1]
+            true = rows.examples[item["row"] - 1]
             assert item["given"] == rows.labels[item["row"] - 1] and f"{item['suggested']}" in true
     (event,) = link.of("data_warning")
     data = event["data"]
@@ -79,13 +80,13 @@ def test_sound_labels_raise_no_warning() -> None:
     for number in wrong:
         mended[number - 1] = names[(number - 1) % 4]
     link = RecordingLink()
-    found = find_suspects(LabelledRows(rows.row_numbers, rows.texts, mended), link, seed=1)
+    found = find_suspects(LabelledRows(rows.row_numbers, rows.examples, mended), link, seed=1)
     assert len(found) <= 4 and all(event["level"] == "info" for event in link.of("data_warning"))
 
 
 def test_a_class_of_one_row_does_not_disturb_the_search() -> None:
     rows, wrong = corpus()
-    lone = LabelledRows(np.arange(1, 402), [*rows.texts, "something else entirely"], [*rows.labels, "lone"])
+    lone = LabelledRows(np.arange(1, 402), [*rows.examples, "something else entirely"], [*rows.labels, "lone"])
     listed = {item["row"] for item in find_suspects(lone, RecordingLink(), seed=1)}
     assert len(listed & wrong) >= 0.6 * len(wrong)
 
@@ -94,9 +95,9 @@ def test_the_same_rows_are_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     searches: list[int] = []
     search = suspects.out_of_fold
 
-    def counted(texts: list[str], *rest: Any, **options: Any) -> Any:
-        searches.append(len(texts))
-        return search(texts, *rest, **options)
+    def counted(rows: LabelledRows, *rest: Any, **options: Any) -> Any:
+        searches.append(len(rows))
+        return search(rows, *rest, **options)
 
     monkeypatch.setattr(suspects, "out_of_fold", counted)
     rows, _ = corpus()
@@ -105,8 +106,8 @@ def test_the_same_rows_are_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     link = RecordingLink()
     assert find_suspects(rows, link, seed=1, cache=cache) == first == find_suspects(rows, RecordingLink(), seed=1)
     assert len(searches) == 2 and len(link.of("data_warning")) == 1
-    relabelled = LabelledRows(rows.row_numbers, rows.texts, [*rows.labels[1:], rows.labels[0]])
-    retold = LabelledRows(rows.row_numbers, [*rows.texts[1:], rows.texts[0]], rows.labels)
+    relabelled = LabelledRows(rows.row_numbers, rows.examples, [*rows.labels[1:], rows.labels[0]])
+    retold = LabelledRows(rows.row_numbers, [*rows.examples[1:], rows.examples[0]], rows.labels)
     for changed, seed in ((rows, 2), (relabelled, 1), (retold, 1)):
         searches.clear()
         find_suspects(changed, RecordingLink(), seed=seed, cache=cache)
@@ -125,8 +126,8 @@ def test_folds_keep_equal_texts_together_and_do_not_depend_on_row_order(
     pairs: list[tuple[str, int]], data: st.DataObject
 ) -> None:
     shuffled = data.draw(st.permutations(pairs))
-    one = stratified_folds([text for text, _ in pairs], np.array([label for _, label in pairs]))
-    other = stratified_folds([text for text, _ in shuffled], np.array([label for _, label in shuffled]))
+    one = stratified_folds([Text().digest(text) for text, _ in pairs], np.array([label for _, label in pairs]))
+    other = stratified_folds([Text().digest(text) for text, _ in shuffled], np.array([label for _, label in shuffled]))
     by_text = dict(zip((text for text, _ in pairs), one.tolist(), strict=True))
     assert all(by_text[text] == fold for (text, _), fold in zip(pairs, one.tolist(), strict=True))
     assert by_text == dict(zip((text for text, _ in shuffled), other.tolist(), strict=True))

@@ -26,7 +26,7 @@ def rows_of(count: int, extras: dict[str, Sequence[str | None]] | None = None, s
 
 
 def with_text(rows: LabelledRows, place: int, text: str) -> LabelledRows:
-    texts = [*rows.texts]
+    texts = [*rows.examples]
     texts[place] = text
     return LabelledRows(rows.row_numbers, texts, rows.labels, rows.extras)
 
@@ -42,7 +42,7 @@ def named(findings: Sequence[Finding], code: str, severity: str | None = None) -
 
 
 def texts_of(sides: Sides) -> list[set[str]]:
-    return [set(side.texts) for side in (sides.train, sides.validation, sides.test)]
+    return [set(side.examples) for side in (sides.train, sides.validation, sides.test)]
 
 
 NEAR = " ".join(WORDS[100:140])
@@ -67,9 +67,9 @@ def test_near_duplicates_stand_on_one_side(strategy: str) -> None:
 def test_added_near_duplicates_pull_rows_into_training_only(seed: int, added: int) -> None:
     draw = random.Random(seed)
     rows = rows_of(60, seed=seed)
-    copies = [f"{draw.choice(rows.texts)} again{number}" for number in range(added)]
+    copies = [f"{draw.choice(rows.examples)} again{number}" for number in range(added)]
     more = LabelledRows(
-        np.arange(1, 61 + added), rows.texts + copies, rows.labels + [draw.choice("xyz") for _ in copies]
+        np.arange(1, 61 + added), rows.examples + copies, rows.labels + [draw.choice("xyz") for _ in copies]
     )
     before, after = texts_of(cut(rows)), texts_of(cut(more))
     # Classes of twenty texts need no topping up but by rare chance, which may move one text a class and side.
@@ -197,7 +197,7 @@ def test_what_becomes_of_leaks(strategy: str, leaks: str) -> None:
         for number in range(100)
     ]
     rows = with_text(with_text(rows_of(100, {"c": values}), 3, NEAR), 97, NEARER)
-    rows = with_text(rows, 5, rows.texts[96])
+    rows = with_text(rows, 5, rows.examples[96])
     column = "time_column" if strategy == "time" else "column"
     sides = cut(rows, **{"strategy": strategy, column: "c", "leaks": leaks, "validation": 0.2, "test": 0.2})
     is_dropped = leaks == "drop" or (leaks == "auto" and strategy == "time")
@@ -212,7 +212,7 @@ def test_what_becomes_of_leaks(strategy: str, leaks: str) -> None:
 
 def test_leaks_between_datasets_are_reported_and_dropped_on_demand() -> None:
     train = with_text(rows_of(90), 10, NEAR)
-    test = with_text(with_text(rows_of(30, seed=7), 2, NEARER), 3, train.texts[20])
+    test = with_text(with_text(rows_of(30, seed=7), 2, NEARER), 3, train.examples[20])
     kept = divide(train, None, test, options=SplitOptions(), seed=1)
     assert named(kept.findings, "split_overlap").rows == [4]
     assert named(kept.findings, "near_duplicate_across_splits").rows == [3]
@@ -225,7 +225,7 @@ def test_leaks_between_datasets_are_reported_and_dropped_on_demand() -> None:
 def test_dropping_leaves_every_class_to_training() -> None:
     rows = rows_of(60, {"t": [str(number) for number in range(60)]})
     labels = ["rare" if number in (2, 58) else label for number, label in enumerate(rows.labels)]
-    rows = with_text(LabelledRows(rows.row_numbers, rows.texts, labels, rows.extras), 2, rows.texts[58])
+    rows = with_text(LabelledRows(rows.row_numbers, rows.examples, labels, rows.extras), 2, rows.examples[58])
     sides = cut(rows, strategy="time", time_column="t")
     assert "rare" in sides.train.labels and named(sides.findings, "split_overlap").rows == [59]
 
@@ -239,7 +239,7 @@ def test_a_group_in_a_dataset_given_apart_is_told() -> None:
 
 def test_a_class_that_only_the_future_has_is_an_error() -> None:
     rows = rows_of(60, {"t": [str(number) for number in range(60)]})
-    rows = LabelledRows(rows.row_numbers, rows.texts, [*rows.labels[:-1], "new"], rows.extras)
+    rows = LabelledRows(rows.row_numbers, rows.examples, [*rows.labels[:-1], "new"], rows.extras)
     finding = named(cut(rows, strategy="time", time_column="t").findings, "unknown_label")
     assert (finding.severity, finding.rows) == ("error", [60])
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.labelled import LabelledRows
-from finetune.data.splits import Split, Strategy, split_rows
-from finetune.data.text_identity import fraction, normalise, text_digest
+from finetune.data.splits import Split, Strategy, fraction, split_rows
+from modeling.inputs.text import Text
+from modeling.inputs.text_identity import normalise
 
 STRATEGIES: list[Strategy] = ["hash", "stratified", "random"]
 SHARES = st.sampled_from([(0.15, 0.15), (0.0, 0.2), (0.2, 0.0), (0.0, 0.0), (0.01, 0.01), (0.45, 0.5)])
@@ -94,7 +95,7 @@ def test_hash_moves_only_texts_that_top_up_a_class(pairs: list[tuple[str, str]],
         moved: defaultdict[str, set[str]] = defaultdict(set)
         placed = side_of_text(some, split(some, "hash", (0.2, 0.2)))
         for text, label in some:
-            drawn = fraction(text_digest(text), 0)
+            drawn = fraction(Text().digest(text), 0)
             if placed[normalise(text)] != (2 if drawn >= 0.8 else 1 if drawn >= 1 - 0.2 - 0.2 else 0):
                 moved[label].add(normalise(text))
         assert all(len(texts) <= 2 for texts in moved.values())
@@ -141,11 +142,11 @@ def test_impossible_shares_are_refused(shares: tuple[float, float]) -> None:
 
 def test_normalise_and_the_hash_never_change() -> None:
     assert normalise("  Ｆｕｌｌ\twidth  STRASSE Straße ") == "full width strasse strasse"
-    assert fraction(text_digest("hello world"), 0) == fraction(text_digest(" Hello\nWORLD "), 0) == GOLDEN[0]
-    assert fraction(text_digest("hello world"), 7) == GOLDEN[1]
+    assert fraction(Text().digest("hello world"), 0) == fraction(Text().digest(" Hello\nWORLD "), 0) == GOLDEN[0]
+    assert fraction(Text().digest("hello world"), 7) == GOLDEN[1]
 
 
 @given(st.text(), st.integers(0, 3))
 def test_fractions_lie_in_the_unit_interval_and_normalising_is_idempotent(text: str, seed: int) -> None:
-    assert 0 <= fraction(text_digest(text), seed) < 1
+    assert 0 <= fraction(Text().digest(text), seed) < 1
     assert normalise(normalise(text)) == normalise(text)

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.training.embedding import FrozenVectors, choose_engine, length_batches
-from finetune.training.feature_cache import FeatureCache, space_name, text_key
+from finetune.training.feature_cache import FeatureCache, content_key, space_name
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest
 from modeling.engines.device import DeviceFingerprint
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.inputs import Features
-from modeling.inputs.text import TextInput, TextPreprocessor
+from modeling.inputs.text import Text, TextInput, TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
 from modeling.weights import FloatArray
 from tests.support.rows import encoded_texts, row_of
@@ -65,7 +65,9 @@ def test_what_was_kept_comes_back_for_the_rows_that_ask(cache: FeatureCache) -> 
 def test_another_space_knows_nothing(cache: FeatureCache) -> None:
     cache.add("s", keys(1), vectors(1))
     assert known(cache, 1, space="t")[0] == [False]
-    assert len({space_name("d", "torch/fp32"), space_name("d", "torch/bf16"), space_name("e", "torch/fp32")}) == 3
+    assert (
+        len({space_name(*given, ()) for given in (("d", "torch/fp32"), ("d", "torch/bf16"), ("e", "torch/fp32"))}) == 3
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])
@@ -117,7 +119,8 @@ def test_a_budget_of_nothing_keeps_nothing(tmp_path: Path) -> None:
 
 @given(st.text(max_size=40), st.text(max_size=40), st.sampled_from([None, 8, 80]), st.sampled_from([None, 8, 80]))
 def test_a_key_stands_for_a_text_and_where_it_is_cut(one: str, other: str, cut: int | None, again: int | None) -> None:
-    assert (text_key(one, cut_at=cut) == text_key(other, cut_at=again)) == ((one, cut) == (other, again))
+    keys = [content_key(Text().content(text), cut_at=at) for text, at in ((one, cut), (other, again))]
+    assert (keys[0] == keys[1]) == ((one, cut) == (other, again))
 
 
 class CountingEngine(TorchEngine):

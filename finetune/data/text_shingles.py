@@ -1,4 +1,4 @@
-"""Texts as sets of hashed word runs, many texts at once. Knows nothing of what the sets are compared for.
+"""Texts as sets of hashed word runs, many texts at once.
 
 A text's set holds its runs of three words ("word 3-shingles"); a text of one or two words has one run of
 all its words, a text without a word the empty set. Case and punctuation do not count. Scripts that put
@@ -8,18 +8,15 @@ no spaces between words (Chinese, Japanese, Thai) count each character as a word
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.text_identity import fold
+from finetune.data.hash_sets import Hashes, HashSets, mix
+from modeling.inputs.text import TextInput, as_one
+from modeling.inputs.text_identity import fold
 
-Hashes = npt.NDArray[np.uint64]
-Offsets = npt.NDArray[np.int64]
-
-BATCH_CHARACTERS = 1 << 19  # of texts hashed at once; each takes some 60 bytes meanwhile
 _UNSPACED = (
     (0x0E00, 0x0EFF),
     (0x3040, 0x30FF),
@@ -33,33 +30,11 @@ _WORD_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = (np.uint64(0xD6E8FEB86659FD93), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
 
 
-@dataclass(frozen=True, slots=True)
-class ShingleSets:
-    """`hashes[offsets[i]:offsets[i + 1]]` is the set of text `i`, sorted and without repeats if `is_sorted`."""
-
-    hashes: Hashes
-    offsets: Offsets
-
-    @property
-    def sizes(self) -> Offsets:
-        return np.diff(self.offsets)
-
-
-def batches(lengths: npt.NDArray[np.int64], characters: int = BATCH_CHARACTERS) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive texts with about so many characters together; at least one text each."""
-    ends = np.cumsum(lengths)
-    start, done = 0, 0
-    while start < len(lengths):
-        end = max(start + 1, int(np.searchsorted(ends, done + characters, side="right")))
-        yield start, end
-        start, done = end, int(ends[end - 1])
-
-
-def shingle_hashes(texts: Sequence[str]) -> ShingleSets:
+def shingle_hashes(texts: Sequence[TextInput]) -> HashSets:
     """64-bit hashes of the runs in the order of the text, repeats included."""
     rows, words = word_hashes(texts)
     if len(words) == 0:
-        return ShingleSets(words, np.zeros(len(texts) + 1, np.int64))
+        return HashSets(words, np.zeros(len(texts) + 1, np.int64))
     is_first = np.empty(len(rows), bool)
     is_first[0] = True
     is_first[1:] = rows[1:] != rows[:-1]
@@ -73,31 +48,12 @@ def shingle_hashes(texts: Sequence[str]) -> ShingleSets:
         if ahead == 2:
             is_whole[:-ahead] |= is_same
     counts = np.bincount(rows[is_whole], minlength=len(texts))
-    return ShingleSets(mix(mixed[is_whole]), np.concatenate([[0], np.cumsum(counts)]))
+    return HashSets(mix(mixed[is_whole]), np.concatenate([[0], np.cumsum(counts)]))
 
 
-def shingle_sets(texts: Sequence[str]) -> ShingleSets:
-    """The same as sets: sorted, each run once."""
-    found = shingle_hashes(texts)
-    rows = np.repeat(np.arange(len(texts)), found.sizes)
-    order = np.lexsort((found.hashes, rows))
-    rows, hashes = rows[order], found.hashes[order]
-    is_new = np.ones(len(hashes), bool)
-    is_new[1:] = (hashes[1:] != hashes[:-1]) | (rows[1:] != rows[:-1])
-    counts = np.bincount(rows[is_new], minlength=len(texts))
-    return ShingleSets(hashes[is_new], np.concatenate([[0], np.cumsum(counts)]))
-
-
-def mix(values: Hashes) -> Hashes:
-    """A bijection on 64 bits that spreads every input bit over all of them (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def word_hashes(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], Hashes]:
+def word_hashes(texts: Sequence[TextInput]) -> tuple[npt.NDArray[np.int64], Hashes]:
     """Every word as the number of its text and a hash of its characters, in order."""
-    folded = [fold(text) for text in texts]
+    folded = [fold(as_one(text)) for text in texts]
     joined = " ".join(folded).encode("utf-32-le", "surrogatepass")
     if not joined:
         return np.zeros(0, np.int64), np.zeros(0, np.uint64)
