@@ -1,8 +1,8 @@
 """Backbones: where they come from, and what of them is kept.
 
 `ingest` copies a source into the store once, under the digest of its content; from then on both
-processes load it from there, so a version's backbone cannot change or vanish. Only safetensors,
-`tokenizer.json` and a configuration reduced to known keys are kept: nothing that can carry code.
+processes load it from there, so a version's backbone cannot change or vanish. Only safetensors and what
+`modeling.ingestion` reads of the rest are kept: nothing that can carry code.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import re
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 from model_registry.errors import ArtifactExists
 from model_registry.manifest import backbone_prefix
 from model_registry.store import ArtifactStore
-from modeling.errors import BackboneUnavailable, ConfigRefused, UnsupportedArchitecture
+from modeling.errors import BackboneUnavailable
+from modeling.ingestion import READERS, Checkpoint, Pooling, modality_of, read_config
 
-Pooling = Literal["mean", "cls"]
 _FIRST_MODALITY = "text"
 BACKBONE_FILE = "backbone.json"
 GRAPHS_FOLDER = "graphs"  # of a backbone that came with its export
@@ -31,25 +30,11 @@ GRAPHS_FOLDER = "graphs"  # of a backbone that came with its export
 COMPOSITION_FILE = "composition.json"
 COMPOSITION_WEIGHTS = "composition.safetensors"
 
-# Encoders whose output is a row of token states; each was checked against this loader.
-SUPPORTED_MODEL_TYPES = frozenset(
-    {"albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
-)
-# Configuration keys through which published attacks made a loader run code of the checkpoint's choosing.
-_REFUSED_KEYS = frozenset(
-    {"auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "quantization_config"}
-)
-_HARMLESS_PRIVATE_KEYS = frozenset({"_name_or_path", "_commit_hash", "_num_labels"})
 _HUB_SOURCE = re.compile(r"(?P<repo>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?)@(?P<revision>[0-9a-f]{40})")
-_HUB_FILES = [
-    "config.json",
-    "tokenizer.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*/config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-]
+_HUB_FILES = ["*.json", "*.safetensors"]
+# Raise it when the same files are to be read otherwise: every source is then ingested anew. A backbone whose answers
+# stay keeps its digest, and versions keep the one that they were trained on.
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +141,14 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
     if store.exists(note):
         stored = Backbone.open(store.local_path(backbone_prefix(store.get_bytes(note, max_bytes=64).decode())))
         return replace(stored, info=replace(stored.info, name=name, source=source))
+    config = read_config(folder)
+    modality = modality_of(config)
+    checkpoint = READERS[modality].read(folder, config)
     with tempfile.TemporaryDirectory(prefix="polyhead-ingest-") as temporary:
-        config = read_config(folder)
-        files = {"config.json": Path(temporary, "config.json"), "tokenizer.json": folder / "tokenizer.json"}
-        files["config.json"].write_text(json.dumps(config, indent=2, sort_keys=True))
-        files |= {path.name: path for path in weight_files(folder)}
-        info = describe(folder, config, name=name, source=source, digest=content_digest(folder, files))
+        files = {path.name: path for path in [*write_documents(checkpoint, Path(temporary)), *weight_files(folder)]}
+        digest = content_digest(checkpoint, files)
+        info = describe(folder, checkpoint, name=name, source=source, digest=digest)
+        READERS[modality].check_weights(folder)
         prefix = backbone_prefix(info.digest)
         if not store.exists(f"{prefix}/{BACKBONE_FILE}"):
             for file_name, path in files.items():
@@ -176,7 +163,7 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
 
 def _source_digest(folder: Path) -> str:
     """Over everything in a source that decides what is kept of it, so that a known one needs no library to read."""
-    digest = hashlib.sha256(importlib.metadata.version("transformers").encode())
+    digest = hashlib.sha256(f"{_SCHEMA} {importlib.metadata.version('transformers')}".encode())
     documents = [*folder.glob("*.json"), *folder.glob("*/config.json")]
     for path in sorted({*documents, *weight_files(folder)}):
         with path.open("rb") as file:
@@ -192,32 +179,13 @@ def info_bytes(info: BackboneInfo) -> bytes:
     return json.dumps(values, indent=2).encode()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` reduced to the keys that its model type knows.
-
-    Raises `ConfigRefused` for keys that name code, `UnsupportedArchitecture` for other model types.
-    """
-    try:
-        raw = json.loads((folder / "config.json").read_bytes())
-        model_type = raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackboneUnavailable(f"{folder.name}: config.json is missing, not JSON or names no model_type") from error
-    refused = sorted(key for key in raw if _is_refused(key))
-    if refused:
-        raise ConfigRefused(f"config.json sets {', '.join(refused)}, which is never taken from a checkpoint; remove it")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        supported = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
-        raise UnsupportedArchitecture(
-            f"model_type {str(model_type)[:40]!r} is not supported; supported are {supported}"
-        )
-    from transformers import AutoConfig
-
-    known = set(AutoConfig.for_model(model_type).to_dict()) | {"id2label", "label2id", "problem_type", "architectures"}
-    return {key: value for key, value in raw.items() if key in known and not key.startswith("_")}
-
-
-def _is_refused(key: str) -> bool:
-    return key in _REFUSED_KEYS or (key.startswith("_") and key not in _HARMLESS_PRIVATE_KEYS)
+def write_documents(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """Write what is kept of a checkpoint but its weights; returns the files' paths."""
+    config = json.dumps(checkpoint.config, indent=2, sort_keys=True).encode()
+    contents = {"config.json": config, **checkpoint.files}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in contents]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -241,59 +209,29 @@ def _plain_weight_files(folder: Path) -> list[Path]:
     return [index, *(folder / name for name in shards)]
 
 
-def content_digest(folder: Path, files: dict[str, Path]) -> str:
-    """One digest over names and contents of the kept files and over the pooling: the backbone's identity."""
-    digest = hashlib.sha256(json.dumps(_pooling(folder)).encode())
+def content_digest(checkpoint: Checkpoint, files: dict[str, Path]) -> str:
+    """One digest over names and contents of the kept files and what else decides the answers."""
+    digest = hashlib.sha256(json.dumps(checkpoint.identity).encode())
     for name in sorted(files):
-        if not files[name].is_file():
-            raise BackboneUnavailable(f"{folder.name} has no {name}")
         with files[name].open("rb") as file:
             digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def describe(folder: Path, config: dict[str, Any], *, name: str, source: str, digest: str) -> BackboneInfo:
-    from transformers import AutoConfig
-
-    full = AutoConfig.for_model(**config)
-    pooling, normalize, length = _pooling(folder)
-    # Position tables of the RoBERTa family start behind the padding index.
-    offset = (full.pad_token_id or 0) + 1 if full.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"} else 0
-    positions = int(full.max_position_embeddings) - offset
+def describe(folder: Path, checkpoint: Checkpoint, *, name: str, source: str, digest: str) -> BackboneInfo:
     return BackboneInfo(
         digest=digest,
         name=name,
         source=source,
-        model_type=full.model_type,
-        hidden_size=int(full.hidden_size),
-        layers=int(full.num_hidden_layers),
-        max_length=min(length or positions, positions),
-        pooling=pooling,
-        normalize=normalize,
+        model_type=checkpoint.config["model_type"],
+        hidden_size=checkpoint.hidden_size,
+        layers=checkpoint.layers,
+        max_length=checkpoint.max_length,
+        pooling=checkpoint.pooling,
+        normalize=checkpoint.normalize,
         parameters=count_parameters(folder),
+        modality=modality_of(checkpoint.config),
     )
-
-
-def _pooling(folder: Path) -> tuple[Pooling, bool, int | None]:
-    """Pooling, normalisation and length limit by the sentence-transformers files; a plain encoder gets mean pooling."""
-    modules = _optional_json(folder / "modules.json") or []
-    normalize = any(str(module.get("type", "")).endswith("Normalize") for module in modules)
-    length = (_optional_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
-    own = _optional_json(folder / BACKBONE_FILE)
-    if own:
-        return own["pooling"], own["normalize"], own["max_length"]
-    folders = [module["path"] for module in modules if str(module.get("type", "")).endswith("Pooling")]
-    if folders and re.fullmatch(r"[A-Za-z0-9_]{1,40}", folders[0]):
-        pooling = _optional_json(folder / folders[0] / "config.json") or {}
-        if pooling.get("pooling_mode_cls_token"):
-            return "cls", normalize, length
-        if not pooling.get("pooling_mode_mean_tokens", True):
-            raise UnsupportedArchitecture("this sentence-transformers pooling is not supported; mean and cls are")
-    return "mean", normalize, length
-
-
-def _optional_json(path: Path) -> Any:
-    return json.loads(path.read_bytes()) if path.is_file() else None
 
 
 def count_parameters(folder: Path) -> int:

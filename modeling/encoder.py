@@ -8,40 +8,51 @@ from typing import Any
 import torch
 
 from modeling.adapters_in_encoder import read_composed
-from modeling.backbone import read_config, weight_files
+from modeling.backbone import weight_files
 from modeling.errors import BackboneUnavailable
+from modeling.ingestion import read_config
+from modeling.ingestion.text import known_keys, transformers_config
 
 _EAGER_ONLY = frozenset({"deberta-v2", "mpnet"})  # no fused attention in transformers 5
 
 
-def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> torch.nn.Module:
+# Of checkpoints that were trained with a head of another kind; `pooler` also where the encoder has none of its own.
+_HEADS = (
+    *("classifier", "cls", "discriminator_predictions", "generator_lm_head", "generator_predictions", "lm_head"),
+    *("lm_predictions", "mask_predictions", "pooler", "pre_classifier", "predictions", "qa_outputs", "sop_classifier"),
+    *("vocab_layer_norm", "vocab_projector", "vocab_transform"),
+)
+
+
+def load_encoder(folder: Path, *, dtype: torch.dtype | None = None, is_whole: bool = False) -> torch.nn.Module:
     """The encoder of a backbone folder in eval mode on the CPU, without its pooler (heads stand outside).
 
     Raises `BackboneUnavailable` where the weights do not fit the configuration.
     """
     from transformers import AutoModel
 
-    encoder = load_pretrained(AutoModel, folder, dtype=dtype, may_lack="pooler.")
+    encoder = load_pretrained(AutoModel, folder, dtype=dtype, is_whole=is_whole, may_lack="pooler")
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     model: torch.nn.Module = encoder.eval()
     return read_composed(model, folder)
 
 
-def load_pretrained(auto: Any, folder: Path, *, dtype: torch.dtype | None = None, may_lack: str | None = None) -> Any:
+def load_pretrained(
+    auto: Any, folder: Path, *, dtype: torch.dtype | None = None, is_whole: bool = False, may_lack: str | None = None
+) -> Any:
     """`auto.from_pretrained` with every door closed that a checkpoint could open.
 
-    transformers fills tensors that the file lacks with random numbers and only logs it; here that is
-    an error, but for names that begin with `may_lack`. Raises `BackboneUnavailable`.
+    transformers fills tensors that the file lacks with random numbers, leaves out those that no module takes, and only
+    logs it. Here the first is an error, but for the module `may_lack`. `is_whole` is for folders as they arrive: the
+    second is an error too, but for heads, and every key of the configuration is taken. Raises `BackboneUnavailable`.
     """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        config = transformers.AutoConfig.for_model(**read_config(folder))
-    except ValueError as error:  # values that contradict each other
-        raise BackboneUnavailable(f"config.json of {folder.name}: {str(error)[:300]}") from error
+    given = read_config(folder)
+    config = transformers_config(given if is_whole else known_keys(given))
     weight_files(folder)
     try:
         model, report = auto.from_pretrained(
@@ -56,9 +67,17 @@ def load_pretrained(auto: Any, folder: Path, *, dtype: torch.dtype | None = None
         )
     except Exception as error:  # OSError, ValueError, RuntimeError and safetensors' own, by kind of damage
         raise BackboneUnavailable(f"the weights in {folder.name} cannot be loaded ({type(error).__name__})") from error
-    missing = sorted(key for key in report["missing_keys"] if may_lack is None or may_lack not in key)
-    if missing or report["mismatched_keys"]:
-        raise BackboneUnavailable(
-            f"the weights in {folder.name} lack or misshape {len(missing)} tensors: {missing[:3]}"
-        )
+    modules = {
+        key: key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+        for key in (*report["missing_keys"], *report["unexpected_keys"])
+    }
+    missing = sorted(key for key in report["missing_keys"] if modules[key] != may_lack)
+    misshapen = sorted(key for key, *_ in report["mismatched_keys"])
+    left_over = sorted(key for key in report["unexpected_keys"] if is_whole and modules[key] not in _HEADS)
+    for what, keys in {"lack": missing, "misshape": misshapen, "have no place for": left_over}.items():
+        if keys:
+            raise BackboneUnavailable(
+                f"the weights in {folder.name} and its config.json do not fit: they {what} {len(keys)} tensors, "
+                f"{', '.join(keys[:3])}; save model and configuration together with transformers' save_pretrained"
+            )
     return model.eval()

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, BackboneInfo, ingest, locate, read_config
+from modeling.backbone import Backbone, BackboneInfo, ingest, locate
 from modeling.encoder import load_encoder
 from modeling.errors import BackboneUnavailable, ConfigRefused, UnsupportedArchitecture
+from modeling.ingestion import modality_of, read_config
+from modeling.ingestion.text import known_keys
 
 
 @pytest.fixture
@@ -47,13 +49,13 @@ def test_keys_that_name_code_are_refused_by_name(copy: Path, key: str) -> None:
 
 
 def test_unknown_keys_are_dropped(copy: Path) -> None:
-    assert "surprise" not in read_config(edit(copy, surprise=1))
+    assert "surprise" not in known_keys(read_config(edit(copy, surprise=1)))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "", None, "../bert", 3])
 def test_other_architectures_are_refused(copy: Path, model_type: object) -> None:
     with pytest.raises((UnsupportedArchitecture, BackboneUnavailable)):
-        read_config(edit(copy, model_type=model_type))
+        modality_of(read_config(edit(copy, model_type=model_type)))
 
 
 def test_pickled_weights_are_never_loaded(copy: Path) -> None:
@@ -100,7 +102,7 @@ def test_ingesting_twice_gives_the_same_backbone(copy: Path) -> None:
 def test_the_digest_follows_content_and_pooling(copy: Path) -> None:
     store = FileStore(copy.parent / "store")
     plain = ingest(store, copy, name="x", source="x").info
-    (copy / "modules.json").write_text(json.dumps([{"type": "a.Normalize", "path": "2"}]))
+    (copy / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Normalize", "path": "2"}]))
     normalized = ingest(store, copy, name="x", source="x").info
     edit(copy, hidden_dropout_prob=0.3)
     changed = ingest(store, copy, name="x", source="x").info

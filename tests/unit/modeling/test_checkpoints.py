@@ -15,12 +15,12 @@ from transformers import AutoModelForSequenceClassification
 from model_registry.manifest import BackboneRef, ModelManifest
 from model_registry.store import FileStore, put_tree
 from modeling.assemble import GoldenRow, check_golden, read_version, write_version_files
-from modeling.backbone import SUPPORTED_MODEL_TYPES
 from modeling.checkpoints import import_classifier
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.errors import GoldenRowsDiffer, ModelingError
 from modeling.heads import DenseLayer, TaskHead
+from modeling.ingestion import READERS
 from modeling.linear_text import LinearText, new_vectorizer
 from modeling.tasks import NO_CALIBRATION, TASKS
 from modeling.testing import write_tiny_checkpoint
@@ -29,7 +29,7 @@ from tests.support.rows import encoded_texts
 TEXTS = ["a good film", "dull plot and a very bad actor", "wheat and oil"]
 
 
-@pytest.mark.parametrize("model_type", sorted(SUPPORTED_MODEL_TYPES))
+@pytest.mark.parametrize("model_type", sorted(READERS["text"].model_types))
 def test_the_parts_give_the_logits_of_the_whole(model_type: str, tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "whole", model_type=model_type, labels=["x", "y", "z"])
     parts = import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
