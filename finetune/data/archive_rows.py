@@ -11,9 +11,11 @@ Row numbers are the file's place in the archive, or the row of the table. What a
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -30,10 +32,13 @@ from finetune.data.record_batches import (
     note_cell_problem,
 )
 from finetune.data.text_lines import note_bad_byte, wide_encoding
+from modeling.inputs import MODALITIES, Modality
 
+_Place = tuple[int, Sequence[str | None]] | str
+"""The number and the further cells of a file's row, or why it has no label."""
 TableOpener = Callable[[Path, str, FindingLog, Limits], contextlib.AbstractContextManager[RowSource]]
 
-UNPACKED_PREFIX = ".unpacked-"
+UNPACKED_PREFIX, FILES_FOLDER = ".unpacked-", "files"
 FILE_COLUMN, TEXT_COLUMN, LABEL_COLUMN, SPLIT_COLUMN = "file_name", "text", "label", "split"
 _TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"}
 _METADATA = {"metadata.csv", "metadata.jsonl"}
@@ -46,16 +51,27 @@ _LAYOUT = "put each text file into a folder named by its label, or name it in me
 
 @contextlib.contextmanager
 def open_archived(
-    path: Path, log: FindingLog, limits: Limits, *, kind: ArchiveFormat, open_table: TableOpener
+    path: Path, log: FindingLog, limits: Limits, *, kind: ArchiveFormat, open_table: TableOpener, folder: Path
 ) -> Iterator[RowSource]:
-    """The rows; a table inside is unpacked beside `path` for as long as it is read."""
+    """The rows; a table inside is unpacked beside `path` for as long as it is read, and files that cells name into
+    `folder`, where they stay."""
     with contextlib.ExitStack() as stack:
+
+        def unpacked(wanted: Entry) -> RowSource:
+            file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=UNPACKED_PREFIX)  # noqa: SIM115, as above
+            target = stack.enter_context(file)
+            for entry, content in archive.contents():
+                if entry.name == wanted.name:
+                    shutil.copyfileobj(content, target, _CHUNK)
+                    break
+            target.flush()
+            return stack.enter_context(open_table(Path(target.name), wanted.name, log, limits))
+
         source = NOTHING
         with refusals(log):
             archive = stack.enter_context(open_archive(path, kind, log, limits))
-            folder = _Unpacked(stack, path.parent, open_table, log, limits)
-            source = _source(archive, folder, log, limits)
-        yield RowSource(source.columns, _quietly(source.batches, log))
+            source = _source(archive, unpacked, folder, log, limits)
+        yield replace(source, batches=_quietly(source.batches, log))
 
 
 def _quietly(batches: Iterator[RowBatch], log: FindingLog) -> Iterator[RowBatch]:
@@ -63,29 +79,9 @@ def _quietly(batches: Iterator[RowBatch], log: FindingLog) -> Iterator[RowBatch]
         yield from batches
 
 
-@dataclass(frozen=True, slots=True)
-class _Unpacked:
-    """Where a table of the archive is put for its reader, under a name of ours."""
-
-    stack: contextlib.ExitStack
-    folder: Path
-    open_table: TableOpener
-    log: FindingLog
-    limits: Limits
-
-    def table(self, archive: Archive, wanted: Entry) -> RowSource:
-        file = tempfile.NamedTemporaryFile(dir=self.folder, prefix=UNPACKED_PREFIX)  # noqa: SIM115, the stack closes it
-        target = self.stack.enter_context(file)
-        for entry, content in archive.contents():
-            if entry.name == wanted.name:
-                while piece := content.read(_CHUNK):
-                    target.write(piece)
-                break
-        target.flush()
-        return self.stack.enter_context(self.open_table(Path(target.name), wanted.name, self.log, self.limits))
-
-
-def _source(archive: Archive, unpacked: _Unpacked, log: FindingLog, limits: Limits) -> RowSource:
+def _source(
+    archive: Archive, unpacked: Callable[[Entry], RowSource], folder: Path, log: FindingLog, limits: Limits
+) -> RowSource:
     entries = [entry for entry in archive.names() if not _is_junk(entry.path)]
     tables = [entry for entry in entries if entry.path.suffix.lower() in _TABLES]
     files = [entry for entry in entries if entry.path.suffix.lower() not in _TABLES and not _is_remark(entry.path)]
@@ -101,16 +97,17 @@ def _source(archive: Archive, unpacked: _Unpacked, log: FindingLog, limits: Limi
             "tables", f"the archive holds {len(tables)} tables: {named}", fix="upload each as a dataset of its own"
         )
     elif tables and not files:
-        return unpacked.table(archive, tables[0])
+        return unpacked(tables[0])
     elif tables and tables[0].path.name.lower() not in _METADATA:
         message = f"the archive holds the table {tables[0].name[:80]!r} and {len(files):,} other files"
         log.note(
             "tables", message, fix="call it metadata.csv and name the files in a column file_name, or upload it alone"
         )
     elif tables:
-        return _FilesOfTable(archive, tables[0].path.parent, log, limits).source(unpacked.table(archive, tables[0]))
+        contents = _Contents(archive, _modality_of(files), folder, log, limits)
+        return _FilesOfTable(contents, tables[0].path.parent).source(unpacked(tables[0]))
     else:
-        return _ClassFolders(archive, files, log, limits).source()
+        return _class_folders(_Contents(archive, _modality_of(files), folder, log, limits), files)
     return NOTHING
 
 
@@ -126,37 +123,84 @@ def _is_content(path: PurePosixPath) -> bool:
     return not (_is_junk(path) or _is_remark(path) or path.suffix.lower() in _TABLES)
 
 
-class _ClassFolders:
-    """Files whose folder is their label."""
+def _modality_of(files: list[Entry]) -> Modality | None:
+    """The modality whose files these are by the first one, None for texts."""
+    suffix = files[0].path.suffix.lower()
+    return next((modality for modality in MODALITIES.values() if suffix in modality.suffixes), None)
 
-    def __init__(self, archive: Archive, files: list[Entry], log: FindingLog, limits: Limits) -> None:
-        self._archive, self._log, self._limits = archive, log, limits
-        self._above = _shared_folders([entry.path.parts for entry in files])
-        self._has_splits = all(
-            len(parts) == 3 and parts[0].casefold() in SIDE_NAMES
-            for parts in (entry.path.parts[self._above :] for entry in files)
-        )
 
-    def source(self) -> RowSource:
-        split = [SPLIT_COLUMN] if self._has_splits else []
-        return RowSource((FILE_COLUMN, TEXT_COLUMN, LABEL_COLUMN, *split), self._batches(3 + len(split)))
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """Files that become cells: a text as it stands. One of another `modality` stays a file, gets a name of ours in the
+    dataset's `folder`, and the cell names it."""
 
-    def _batches(self, width: int) -> Iterator[RowBatch]:
-        builder = BatchBuilder(width, self._limits)
-        for entry, content in self._archive.contents():
+    archive: Archive
+    modality: Modality | None
+    folder: Path
+    log: FindingLog
+    limits: Limits
+
+    @property
+    def column(self) -> str:
+        return TEXT_COLUMN if self.modality is None else self.modality.roles[0]
+
+    def source(self, others: Sequence[str], place: Callable[[Entry], _Place]) -> RowSource:
+        """A row for each file, with the row number and the `others` that `place` gives."""
+        columns = (FILE_COLUMN, self.column, *others)
+        return RowSource(columns, self._batches(len(columns), place), frozenset({self.column} if self.modality else ()))
+
+    def _batches(self, width: int, place: Callable[[Entry], _Place]) -> Iterator[RowBatch]:
+        builder = BatchBuilder(width, self.limits)
+        if self.modality is not None:
+            shutil.rmtree(self.folder / FILES_FOLDER, ignore_errors=True)  # of a check that did not end
+            (self.folder / FILES_FOLDER).mkdir()
+        for entry, content in self.archive.contents():
             if not _is_content(entry.path):
                 continue
-            folders = entry.path.parts[self._above : -1]
-            if len(folders) != width - 2:
-                _note_unlabelled(self._log, entry, "lies in no class folder" if not folders else "lies too deep")
+            placed = place(entry)
+            if isinstance(placed, str):
+                message = f"the file {entry.name[:200]!r} {placed}, so that it has no label"
+                self.log.note("unlabelled", message, code="file_without_label", row=entry.number, fix=_LAYOUT)
                 continue
-            text = read_text(entry, content, entry.number, self._log, self._limits)
-            if text is not None:
-                builder.add(entry.number, [entry.name, text, *reversed(folders)])
+            number, cells = placed
+            cell = self._cell(entry, content, number)
+            if cell is not None:
+                builder.add(number, [entry.name, cell, *cells])
             if builder.is_full:
                 yield builder.take()
+        if self.modality is not None:
+            os.sync()  # once, where one call for each of many files would take minutes
         if builder:
             yield builder.take()
+
+    def _cell(self, entry: Entry, content: IO[bytes], row: int) -> str | None:
+        if self.modality is None:
+            return read_text(entry, content, row, self.log, self.limits)
+        suffix, most = entry.path.suffix.lower(), self.limits.file_bytes
+        data = content.read(most + 1)
+        if suffix not in self.modality.suffixes or len(data) > most:
+            fix = f"pack files of {' '.join(sorted(self.modality.suffixes))}, each of at most {most:,} bytes"
+            message = f"{entry.name[:200]!r} is too large, or not of the kind of the first file"
+            self.log.note("not of a kind", message, row=row, fix=fix)
+            return None
+        name = f"{FILES_FOLDER}/{entry.number}{suffix}"
+        (self.folder / name).write_bytes(data)
+        return name
+
+
+def _class_folders(contents: _Contents, files: list[Entry]) -> RowSource:
+    """Files whose folder is their label."""
+    above = _shared_folders([entry.path.parts for entry in files])
+    inside = [entry.path.parts[above:] for entry in files]
+    has_splits = all(len(parts) == 3 and parts[0].casefold() in SIDE_NAMES for parts in inside)
+
+    def place(entry: Entry) -> _Place:
+        folders = entry.path.parts[above:-1]
+        if len(folders) != 1 + has_splits:
+            return "lies in no class folder" if not folders else "lies too deep"
+        return entry.number, folders[::-1]
+
+    return contents.source([LABEL_COLUMN, SPLIT_COLUMN] if has_splits else [LABEL_COLUMN], place)
 
 
 def _shared_folders(names: list[tuple[str, ...]]) -> int:
@@ -171,21 +215,20 @@ def _shared_folders(names: list[tuple[str, ...]]) -> int:
 class _FilesOfTable:
     """Files that a table names, beside its other columns."""
 
-    archive: Archive
+    contents: _Contents
     folder: PurePosixPath
-    log: FindingLog
-    limits: Limits
     rows: dict[str, tuple[int, list[str | None]]] = field(default_factory=dict)
 
     def source(self, table: RowSource) -> RowSource:
         if not table.columns:
             return NOTHING
-        if FILE_COLUMN not in table.columns or TEXT_COLUMN in table.columns:
+        own, log = self.contents.column, self.contents.log
+        if FILE_COLUMN not in table.columns or own in table.columns:
             what = (
-                "has a column 'text' of its own" if FILE_COLUMN in table.columns else f"has no column {FILE_COLUMN!r}"
+                f"has a column {own!r} of its own" if FILE_COLUMN in table.columns else f"has no column {FILE_COLUMN!r}"
             )
-            fix = f"name the files in a column {FILE_COLUMN!r}, and leave 'text' to their content"
-            self.log.note("metadata", f"the metadata {what}", code="missing_column", column=FILE_COLUMN, fix=fix)
+            fix = f"name the files in a column {FILE_COLUMN!r}, and leave {own!r} to their content"
+            log.note("metadata", f"the metadata {what}", code="missing_column", column=FILE_COLUMN, fix=fix)
             return NOTHING
         place = table.columns.index(FILE_COLUMN)
         held = 0
@@ -193,17 +236,17 @@ class _FilesOfTable:
             for number, *cells in zip(batch.row_numbers, *batch.columns, strict=True):
                 held += sum(len(cell) for cell in cells if cell is not None)
                 self._hold(number, cells, cells.pop(place))
-            if held > _HELD_CHARACTERS or len(self.rows) > self.limits.entries:
-                self.log.note("metadata", "the metadata table is too large", fix="upload several smaller archives")
+            if held > _HELD_CHARACTERS or len(self.rows) > self.contents.limits.entries:
+                log.note("metadata", "the metadata table is too large", fix="upload several smaller archives")
                 return NOTHING
-        others = tuple(name for name in table.columns if name != FILE_COLUMN)
-        return RowSource((FILE_COLUMN, TEXT_COLUMN, *others), self._batches(2 + len(others)))
+        source = self.contents.source([name for name in table.columns if name != FILE_COLUMN], self._place)
+        return replace(source, batches=self._batches(source.batches))
 
     def _hold(self, number: int, cells: list[str | None], name: str | None) -> None:
         key = str(PurePosixPath(name.strip())) if name is not None and name.strip() else ""
         if not key or key in self.rows:
             what = f"names the file {key[:80]!r} a second time" if key else "names no file"
-            self.log.note(
+            self.contents.log.note(
                 "named twice",
                 f"row {number} of the metadata {what}",
                 row=number,
@@ -213,30 +256,18 @@ class _FilesOfTable:
             return
         self.rows[key] = (number, cells)
 
-    def _batches(self, width: int) -> Iterator[RowBatch]:
-        builder = BatchBuilder(width, self.limits)
-        for entry, content in self.archive.contents():
-            if not _is_content(entry.path):
-                continue
-            found = self.rows.pop(self._key(entry.path), None)
-            if found is None:
-                _note_unlabelled(self.log, entry, "is not named in the metadata")
-                continue
-            number, cells = found
-            text = read_text(entry, content, number, self.log, self.limits)
-            if text is not None:
-                builder.add(number, [entry.name, text, *cells])
-            if builder.is_full:
-                yield builder.take()
-        if builder:
-            yield builder.take()
+    def _place(self, entry: Entry) -> _Place:
+        key = str(entry.path.relative_to(self.folder)) if entry.path.is_relative_to(self.folder) else ""
+        return self.rows.pop(key, "is not named in the metadata")
+
+    def _batches(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
+        yield from batches
         for key, (number, _) in self.rows.items():
             message = f"row {number} of the metadata names {key[:200]!r}, which is not in the archive"
             fix = "pack that file too, or remove the row"
-            self.log.note("missing file", message, code="missing_file", row=number, column=FILE_COLUMN, fix=fix)
-
-    def _key(self, path: PurePosixPath) -> str:
-        return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else ""
+            self.contents.log.note(
+                "missing file", message, code="missing_file", row=number, column=FILE_COLUMN, fix=fix
+            )
 
 
 def read_text(entry: Entry, content: IO[bytes], row: int, log: FindingLog, limits: Limits) -> str | None:
@@ -262,8 +293,3 @@ def read_text(entry: Entry, content: IO[bytes], row: int, log: FindingLog, limit
         note_cell_problem(log, problem, row=row, column=TEXT_COLUMN)
         return None
     return text
-
-
-def _note_unlabelled(log: FindingLog, entry: Entry, what: str) -> None:
-    message = f"the file {entry.name[:200]!r} {what}, so that it has no label"
-    log.note("unlabelled", message, code="file_without_label", row=entry.number, fix=_LAYOUT)

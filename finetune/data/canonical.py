@@ -1,4 +1,5 @@
-"""The canonical table `rows.parquet`: every column as nullable strings, and `__row__` with the row number.
+"""The canonical table `rows.parquet`: every column as nullable strings, and `__row__` with the row number. A column
+whose cells name files of the dataset's folder says so in its metadata.
 
 The check writes it, training and previews read it, both one row group at a time. Knows no other format.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,13 +18,16 @@ import pyarrow.parquet as pq
 from finetune.data.errors import ColumnMissing
 from finetune.data.record_batches import ROW_COLUMN, RowBatch
 
+_KIND = b"polyhead.cell"
+
 
 class CanonicalWriter:
     """Writes batches to an open file, one row group each."""
 
-    def __init__(self, stream: BinaryIO, columns: Sequence[str]) -> None:
-        fields = [pa.field(ROW_COLUMN, pa.int64(), nullable=False), *(pa.field(name, pa.string()) for name in columns)]
-        self._schema = pa.schema(fields)
+    def __init__(self, stream: BinaryIO, columns: Sequence[str], files: Collection[str]) -> None:
+        kinds = {name: {_KIND: b"file"} if name in files else None for name in columns}
+        fields = [pa.field(name, pa.string(), metadata=kind) for name, kind in kinds.items()]
+        self._schema = pa.schema([pa.field(ROW_COLUMN, pa.int64(), nullable=False), *fields])
         self._writer = pq.ParquetWriter(stream, self._schema, compression="zstd")
 
     def write(self, batch: RowBatch) -> None:
@@ -35,11 +39,12 @@ class CanonicalWriter:
 
 
 @contextlib.contextmanager
-def canonical_writer(path: Path, columns: Sequence[str]) -> Iterator[CanonicalWriter]:
-    """A writer whose file appears under `path` only when it is complete and on disk."""
+def canonical_writer(path: Path, columns: Sequence[str], files: Collection[str] = ()) -> Iterator[CanonicalWriter]:
+    """A writer whose file appears under `path` only when it is complete and on disk. The cells of the columns in
+    `files` name files, by their paths from the folder of `path`."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as stream:
-        writer = CanonicalWriter(stream, columns)
+        writer = CanonicalWriter(stream, columns, files)
         try:
             yield writer
         finally:
@@ -52,6 +57,12 @@ def canonical_writer(path: Path, columns: Sequence[str]) -> Iterator[CanonicalWr
 def column_names(path: Path) -> list[str]:
     with pq.ParquetFile(path) as file:
         return [name for name in file.schema_arrow.names if name != ROW_COLUMN]
+
+
+def file_columns(path: Path) -> frozenset[str]:
+    """The columns whose cells name files."""
+    with pq.ParquetFile(path) as file:
+        return frozenset(field.name for field in file.schema_arrow if _KIND in (field.metadata or {}))
 
 
 def read_batches(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:

@@ -88,9 +88,9 @@ def write_checked(raw: Path, file_format: FileFormat, out_dir: Path, limits: Lim
     """Reads `raw`, writes both files into `out_dir` (rows first) and returns the report. In this process."""
     log = FindingLog()
     rows = 0
-    with open_rows(raw, file_format, log, limits) as source:
+    with open_rows(raw, file_format, log, limits, folder=out_dir) as source:
         profiles = [ColumnProfile(name) for name in source.columns]
-        with canonical_writer(out_dir / ROWS_FILE, source.columns) as writer:
+        with canonical_writer(out_dir / ROWS_FILE, source.columns, source.files) as writer:
             for batch in source.batches:
                 writer.write(batch)
                 rows += len(batch.row_numbers)

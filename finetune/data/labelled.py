@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.canonical import read_batches
+from finetune.data.canonical import file_columns, read_batches
 from finetune.data.options import Columns, modality_of
 from finetune.data.record_batches import FindingLog
 from finetune.data.records import Finding
 from finetune.data.targets import DEFAULT_TARGET, Target
-from modeling.inputs import BadCell, Example, Modality
+from modeling.inputs import BadCell, Cell, Example, FileReference, Modality
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def load_labelled(
     inputs = columns.inputs(rows.modality)
     row_numbers: list[int] = []
     known: dict[str, str] = {}  # one object for equal values: labels and extras repeat, inputs seldom do
-    cells = _Cells(inputs, columns.label, rows.modality, target)
+    cells = _Cells(inputs, columns.label, rows_parquet, target)
     names = list(dict.fromkeys([*cells.columns, *extra_columns]))
     for batch in read_batches(rows_parquet, names):
         found = dict(zip(names, batch.columns, strict=True))
@@ -103,25 +103,27 @@ def load_labelled(
 class _Cells:
     """Reads the input and the label of each row, and notes the rows that cannot be used."""
 
-    def __init__(self, inputs: Mapping[str, str], label: str, modality: Modality, target: Target) -> None:
+    def __init__(self, inputs: Mapping[str, str], label: str, rows_parquet: Path, target: Target) -> None:
         self.log = FindingLog()
+        self._folder, self._files = rows_parquet.parent, file_columns(rows_parquet)
         self.columns = (*inputs.values(), label)
         self._codes = (*["empty_value"] * len(inputs), target.empty_code)
-        self._roles, self._modality, self._target = tuple(inputs), modality, target
+        self._roles, self._target = tuple(inputs), target
+        self._read = modality_of(target.task).read
 
     def read(self, row: int, cells: Sequence[str | None]) -> tuple[Example, str] | None:
         """None where the row has no input, no label, or one that cannot be read."""
-        filled = []
+        filled: list[Cell] = []
         for column, cell, code in zip(self.columns, cells, self._codes, strict=True):
             if cell is None or not cell.strip():
                 self._note_empty(row, column, code)
                 return None
-            filled.append(cell)
-        column, label = self.columns[0], filled.pop()
+            filled.append(FileReference(self._folder, cell) if column in self._files else cell)
+        column = self.columns[0]
         try:
-            example = self._modality.read(dict(zip(self._roles, filled, strict=True)))
+            example = self._read(dict(zip(self._roles, filled, strict=False)))
             column = self.columns[-1]
-            return example, self._target.read(label)
+            return example, self._target.read(cells[-1] or "")
         except BadCell as error:
             message = f"row {row}, column {column!r} {error}"
             self.log.note("misfit", message, code=error.code, row=row, column=column, fix=error.fix)

@@ -41,10 +41,13 @@ class FrozenModel(BaseModel):
 
 
 def _with_roles(schema: dict[str, Any]) -> None:
-    name = {"type": "string", "minLength": 1, "maxLength": 200}
-    for modality in MODALITIES.values():
-        first, *others = modality.roles
-        schema["properties"] |= {first: {**name, "default": first}, **dict.fromkeys(others, name)}
+    column = {"type": "string", "minLength": 1, "maxLength": 200}
+    defaults = {
+        role: {"default": role} if role in modality.roles[:1] else {}
+        for modality in MODALITIES.values()
+        for role in modality.roles
+    }
+    schema["properties"] |= {role: column | default for role, default in defaults.items()}
     schema["additionalProperties"] = False
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path, PurePath
-from typing import get_args
+from typing import cast, get_args
 
 from finetune.data.archive import ArchiveFormat
 from finetune.data.archive_rows import open_archived
@@ -65,15 +64,25 @@ def unrecognised(filename: str, first_bytes: bytes) -> Finding:
 
 @contextlib.contextmanager
 def open_rows(
-    path: Path, file_format: FileFormat, log: FindingLog, limits: Limits | None = None
+    path: Path, file_format: FileFormat, log: FindingLog, limits: Limits | None = None, *, folder: Path | None = None
 ) -> Iterator[RowSource]:
-    """The rows of a local file. What is wrong with them is in `log` once the batches have been read."""
+    """The rows of a local file. What is wrong with them is in `log` once the batches have been read.
+
+    Files of an archive that cells name are put into `folder`, which is the archive's own unless given.
+    """
     with path.open("rb") as stream:
         first_bytes = stream.read(8)
     if not (file_format in ARCHIVES and first_bytes) and _is_refused(first_bytes, log):
         yield NOTHING
         return
-    with _OPENERS[file_format](path, log, limits or Limits()) as source:
+    if file_format in _TABLES:
+        opened = _TABLES[file_format](path, log, limits or Limits())
+    else:
+        kind = cast(ArchiveFormat, file_format)
+        opened = open_archived(
+            path, log, limits or Limits(), kind=kind, open_table=_open_table, folder=folder or path.parent
+        )
+    with opened as source:
         yield source
 
 
@@ -128,10 +137,3 @@ def _by_content(first_bytes: bytes) -> FileFormat | None:
     is_table = any(delimiter in first_line for delimiter in (b",", b";", b"\t"))
     is_csv = is_table and b"\0" not in first_bytes and not text.startswith((b"[", b"<"))
     return "csv" if is_csv else None
-
-
-_OPENERS: dict[str, Opener] = {
-    **_TABLES,
-    "zip": partial(open_archived, kind="zip", open_table=_open_table),
-    "tar": partial(open_archived, kind="tar", open_table=_open_table),
-}

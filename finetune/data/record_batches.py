@@ -18,8 +18,8 @@ _NAME_CHARACTERS = 256
 class Limits:
     """How much of a file is accepted. `row_bytes` bounds one line; `batch_*` bound what stands in memory.
 
-    An archive may have so many `entries` and bytes of names, and unpack to `unpacked_ratio` times its size plus
-    `unpacked_slack_bytes`, at most to `unpacked_bytes`.
+    An archive may have so many `entries`, bytes of names, and bytes in a file that a cell names, and unpack to
+    `unpacked_ratio` times its size plus `unpacked_slack_bytes`, at most to `unpacked_bytes`.
     """
 
     rows: int = 10_000_000
@@ -34,6 +34,7 @@ class Limits:
     unpacked_bytes: int = 16 * 1024**3
     unpacked_ratio: int = 100
     unpacked_slack_bytes: int = 16 * 1024 * 1024
+    file_bytes: int = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,11 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """An open file: its column names and its rows, to be read once."""
+    """An open file: its column names and its rows, to be read once. The cells of the columns in `files` name files."""
 
     columns: tuple[str, ...]
     batches: Iterator[RowBatch]
+    files: frozenset[str] = frozenset()
 
 
 NOTHING = RowSource(columns=(), batches=iter(()))

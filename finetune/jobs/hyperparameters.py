@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from finetune.data.options import FrozenModel, SplitOptions
+from finetune.data.options import FrozenModel, SplitOptions, modality_of
 from finetune.data.targets import MetricName, metric_of, target_type
 from finetune.jobs.search_space import FIXED, MOST_CHOICES, Choices, Range, Space, SpaceField, samples, with_values
 
@@ -248,6 +248,9 @@ def check_task(wanted: Hyperparameters, task: str) -> None:
         if fitting is not None and value != "auto" and value not in fitting:
             options = ", ".join(fitting if name != "method" else sorted(fitting))
             raise refusal(name, f"{name} {value} does not fit {task}; use one of {options}")
+    modality = modality_of(task)
+    if wanted.method == "baseline" and not modality.has_baseline:
+        raise refusal("method", f"there is no baseline for {modality.plural}; use auto or linear_probe")
     least, metric = wanted.gate.min_metric, metric_of(wanted.metric_for(task))
     if least is not None and metric.is_share and not 0 <= least <= 1:
         raise refusal("gate", f"gate.min_metric must be from 0 to 1 for {metric.name}")

@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from pydantic import Field
 
-from finetune.data.options import FrozenModel, SplitOptions
+from finetune.data.options import FrozenModel, SplitOptions, modality_of
 from finetune.data.targets import Metric, MetricName, metric_of, target_type
 from finetune.jobs.hyperparameters import (
     EMBEDDING_LOSSES,
@@ -281,9 +281,10 @@ def _accumulation(wanted: Hyperparameters) -> int:
 
 def _auto_order(data: DatasetProfile, task: str) -> tuple[SingleMethod, ...]:
     """Cheapest first."""
+    order = COST_ORDER if modality_of(task).has_baseline else COST_ORDER[1:]
     if target_type(task).methods is not None or data.train_rows > FEW_ROWS_PER_CLASS * max(1, data.labels):
-        return COST_ORDER
-    return tuple(name for known in COST_ORDER for name in ((known, "setfit") if known == "linear_probe" else (known,)))
+        return order
+    return tuple(name for known in order for name in ((known, "setfit") if known == "linear_probe" else (known,)))
 
 
 def _space(wanted: Hyperparameters, parameters: int, task: str) -> Space:

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from modeling.inputs.base import Arrays, BadCell, Example, Features, Modality, Preprocessor, padded, single
+from modeling.inputs.base import (
+    Arrays,
+    BadCell,
+    Cell,
+    Example,
+    Features,
+    FileReference,
+    Modality,
+    Preprocessor,
+    padded,
+    single,
+)
 from modeling.inputs.text import Text
 
 if TYPE_CHECKING:
@@ -15,8 +26,10 @@ __all__ = [
     "MODALITIES",
     "Arrays",
     "BadCell",
+    "Cell",
     "Example",
     "Features",
+    "FileReference",
     "Modality",
     "Preprocessor",
     "open_preprocessor",

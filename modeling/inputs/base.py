@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
 
@@ -26,6 +26,36 @@ class BadCell(ValueError):
     def __init__(self, what: str, *, code: str, fix: str) -> None:
         super().__init__(what)
         self.code, self.fix = code, fix
+
+
+@dataclass(frozen=True, slots=True)
+class FileReference:
+    """A cell that names a file, by its path inside the dataset's own `folder`."""
+
+    folder: Path
+    name: str
+
+    def read(self, most_bytes: int) -> bytes:
+        """Return the file's content. Raises `BadCell` if it is larger, is missing, or is not in the folder."""
+        path = PurePosixPath(self.name)
+        try:
+            file = (self.folder / path).resolve(strict=True)
+            is_inside = file.is_relative_to(self.folder.resolve()) and file.is_file()
+        except (OSError, ValueError, RuntimeError):  # no such file; a NUL in its name; a loop of links
+            is_inside = False
+        if not is_inside or path.is_absolute() or ".." in path.parts:
+            fix = "upload the file with the dataset, and name it by its path inside"
+            raise BadCell(f"names {self.name[:200]!r}, which is no file of the dataset", code="missing_file", fix=fix)
+        with file.open("rb") as stream:
+            content = stream.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            what = f"names {self.name[:200]!r}, which has more than {most_bytes:,} bytes"
+            raise BadCell(what, code="parse_error", fix="make the file smaller")
+        return content
+
+
+Cell = str | FileReference
+"""What a column holds for a row, unless it is blank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +108,8 @@ class Modality(Protocol):
 
     `roles` are the columns that make up an example; the first is needed, and read from a column of its own name unless
     a job names another. `libraries` are the distributions on whose versions features depend. `has_baseline` says
-    whether there is a model without a backbone to beat.
+    whether there is a model without a backbone to beat. An archive's files with one of `suffixes` become files of the
+    dataset, which cells of the first role's column name.
     """
 
     name: ClassVar[str]
@@ -86,13 +117,14 @@ class Modality(Protocol):
     plural: ClassVar[str]
     ignores: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[frozenset[str]]
     libraries: ClassVar[tuple[str, ...]]
     has_baseline: ClassVar[bool]
 
     def open(self, folder: Path, *, limit: int) -> Preprocessor:
         """Open the preprocessor of a checkpoint's folder."""
 
-    def read(self, cells: Mapping[str, str]) -> Example:
+    def read(self, cells: Mapping[str, Cell]) -> Example:
         """Read an example from its cells by role, none of them blank. Raises `BadCell`."""
 
     def content(self, example: Example) -> bytes:

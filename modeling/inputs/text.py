@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
 
 from modeling.errors import InputTooLong, UnsupportedArchitecture
 from modeling.inputs import text_probe_set
-from modeling.inputs.base import Arrays, Features, padded
+from modeling.inputs.base import Arrays, BadCell, Cell, Features, FileReference, padded
 from modeling.inputs.text_identity import normalise
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
 
 # Tokenizers cut after encoding everything (tokenizers#1573: 650,000 characters cost 45 ms each), so a long text is read
 # in slices from its start, each longer than the last, until they hold all the tokens that can be kept.
@@ -58,14 +60,18 @@ class Text:
     plural: ClassVar[str] = "texts"
     ignores: ClassVar[str] = "case and whitespace"
     roles: ClassVar[tuple[str, ...]] = ("text", "text_pair")
+    suffixes: ClassVar[frozenset[str]] = frozenset()  # of .txt, the content becomes the cell
     libraries: ClassVar[tuple[str, ...]] = ("tokenizers",)
     has_baseline: ClassVar[bool] = True
 
     def open(self, folder: Path, *, limit: int) -> TextPreprocessor:
         return TextPreprocessor(folder, limit=limit)
 
-    def read(self, cells: Mapping[str, str]) -> TextInput:
-        return (cells["text"], cells["text_pair"]) if "text_pair" in cells else cells["text"]
+    def read(self, cells: Mapping[str, Cell]) -> TextInput:
+        first, second = cells["text"], cells.get("text_pair", "")
+        if isinstance(first, FileReference) or isinstance(second, FileReference):
+            raise BadCell("names a file, where a text is read", code="parse_error", fix="choose another column")
+        return (first, second) if "text_pair" in cells else first
 
     def content(self, example: TextInput) -> bytes:
         return "\0".join(_parts(example)).encode("utf-8", "surrogatepass")
@@ -108,6 +114,8 @@ class TextPreprocessor:
 
     def __init__(self, folder: Path, *, limit: int) -> None:
         """`folder` holds `tokenizer.json` and a checkpoint's `config.json`."""
+        from tokenizers import Tokenizer  # what only reads rows goes without
+
         self.limit = limit
         config = _config(folder)
         self.padding = {"input_ids": int(config["pad_token_id"] or 0)}
@@ -229,6 +237,8 @@ class _Layout:
 
 def _layout(tokenizer: Tokenizer, texts: int) -> _Layout:
     """Read it off one token for each text. Raises `UnsupportedArchitecture` if the texts are repeated or swapped."""
+    from tokenizers import Encoding
+
     probe = Encoding()
     probe.__setstate__(json.dumps(_ONE_TOKEN).encode())
     whole = tokenizer.post_process(probe, probe if texts == 2 else None, True)

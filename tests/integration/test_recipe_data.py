@@ -159,3 +159,17 @@ def test_texts_that_are_cut_are_told_with_their_rows(job: Callable[..., ChildJob
     (event,) = [event for event in link.of("data_warning") if event["data"]["code"] == "too_long"]
     assert event["level"] == "warn" and event["data"]["count"] == len(train)
     assert event["data"]["rows"] == train.row_numbers.tolist()[:20]
+
+
+@pytest.mark.parametrize("method", ["baseline", "linear_probe"])
+def test_a_job_on_pairs_is_trained_evaluated_and_written_as_pairs(
+    job: Callable[..., ChildJob], home: Path, method: str
+) -> None:
+    link = RegisteringLink()
+    run_job(job(columns=Columns.model_validate({"text_pair": "who"}), method=method), link)
+    folder = home / "store" / ModelManifest.model_validate(link.manifest).prefix
+    golden = json.loads((folder / "golden.json").read_bytes())["rows"]
+    assert golden and all(row["text"][1].startswith("writer ") for row in golden)
+    fingerprint = json.loads((folder / "data" / "fingerprint.json").read_bytes())
+    assert fingerprint["columns"] == {"text": "text", "text_pair": "who", "label": "label", "slices": []}
+    assert link.evaluation["validation"]["accuracy"] > 0.8

@@ -10,7 +10,8 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from finetune.data.records import Finding, row_finding
 from finetune.data.targets.metric import Metric
@@ -26,26 +27,26 @@ Keys = Sequence[int]
 """A number for each row's input, or for its near duplicates."""
 
 
+@dataclass(frozen=True, slots=True)
 class Target(Protocol):
     """`task` is the task's name. `empty_code` is the finding for a row without a value. The first of `losses` and of
     `metrics` is what `auto` becomes; `methods` None means all of them, and `refuses` names hyperparameters that mean
     nothing for the kind, each with the reason. `label_smoothing` is what `auto` becomes."""
 
-    @property
-    def task(self) -> str: ...
-
+    task: str
     kind: ClassVar[str]
-    empty_code: ClassVar[str]
+    empty_code: ClassVar[str] = "empty_value"
     losses: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[Metric, ...]]
-    methods: ClassVar[frozenset[str] | None]
-    refuses: ClassVar[dict[str, str]]
-    label_smoothing: ClassVar[float]
-    has_suspects: ClassVar[bool]
+    methods: ClassVar[frozenset[str] | None] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
+    refuses: ClassVar[dict[str, str]] = {}
+    label_smoothing: ClassVar[float] = 0.0
+    has_suspects: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, task: str, cells: Iterable[str | None]) -> Target:
+    def of(cls, task: str, cells: Iterable[str | None]) -> Self:
         """Build the target of a column; `cells` may be looked at to see how values are written."""
+        return cls(task)
 
     def read(self, cell: str) -> str:
         """Return the label of a cell that is not empty. Raises `BadCell`."""
@@ -58,12 +59,14 @@ class Target(Protocol):
 
     def told(self, column: str) -> list[Finding]:
         """Say how cells were read, if a glance at the file does not tell."""
+        return []
 
     def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
         """Say what keeps these rows from being trained on. `needed` counts the sides of the split."""
 
     def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
         """Report equal inputs with different labels."""
+        return conflicting_labels(rows, keys)
 
 
 def parse_list(cell: str) -> list[str] | None:

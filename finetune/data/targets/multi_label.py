@@ -6,10 +6,10 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from finetune.data.records import Finding, row_finding
-from finetune.data.targets.base import FEW_ROWS, Keys, Target, conflicting_labels, listed, parse_list
+from finetune.data.targets.base import FEW_ROWS, Keys, Target, listed, parse_list
 from finetune.data.targets.metric import Metric
 
 if TYPE_CHECKING:
@@ -20,28 +20,23 @@ NO_LABEL = "(none)"
 
 
 @dataclass(frozen=True, slots=True)
-class LabelSetTarget:
+class LabelSetTarget(Target):
     """A cell is a JSON list of strings, or labels with `separator` between them."""
 
-    task: str
     separator: str | None = None
     kind: ClassVar[str] = "multi_label"
-    empty_code: ClassVar[str] = "empty_value"
     losses: ClassVar[tuple[str, ...]] = ("bce", "focal")
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("micro_f1", "micro F1"),
         Metric("macro_f1", "macro F1"),
         Metric("subset_accuracy", "subset accuracy"),
     )
-    methods: ClassVar[frozenset[str] | None] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
     refuses: ClassVar[dict[str, str]] = {
         name: f"{name} is for one label per row; leave it out" for name in ("oversample", "label_smoothing", "abstain")
     }
-    label_smoothing: ClassVar[float] = 0.0
-    has_suspects: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, task: str, cells: Iterable[str | None]) -> LabelSetTarget:
+    def of(cls, task: str, cells: Iterable[str | None]) -> Self:
         return cls(task, _separator(cells))
 
     def read(self, cell: str) -> str:
@@ -81,12 +76,6 @@ class LabelSetTarget:
 
     def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
         return _of_sets(rows, groups, needed)
-
-    def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
-        return conflicting_labels(rows, keys)
-
-
-_: type[Target] = LabelSetTarget
 
 
 def _separator(cells: Iterable[str | None]) -> str | None:

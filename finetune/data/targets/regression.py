@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,10 +23,9 @@ _MOST_BINS, _ROWS_PER_BIN = 10, 10
 
 
 @dataclass(frozen=True, slots=True)
-class NumberTarget:
+class NumberTarget(Target):
     """A number is written with a point and without separators of thousands."""
 
-    task: str
     kind: ClassVar[str] = "regression"
     empty_code: ClassVar[str] = "non_numeric_target"
     losses: ClassVar[tuple[str, ...]] = ("mse", "huber")
@@ -35,17 +34,10 @@ class NumberTarget:
         Metric("mae", "MAE", is_error=True, is_share=False),
         Metric("r2", "R²", is_share=False),
     )
-    methods: ClassVar[frozenset[str] | None] = frozenset({"auto", "baseline", "linear_probe", "lora", "full"})
     refuses: ClassVar[dict[str, str]] = {
         name: f"{name} needs classes, and the target is a number; leave it out"
         for name in ("class_weights", "oversample", "label_smoothing", "abstain")
     }
-    label_smoothing: ClassVar[float] = 0.0
-    has_suspects: ClassVar[bool] = False
-
-    @classmethod
-    def of(cls, task: str, cells: Iterable[str | None]) -> NumberTarget:
-        return cls(task)
 
     def read(self, cell: str) -> str:
         text = cell.strip()
@@ -66,17 +58,11 @@ class NumberTarget:
         edges = np.quantile(values, np.arange(1, bins) / bins)
         return [str(place) for place in np.searchsorted(edges, values, side="right").tolist()]
 
-    def told(self, column: str) -> list[Finding]:
-        return []
-
     def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
         return _of_numbers(rows, groups, needed)
 
     def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
         return _conflicting_numbers(rows, keys)
-
-
-_: type[Target] = NumberTarget
 
 
 def _of_numbers(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:

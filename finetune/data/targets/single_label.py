@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from finetune.data.records import Finding, Severity, row_finding
-from finetune.data.targets.base import FEW_ROWS, Keys, Target, conflicting_labels, listed, parse_list
+from finetune.data.targets.base import FEW_ROWS, Keys, Target, listed, parse_list
 from finetune.data.targets.metric import Metric
 from modeling.inputs import BadCell
 
@@ -19,10 +19,8 @@ _IMBALANCE_RATIO = 20
 
 
 @dataclass(frozen=True, slots=True)
-class ClassTarget:
-    task: str
+class ClassTarget(Target):
     kind: ClassVar[str] = "single_label"
-    empty_code: ClassVar[str] = "empty_value"
     losses: ClassVar[tuple[str, ...]] = ("cross_entropy", "bce", "focal", "contrastive", "triplet", "mnrl", "cosent")
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("macro_f1", "macro F1"),
@@ -30,14 +28,9 @@ class ClassTarget:
         Metric("weighted_f1", "weighted F1"),
     )
     methods: ClassVar[frozenset[str] | None] = None
-    refuses: ClassVar[dict[str, str]] = {}
     # Keeps the head from growing without end on rows that are right already; see docs/log.md.
     label_smoothing: ClassVar[float] = 0.05
     has_suspects: ClassVar[bool] = True
-
-    @classmethod
-    def of(cls, task: str, cells: Iterable[str | None]) -> ClassTarget:
-        return cls(task)
 
     def read(self, cell: str) -> str:
         if parse_list(cell) is not None:
@@ -52,17 +45,8 @@ class ClassTarget:
     def strata(self, labels: Sequence[str]) -> list[str]:
         return list(labels)
 
-    def told(self, column: str) -> list[Finding]:
-        return []
-
     def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
         return [*_single_class(rows), *_class_sizes(rows, groups, needed), *_imbalance(rows)]
-
-    def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
-        return conflicting_labels(rows, keys)
-
-
-_: type[Target] = ClassTarget
 
 
 def _single_class(rows: LabelledRows) -> list[Finding]:

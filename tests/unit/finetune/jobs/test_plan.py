@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from finetune.jobs.hyperparameters import NOT_YET, Hyperparameters, PlanError, check_task, parse_hyperparameters
 from finetune.jobs.plan import COST_ORDER, DatasetProfile, TrainingPlan, WorkerProfile, refuse_unavailable, resolve
+from modeling.inputs import MODALITIES
 
 DATA = DatasetProfile(train_rows=1000, validation_rows=150, test_rows=150, labels=4, max_length_p99=101)
 
@@ -258,3 +259,10 @@ def test_steps_cover_the_epochs(rows: int, batch: int, accumulation: int) -> Non
     (full,) = resolve(wanted, data=data, worker=WorkerProfile(), parameters=1, model_max_length=256).methods
     assert full.total_steps * batch * accumulation >= 3 * rows
     assert (full.total_steps - 3) * batch * accumulation < 3 * rows
+
+
+def test_a_modality_without_a_baseline_is_planned_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODALITIES["text"], "has_baseline", False, raising=False)
+    assert [method.method for method in plan().methods] == ["linear_probe", "lora", "full"]
+    with pytest.raises(PlanError, match="there is no baseline for texts; use auto or linear_probe"):
+        plan(method="baseline")
