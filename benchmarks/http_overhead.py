@@ -42,9 +42,9 @@ from modeling.engines.fake import FakeEngine
 from modeling.tasks import Answer, Score
 from modeling.tasks.single_label import OneLabel
 from modeling.testing import write_tiny_checkpoint
+from service.api.cancellation import CONNECTION_LOST
 from service.api.deps import Services
 from service.api.guard import DrainState
-from service.api.interrupt import CONNECTION_LOST
 from service.app import create_app
 from service.http_limits import HeaderLimits, limited_protocol
 from service.inference.capacity import AdmissionController

@@ -15,7 +15,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.api.interrupt import CONNECTION_LOST
+from service.api.cancellation import CONNECTION_LOST
 from service.api.problems import Problem, problem_response
 
 

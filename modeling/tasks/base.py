@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Raw, UnsetType
+from msgspec import Meta, Raw, UnsetType
 
 from modeling.weights import FloatArray
 
@@ -65,7 +65,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     index: int
 
 
-Embedding = Raw | UnsetType
+Embedding = Annotated[Raw | UnsetType, Meta(extra_json_schema={"type": "array", "items": {"type": "number"}})]
 """The backbone's vector as a JSON array, if the request asked for it."""
 
 

@@ -31,6 +31,11 @@ class Principal:
     def may(self, scope: str) -> bool:
         return scope in self.scopes or "admin" in self.scopes
 
+    def demand(self, scope: str) -> None:
+        """Raises 403 `forbidden`."""
+        if not self.may(scope):
+            raise Problem(403, "forbidden", f"this key lacks the scope {scope!r}")
+
 
 LOCAL = Principal("local", DEFAULT_TENANT, frozenset({"admin"}))
 
@@ -135,8 +140,8 @@ def require(scope: Scope | None) -> Callable[[Request], Principal]:
 
     def check(request: Request) -> Principal:
         principal = principal_of(request)
-        if scope is not None and not principal.may(scope):
-            raise Problem(403, "forbidden", f"this key lacks the scope {scope!r}")
+        if scope is not None:
+            principal.demand(scope)
         return principal
 
     check.required_scope = scope  # type: ignore[attr-defined]

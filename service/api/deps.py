@@ -46,11 +46,15 @@ class Services:
 
 def json_body(request: Request) -> None:
     """A JSON route takes JSON and says so: curl's default type would otherwise end in a puzzling 422. Raises 415."""
-    content_type = request.headers.get("content-type", "")
-    if not content_type.partition(";")[0].strip().endswith("json") and request.headers.get("content-length") != "0":
-        raise Problem(
-            415, "unsupported_media_type", "send the body as JSON with 'Content-Type: application/json' (curl: -H)"
-        )
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not media_type.endswith("json") and request.headers.get("content-length") != "0":
+        raise not_json()
+
+
+def not_json() -> Problem:
+    return Problem(
+        415, "unsupported_media_type", "send the body as JSON with 'Content-Type: application/json' (curl: -H)"
+    )
 
 
 def services(request: Request) -> Services:
@@ -61,7 +65,6 @@ def services(request: Request) -> Services:
 
 ServicesDep = Annotated[Services, Depends(services)]
 JsonBody = Depends(json_body)
-Predicting = Annotated[Principal, Depends(require("predict"))]
 Reading = Annotated[Principal, Depends(require(None))]
 Uploading = Annotated[Principal, Depends(require("datasets"))]
 Training = Annotated[Principal, Depends(require("finetune"))]

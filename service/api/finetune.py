@@ -30,7 +30,7 @@ from service.api.datasets import take_upload
 from service.api.deps import Services, ServicesDep, Training, json_body
 from service.api.guard import GuardLimits, checked_json
 from service.api.problems import Problem
-from service.api.schemas import CancelRequest, FinetuneRequest, inlined_schema
+from service.api.schemas import CancelRequest, FinetuneRequest
 from service.inference.errors import ModelNotReady
 
 router = APIRouter(tags=["fine-tuning"])
@@ -40,7 +40,7 @@ _INSPECTED_ROWS = 50_000  # some 5 s of a thread; a job inspects any number
 _BODY_SCHEMA = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": inlined_schema(FinetuneRequest)}},
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FinetuneRequest"}}},
     }
 }
 
@@ -69,8 +69,7 @@ async def start(
 async def _read(request: Request, services: Services, principal: Principal) -> tuple[FinetuneRequest, str]:
     """The request as JSON, or as a multipart body that brings its file; the digest tells a repeat from a new one."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        if not principal.may("datasets"):
-            raise Problem(403, "forbidden", "this key lacks the scope 'datasets'")
+        principal.demand("datasets")
         record, fields = await take_upload(request, services, principal.tenant)
         values: dict[str, Any] = {}
         for name, text in fields.items():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.interrupt import Interrupt
+from service.api.cancellation import Interrupt
 from service.api.problems import Problem, internal_problem, problem_response
 
 logger = logging.getLogger("service")
@@ -28,7 +28,7 @@ PROBE_PATHS = HEALTH_PATHS | {"/metrics", "/info"}
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _JSON_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]},]', re.DOTALL)
-_OFF_LOOP_BYTES = 64 * 1024
+OFF_LOOP_BYTES = 64 * 1024
 # What curl and others send when nobody told them a type is parsed as JSON by some routes too.
 _TYPES_TAKEN_FOR_JSON = (b"", b"text/plain", b"application/x-www-form-urlencoded")
 
@@ -199,7 +199,7 @@ async def checked_json(content: bytes, limits: GuardLimits) -> bytes:
     opened = content.count(b"[") + content.count(b"{")
     if opened <= limits.max_json_depth and opened + content.count(b",") <= limits.max_json_tokens:
         return content
-    if len(content) <= _OFF_LOOP_BYTES:
+    if len(content) <= OFF_LOOP_BYTES:
         fault = json_fault(content, max_depth=limits.max_json_depth, max_tokens=limits.max_json_tokens)
     else:
         fault = await asyncio.to_thread(

@@ -1,12 +1,12 @@
-"""Bodies of the predict routes as msgspec structs: one pass between bytes and objects.
+"""The contract of `/predict` as msgspec structs, and the documents made of them: the only place that says either.
 
-`PredictBody` takes no more than `schemas.PredictRequest`, which documents the route and words every refusal, and is
-tried before it (`direct`); so does `EmbeddingsBody` for `openai.EmbeddingsRequest`. The structs of the answer mirror
-`schemas.PredictResponse`. `test_direct.py` holds the two sides together.
+The OpenAPI document and the words of a refusal are derived from these structs (`openapi`, `body_errors`). An optional
+field that is null counts as left out.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,71 +16,68 @@ import orjson
 from msgspec import Meta, Raw, Struct
 
 from modeling.tasks import Answer
+from service.inference.predictor import PredictResult
+
+MAX_TIMEOUT_MS = 3_600_000
+
+ModelName = Annotated[str, Meta(min_length=1, max_length=140)]
+TopK = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Length = Annotated[int, Meta(ge=4, le=100_000)]
+Milliseconds = Annotated[int, Meta(ge=1, le=MAX_TIMEOUT_MS)]
+Input = str | tuple[str, str]
 
 
-class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
-    top_k: Annotated[int, Meta(ge=1)] | None = None
-    threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
-    truncate: bool = True
-    max_length: Annotated[int, Meta(ge=4, le=100_000)] | None = None
-    return_embedding: bool = False
-    timeout_ms: Annotated[int, Meta(ge=1, le=3_600_000)] | None = None
+class PredictParameters(Struct, frozen=True, forbid_unknown_fields=True):
+    top_k: Annotated[TopK | None, Meta(description="return only the best so many scores; not for regression")] = None
+    threshold: Annotated[
+        Share | None,
+        Meta(description="one label: below it the label is null; several: from it on a label is given"),
+    ] = None
+    truncate: Annotated[bool | None, Meta(description="cut over-long inputs; otherwise they are refused with 422")] = (
+        True
+    )
+    max_length: Annotated[Length | None, Meta(description="tokens to keep, special ones included")] = None
+    return_embedding: Annotated[bool | None, Meta(description="add each input's vector")] = False
+    timeout_ms: Annotated[Milliseconds | None, Meta(description="deadline of this request")] = None
 
 
-class PredictBody(Struct, frozen=True, forbid_unknown_fields=True):
-    inputs: str | list[str | tuple[str, str]]
-    model: Annotated[str, Meta(min_length=1, max_length=140)] | None = None
-    parameters: Parameters = Parameters()
-
-    def __post_init__(self) -> None:
-        if type(self.inputs) is list and len(set(map(type, self.inputs))) > 1:
-            raise ValueError("texts and pairs in one list")  # msgspec has no union of two lists
+NO_PARAMETERS = PredictParameters()
 
 
-class EmbeddingsBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the OpenAI client sends, read in one pass. Bodies with more in them go to `openai.EmbeddingsRequest`."""
-
-    model: Annotated[str, Meta(min_length=1, max_length=140)]
-    input: str | list[str]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Meta(ge=1, le=1 << 32)] | None = None  # orjson reads huge integers as floats
-    user: str | None = None
+class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    inputs: Annotated[str | list[Input], Meta(description="one string, or a list of strings and pairs of strings")]
+    model: Annotated[ModelName | None, Meta(description="name, name@alias or name:version; default: default_model")] = (
+        None
+    )
+    parameters: Annotated[PredictParameters | None, Meta(description="what to answer and how")] = NO_PARAMETERS
 
 
 class Usage(Struct, gc=False):
     input_tokens: int
 
 
-class Predictions(Struct):
+class PredictResponse(Struct):
     id: str
-    object: str
+    object: Literal["predictions"]
     model: str
     version: int | None
     predictions: Sequence[Answer]
     usage: Usage
 
 
-class Embedding(Struct, gc=False):
-    object: str
-    index: int
-    embedding: Raw | memoryview  # msgspec writes a memoryview in base64
-
-
-class EmbeddingsUsage(Struct, gc=False):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Embeddings(Struct):
-    object: str
-    data: list[Embedding]
-    model: str
-    usage: EmbeddingsUsage
-
-
-decode_predict = msgspec.json.Decoder(PredictBody).decode
-decode_embeddings = msgspec.json.Decoder(EmbeddingsBody).decode
 encode = msgspec.json.Encoder().encode
+
+
+def predictions(result: PredictResult) -> bytes:
+    """Return a `PredictResponse` as JSON; no member `embedding` if none was asked for."""
+    for index, answer in enumerate(result.answers):
+        answer.index = index
+    embeddable: Sequence[Any] = result.answers
+    for answer, vector in zip(embeddable, result.vectors, strict=False):  # no vectors if not asked for
+        answer.embedding = decimals(vector)
+    usage, id_ = Usage(result.input_tokens), f"pred_{os.urandom(16).hex()}"
+    return encode(PredictResponse(id_, "predictions", result.model, result.version, result.answers, usage))
 
 
 def decimals(vector: Any) -> Raw:
@@ -88,5 +85,17 @@ def decimals(vector: Any) -> Raw:
     return Raw(orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-def in_base64(vector: Any) -> memoryview:
-    return np.ascontiguousarray(vector, "<f4").data.cast("B")
+def timing_headers(result: PredictResult) -> list[tuple[bytes, bytes]]:
+    timings = result.timings
+    stages = b"queue;dur=%.2f, tokenize;dur=%.2f, inference;dur=%.2f, total;dur=%.2f" % (
+        timings.queue * 1000,
+        timings.preprocess * 1000,
+        timings.inference * 1000,
+        timings.total * 1000,
+    )
+    return [
+        (b"x-model-version", b"" if result.version is None else b"%d" % result.version),
+        (b"x-engine", result.engine.encode()),
+        (b"x-batch-size", b"%d" % result.batch_rows),
+        (b"server-timing", stages),
+    ]

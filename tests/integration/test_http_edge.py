@@ -25,8 +25,8 @@ from starlette.types import Receive, Scope, Send
 
 from model_registry.errors import ModelNotFound
 from service.api import problems
+from service.api.cancellation import unless_gone
 from service.api.guard import DrainState, GuardLimits, RequestGuard
-from service.api.interrupt import unless_gone
 from service.http_limits import HeaderLimits
 from service.server import DrainTimes
 from tests.support.edge import (

@@ -2,60 +2,97 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
 
+import numpy as np
 import orjson
-from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from msgspec import Meta, Raw, Struct
+from starlette.responses import Response
+from starlette.types import Scope
 
-from service.api import answers
-from service.api.deps import Predicting, ServicesDep
-from service.api.direct import Call
-from service.api.measure import EMBEDDINGS
-from service.api.problems import Problem
+from service.api import wire
+from service.api.inference import Call, Reply, Route, options_of, predicted
+from service.api.problems import Problem, problem_for
 
-router = APIRouter(tags=["compatibility"])
-
-
-class EmbeddingsRequest(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    model: str = Field(min_length=1, max_length=140)
-    input: str | list[str]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    user: str | None = None
+Encoding = Literal["float", "base64"]
+Numbers = Annotated[Raw, Meta(extra_json_schema={"type": "array", "items": {"type": "number"}})]
 
 
-@router.post(
-    EMBEDDINGS,
-    summary="Embeddings, as OpenAI's clients ask for them",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}},
-        }
-    },
-)
-async def embeddings(request: Request, services: ServicesDep, principal: Predicting) -> Response:
-    try:
-        body = _parse(await request.body())
-        return (await answers.embeddings(body, Call(services, principal, request.scope, request.receive))).response()
-    except Exception as error:
-        response = answers.refuse_as_openai(error, request.scope)
-        if response is None:
-            raise
-        return response
+class EmbeddingsRequest(Struct, frozen=True):
+    model: Annotated[wire.ModelName, Meta(description="name, name@alias or name:version")]
+    input: Annotated[str | list[str], Meta(description="one string, or several; token ids are not accepted")]
+    encoding_format: Annotated[Encoding | None, Meta(description="how each embedding is written")] = "float"
+    dimensions: Annotated[int | None, Meta(description="taken if it is what the model has")] = None
+    user: Annotated[str | None, Meta(description="not used")] = None
 
 
-def _parse(content: bytes) -> EmbeddingsRequest:
-    try:
-        values = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise Problem(400, "malformed_request", "the body is not JSON") from error
-    try:
-        return EmbeddingsRequest.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = str(first["loc"][0]) if first["loc"] else "body"
-        hint = "; token ids are not accepted, send text" if place == "input" else ""
-        raise Problem(422, "invalid_request", f"{place}: {first['msg']}{hint}") from error
+class Embedding(Struct, gc=False):
+    """`embedding` is numbers, or float32 in base64: what msgspec makes of a memoryview."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: Numbers | memoryview
+
+
+class EmbeddingsUsage(Struct, gc=False):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(Struct):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
+
+
+async def embeddings(body: EmbeddingsRequest, call: Call) -> Reply:
+    """Raises what `Predictor.predict` raises, and problems of the request that its schema does not show."""
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    result = await predicted(call, body.model, inputs, options_of(return_embedding=True), needs_labels=False)
+    vectors = result.vectors
+    if body.dimensions is not None and body.dimensions != len(vectors[0]):
+        message = f"this model's embeddings have {len(vectors[0])} dimensions; leave dimensions out"
+        raise Problem(422, "invalid_request", message)
+    encode = in_base64 if body.encoding_format == "base64" else wire.decimals
+    data = [Embedding("embedding", index, encode(vector)) for index, vector in enumerate(vectors)]
+    usage = EmbeddingsUsage(result.input_tokens, result.input_tokens)
+    return wire.encode(EmbeddingsResponse("list", data, body.model, usage)), wire.timing_headers(result)
+
+
+def in_base64(vector: Any) -> memoryview:
+    return np.ascontiguousarray(vector, "<f4").data.cast("B")
+
+
+def refuse(error: Exception, scope: Scope) -> Response | None:
+    """The answer to `error` in OpenAI's shape; None if it is a fault of ours."""
+    problem = problem_for(error)
+    if problem is None:
+        return None
+    kind = "invalid_request_error" if problem.status < 500 else "server_error"
+    if problem.status == 429:
+        kind = "rate_limit_error"
+    is_of_input = any(place.get("loc", ())[1:2] == ["input"] for place in problem.errors)
+    message = f"{problem.detail} Token ids are not accepted; send strings." if is_of_input else problem.detail
+    document = {"error": {"message": message, "type": kind, "param": None, "code": problem.code}}
+    headers = dict(problem.headers)
+    if problem.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after_s)))
+    return Response(orjson.dumps(document), problem.status, headers, media_type="application/json")
+
+
+ROUTES: Final[Mapping[str, Route[Any]]] = {
+    "/v1/embeddings": Route(
+        "embeddings",
+        "Embeddings, as OpenAI's clients ask for them",
+        EmbeddingsRequest,
+        EmbeddingsResponse,
+        embeddings,
+        refuse,
+        "application/json",
+        tag="compatibility",
+        needs_json=False,
+    )
+}

@@ -9,7 +9,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from service.api.interrupt import CONNECTION_LOST
+from service.api.cancellation import CONNECTION_LOST
 from service.http_limits import HeaderLimits, limited_protocol
 from tests.support.turns import settled
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Scope
 
-from service.api.interrupt import CONNECTION_LOST, Interrupt, unless_gone
+from service.api.cancellation import CONNECTION_LOST, Interrupt, unless_gone
 from service.api.problems import Problem
 from tests.support.turns import settled
 
