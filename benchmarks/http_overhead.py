@@ -216,7 +216,6 @@ async def _served(pool: ModelPool, predictor: Predictor, *, keys: tuple[ApiKey, 
         metrics=metrics,
         drain=drain,
         backbones={},
-        import_root=None,
     )
     metrics.start_model("m", "1", "text-classification")
     metrics.start_model("tiny", "", "feature-extraction")

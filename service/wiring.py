@@ -95,7 +95,6 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             metrics=metrics,
             drain=drain,
             backbones=backbones,
-            import_root=settings.import_root,
         )
         stack.push_async_callback(
             _cancelled,

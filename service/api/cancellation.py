@@ -10,13 +10,12 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from starlette.types import Receive, Scope
+from starlette.types import Scope
 
 from service.api.problems import Problem
 
 CONNECTION_LOST = "polyhead.connection_lost"
-"""ASGI extension of our server: `{"future": asyncio.Future}`, done once the client's connection is closed. A request
-without it is watched by a task that calls `receive`."""
+"""ASGI extension of our server: `{"future": asyncio.Future}`, done once the client's connection is closed."""
 
 Result = TypeVar("Result")
 
@@ -51,14 +50,12 @@ class Interrupt:
         return self._is_fired and self._task.uncancel() <= self._before
 
 
-async def unless_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Awaits `work`, but cancels it when the client disconnects: what nobody waits for is not computed.
+async def unless_gone(scope: Scope, work: Coroutine[Any, Any, Result]) -> Result:
+    """Await `work`, but cancel it when the client disconnects: what nobody waits for is not computed.
 
-    The request's body must have been read. Raises 499 once `work` has ended by the cancellation.
+    Raises 499 once `work` has ended by the cancellation.
     """
-    extension = scope.get("extensions", {}).get(CONNECTION_LOST)
-    watch = asyncio.ensure_future(_disconnected(receive)) if extension is None else None
-    lost: asyncio.Future[None] = extension["future"] if watch is None else watch
+    lost: asyncio.Future[None] = scope["extensions"][CONNECTION_LOST]["future"]
     interrupt = Interrupt()
     lost.add_done_callback(interrupt)
     try:
@@ -70,10 +67,3 @@ async def unless_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, 
     finally:
         interrupt.disarm()
         lost.remove_done_callback(interrupt)
-        if watch is not None:
-            watch.cancel()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -41,7 +40,6 @@ class Services:
     metrics: ServingMetrics
     drain: DrainState
     backbones: Mapping[str, Backbone]
-    import_root: Path | None
 
 
 def json_body(request: Request) -> None:

@@ -45,7 +45,6 @@ class Call:
     services: Services
     principal: Principal
     scope: Scope
-    receive: Receive
     model: str | None = None
 
 
@@ -112,7 +111,7 @@ class InferenceRoutes:
             _refuse_if_unfit(route, principal, scope)
             refuse = route.refuse
             body = await _read(route, receive)
-            content, headers = await route.answer(body, Call(self.services, principal, scope, receive, model))
+            content, headers = await route.answer(body, Call(self.services, principal, scope, model))
         except Exception as error:
             response = refuse(error, scope)
             if response is None:
@@ -155,7 +154,7 @@ async def predicted(
     found = await services.pool.find(tenant, ref)
     call.scope["state"]["metric_labels"] = found.metric_labels
     work = services.predictor.predict(found, inputs, options, deadline=deadline, needs_labels=needs_labels)
-    return await unless_gone(call.scope, call.receive, work)
+    return await unless_gone(call.scope, work)
 
 
 # Clients send the same few models and options over and over.

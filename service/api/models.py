@@ -162,7 +162,7 @@ async def import_model(body: ImportRequest, services: ServicesDep, principal: Ad
             actor=principal.name,
             registry=services.registry,
             store=services.store,
-            import_root=services.import_root,
+            import_root=services.settings.import_root,
             offline=services.settings.is_offline,
         )
     )

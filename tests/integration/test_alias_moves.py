@@ -53,7 +53,6 @@ class Replica(AppUnderTest):
                 metrics=self.metrics,
                 drain=self.drain,
                 backbones={},
-                import_root=None,
             )
 
     def move(self, version: int, expected: int | None) -> Answered:

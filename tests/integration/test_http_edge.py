@@ -90,7 +90,7 @@ def make_app() -> FastAPI:
             await asyncio.Event().wait()
 
         try:
-            await unless_gone(request.scope, request.receive, hold())
+            await unless_gone(request.scope, hold())
         except problems.Problem as problem:
             app.state.given_up += problem.status == 499
 

@@ -76,7 +76,6 @@ class ServedWorld(AppUnderTest):
                     metrics=self.metrics,
                     drain=self.drain,
                     backbones={"tiny": self.world.backbone},
-                    import_root=None,
                 )
                 yield self.services
             finally:

@@ -18,6 +18,7 @@ from model_registry.refs import ModelRef
 from modeling.inputs.text import TextInput
 from modeling.tasks import Options, Score
 from modeling.tasks.single_label import OneLabel
+from service.api.cancellation import CONNECTION_LOST
 from service.api.deps import Services
 from service.api.guard import DrainState
 from service.app import create_app
@@ -141,7 +142,6 @@ class RecordingApp:
             metrics=self.metrics,
             drain=self.drain,
             backbones={},
-            import_root=None,
         )
 
 
@@ -186,6 +186,7 @@ async def _started(app: ASGIApp) -> Callable[[], Any]:
 
 
 async def _ask(app: ASGIApp, path: str, body: bytes, method: str, headers: dict[str, str], leaves: bool) -> Answered:
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     scope = {
         "type": "http",
@@ -200,15 +201,17 @@ async def _ask(app: ASGIApp, path: str, body: bytes, method: str, headers: dict[
         "headers": [*raw, (b"content-length", str(len(body)).encode())],
         "server": ("127.0.0.1", 8000),
         "client": ("127.0.0.1", 50000),
+        "extensions": {CONNECTION_LOST: {"future": lost}},
     }
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[Message] = []
 
     async def receive() -> Message:
         if waiting:
+            if leaves:
+                lost.set_result(None)
             return waiting.pop()
-        if not leaves:
-            await asyncio.Event().wait()
+        await lost
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from starlette.types import Message, Scope
+from starlette.types import Scope
 
 from service.api.cancellation import CONNECTION_LOST, Interrupt, unless_gone
 from service.api.problems import Problem
@@ -15,21 +15,17 @@ from tests.support.turns import settled
 
 
 class Client:
-    """A client's connection, told of by the server's future or, without the extension, by `receive` alone."""
+    """A client's connection, told of by the server's future."""
 
-    def __init__(self, *, has_extension: bool) -> None:
+    def __init__(self) -> None:
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.scope: Scope = {"extensions": {CONNECTION_LOST: {"future": self.lost}}} if has_extension else {}
-
-    async def receive(self) -> Message:
-        await asyncio.shield(self.lost)
-        return {"type": "http.disconnect"}
+        self.scope: Scope = {"extensions": {CONNECTION_LOST: {"future": self.lost}}}
 
     def leave(self) -> None:
         self.lost.set_result(None)
 
     async def wait_for(self, work: Any) -> Any:
-        return await unless_gone(self.scope, self.receive, work)
+        return await unless_gone(self.scope, work)
 
 
 class Work:
@@ -49,11 +45,11 @@ class Work:
 Scenario = Callable[[Client, Work], Awaitable[None]]
 
 
-@pytest.fixture(params=[True, False], ids=["future", "receive"])
-def play(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
+@pytest.fixture
+def play() -> Callable[[Scenario], None]:
     def run(scenario: Scenario) -> None:
         async def main() -> None:
-            await scenario(Client(has_extension=request.param), Work())
+            await scenario(Client(), Work())
             await settled()
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
