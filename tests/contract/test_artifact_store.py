@@ -11,7 +11,7 @@ import pytest
 
 from model_registry.errors import ArtifactError, ArtifactExists, HashMismatch, InvalidReference, StoreFull
 from model_registry.store import ArtifactStore, FileStore, put_tree, verify_files
-from model_registry.testing import MemoryStore
+from tests.support.memory_store import MemoryStore
 
 
 @pytest.fixture(params=["file", "memory"])
