@@ -74,48 +74,33 @@ class AbstainOptions(FrozenModel):
     target_accuracy: float | None = Field(None, gt=0, le=1)
 
 
-class Hyperparameters(FrozenModel):
-    """The contract's names and defaults; `auto` is resolved by `resolve`."""
+class TrainingOptions(FrozenModel):
+    """What a plan takes over from the request: `resolve` replaces `split` and `space`, and leaves the others alone."""
 
-    method: Method = "auto"
-    epochs: Literal["auto"] | float = Field("auto")
-    learning_rate: Literal["auto"] | float = Field("auto")
-    batch_size: Literal["auto"] | int = Field("auto")
     max_seconds: float | None = Field(None, gt=0, le=7 * 86_400)
     seed: int = Field(42, ge=0, lt=1 << 31)
 
     optimizer: Optimizer = "adamw"
-    momentum: Literal["auto"] | float = Field("auto")
     scheduler: Scheduler = "cosine"
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
     layer_decay: float = Field(1.0, gt=0, le=1)
-    gradient_accumulation: Literal["auto"] | int = Field("auto")
     gradient_checkpointing: bool = False
-    devices: Literal["auto"] | int = Field("auto")
-    processes: int = Field(1, ge=1, le=64)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
-    loss: Literal["auto"] | Loss = "auto"
     focal_gamma: float = Field(2.0, ge=0, le=10)
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     oversample: bool = False
-    label_smoothing: Literal["auto"] | float = Field("auto")
-    dropout: Literal["auto"] | float = Field("auto")
 
     unfreeze_layers: Literal["all"] | int = "all"
     lora: LoraOptions = LoraOptions()
     bottleneck: BottleneckOptions = BottleneckOptions()
     prompt: PromptOptions = PromptOptions()
     setfit: SetFitOptions = SetFitOptions()
-    metric: Literal["auto"] | MetricName = "auto"
     eval_every: float = Field(0.5, gt=0, le=100)
     early_stopping: EarlyStopping = EarlyStopping()
     restore_best: bool = True
-    refit: Literal["auto"] | bool = "auto"
     split: SplitOptions = SplitOptions()
-    max_length: Literal["auto"] | int = Field("auto")
     calibration: Literal["temperature", "none"] = "temperature"
     export: list[Literal["onnx"]] = Field(["onnx"], max_length=1)
     abstain: AbstainOptions = AbstainOptions()
@@ -124,6 +109,26 @@ class Hyperparameters(FrozenModel):
     trials: int = Field(0, ge=0, le=1000)
     space: Space = SpaceField
     pruner: Literal["asha", "none"] = "asha"
+
+
+class Hyperparameters(TrainingOptions):
+    """The contract's names and defaults; `auto` is resolved by `resolve`."""
+
+    method: Method = "auto"
+    epochs: Literal["auto"] | float = Field("auto")
+    learning_rate: Literal["auto"] | float = Field("auto")
+    batch_size: Literal["auto"] | int = Field("auto")
+    momentum: Literal["auto"] | float = Field("auto")
+    gradient_accumulation: Literal["auto"] | int = Field("auto")
+    devices: Literal["auto"] | int = Field("auto")
+    processes: int = Field(1, ge=1, le=64)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    loss: Literal["auto"] | Loss = "auto"
+    label_smoothing: Literal["auto"] | float = Field("auto")
+    dropout: Literal["auto"] | float = Field("auto")
+    metric: Literal["auto"] | MetricName = "auto"
+    refit: Literal["auto"] | bool = "auto"
+    max_length: Literal["auto"] | int = Field("auto")
 
     def metric_for(self, task: str) -> MetricName:
         return target_type(task).metrics[0].name if self.metric == "auto" else self.metric

@@ -10,27 +10,19 @@ from typing import Literal, cast
 
 from pydantic import Field
 
-from finetune.data.options import FrozenModel, SplitOptions, modality_of
+from finetune.data.options import FrozenModel, modality_of
 from finetune.data.targets import Metric, MetricName, metric_of, target_type
 from finetune.jobs.hyperparameters import (
     EMBEDDING_LOSSES,
-    AbstainOptions,
-    BottleneckOptions,
-    EarlyStopping,
-    GateOptions,
     Hyperparameters,
-    LoraOptions,
     Loss,
-    Optimizer,
     PlanError,
-    PromptOptions,
-    Scheduler,
-    SetFitOptions,
     SingleMethod,
+    TrainingOptions,
     check_task,
     refusal,
 )
-from finetune.jobs.search_space import Space, SpaceField, default_space
+from finetune.jobs.search_space import Space, default_space
 from modeling.tasks import DEFAULT_TASK
 
 COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "full")
@@ -84,47 +76,19 @@ class MethodPlan(FrozenModel):
     estimated_seconds: float | None = None
 
 
-class TrainingPlan(FrozenModel):
+class TrainingPlan(TrainingOptions):
     """Everything a run depends on, with no `auto` left."""
 
     methods: tuple[MethodPlan, ...]
     task: str = DEFAULT_TASK
-    seed: int
     metric: MetricName
-    max_seconds: float | None
     max_length: int
     precision: Literal["fp32", "bf16", "fp16"]
     dropout: float
     loss: Loss
-    focal_gamma: float
-    optimizer: Optimizer
     momentum: float
-    scheduler: Scheduler
-    warmup_ratio: float
-    layer_decay: float
-    gradient_checkpointing: bool
-    weight_decay: float
-    max_grad_norm: float
-    class_weights: Literal["none", "balanced"] | dict[str, float]
-    oversample: bool = False
     label_smoothing: float
-    unfreeze_layers: Literal["all"] | int = "all"
-    lora: LoraOptions
-    bottleneck: BottleneckOptions = BottleneckOptions()
-    prompt: PromptOptions = PromptOptions()
-    setfit: SetFitOptions = SetFitOptions()
-    eval_every: float
-    early_stopping: EarlyStopping
-    restore_best: bool
     refit: bool = False
-    split: SplitOptions
-    calibration: Literal["temperature", "none"]
-    export: list[Literal["onnx"]]
-    abstain: AbstainOptions = AbstainOptions()
-    gate: GateOptions = GateOptions()
-    trials: int = 0
-    space: Space = SpaceField
-    pruner: Literal["asha", "none"] = "asha"
     device: str
     cpu_threads: int
     processes: int = 1  # that compute each step's gradient together, one a GPU
@@ -163,48 +127,24 @@ def resolve(
     taken = wanted.prompt.tokens if wanted.method == "prompt_tuning" else 0
     max_length = min(_max_length(wanted, data), max(8, model_max_length - taken))
     names = _auto_order(data, task) if wanted.method == "auto" else (wanted.method,)
+    given = {name: getattr(wanted, name) for name in TrainingOptions.model_fields}
     return TrainingPlan(
+        **given | {"split": wanted.split.resolved(), "space": _space(wanted, parameters, task)},
         methods=tuple(
             _plan_method(name, wanted, data=data, worker=worker, parameters=parameters, max_length=max_length)
             for name in names
         ),
         task=task,
-        seed=wanted.seed,
         metric=wanted.metric_for(task),
-        max_seconds=wanted.max_seconds,
         max_length=max_length,
         precision=_precision(wanted, worker),
         dropout=0.0 if wanted.dropout == "auto" else wanted.dropout,
         loss=cast(Loss, target_type(task).losses[0]) if wanted.loss == "auto" else wanted.loss,
-        focal_gamma=wanted.focal_gamma,
-        optimizer=wanted.optimizer,
         momentum=_momentum(wanted),
-        scheduler=wanted.scheduler,
-        warmup_ratio=wanted.warmup_ratio,
-        layer_decay=wanted.layer_decay,
-        gradient_checkpointing=wanted.gradient_checkpointing,
-        weight_decay=wanted.weight_decay,
-        max_grad_norm=wanted.max_grad_norm,
-        class_weights=wanted.class_weights,
-        oversample=wanted.oversample,
-        label_smoothing=_label_smoothing(wanted, task),
-        unfreeze_layers=wanted.unfreeze_layers,
-        lora=wanted.lora,
-        bottleneck=wanted.bottleneck,
-        prompt=wanted.prompt,
-        setfit=wanted.setfit,
-        eval_every=wanted.eval_every,
-        early_stopping=wanted.early_stopping,
-        restore_best=wanted.restore_best,
+        label_smoothing=target_type(task).label_smoothing
+        if wanted.label_smoothing == "auto"
+        else wanted.label_smoothing,
         refit=wanted.method == "auto" if wanted.refit == "auto" else wanted.refit,
-        split=wanted.split.resolved(),
-        calibration=wanted.calibration,
-        export=wanted.export,
-        abstain=wanted.abstain,
-        gate=wanted.gate,
-        trials=wanted.trials,
-        space=_space(wanted, parameters, task),
-        pruner=wanted.pruner,
         device=worker.device,
         cpu_threads=worker.cpu_threads,
         processes=_processes(wanted, worker),
@@ -229,12 +169,6 @@ def refuse_unavailable(wanted: Hyperparameters, worker: WorkerProfile | None) ->
         return
     message = f"method qlora needs a GPU with CUDA and the package bitsandbytes: {lacks}; use lora"
     raise PlanError([{"loc": ["hyperparameters", "method"], "message": message}])
-
-
-def _label_smoothing(wanted: Hyperparameters, task: str) -> float:
-    if wanted.label_smoothing != "auto":
-        return wanted.label_smoothing
-    return target_type(task).label_smoothing
 
 
 def _refuse_processes(wanted: Hyperparameters, worker: WorkerProfile) -> None:
@@ -297,9 +231,7 @@ def _space(wanted: Hyperparameters, parameters: int, task: str) -> Space:
 
 
 def _max_length(wanted: Hyperparameters, data: DatasetProfile) -> int:
-    if wanted.max_length != "auto":
-        return wanted.max_length
-    return max(8, -(-data.max_length_p99 // 8) * 8)
+    return max(8, -(-data.max_length_p99 // 8) * 8) if wanted.max_length == "auto" else wanted.max_length
 
 
 def _precision(wanted: Hyperparameters, worker: WorkerProfile) -> Literal["fp32", "bf16", "fp16"]:
