@@ -49,8 +49,8 @@ def load_pretrained(
     """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     given = read_config(folder)
     config = transformers_config(given if is_whole else known_keys(given))
     weight_files(folder)

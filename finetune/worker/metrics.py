@@ -45,7 +45,7 @@ class WorkerMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.time) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]
+        disable_created_metrics()
         self.registry = registry if registry is not None else CollectorRegistry()
         self._clock = clock
         ProcessCollector(registry=self.registry)

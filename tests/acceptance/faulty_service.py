@@ -63,5 +63,5 @@ def run_on_order(engine: TorchEngine, batch: EngineBatch, fault: str) -> FloatAr
 
 
 if __name__ == "__main__":
-    TorchEngine.run = run  # type: ignore[method-assign]
+    TorchEngine.run = run  # type: ignore[assignment, method-assign]
     runpy.run_module("service", run_name="__main__", alter_sys=True)

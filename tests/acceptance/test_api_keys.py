@@ -106,8 +106,7 @@ def routes(keyed: Keyed) -> list[tuple[str, str]]:
 def ask(client: Client, method: str, path: str, values: dict[str, str] | None = None) -> httpx.Response:
     known = VALUES | (values or {})
     filled = re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], "none"), path)
-    body = {} if method == "get" or method == "delete" else {"json": {}}
-    return client.http.request(method, filled, **body)  # type: ignore[arg-type]
+    return client.http.request(method, filled, json=None if method in {"get", "delete"} else {})
 
 
 def test_the_table_of_this_test_is_complete(routes: list[tuple[str, str]]) -> None:
@@ -182,15 +181,13 @@ def test_what_belongs_to_another_tenant_looks_as_if_it_did_not_exist(
             )
             assert foreign.status_code == absent.status_code == 404, (method, path, foreign.text)
             assert anonymous(foreign, ours) == anonymous(absent, missing), (method, path)
-        for body in (
-            {"path": "/predict", "json": {"model": "{}", "inputs": "a good film"}},
-            {"path": "/predict", "json": {"model": "{}:1", "inputs": "a good film"}},
-            {"path": "/v1/embeddings", "json": {"model": "{}", "input": "a good film"}},
+        for path, model, field in (
+            ("/predict", "{}", "inputs"),
+            ("/predict", "{}:1", "inputs"),
+            ("/v1/embeddings", "{}", "input"),
         ):
             foreign, absent = (
-                theirs.http.post(
-                    body["path"], json=body["json"] | {"model": body["json"]["model"].format(values["name"])}
-                )
+                theirs.http.post(path, json={"model": model.format(values["name"]), field: "a good film"})
                 for values in (ours, missing)
             )
             assert foreign.status_code == absent.status_code == 404

@@ -20,7 +20,13 @@ from tests.acceptance.processes import LEASE_S, Client, Worker, is_running, prob
 # Some seconds of training with a checkpoint every 20 steps: time enough to disturb it.
 STEPS_BETWEEN = 20
 # The export of the graph is left out: it takes as long.
-LONG = {"method": "full", "epochs": 80, "eval_every": 5, "early_stopping": {"patience": 1000}, "export": []}
+LONG: dict[str, Any] = {
+    "method": "full",
+    "epochs": 80,
+    "eval_every": 5,
+    "early_stopping": {"patience": 1000},
+    "export": [],
+}
 
 
 def test_a_killed_training_process_is_replaced_and_the_job_goes_on(

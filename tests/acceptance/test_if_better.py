@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.acceptance.conftest import Service
+
+Job = dict[str, Any]
 
 BOTH = {"up": ["great", "superb"], "down": ["awful", "dreadful"]}
 FIRST = {label: words[:1] for label, words in BOTH.items()}
@@ -30,7 +33,7 @@ def test_rows(service: Service) -> str:
     return str(service.client.upload(table(BOTH, 60, seed=2))["id"])
 
 
-def train(service: Service, test: str, words: dict[str, list[str]], *, seed: int, promote: str, **more: object) -> dict:
+def train(service: Service, test: str, words: dict[str, list[str]], *, seed: int, promote: str, **more: object) -> Job:
     body = {
         "dataset": service.client.upload(table(words, 120, seed=seed))["id"],
         "test_dataset": test,
@@ -45,7 +48,7 @@ def train(service: Service, test: str, words: dict[str, list[str]], *, seed: int
 
 
 @pytest.fixture(scope="module")
-def jobs(service: Service, test_rows: str) -> list[dict]:
+def jobs(service: Service, test_rows: str) -> list[Job]:
     """A first version, one as good, and a better one."""
     return [
         train(service, test_rows, FIRST, seed=10, promote="manual"),
@@ -54,7 +57,7 @@ def jobs(service: Service, test_rows: str) -> list[dict]:
     ]
 
 
-def test_only_the_better_version_becomes_champion_and_serves(service: Service, jobs: list[dict]) -> None:
+def test_only_the_better_version_becomes_champion_and_serves(service: Service, jobs: list[Job]) -> None:
     assert [job["result"]["is_champion"] for job in jobs] == [True, False, True]
     assert service.client.get("/models/judged")["aliases"] == {"champion": 3}
     served = service.client.wait_served("judged:3", "superb", within_s=10)
@@ -64,8 +67,8 @@ def test_only_the_better_version_becomes_champion_and_serves(service: Service, j
     assert history[0]["reason"] == "passed every gate against version 1"
 
 
-def test_every_gate_is_an_event_with_its_figures(service: Service, jobs: list[dict]) -> None:
-    def gates(job: dict) -> dict[str, str]:
+def test_every_gate_is_an_event_with_its_figures(service: Service, jobs: list[Job]) -> None:
+    def gates(job: Job) -> dict[str, str]:
         events = [event for event in service.client.events(job["id"]) if event["type"].startswith("gate_")]
         assert all(event["data"]["message"] in event["message"] for event in events)
         return {event["data"]["gate"]: event["data"]["status"] for event in events}
@@ -83,7 +86,7 @@ def test_every_gate_is_an_event_with_its_figures(service: Service, jobs: list[di
     assert {one["code"] for one in report["verdict"]} & {"calibrated", "roughly_calibrated", "poorly_calibrated"}
 
 
-def test_a_version_shows_its_pictures_and_nothing_beside_its_files(service: Service, jobs: list[dict]) -> None:
+def test_a_version_shows_its_pictures_and_nothing_beside_its_files(service: Service, jobs: list[Job]) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra finetune")
     files = {file["path"] for file in service.client.get("/models/judged/versions/3")["files"]}
     pictures = {path for path in files if path.endswith(".svg")}

@@ -12,6 +12,7 @@ import time
 import zipfile
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,7 +166,7 @@ def test_a_dry_run_tells_what_is_wrong_with_the_rows_before_anything_is_spent(lo
     test = lone.client.upload("text,label\nText  Number 3 of many,b\nanother text,zebra\n")["id"]
     body = {"dataset": train, "test_dataset": test, "register_as": "m", "backbone": "tiny"}
 
-    def ask() -> dict[str, object] | None:
+    def ask() -> dict[str, Any] | None:
         answer = lone.client.http.post("/finetune", params={"dry_run": True}, json=body)
         assert answer.status_code in {200, 503}, answer.text
         return answer.json() if answer.status_code == 200 else None
@@ -173,7 +174,7 @@ def test_a_dry_run_tells_what_is_wrong_with_the_rows_before_anything_is_spent(lo
     found = {
         (finding["code"], finding["severity"]): finding["rows"]
         for finding in until(ask, within_s=60, what="the plan")["findings"]
-    }  # type: ignore[attr-defined, union-attr]
+    }
     assert found["class_too_small", "error"] == [41]
     assert found["unknown_label", "error"] == [2]
     assert found["split_overlap", "warning"] == [1]

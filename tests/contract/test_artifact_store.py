@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -171,8 +171,13 @@ def test_a_real_full_file_system_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_name_is_durable_before_the_call_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[Any] = []
-    real = __import__("os").fsync
-    monkeypatch.setattr("model_registry.store.os.fsync", lambda fd: (synced.append(fd), real(fd))[1])
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     FileStore(tmp_path / "store").put_bytes("a/b/c", b"x")
     assert len(synced) == 4, "the file, then each folder up to the root"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -142,8 +142,9 @@ def merged(backbone: Backbone, change: Adapter | None, item: Features) -> FloatA
     engine = TorchEngine(backbone)
     for name, pair in {} if change is None else change.pairs.items():
         with torch.no_grad():
-            engine._encoder.get_submodule(name).base.weight += torch.from_numpy(pair.b @ pair.a)
-    return engine.run(EngineBatch([item]))[0]
+            engine._encoder.get_parameter(f"{name}.base.weight").add_(torch.from_numpy(pair.b @ pair.a))
+    row: FloatArray = engine.run(EngineBatch([item]))[0]
+    return row
 
 
 def close(engine: Engine, ours: FloatArray, expected: FloatArray) -> None:
@@ -168,10 +169,10 @@ def test_a_batch_with_any_mix_of_adapters_equals_each_row_merged_and_alone(
     ]
     for keys in mixes:  # the last ones name more adapters than there are slots
         vectors = engine.run(EngineBatch(encoded, keys))
-        for row, key in enumerate(keys):
-            expected = merged(backbone, known[key] if key else None, encoded[row])
+        for row, name in enumerate(keys):
+            expected = merged(backbone, known[name] if name else None, encoded[row])
             close(engine, vectors[row], expected)
-            if key is not None:
+            if name is not None:
                 assert np.abs(vectors[row] - bare[row]).max() > 0.1, "an adapter that changes nothing proves nothing"
 
 
@@ -230,7 +231,8 @@ def test_graphs_in_low_precision_stay_close(
     """By ONNX's reference implementation, since ONNX Runtime computes no bf16 on a CPU."""
     rows = encode(backbone)
     feeds = open_preprocessor(backbone).collate(rows, max(row.cost for row in rows))
-    (vectors,) = ReferenceEvaluator(str(low_precision_graphs(files, precision).bare)).run(None, feeds)
+    reference = ReferenceEvaluator(str(low_precision_graphs(files, precision).bare))
+    (vectors,) = cast("list[FloatArray]", reference.run(None, feeds))
     expected = onnx.onnx_engine(files, open_preprocessor(backbone).collate, threads=1).run(
         EngineBatch(encode(backbone))
     )

@@ -18,6 +18,7 @@ from model_registry.store import FileStore
 from modeling.assemble import read_version
 from modeling.backbone import Backbone, ingest
 from modeling.engines.graphs import graphs_key
+from modeling.engines.onnx import onnx_engine
 from modeling.testing import write_tiny_checkpoint
 from tests.support.exports import Exports
 from tests.support.registering import Record, Workshop, pointer
@@ -165,7 +166,7 @@ def test_a_champion_answers_as_its_golden_rows_say(shop: Workshop, method: str) 
     hashes = json.loads((shop.store.local_path(manifest.prefix) / "data" / "fingerprint.json").read_text())[
         "row_hashes"
     ]
-    assert found.seen == {*hashes["train"], *hashes["validation"]} and not found.seen & {*hashes["test"]}
+    assert found.seen == frozenset({*hashes["train"], *hashes["validation"]}) and not found.seen & {*hashes["test"]}
 
 
 def bare_run(shop: Workshop) -> Run:
@@ -226,10 +227,9 @@ def test_an_engine_that_answers_otherwise_fails(
     shop: Workshop, weak: ModelManifest, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    real = parity.onnx_engine
 
     def broken(*args: Any, **options: Any) -> Any:
-        engine = real(*args, **options)
+        engine = onnx_engine(*args, **options)
         run = engine.run
         monkeypatch.setattr(engine, "run", lambda batch: run(batch)[:, ::-1].copy())
         return engine

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("optuna", reason="needs the extra finetune")
 
 from finetune.jobs.failures import SearchFailed, SearchUnavailable, Stopped
-from finetune.training import search
+from finetune.training.methods import METHODS
 from finetune.training.recipe import run_job
 from model_registry.store import FileStore
 from modeling.backbone import ingest
@@ -37,10 +37,9 @@ def shop(backbone: tuple[FileStore, Path], tmp_path: Path) -> Workshop:
 def searched(shop: Workshop, record: Record | None = None, **options: Any) -> tuple[dict[str, Any], Record]:
     train = shop.dataset(WORDS, {"up": 60, "down": 60}, seed=1)
     test = shop.dataset(WORDS, {"up": 30, "down": 30}, seed=2)
-    hyperparameters = {"method": "lora", "epochs": 1, "trials": 3, "space": SPACE, "pruner": "none"}
-    work = {name: options.pop(name) for name in ("work", "earlier") if name in options}
+    plan: dict[str, Any] = {"method": "lora", "epochs": 1, "trials": 3, "space": SPACE, "pruner": "none"}
     record = record or Record()
-    run_job(shop.job(train, test, **work, **(hyperparameters | options)), record)
+    run_job(shop.job(train, test, **(plan | options)), record)
     return record.result["evaluation"], record
 
 
@@ -138,14 +137,14 @@ def test_a_search_in_which_every_trial_diverges_fails_with_advice(
 def _diverge(monkeypatch: pytest.MonkeyPatch, *, numbers: set[int]) -> None:
     from finetune.jobs.failures import NonFiniteLoss
 
-    real, count = search.METHODS["lora"], iter(range(100))
+    real, count = METHODS["lora"], iter(range(100))
 
     def train(run: Any) -> Any:
         if next(count) in numbers:
             raise NonFiniteLoss(3)
         return real(run)
 
-    monkeypatch.setitem(search.METHODS, "lora", train)
+    monkeypatch.setitem(METHODS, "lora", train)
 
 
 def test_the_budget_ends_the_search_with_what_there_is(shop: Workshop) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,9 @@ class Up:
     def pids(self, name: str) -> list[int]:
         return [int(line.split()[-1]) for line in self.log(name).splitlines() if ": up " in line or "child" in line]
 
+    def has_started(self, name: str, times: int) -> bool:
+        return len(self.pids(name)) == times
+
     def until(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + 60
         while not condition():
@@ -144,7 +148,7 @@ def test_a_child_that_dies_is_started_again(start: Callable[..., Up]) -> None:
     for name in ("worker", "serving"):
         first = up.pids(name)[0]
         os.kill(first, signal.SIGKILL)
-        up.until(lambda name=name: len(up.pids(name)) == 2)
+        up.until(partial(up.has_started, name, 2))
         assert f"{name}: was ended by SIGKILL; starting it again in 0.05 s" in up.said()
     up.process.terminate()
     assert up.ended() == 0

@@ -31,6 +31,11 @@ class Words:
         return len(self.text.split())
 
 
+def words_of(entry: QueueEntry) -> str:
+    assert isinstance(entry.work, Words)
+    return entry.work.text
+
+
 class WordLane:
     """`compute` may be replaced; the batches that it saw are in `seen`."""
 
@@ -55,7 +60,7 @@ class WordLane:
         return [[Words(" ".join(item[:limit]))] for item in words]
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
-        texts = [entry.work.text for entry in entries]
+        texts = [words_of(entry) for entry in entries]
         self.seen.append(texts)
         if self.is_broken or any(POISON in text for text in texts):
             raise EngineFailed("a poisoned row")
@@ -77,7 +82,7 @@ class WordModel:
     metric_labels = ("m", "1", "text-classification")
     normalize_embedding = False
     adapter_key: str | None = None
-    head = linear = None
+    head = margins = None
 
     def __init__(self, lane: WordLane, *, max_length: int | None = None) -> None:
         self.lane, self.max_length = lane, max_length

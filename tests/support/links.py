@@ -30,6 +30,9 @@ class RecordingLink:
     def reserve(self, *, kind: str, method: str) -> int:
         raise AssertionError("nothing is registered here")
 
+    def champion(self) -> dict[str, Any] | None:
+        return None
+
     def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
         raise AssertionError("nothing is registered here")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -26,13 +26,17 @@ from modeling.export import export_graphs
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText
 from modeling.tasks import DEFAULT_TASK, TASKS
+from modeling.tasks.single_label import OneLabel
 from modeling.weights import FloatArray
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
 from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.model_pool import ModelPool
+from service.inference.predictor import PredictResult
 from service.metrics import ServingMetrics
 from tests.support.adapters import write_adapter
 from tests.support.rows import encoded_texts
+
+Result = TypeVar("Result")
 
 GOLDEN = ("a good film", "dull plot", "wheat and oil")
 
@@ -168,7 +172,7 @@ class World:
         return self.registry.snapshot().versions[("default", name, version)]
 
     @asynccontextmanager
-    async def pool(self, **options: Any) -> Any:
+    async def pool(self, **options: Any) -> AsyncIterator[ModelPool]:
         """With its backbone."""
         async with self.bare_pool(backbones=("tiny",), **options) as pool:
             await pool.add_backbone("tiny", self.backbone)
@@ -182,7 +186,7 @@ class World:
         memory_budget_bytes: int = 1 << 30,
         metrics: ServingMetrics | None = None,
         runtime: Runtime = Runtime(),
-    ) -> Any:
+    ) -> AsyncIterator[ModelPool]:
         selector = _FixedEngine(self)
         pool = ModelPool(
             self.store,
@@ -214,5 +218,11 @@ def _golden(logits: FloatArray) -> list[GoldenRow]:
     return [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
 
 
-def run(coroutine: Any) -> Any:
+def one_labels(result: PredictResult) -> list[OneLabel]:
+    """The answers, each of them checked to be a classifier's."""
+    assert all(isinstance(answer, OneLabel) for answer in result.answers)
+    return cast("list[OneLabel]", result.answers)
+
+
+def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
     return asyncio.run(coroutine)

@@ -92,7 +92,7 @@ def _tuned(run: Run, rows: Sequence[Features], labels: IntArray, *, steps: int) 
         if not torch.isfinite(loss):
             raise NonFiniteLoss(done)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(body.encoder.parameters(), run.plan.max_grad_norm)
         optimizer.step()
         done += 1

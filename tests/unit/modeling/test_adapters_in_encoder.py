@@ -10,15 +10,13 @@ import torch
 
 from model_registry.store import FileStore
 from modeling.adapters_in_encoder import (
-    COMPOSITION_FILE,
-    COMPOSITION_WEIGHTS,
     Bottleneck,
     Composition,
     compose,
     own_weights,
     plain_weights,
 )
-from modeling.backbone import Backbone, ingest
+from modeling.backbone import COMPOSITION_FILE, COMPOSITION_WEIGHTS, Backbone, ingest
 from modeling.checkpoints import write_encoder
 from modeling.encoder import load_encoder
 from modeling.engines.build import EngineOptions, EngineSpec, build_engine
@@ -125,7 +123,7 @@ def test_prompts_stand_before_the_text_in_every_encoder(tmp_path: Path, model_ty
     ids = torch.tensor([[2, 7, 9, 3]])
     with torch.inference_mode():
         first = encoder(ids, torch.ones_like(ids)).last_hidden_state.clone()
-        encoder.prompt.mul_(-3)
+        encoder.get_parameter("prompt").mul_(-3)
         second = encoder(ids, torch.ones_like(ids)).last_hidden_state
     assert first.shape == second.shape == (1, 4, first.shape[2])
     assert not torch.allclose(first, second)

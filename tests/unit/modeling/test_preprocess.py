@@ -232,7 +232,7 @@ def test_shares_fit_the_room_and_waste_none(first: int, second: int, room: int) 
 
 
 def test_batches_equal_single_texts(tokenizer: TextPreprocessor) -> None:
-    texts = ["a film", ("good", "bad"), "plot " * 40]
+    texts: list[TextInput] = ["a film", ("good", "bad"), "plot " * 40]
     for alone, together in zip(
         (rows_of(tokenizer, [text])[0] for text in texts), rows_of(tokenizer, texts), strict=True
     ):

@@ -8,16 +8,14 @@ import os
 import shlex
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from polyhead import __version__
 from polyhead.cli import SAMPLE, app, child_environment, greeting
-
-if TYPE_CHECKING:
-    from conftest import Service
+from tests.unit.polyhead.conftest import Service
 
 CHANGE = {"model": "reviews", "alias": "champion", "from_version": 1, "version": 2}
 
@@ -149,7 +147,14 @@ def test_jobs(service: Service) -> None:
 
 
 def test_models(service: Service) -> None:
-    backbone = {"id": "minilm", "version": None, "aliases": {}, "state": "ready", "parent": None, "labels": []}
+    backbone: dict[str, Any] = {
+        "id": "minilm",
+        "version": None,
+        "aliases": {},
+        "state": "ready",
+        "parent": None,
+        "labels": [],
+    }
     model = {"id": "reviews", "version": 2, "aliases": {"champion": 2}, "state": "ready", "labels": ["bad", "good"]}
     service.on("GET /models", (200, {"data": [backbone, model]}))
     assert run(service, "models").stdout.splitlines()[1:] == [

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from polyhead.client import Client, PolyheadError
-
-if TYPE_CHECKING:
-    from conftest import Service
+from tests.unit.polyhead.conftest import Service
 
 
 @pytest.fixture(autouse=True)

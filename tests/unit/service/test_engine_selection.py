@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from model_registry.db import Database
@@ -38,7 +38,7 @@ from service.inference.errors import InferenceError, ModelNotReady
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor, PredictResult
 from service.metrics import ServingMetrics
-from tests.support.world import World, run
+from tests.support.world import World, one_labels, run
 
 # Stands for `modeling.engine_benchmark`: opens each candidate in turn; `crash` dies, `hang` says nothing more.
 _TRIAL = """
@@ -201,9 +201,9 @@ def test_the_chosen_engine_takes_over_while_serving(world: World, engine: str) -
     world.publish("m", seed=1)
     before, after = before_and_after(world, Scripted(world, engine), ServingMetrics())
     assert (before.engine, after.engine) == ("torch/fp32", engine)
-    for one, other in zip(before.answers, after.answers, strict=True):
+    for one, other in zip(one_labels(before), one_labels(after), strict=True):
         assert one.label == other.label
-        np.testing.assert_allclose(one.score, other.score, atol=1e-5)
+        assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
 @pytest.mark.parametrize("failure", [EngineFailed("no exporter"), RuntimeError("a bug"), "no-such/fp32"])
@@ -243,11 +243,15 @@ class StartsFragile(Scripted):
 
     def open_first(self, backbone: Backbone, *, like: Backbone | None = None) -> tuple[Engine, bool]:
         self.fragile = Fragile(self._name, super().open(REFERENCE, backbone))
-        return self.fragile, True  # type: ignore[return-value]
+        return self.fragile, True
 
 
 def broken() -> None:
     raise EngineFailed("the device is gone")
+
+
+def hang(gate: threading.Event) -> None:
+    gate.wait(60)
 
 
 @pytest.mark.parametrize("kind", ["fails", "hangs"])
@@ -264,8 +268,8 @@ def test_an_engine_that_fails_while_it_serves_is_replaced_by_the_reference(world
             await pool.apply(world.registry.snapshot())
             before = await ask(pool, "m")
             assert selector.fragile is not None
-            selector.fragile.fault = broken if kind == "fails" else lambda: gate.wait(60) and None
-            errors = []
+            selector.fragile.fault = broken if kind == "fails" else partial(hang, gate)
+            errors: list[str] = []
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 try:
@@ -283,7 +287,7 @@ def test_an_engine_that_fails_while_it_serves_is_replaced_by_the_reference(world
 
     before, after, errors = run(scenario())
     assert (before.engine, after.engine) == ("fragile/fp32", "torch/fp32")
-    assert before.answers[0].label == after.answers[0].label
+    assert one_labels(before)[0].label == one_labels(after)[0].label
     assert set(errors) <= {"InferenceFailed", "ModelNotReady"} and errors
     labels = {"backbone": "tiny", "from": "fragile/fp32", "to": "torch/fp32", "reason": "EngineFailed"}
     assert metrics.registry.get_sample_value("polyhead_engine_fallback_total", labels) == 1

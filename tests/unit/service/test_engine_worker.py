@@ -17,7 +17,7 @@ from service.inference.capacity import CostModel
 from service.inference.engine_worker import BatchLimits, Outputs
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ModelNotReady
 from service.inference.queue import Batch, QueueEntry, Ticket
-from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel, ticket_for
+from tests.support.lanes import NOT_A_NUMBER, POISON, WordLane, WordModel, ticket_for, words_of
 from tests.support.turns import settled
 from tests.support.virtual import elapse, run_virtually, virtual_runtime
 
@@ -39,17 +39,27 @@ def put(lane: WordLane, *texts: str, seconds: float = 60.0, model: WordModel | N
     loop = asyncio.get_running_loop()
     ticket = ticket_for(model or WordModel(lane), texts, deadline=loop.time() + seconds)
     timer = loop.call_later(seconds, ticket.expire)
-    ticket.future.add_done_callback(lambda _: (timer.cancel(), lane.worker.withdraw(ticket)))
+
+    def end(_: object) -> None:
+        timer.cancel()
+        lane.worker.withdraw(ticket)
+
+    ticket.future.add_done_callback(end)
     ticket.fill(lane.preprocess(texts, truncate=True, max_length=None))
     lane.worker.put([ticket])
     return ticket
+
+
+def vector_of(entry: QueueEntry) -> list[float]:
+    assert entry.vector is not None
+    return [float(value) for value in entry.vector]
 
 
 async def answers(tickets: Sequence[Ticket]) -> list[Any]:
     """A request's values, or the class of its error."""
     errors = await asyncio.gather(*(ticket.future for ticket in tickets), return_exceptions=True)
     return [
-        type(error) if isinstance(error, BaseException) else [float(entry.vector[0]) for entry in ticket.entries]
+        type(error) if isinstance(error, BaseException) else [vector_of(entry)[0] for entry in ticket.entries]
         for ticket, error in zip(tickets, errors, strict=True)
     ]
 
@@ -296,7 +306,7 @@ def test_calls_run_between_batches_and_give_back_what_they_raise() -> None:
 
 
 def hanging(work: Any) -> float:
-    return 1e6 if isinstance(work, Batch) and "hang" in work.entries[0].work.text else RUN_S
+    return 1e6 if isinstance(work, Batch) and "hang" in words_of(work.entries[0]) else RUN_S
 
 
 def test_a_run_that_hangs_is_given_up_and_the_hook_may_bring_in_another_engine() -> None:
@@ -327,7 +337,7 @@ def test_a_run_that_hangs_is_given_up_and_the_hook_may_bring_in_another_engine()
 def test_without_another_engine_the_queue_refuses_until_the_lost_run_returns() -> None:
     async def scenario() -> list[Any]:
         def late(work: Any) -> float:
-            return 30.0 if isinstance(work, Batch) and "late" in work.entries[0].work.text else RUN_S
+            return 30.0 if isinstance(work, Batch) and "late" in words_of(work.entries[0]) else RUN_S
 
         lane = lane_of(BatchLimits(64, 1, engine_timeout_s=2.0), seconds=late)
         found = await answers([put(lane, "late"), put(lane, "waiting")])
@@ -489,7 +499,6 @@ def test_results_that_cannot_be_delivered_end_their_requests_all_the_same() -> N
             raise RuntimeError("a bug")
 
         lane.worker._observe = explode  # type: ignore[method-assign]
-        lane.worker.supervisor.batch_ended = explode  # type: ignore[method-assign]
         tickets = [put(lane, "a"), put(lane, "b " * 3)]
         tickets[1].entries[0].is_ended = True  # `end` will refuse
         found = await answers(tickets[:1])

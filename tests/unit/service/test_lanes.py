@@ -20,6 +20,7 @@ from modeling.engines.protocol import EngineBatch
 from modeling.errors import EngineFailed
 from modeling.heads import DenseLayer, TaskHead, softmax
 from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, FeatureExtraction, Task
+from modeling.weights import FloatArray
 from service.inference.engine_worker import BatchLimits
 from service.inference.errors import InferenceFailed
 from service.inference.lanes import BackboneLane, LinearLane, apply_heads
@@ -90,7 +91,7 @@ def test_another_engine_takes_over_under_its_own_name_and_ends_an_outage(world: 
             lane.worker.supervisor.hangs(object(), "a run has not ended")
             was_alive = lane.worker.is_fit
             engine = FakeEngine(32)
-            engine.name = "faster"  # type: ignore[misc]
+            engine.name = "faster"
             await lane.switch(engine, {})
             return lane.worker.name[1], was_alive, lane.worker.is_fit
 
@@ -184,13 +185,10 @@ class Linear:
     adapter_key: str | None = None
     lane: Any = None
     seen: list[list[str]] = field(default_factory=list)
+    head: TaskHead | None = None
 
-    @property
-    def linear(self) -> Linear:
-        return self
-
-    def margins(self, texts: list[str]) -> Any:
-        self.seen.append(texts)
+    def margins(self, texts: Sequence[str]) -> FloatArray:
+        self.seen.append(list(texts))
         if "bad" in texts:
             raise ValueError("a bug")
         return np.asarray([[len(text.split()), 0] for text in texts], dtype=np.float32)

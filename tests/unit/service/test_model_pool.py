@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor, PredictResult
 from service.metrics import ServingMetrics
 from tests.support.adapters import random_adapter, write_adapter
-from tests.support.world import World, run
+from tests.support.world import World, one_labels, run
 
 
-async def ask(pool: ModelPool, model: str, texts: list[TextInput], **options: Any) -> PredictResult:
+async def ask(pool: ModelPool, model: str, texts: Sequence[TextInput], **options: Any) -> PredictResult:
     admission = AdmissionController(max_inputs=100, max_queue_delay_s=60)
     predictor = Predictor(admission, ServingMetrics(), max_inputs=50, preprocessor_threads=1)
     try:
@@ -203,8 +204,8 @@ def test_models_with_different_label_sets_share_a_batch_and_answer_as_alone(worl
 
     alone, together = run(scenario())
     for one, other in zip(alone, together, strict=True):
-        assert [row.label for row in one.answers] == [row.label for row in other.answers]
-        for a, b in zip(one.answers, other.answers, strict=True):
+        for a, b in zip(one_labels(one), one_labels(other), strict=True):
+            assert a.label == b.label
             np.testing.assert_allclose([s.score for s in a.scores], [s.score for s in b.scores], atol=1e-5)
 
 
@@ -214,11 +215,12 @@ def test_options_shape_the_answer(world: World) -> None:
     async def scenario() -> None:
         async with world.pool() as pool:
             await pool.apply(world.registry.snapshot())
-            full = (await ask(pool, "m", ["a good film"])).answers[0]
+            (full,) = one_labels(await ask(pool, "m", ["a good film"]))
             assert abs(sum(score.score for score in full.scores) - 1) < 1e-5
             assert full.scores == sorted(full.scores, key=lambda score: -score.score)
-            assert len((await ask(pool, "m", ["a"], top_k=2)).answers[0].scores) == 2
-            unsure = (await ask(pool, "m", ["a"], threshold=1.0)).answers[0]
+            (two,) = one_labels(await ask(pool, "m", ["a"], top_k=2))
+            assert len(two.scores) == 2
+            (unsure,) = one_labels(await ask(pool, "m", ["a"], threshold=1.0))
             assert unsure.label is None and unsure.score is not None
             (vector,) = (await ask(pool, "m", ["a"], return_embedding=True)).vectors
             assert vector.shape == (32,)

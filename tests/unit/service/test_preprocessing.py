@@ -43,7 +43,9 @@ async def outcomes(tickets: Sequence[Ticket]) -> list[Any]:
     return [type(outcome) if isinstance(outcome, Exception) else outcome for outcome in found]
 
 
-def stage(lane_type: type[Recording] = Recording, *, threads: int = 2, seconds: float = 0.0) -> Any:
+def stage(
+    lane_type: type[Recording] = Recording, *, threads: int = 2, seconds: float = 0.0
+) -> tuple[Recording, PreprocessorStage]:
     runtime = virtual_runtime(preprocessor_s=lambda burst: seconds)
     lane = lane_type(runtime=runtime)
     lane.worker.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +52,7 @@ def test_among_equals_the_older_comes_first() -> None:
 @given(widths_lists, st.integers(1, 60))
 def test_the_overdue_are_chosen_as_if_nobody_else_waited(widths: list[int], overdue: int) -> None:
     overdue = min(overdue, len(widths))
-    limits = {"max_tokens": 300, "max_rows": 8, "fixed_tokens": 50.0}
+    limits: dict[str, Any] = {"max_tokens": 300, "max_rows": 8, "fixed_tokens": 50.0}
     chosen = pack(widths, overdue=overdue, **limits)
     alone = pack(widths[:overdue], overdue=overdue, **limits)
     assert [position for position in chosen if position < overdue] == alone

@@ -61,7 +61,8 @@ def test_a_value_is_the_heads_output(value: float) -> None:
 
 @pytest.mark.parametrize("parameter", ["top_k", "threshold"])
 def test_a_value_has_no_scores_to_bound(parameter: str) -> None:
-    options = Options(**{parameter: 1})
+    values: dict[str, Any] = {parameter: 1}
+    options = Options(**values)
     for task in (many, one, FeatureExtraction("text")):
         check_options(task, options)
     check_options(value_task, Options(return_embedding=True, truncate=False, max_length=8))

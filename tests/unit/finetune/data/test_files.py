@@ -57,7 +57,7 @@ class Series:
 
 @pytest.fixture(autouse=True)
 def series(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODALITIES, "series", Series())  # type: ignore[arg-type]
+    monkeypatch.setitem(MODALITIES, "series", Series())
     monkeypatch.setitem(TASKS, TASK, SingleLabel(TASK, "series"))
 
 

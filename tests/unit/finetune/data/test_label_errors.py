@@ -44,7 +44,8 @@ def corpus(count: int = 400) -> tuple[LabelledRows, set[int]]:
     """Rows of four classes with words of their own, and the numbers of those whose label was changed."""
     draw = random.Random(2)
     names = ["earn", "grain", "ship", "trade"]
-    texts, labels, wrong = [], [], set()
+    texts, labels = [], []
+    wrong: set[int] = set()
     for number in range(count):
         true = number % 4
         words = [f"{names[true]}{draw.randrange(12)}" for _ in range(5)] + [f"w{draw.randrange(60)}" for _ in range(10)]

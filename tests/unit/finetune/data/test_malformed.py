@@ -399,7 +399,7 @@ def test_rows_that_cannot_be_trained_on_end_the_job_before_training(tmp_path: Pa
     link = RecordingLink()
     with pytest.raises(DatasetInvalid) as raised:
         run = child_job(job, tmp_path)
-        load_sides(run, parse_hyperparameters(run.spec.hyperparameters), link)  # type: ignore[arg-type]
+        load_sides(run, parse_hyperparameters(run.spec.hyperparameters), link)
     failure = raised.value.failure
     assert failure.code == "dataset_invalid" and failure.message
     findings = [Finding.model_validate(finding) for finding in failure.findings]

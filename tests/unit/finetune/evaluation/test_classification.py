@@ -6,6 +6,7 @@ import pytest
 from finetune.evaluation.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
 from finetune.evaluation.classification import report, score
 from finetune.evaluation.tasks.class_weights import class_weights
+from finetune.jobs.hyperparameters import Scheduler
 from finetune.training.optimizers import schedule
 from modeling.heads import softmax
 
@@ -69,7 +70,7 @@ def test_class_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_schedules_warm_up_and_end_where_they_should(name: str) -> None:
+def test_schedules_warm_up_and_end_where_they_should(name: Scheduler) -> None:
     factor = schedule(name, total_steps=100, warmup_ratio=0.1)
     values = [factor(step) for step in range(100)]
     assert values[0] == pytest.approx(0.1) and max(values) == 1.0 == values[10]

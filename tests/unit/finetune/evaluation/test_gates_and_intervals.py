@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,7 +59,7 @@ def test_a_resample_has_the_metrics_that_its_rows_would_have(pairs: list[tuple[i
 def test_intervals_agree_with_drawing_the_rows_themselves() -> None:
     labels, answers = drawn(300)
     random = np.random.default_rng(1)
-    metrics = {
+    metrics: dict[str, Callable[[Any], float]] = {
         "accuracy": lambda rows: accuracy_score(labels[rows], answers[rows]),
         "macro_f1": lambda rows: f1_score(labels[rows], answers[rows], average="macro"),
         "weighted_f1": lambda rows: f1_score(labels[rows], answers[rows], average="weighted"),
@@ -92,7 +95,7 @@ def test_a_paired_difference_knows_that_both_err_on_the_same_rows() -> None:
 
 def test_average_precision_is_the_usual_one_with_ties_too() -> None:
     logits, labels = logits_of(400)
-    logits = np.round(logits)  # many equal scores
+    logits = logits.round()  # many equal scores
     for index, curve in enumerate(precision_recall(logits, labels, ["a", "b", "c"])):
         wanted = average_precision_score(labels == index, softmax(logits)[:, index])
         assert curve["average_precision"] == pytest.approx(wanted, abs=1e-6)
@@ -128,7 +131,8 @@ def test_risk_coverage_ends_at_the_plain_accuracy_and_rewards_a_telling_confiden
     logits, labels = logits_of(500)
     curve = risk_coverage(logits, labels, temperature=1.0)
     assert curve["coverage"][-1] == 1.0 and curve["accuracy"][-1] == pytest.approx((logits.argmax(1) == labels).mean())
-    shuffled = risk_coverage(logits * np.random.default_rng(0).uniform(0.1, 3, (500, 1)), labels, temperature=1.0)
+    scale = np.random.default_rng(0).uniform(0.1, 3, (500, 1)).astype(np.float32)
+    shuffled = risk_coverage(logits * scale, labels, temperature=1.0)
     assert curve["aurc"] < shuffled["aurc"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 from xml.etree import ElementTree
 
@@ -87,5 +88,5 @@ def test_many_classes_are_thinned_to_the_most_frequent() -> None:
 
 
 def test_without_matplotlib_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert drawn(["a", "b"]) == {}

@@ -342,7 +342,8 @@ def test_the_p_value_of_equal_models_is_spread_evenly() -> None:
     small = 0
     for seed in range(60):
         values, targets = numbers(100, seed=seed)
-        other = targets[:, None] + np.random.default_rng(seed + 1000).normal(0, 2, values.shape)
+        noise = np.random.default_rng(seed + 1000).normal(0, 2, values.shape)
+        other = (targets[:, None] + noise).astype(np.float32)
         parts, others = (NumberRules().parts(one, targets, Calibration()) for one in (values, other))
         found = bootstrap.paired(parts, others, NumberRules().of_sums, metric=metric_of("rmse"), seed=seed, samples=200)
         small += found["p_value"] < 0.1

@@ -23,6 +23,10 @@ def states(seed: int) -> torch.Tensor:
     return made.transpose(1, 2).requires_grad_()
 
 
+def queries_keys_values() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return states(1), states(2), states(3)
+
+
 def mask(shape: tuple[int, ...] | None) -> torch.Tensor | None:
     if shape is None:
         return None
@@ -37,7 +41,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     monkeypatch: pytest.MonkeyPatch, budget: int, shape: tuple[int, ...] | None
 ) -> None:
     monkeypatch.setattr(attention, "CHUNK_BYTES", budget)
-    found, expected = [states(seed) for seed in (1, 2, 3)], [states(seed) for seed in (1, 2, 3)]
+    found, expected = queries_keys_values(), queries_keys_values()
     hidden, drawn = mask(shape), states(4).detach().transpose(1, 2)
 
     mixed, _ = attention.attend(nn.Module(), *found, hidden, scaling=0.3)
@@ -53,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(
 
 
 def test_dropout_of_the_weights_is_drawn_in_training_alone() -> None:
-    module, parts = nn.Module(), [states(seed) for seed in (1, 2, 3)]
+    module, parts = nn.Module(), queries_keys_values()
     torch.manual_seed(1)
     once, again = (attention.attend(module, *parts, None, dropout=0.5)[0] for _ in range(2))
     assert not torch.equal(once, again)

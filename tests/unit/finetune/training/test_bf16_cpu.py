@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 @pytest.fixture(params=["full", "lora", "lora with dropout", "dora"])
-def encoder(backbone: Backbone, request: pytest.FixtureRequest) -> Iterator[Any]:
+def encoder(backbone: Backbone, request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     encoder = load_encoder(backbone.folder)
     for module in encoder.modules():

@@ -160,7 +160,8 @@ def test_mnrl_by_its_definition(seed: int) -> None:
 @given(seeds)
 def test_cosent_by_its_definition(seed: int) -> None:
     vectors, labels = drawn(seed)
-    near, far = [], []
+    near: list[float] = []
+    far: list[float] = []
     for i, j in itertools.combinations(range(12), 2):
         (near if labels[i] == labels[j] else far).append(cosine(vectors[i], vectors[j]))
     if near and far:

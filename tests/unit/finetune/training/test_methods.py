@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ TYPES = ["bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta"]
 
 
 def tiny(folder: Path, model_type: str = "bert") -> torch.nn.Module:
-    layers = {"n_layers": LAYERS} if model_type == "distilbert" else {"num_hidden_layers": LAYERS}
+    layers: dict[str, Any] = {"n_layers": LAYERS} if model_type == "distilbert" else {"num_hidden_layers": LAYERS}
     return load_encoder(write_tiny_checkpoint(folder / model_type, model_type=model_type, **layers))
 
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from finetune.jobs.hyperparameters import parse_hyperparameters
+from finetune.jobs.hyperparameters import Scheduler, parse_hyperparameters
 from finetune.jobs.plan import DatasetProfile, TrainingPlan, WorkerProfile, resolve
 from finetune.training.optimizers import build_optimizer, plateau_factor, schedule
 
 DATA = DatasetProfile(train_rows=100, validation_rows=10, test_rows=10, labels=4, max_length_p99=20)
-SCHEDULERS = ["cosine", "linear", "constant", "plateau", "cyclic"]
+SCHEDULERS: list[Scheduler] = ["cosine", "linear", "constant", "plateau", "cyclic"]
 
 
 class Encoder(nn.Module):
@@ -74,7 +74,7 @@ def test_every_optimiser_goes_downhill(name: str) -> None:
         states = inputs
         for layer in model.encoder.layer:
             states = torch.tanh(layer(states))
-        return ((model.head(states) - wanted) ** 2).mean()
+        return torch.mean((model.head(states) - wanted) ** 2)
 
     before = loss().item()
     for _ in range(150):
@@ -85,7 +85,7 @@ def test_every_optimiser_goes_downhill(name: str) -> None:
 
 
 @given(st.sampled_from(SCHEDULERS), st.integers(1, 500), st.floats(0, 0.9), st.integers(1, 12))
-def test_every_course_stays_between_nothing_and_one(name: str, steps: int, warmup: float, epochs: int) -> None:
+def test_every_course_stays_between_nothing_and_one(name: Scheduler, steps: int, warmup: float, epochs: int) -> None:
     factor = schedule(name, total_steps=steps, warmup_ratio=warmup, epochs=epochs)
     values = [factor(step) for step in range(steps)]
     assert all(0 <= value <= 1 for value in values)
