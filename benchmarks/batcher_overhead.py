@@ -33,10 +33,9 @@ from model_registry.registry import Registry
 from model_registry.store import FileStore
 from modeling.backbone import ingest
 from modeling.engines.fake import FakeEngine
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import EngineBatch, EngineOutputs
 from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
-from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
@@ -60,11 +59,11 @@ class InstantEngine(FakeEngine):
         self.gaps_s: list[float] = []
         self._ended = time.perf_counter()
 
-    def run(self, batch: EngineBatch) -> FloatArray:
+    def run(self, batch: EngineBatch) -> EngineOutputs:
         self.gaps_s.append(time.perf_counter() - self._ended)
         time.sleep(self.run_s)
         self._ended = time.perf_counter()
-        return np.zeros((len(batch.inputs), WIDTH), dtype=np.float32)
+        return EngineOutputs(np.zeros((len(batch.inputs), WIDTH), dtype=np.float32))
 
 
 class ConstantPreprocessor:

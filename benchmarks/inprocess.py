@@ -54,7 +54,7 @@ class InProcess:
 
         def run() -> tuple[FloatArray, float]:
             started = time.perf_counter()
-            vectors = [engine.run(batch) for batch in batches]
+            vectors = [engine.run(batch).pooled for batch in batches]
             return np.concatenate(vectors), time.perf_counter() - started
 
         return self._runner.run(self._lane.worker.call(run))

@@ -70,7 +70,7 @@ def _reference(backbone: Backbone, rows: list[dict[str, Any]]) -> Any:
     """float32[rows, hidden] by torch in fp32, in the order of `rows`."""
     encoded = encoded_texts(backbone.folder, [row["text"] for row in rows], limit=MAX_LENGTH)
     engine = TorchEngine(backbone)
-    return _unsorted(encoded, np.concatenate([engine.run(batch) for batch in batches_by_length(encoded)]))
+    return _unsorted(encoded, np.concatenate([engine.run(batch).pooled for batch in batches_by_length(encoded)]))
 
 
 def _vectors(spec: Spec, data_dir: Path, rows: list[dict[str, Any]]) -> tuple[str, Any]:

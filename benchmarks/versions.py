@@ -56,7 +56,7 @@ class Publisher:
         )  # the name it has among the service's default backbones
         self._encoded = encoded_texts(self.backbone.folder, _GOLDEN, limit=MAX_LENGTH)
         self._engine = TorchEngine(self.backbone)
-        self._pooled = self._engine.run(EngineBatch(self._encoded))
+        self._pooled = self._engine.run(EngineBatch(self._encoded)).pooled
         self._layers = linear_layers(self.backbone)
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class Publisher:
     def _lora(self, folder: Path, seed: int) -> FloatArray:
         self._engine.load_adapter(_ADAPTER, random_adapter(self._layers, folder / "adapter", seed=seed))
         try:
-            return self._engine.run(EngineBatch(self._encoded, [_ADAPTER] * len(self._encoded)))
+            return self._engine.run(EngineBatch(self._encoded, [_ADAPTER] * len(self._encoded))).pooled
         finally:
             self._engine.unload_adapter(_ADAPTER)
 
@@ -136,7 +136,7 @@ class Publisher:
             max_length=MAX_LENGTH,
         )
         export_graphs(backbone, folder / "full" / GRAPHS_FOLDER, has_adapters=False)
-        return TorchEngine(backbone).run(EngineBatch(self._encoded))
+        return TorchEngine(backbone).run(EngineBatch(self._encoded)).pooled
 
 
 def linear_layers(backbone: Backbone) -> dict[str, tuple[int, int]]:

@@ -33,8 +33,10 @@ _MAX_JSON_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class GoldenRow:
+    """An example and its logits: one for each output or, if its task goes by states, such a row for each position."""
+
     example: Example
-    logits: tuple[float, ...]
+    logits: Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +144,28 @@ def read_adapter(store: ArtifactStore, manifest: ModelManifest) -> Adapter:
 
 
 def check_golden(
-    parts: VersionParts, logits_of: Callable[[Sequence[Example]], FloatArray], *, precision: str = "fp32"
+    parts: VersionParts,
+    logits_of: Callable[[Sequence[Example]], Sequence[FloatArray] | FloatArray],
+    *,
+    precision: str = "fp32",
 ) -> None:
     """Runs the golden rows in one go and compares. Raises `GoldenRowsDiffer`."""
     compare_golden(parts, logits_of([row.example for row in parts.golden]), precision=precision)
 
 
-def compare_golden(parts: VersionParts, got: FloatArray, *, precision: str = "fp32") -> None:
-    """Raise `GoldenRowsDiffer` if the golden rows' logits float32[rows, outputs] are not the stored ones, as the task
-    judges it (`Task.same`)."""
+def compare_golden(parts: VersionParts, logits: Sequence[FloatArray] | FloatArray, *, precision: str = "fp32") -> None:
+    """Raise `GoldenRowsDiffer` if the golden rows' logits, float32[outputs] or [positions, outputs] for each, are not
+    the stored ones, as the task judges it (`Task.same`)."""
     if not parts.golden:
         raise GoldenRowsDiffer("the version stores no golden rows")
-    wanted = np.asarray([row.logits for row in parts.golden], dtype=np.float32)
-    if got.shape != wanted.shape:
-        raise GoldenRowsDiffer(f"golden rows give logits of shape {got.shape}, stored are {wanted.shape}")
+    stored, given = (
+        [np.atleast_2d(np.asarray(row, np.float32)) for row in rows]
+        for rows in ([row.logits for row in parts.golden], logits)
+    )
+    shapes, stored_shapes = [row.shape for row in given], [row.shape for row in stored]
+    if shapes != stored_shapes:
+        raise GoldenRowsDiffer(f"golden rows give logits of shapes {shapes}, stored are {stored_shapes}")
+    wanted, got = np.concatenate(stored), np.concatenate(given)
     if not parts.task.same(wanted, got, parts.calibration, precision=precision):
         worst = float(np.abs(got - wanted).max())
         raise GoldenRowsDiffer(f"golden rows differ from their stored logits by {worst:.2g} in {precision}")

@@ -174,7 +174,7 @@ def _numpy(parameter: torch.Tensor) -> Any:
 def _check_reproduces(original: Any, backbone: Backbone, head: TaskHead) -> None:
     preprocessor = open_preprocessor(backbone)
     rows = single(preprocessor.encode(_PROBES))
-    pooled = TorchEngine(backbone).run(EngineBatch(rows))
+    pooled = TorchEngine(backbone).run(EngineBatch(rows)).pooled
     for place, row in enumerate(rows):
         arrays = preprocessor.collate([row], row.cost)
         wanted = original(**{name: torch.from_numpy(array) for name, array in arrays.items()}).logits[0].numpy()

@@ -164,7 +164,7 @@ def _measure(contender: _Contender, batch: Sequence[Features]) -> None:
         seconds = []
         for _ in range(2):
             started = time.perf_counter()
-            vectors = contender.engine.run(EngineBatch(batch))
+            vectors = contender.engine.run(EngineBatch(batch)).pooled
             seconds.append(time.perf_counter() - started)
     except ModelingError as error:
         contender.report.error = str(error)[:300]

@@ -1,7 +1,7 @@
 """torch → ONNX: two graphs per backbone, one without adapters and one that adds each row's LoRA.
 
-Both end at the pooled vector: heads stand outside, so one export serves every head. The adapters'
-weights are inputs, stacked by slot, so one export serves every adapter. No engine needs torch to run it.
+Both give the pooled vector and the states of positions: heads are outside, so one export serves every head. The
+adapters' weights are inputs, stacked by slot, so one export serves every adapter. No engine needs torch to run it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from modeling.adapters import LoraLayout
 from modeling.backbone import Backbone
-from modeling.engines.graphs import OUTPUT, SLOTS_INPUT, GraphFiles, a_input, b_input
+from modeling.engines.graphs import POOLED, SLOTS_INPUT, STATES, GraphFiles, a_input, b_input
 from modeling.engines.torch import pool
 from modeling.multi_lora import Routing, route
 from modeling.networks import NETWORKS
@@ -38,8 +38,8 @@ def export_graphs(backbone: Backbone, folder: Path, *, has_adapters: bool = True
     if files.is_complete:
         return files
     folder.mkdir(parents=True, exist_ok=True)
-    _export(_Pooled(backbone), files.bare, inputs=[], dynamic=[])
-    adapted = _Pooled(backbone, is_routed=True)
+    _export(_Graph(backbone), files.bare, inputs=[], dynamic=[])
+    adapted = _Graph(backbone, is_routed=True)
     if has_adapters:
         names, examples, dynamic = _stack_inputs(adapted.layout)
         _export(adapted, files.lora, inputs=list(zip(names, examples, strict=True)), dynamic=dynamic)
@@ -48,7 +48,7 @@ def export_graphs(backbone: Backbone, folder: Path, *, has_adapters: bool = True
 
 
 def _export(
-    graph: _Pooled, target: Path, *, inputs: Sequence[tuple[str, torch.Tensor]], dynamic: Sequence[dict[int, Any]]
+    graph: _Graph, target: Path, *, inputs: Sequence[tuple[str, torch.Tensor]], dynamic: Sequence[dict[int, Any]]
 ) -> None:
     axes = {"batch": torch.export.Dim("batch", min=1, max=4096), "length": torch.export.Dim("length", min=2, max=8192)}
     shapes: list[Any] = [{axis: axes[kind] for axis, kind in graph.network.axes(name).items()} for name in graph.inputs]
@@ -62,7 +62,7 @@ def _export(
             examples,
             dynamo=True,
             input_names=[*graph.inputs, *(name for name, _ in inputs)],
-            output_names=[OUTPUT],
+            output_names=[POOLED, STATES],
             dynamic_shapes=(tuple(shapes),),  # of `*more`
             external_data=False,
             opset_version=OPSET,
@@ -91,8 +91,8 @@ def _stack_inputs(layout: LoraLayout) -> tuple[list[str], list[torch.Tensor], li
     return names, examples, dynamic
 
 
-class _Pooled(nn.Module):
-    """A batch's arrays to pooled vectors; with `is_routed` every row takes the LoRA of its slot."""
+class _Graph(nn.Module):
+    """A batch's arrays to pooled vectors and states; with `is_routed` every row takes the LoRA of its slot."""
 
     def __init__(self, backbone: Backbone, *, is_routed: bool = False) -> None:
         super().__init__()
@@ -103,13 +103,13 @@ class _Pooled(nn.Module):
         self.routing = Routing()
         self.layout = route(self.encoder, self.routing, self.network) if is_routed else LoraLayout(())
 
-    def forward(self, *more: torch.Tensor) -> torch.Tensor:
+    def forward(self, *more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, stacks = dict(zip(self.inputs, more, strict=False)), more[len(self.inputs) :]
         if self.layout.groups:
             self._take(stacks[0], stacks[1:])
         states = self.network.states(self.encoder, inputs)
         self.routing.clear()
-        return pool(states, self.network.mask(inputs), self.pooling)
+        return pool(states, self.network.mask(inputs), self.pooling), states
 
     def _take(self, slots: torch.Tensor, stacks: Sequence[torch.Tensor]) -> None:
         a, b, position = {}, {}, 0

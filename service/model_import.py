@@ -55,12 +55,13 @@ def import_checkpoint(
         staged = Path(temporary)
         parts = import_classifier(folder, staged / "full", name=name, source=source)
         registry.check_task(tenant=tenant, name=name, task=parts.task.name)
-        pooled = TorchEngine(parts.backbone).run(
-            EngineBatch(single(open_preprocessor(parts.backbone).encode(_GOLDEN_TEXTS)))
+        pooled = (
+            TorchEngine(parts.backbone)
+            .run(EngineBatch(single(open_preprocessor(parts.backbone).encode(_GOLDEN_TEXTS))))
+            .pooled
         )
         golden = [
-            GoldenRow(text, tuple(float(value) for value in row))
-            for text, row in zip(_GOLDEN_TEXTS, parts.head.logits(pooled), strict=True)
+            GoldenRow(text, row.tolist()) for text, row in zip(_GOLDEN_TEXTS, parts.head.logits(pooled), strict=True)
         ]
         write_version_files(
             staged,

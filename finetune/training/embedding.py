@@ -148,7 +148,7 @@ def run_all(
         if number % _BATCHES_PER_RELEASE == _BATCHES_PER_RELEASE - 1:
             release_free_memory()
         batch = [rows[index] for index in indices]
-        vectors = engine.run(EngineBatch(batch, [adapter] * len(batch) if adapter else None))
+        vectors = engine.run(EngineBatch(batch, [adapter] * len(batch) if adapter else None)).pooled
         if pooled.shape[1] == 0:
             pooled = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
         pooled[indices] = vectors

@@ -1,14 +1,15 @@
-"""An engine without a model: a vector is a fixed function of a row's first array. For tests of what is around it."""
+"""An engine without a model: vector and states are a fixed function of a row's first array. For tests of what is around
+it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from modeling.adapters import Adapter
-from modeling.engines.protocol import EngineBatch, MemoryUse
+from modeling.engines.protocol import EngineBatch, EngineOutputs, MemoryUse, in_parts
 from modeling.errors import EngineFailed
 from modeling.inputs.base import Features
 from modeling.weights import FloatArray, IntArray
@@ -34,13 +35,17 @@ class FakeEngine:
         self._adapters: dict[str, Adapter] = {}
         self._lock = threading.Lock()
 
-    def run(self, batch: EngineBatch) -> FloatArray:
+    def run(self, batch: EngineBatch) -> EngineOutputs:
         if self._before_run is not None:
             self._before_run(batch)
         if self._poison is not None and any(self._poison in _values(item) for item in batch.inputs):
             raise EngineFailed("a poisoned row")
         adapters = batch.adapters or [None] * len(batch.inputs)
-        return np.stack([self._vector(_values(item), key) for item, key in zip(batch.inputs, adapters, strict=True)])
+        parts = (([row], [] if key is None else [key]) for row, key in enumerate(adapters))
+        return in_parts(batch, parts, self._compute, hidden_size=self._hidden_size)
+
+    def open_states(self, adapter: str | None) -> None:
+        """There is nothing to open."""
 
     def width(self, longest: int) -> int:
         return longest
@@ -59,6 +64,13 @@ class FakeEngine:
     def adapter_bytes(self, key: str) -> int:
         adapter = self._adapters.get(key)
         return 0 if adapter is None else adapter.size_bytes
+
+    def _compute(
+        self, rows: Sequence[Features], keys: Sequence[str], has_states: bool
+    ) -> tuple[FloatArray, FloatArray | None]:
+        (row,) = rows
+        vector = self._vector(_values(row), keys[0] if keys else None)
+        return vector[None], vector + np.arange(row.cost, dtype=np.float32)[None, :, None]
 
     def _vector(self, ids: IntArray, adapter: str | None) -> FloatArray:
         shift = 0 if adapter is None else self._adapters[adapter].rank

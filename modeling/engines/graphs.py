@@ -1,7 +1,7 @@
 """An engine over exported graphs, whatever runtime computes them. No torch.
 
-A runtime is a `Session`: numpy arrays in, the pooled vectors out. `GraphEngine` pads, sends rows with
-adapters through the graph that takes slots and the others through the bare one, and keeps the stacks.
+A runtime is a `Session`: numpy arrays in, pooled vectors and, if asked for, states out. `GraphEngine` pads, sends rows
+with adapters through the graph that takes slots and the others through the bare one, and keeps the stacks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,15 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter, LoraLayout
-from modeling.engines.protocol import Collate, EngineBatch, MemoryUse
+from modeling.engines.protocol import Collate, EngineBatch, EngineOutputs, MemoryUse, Part, in_parts
 from modeling.engines.slots import AdapterStacks, Stack, adapters_first
 from modeling.errors import EngineFailed
-from modeling.inputs.base import Arrays, Features
+from modeling.inputs.base import Features
 from modeling.weights import FloatArray
 
 SLOTS_INPUT = "lora_slots"
-OUTPUT = "pooled"
-_EXPORT_SCHEMA = 4  # raised when the graphs change for the same weights
+POOLED, STATES = "pooled", "states"
+_EXPORT_SCHEMA = 5  # raised when the graphs change for the same weights
+_READABLE = frozenset({4, _EXPORT_SCHEMA})  # graphs of schema 4 give no states
 _EXPORTERS = ("torch", "onnx", "onnxscript", "transformers")
 
 
@@ -79,7 +80,7 @@ class GraphFiles:
         """Whether all is there as it was written and as this version reads it; a damaged graph is not."""
         try:
             values = json.loads(self.description.read_bytes())
-            return bool(values["schema"] == _EXPORT_SCHEMA and values["bytes"] == self._sizes())
+            return bool(values["schema"] in _READABLE and values["bytes"] == self._sizes())
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -123,6 +124,10 @@ class GraphFiles:
     def hidden_size(self) -> int:
         return int(self._values["hidden_size"])
 
+    @property
+    def has_states(self) -> bool:
+        return int(self._values["schema"]) > 4
+
 
 def _place(target: Path, write: Callable[[Path], object]) -> None:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -141,8 +146,8 @@ def _link(path: Path, target: Path) -> None:
 class Session(Protocol):
     """One graph on one runtime."""
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
-        """The pooled vectors float32[rows, hidden]; inputs that the graph lacks are ignored. Raises `EngineFailed`."""
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
+        """The outputs named, float32[rows, …]; inputs that the graph lacks are ignored. Raises `EngineFailed`."""
 
     def bind(self, stacks: Mapping[str, Stack]) -> None:
         """Inputs that stay from run to run. The arrays are read at each run, not copied, where the runtime can."""
@@ -151,7 +156,8 @@ class Session(Protocol):
 
 
 class GraphEngine:
-    """One backbone on one runtime. The adapters' graph is opened with the first adapter."""
+    """One backbone on one runtime. The adapters' graph is opened with the first adapter, and a session that gives
+    states with the first row that asks for them, where the runtime needs one of its own."""
 
     def __init__(
         self,
@@ -160,6 +166,7 @@ class GraphEngine:
         open_session: Callable[[Path], Session],
         collate: Collate,
         *,
+        open_with_states: Callable[[Path], Session] | None = None,
         device: str,
         precision: str,
         stack_dtype: npt.DTypeLike = np.float32,
@@ -167,62 +174,85 @@ class GraphEngine:
         slots_budget_bytes: int = 1 << 40,
         width: Callable[[int], int] = lambda longest: longest,
     ) -> None:
-        """`width` rounds a batch's longest row up, for a runtime that would have few different shapes."""
+        """`width` rounds a batch's longest row up, for a runtime that would have few different shapes. A session gives
+        states as well as pooled vectors unless there is `open_with_states`, whose sessions alone give them."""
         self.width = width
         self.name, self.device, self.precision = name, device, precision
-        self.files, self._open = files, open_session
+        self.files, self._open, self._open_with_states = files, open_session, open_with_states
         self._collate, self._hidden_size = collate, files.hidden_size
-        self._bare = open_session(files.bare)
-        self._lora: Session | None = None
+        self._sessions: dict[tuple[Path, bool], Session] = {}
+        self._generation = -1  # of the stacks that the sessions hold
+        self._session(files.bare)
         self._layout = files.layout
         self._stacks = AdapterStacks(
             self._layout, capacity=adapter_slots, dtype=stack_dtype, budget_bytes=slots_budget_bytes
         )
-        self._generation = 0
 
-    def run(self, batch: EngineBatch) -> FloatArray:
-        if batch.adapters is None or not any(batch.adapters):
-            return self._bare.run(self._feeds(batch.inputs))
-        vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
-        for rows, keys in adapters_first(batch, capacity=self._stacks.capacity):
-            # Rows without an adapter skip its work: they run on the bare graph.
-            adapted, bare = rows[: len(keys)], rows[len(keys) :]
-            if adapted:
-                vectors[adapted] = self._run_adapted([batch.inputs[row] for row in adapted], keys)
-            if bare:
-                vectors[bare] = self._bare.run(self._feeds([batch.inputs[row] for row in bare]))
-        return vectors
+    def run(self, batch: EngineBatch) -> EngineOutputs:
+        return in_parts(batch, self._parts(batch), self._compute, hidden_size=self._hidden_size)
+
+    def open_states(self, adapter: str | None) -> None:
+        self._session(self.files.bare if adapter is None else self.files.lora, has_states=True)
 
     def load_adapter(self, key: str, adapter: Adapter) -> None:
         self._stacks.load(key, adapter)
-        if self._lora is None:
-            try:
-                self._lora = self._open(self.files.lora)
-            except EngineFailed:
-                self._stacks.unload(key)
-                raise
+        try:
+            self._session(self.files.lora)
+        except EngineFailed:
+            self._stacks.unload(key)
+            raise
 
     def unload_adapter(self, key: str) -> None:
         self._stacks.unload(key)
 
     def memory(self) -> MemoryUse:
-        weights = self._bare.memory_bytes() + (self._lora.memory_bytes() if self._lora is not None else 0)
+        weights = sum(session.memory_bytes() for session in list(self._sessions.values()))
         return MemoryUse(weights, self._stacks.slot_bytes())
 
     def adapter_bytes(self, key: str) -> int:
         return self._stacks.adapter_bytes(key)
 
-    def _run_adapted(self, inputs: Sequence[Features], keys: Sequence[str]) -> FloatArray:
-        slots = self._stacks.rows(keys)
-        assert self._lora is not None  # opened with the first adapter
+    def _parts(self, batch: EngineBatch) -> Iterator[Part]:
+        """Rows without an adapter skip its work: they run on the bare graph."""
+        for rows, keys in adapters_first(batch, capacity=self._stacks.capacity):
+            if keys:
+                yield rows[: len(keys)], keys
+            if len(rows) > len(keys):
+                yield rows[len(keys) :], []
+
+    def _compute(
+        self, rows: Sequence[Features], keys: Sequence[str], has_states: bool
+    ) -> tuple[FloatArray, FloatArray | None]:
+        feeds = self._collate(rows, self.width(max(row.cost for row in rows)))
+        if keys:
+            feeds[SLOTS_INPUT] = self._stacks.rows(keys)
+        session = self._session(self.files.lora if keys else self.files.bare, has_states=has_states)
+        if keys:
+            self._bind_stacks()
+        pooled, *states = session.run(feeds, (POOLED, STATES) if has_states else (POOLED,))
+        return pooled, states[0] if states else None
+
+    def _session(self, graph: Path, *, has_states: bool = False) -> Session:
+        """Opened when it is first asked for. Another thread than the engine's may ask for one ahead."""
+        if has_states and not self.files.has_states:
+            raise EngineFailed(
+                f"{self.name}: the exported graphs in {self.files.folder.name} are of an earlier release and give no "
+                "states; delete the folder, and they are exported anew"
+            )
+        open_session = (self._open_with_states if has_states else None) or self._open
+        key = graph, open_session is self._open_with_states
+        if key not in self._sessions:
+            self._sessions[key] = open_session(graph)
+            self._generation = -1  # a session that is new has no stacks
+        return self._sessions[key]
+
+    def _bind_stacks(self) -> None:
         written = self._stacks.take_written()
         if self._generation != self._stacks.generation or written:
             self._generation = self._stacks.generation
-            self._lora.bind(self._named_stacks())
-        return self._lora.run(self._feeds(inputs) | {SLOTS_INPUT: slots})
-
-    def _feeds(self, inputs: Sequence[Features]) -> Arrays:
-        return self._collate(inputs, self.width(max(row.cost for row in inputs)))
+            for (graph, _), session in list(self._sessions.items()):
+                if graph == self.files.lora:
+                    session.bind(self._named_stacks())
 
     def _named_stacks(self) -> dict[str, Stack]:
         stacks = {}

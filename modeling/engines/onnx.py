@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.engines import providers
-from modeling.engines.graphs import OUTPUT, GraphEngine, GraphFiles
+from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles
 from modeling.engines.protocol import Collate
 from modeling.engines.providers import SessionPlan
 from modeling.engines.slots import Stack
@@ -50,12 +50,12 @@ class OnnxSession:
         self._stacks: dict[str, Any] = {}
         self._bytes = model_file.stat().st_size
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
         try:
-            (pooled,) = self._session.run([OUTPUT], {**feeds, **self._stacks})
+            found = self._session.run(list(outputs), {**feeds, **self._stacks})
         except Exception as error:
             raise EngineFailed(f"ONNX Runtime could not compute a batch ({type(error).__name__})") from error
-        return np.asarray(pooled, dtype=np.float32)
+        return [np.asarray(values, dtype=np.float32) for values in found]
 
     def bind(self, stacks: Mapping[str, Stack]) -> None:
         self._stacks = dict(stacks)

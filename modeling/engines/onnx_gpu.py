@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.engines import providers
-from modeling.engines.graphs import OUTPUT, GraphEngine, GraphFiles
+from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles
 from modeling.engines.onnx import open_session, runtime
 from modeling.engines.providers import Bucket, Ladder, SessionPlan
 from modeling.engines.slots import Stack
@@ -94,7 +94,8 @@ class GpuSession:
     """One graph by a plan that begins with a GPU's provider; any other plan takes the same ways through this code.
 
     A batch that fits a bucket of `ladder` is padded to it and runs in the bucket's own buffers; with CUDA graphs that
-    is one launch, captured at the bucket's first batch, in place of hundreds. Other batches run as they are.
+    is one launch, captured at the bucket's first batch, in place of hundreds. Other batches run as they are, and so do
+    those with states.
 
     Called from one thread at a time. ONNX Runtime captures per thread: another thread captures anew.
     """
@@ -105,8 +106,8 @@ class GpuSession:
         self._session = open_session(model_file, plan)
         self._plan, self._padding, self._ladder = plan, padding, ladder
         self._inputs = {node.name for node in self._session.get_inputs()}
-        output = next(node for node in self._session.get_outputs() if node.name == OUTPUT)
-        self._output, self._hidden_size = output.name, int(output.shape[-1])
+        output = next(node for node in self._session.get_outputs() if node.name == POOLED)
+        self._hidden_size = int(output.shape[-1])
         self._buckets: dict[Bucket, _Buffers] = {}
         # A number is never used again: its graph would replay with the addresses of buffers that are gone.
         self._graph_ids = itertools.count(1)
@@ -114,12 +115,12 @@ class GpuSession:
         self._without_graph = _run_options(_NO_GRAPH)
         self._bytes = model_file.stat().st_size
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
         tokens = {name: value for name, value in feeds.items() if name in self._inputs}
         rows, length = batch_shape(tokens)
-        bucket = self._ladder.bucket_for(rows, length) if self._ladder is not None else None
+        bucket = self._ladder.bucket_for(rows, length) if self._ladder is not None and len(outputs) == 1 else None
         try:
-            return self._run_as_is(tokens) if bucket is None else self._run_in(bucket, tokens)[:rows]
+            return self._run_as_is(tokens, outputs) if bucket is None else [self._run_in(bucket, tokens)[:rows]]
         except Exception as error:  # the runtime's own classes derive from Exception directly
             raise EngineFailed(f"ONNX Runtime could not compute a batch ({type(error).__name__})") from error
 
@@ -142,15 +143,16 @@ class GpuSession:
         self._session.run_with_iobinding(buffers.binding, buffers.options)
         return np.array(buffers.output.numpy(), dtype=np.float32)  # the buffer's next batch must not change it
 
-    def _run_as_is(self, tokens: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
+    def _run_as_is(self, tokens: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> list[FloatArray]:
         binding = self._session.io_binding()
         for name, values in tokens.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(values))
         for name, stack in self._stacks.items():
             binding.bind_ortvalue_input(name, stack)
-        binding.bind_output(self._output, "cpu")
+        for name in outputs:
+            binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding, self._without_graph)
-        return np.asarray(binding.copy_outputs_to_cpu()[0], dtype=np.float32)
+        return [np.asarray(values, dtype=np.float32) for values in binding.copy_outputs_to_cpu()]
 
     def _buffers(self, bucket: Bucket, tokens: Mapping[str, npt.NDArray[Any]]) -> _Buffers:
         """The bucket's, made at its first batch."""
@@ -168,7 +170,7 @@ class GpuSession:
         binding = self._session.io_binding()
         for name, value in (inputs | self._stacks).items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(self._output, output)
+        binding.bind_ortvalue_output(POOLED, output)
         graph_id = next(self._graph_ids)
         return _Buffers(graph_id, inputs, output, binding, _run_options(str(graph_id)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.graphs import POOLED, STATES, GraphEngine, GraphFiles
 from modeling.engines.protocol import Collate, stepped_width
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
@@ -46,11 +46,13 @@ def openvino_engine(
 
     Widths are stepped, up to `max_length` tokens: a shape that OpenVINO has not seen costs it several ms.
     """
+    open_session = partial(OpenVinoSession, precision=precision, threads=threads, cache=cache)
     return GraphEngine(
         "openvino",
         files,
-        lambda path: OpenVinoSession(path, precision=precision, threads=threads, cache=cache),
+        open_session,
         collate,
+        open_with_states=partial(open_session, has_states=True),
         device="cpu",
         precision=precision,
         stack_dtype=ml_dtypes.bfloat16 if precision == "bf16" else np.float32,
@@ -61,26 +63,34 @@ def openvino_engine(
 
 
 class OpenVinoSession:
-    """One compiled graph with one inference request: batches come one at a time."""
+    """One compiled graph with one inference request: batches come one at a time. It computes all of its outputs for
+    every batch, and so has states only if they are asked for."""
 
-    def __init__(self, model_file: Path, *, precision: str, threads: int = 0, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        model_file: Path,
+        *,
+        precision: str,
+        threads: int = 0,
+        cache: Path | None = None,
+        has_states: bool = False,
+    ) -> None:
         try:
-            self._compile(model_file, precision, threads, cache)
+            self._compile(model_file, precision, threads, cache, has_states=has_states)
         except Exception as error:  # the runtime raises plain RuntimeError and more
             raise EngineFailed(f"OpenVINO could not load {model_file.name} ({_first_line(error)})") from error
         self._bytes = model_file.stat().st_size // (2 if precision == "bf16" else 1)
         self._kept: list[Any] = []
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
         openvino = _openvino()
         try:
             for name in self._tokens:
                 self._request.set_tensor(name, openvino.Tensor(feeds[name], shared_memory=True))
             self._request.infer()
-            pooled: FloatArray = self._request.get_output_tensor(0).data.astype(np.float32)  # copies
+            return [self._request.get_tensor(name).data.astype(np.float32) for name in outputs]  # copies
         except Exception as error:
             raise EngineFailed(f"OpenVINO could not compute a batch ({_first_line(error)})") from error
-        return pooled
 
     def bind(self, stacks: Mapping[str, Stack]) -> None:
         openvino = _openvino()
@@ -96,10 +106,13 @@ class OpenVinoSession:
     def memory_bytes(self) -> int:
         return self._bytes
 
-    def _compile(self, model_file: Path, precision: str, threads: int, cache: Path | None) -> None:
+    def _compile(self, model_file: Path, precision: str, threads: int, cache: Path | None, *, has_states: bool) -> None:
         openvino = _openvino()
         core = openvino.Core()
         model = core.read_model(model_file)
+        for output in [] if has_states else model.outputs:
+            if STATES in output.get_names():
+                model.remove_result(output.get_node())
         names = [node.get_any_name() for node in model.inputs]
         stacks = [index for index, name in enumerate(names) if name.startswith(("lora_a.", "lora_b."))]
         if stacks and precision == "bf16":

@@ -1,10 +1,12 @@
-"""What every engine does: pooled vectors for a batch. Knows no head, no queue, no HTTP."""
+"""What every engine does: vectors for a batch, and states for the rows that ask. Knows no head, no queue, no HTTP."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
 
 from modeling.adapters import Adapter
 from modeling.inputs.base import Arrays, Features
@@ -14,12 +16,37 @@ Collate = Callable[[Sequence[Features], int], Arrays]
 """`Preprocessor.collate`: rows to the arrays of a batch, padded to a width."""
 
 
+Part = tuple[list[int], list[str]]
+"""Rows that run together, by their numbers in the batch, and the adapters of the first of them."""
+Compute = Callable[[Sequence[Features], Sequence[str], bool], tuple[FloatArray, FloatArray | None]]
+"""A part's pooled vectors [rows, hidden] and, if the third argument asks for them, its states [rows, width, hidden]."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineBatch:
-    """Rows for one run. `adapters[i]` names the LoRA adapter of row i, None for the bare backbone."""
+    """Rows for one run. `adapters[i]` names the LoRA adapter of row i, None for the bare backbone; `states` are the
+    numbers of the rows that get the states of their positions too."""
 
     inputs: Sequence[Features]
     adapters: Sequence[str | None] | None = None
+    states: Collection[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutputs:
+    """`pooled` is float32[rows, hidden] in the order of the batch; `states[i]` is float32[cost, hidden], one for each
+    position of row i, if the batch asked for them."""
+
+    pooled: FloatArray
+    states: Mapping[int, FloatArray] = field(default_factory=dict)
+
+    def taken(self, rows: Sequence[int], needs: Literal["pooled", "states"]) -> tuple[FloatArray, list[int] | None]:
+        """Return what a head takes of these rows, float32[values, hidden], and how many values each row has; None if
+        each has one."""
+        if needs == "pooled":
+            return self.pooled[rows], None
+        own = [self.states[row] for row in rows]
+        return np.concatenate(own), [len(states) for states in own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +67,12 @@ class Engine(Protocol):
     device: str
     precision: str
 
-    def run(self, batch: EngineBatch) -> FloatArray:
-        """Pooled vectors float32[rows, hidden], in the order of the batch. Raises `EngineFailed`."""
+    def run(self, batch: EngineBatch) -> EngineOutputs:
+        """Compute a batch. Raises `EngineFailed`."""
+
+    def open_states(self, adapter: str | None) -> None:
+        """Make ready to give states of rows with this adapter, so that the first of them need not wait for it. Raises
+        `EngineFailed` if the engine cannot give any."""
 
     def width(self, longest: int) -> int:
         """Return what a batch is padded to if its longest row costs `longest`; at least that."""
@@ -57,8 +88,21 @@ class Engine(Protocol):
         """What one loaded adapter takes apart from the slots."""
 
 
+def in_parts(batch: EngineBatch, parts: Iterable[Part], compute: Compute, *, hidden_size: int) -> EngineOutputs:
+    """Compute a batch part by part; states only of parts with a row that asks for them."""
+    pooled = np.zeros((len(batch.inputs), hidden_size), dtype=np.float32)
+    states: dict[int, FloatArray] = {}
+    for rows, keys in parts:
+        asking = [(place, row) for place, row in enumerate(rows) if row in batch.states] if batch.states else []
+        pooled[rows], padded = compute([batch.inputs[row] for row in rows], keys, bool(asking))
+        for place, row in asking:
+            assert padded is not None
+            states[row] = padded[place, : batch.inputs[row].cost].copy()  # the rest of it is not kept
+    return EngineOutputs(pooled, states)
+
+
 def stepped_width(longest: int, *, limit: int) -> int:
     """The width to pad to where a runtime prepares itself anew for each shape: 512 lengths become 24 widths, for some
-    8 % more tokens on mixed texts. Never more than `limit`, where the positions end, unless `longest` is."""
+    8 % more work on rows of mixed lengths. Never more than `limit`, where the positions end, unless `longest` is."""
     step = 8 if longest <= 64 else 16 if longest <= 128 else 32
     return max(longest, min(limit, -(-longest // step) * step))

@@ -161,7 +161,7 @@ class ShapeProfile:
 
 
 def shape_profiles(max_length: int, *, max_rows: int = 128, max_tokens: int = 16384) -> tuple[ShapeProfile, ...]:
-    """Short and long texts apart, shortest first, since an engine is tuned for one shape and reserves memory for its
+    """Short and long rows apart, shortest first, since an engine is tuned for one shape and reserves memory for its
     largest. Each takes up to `max_tokens` in up to `max_rows`."""
     lengths = sorted({min(128, max_length), max_length})
     profiles = []

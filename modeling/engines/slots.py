@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter, LoraGroup, LoraLayout, LoraPair
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import EngineBatch, Part
 from modeling.errors import AdapterMismatch, EngineFailed
 from modeling.weights import IntArray
 
@@ -227,7 +227,7 @@ def _width(group: LoraGroup) -> int:
     return group.in_features * len(group.linears) + sum(out for _, out in group.linears)
 
 
-def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[tuple[list[int], list[str]]]:
+def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[Part]:
     """The runs for a batch: its rows, those with adapters first, and the adapters of these first rows.
 
     One run, unless the batch names more than `capacity` distinct adapters.

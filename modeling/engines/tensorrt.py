@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from modeling.engines import providers
 from modeling.engines.device import DeviceFingerprint, fingerprint
-from modeling.engines.graphs import GraphEngine, GraphFiles, Session
+from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles, Session
 from modeling.engines.onnx import INSTALL, refuse_without
 from modeling.engines.onnx_gpu import GpuSession, batch_shape, cuda_session, device_id
 from modeling.engines.providers import (
@@ -98,23 +98,23 @@ def tensorrt_engine(
 
 
 class TensorrtSession:
-    """One graph as several engines, each with its profile, the shortest texts first. Rows beyond a profile's are cut
+    """One graph as several engines, each with its profile, the shortest rows first. Rows beyond a profile's are cut
     into several runs: a shape outside of it would have TensorRT compile anew."""
 
     def __init__(self, engines: Sequence[tuple[ShapeProfile, Session]]) -> None:
         self._engines = engines
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> FloatArray:
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
         rows, length = batch_shape(feeds)
         for profile, session in self._engines:
             most, longest = profile.max
             if length <= longest:
                 parts = [
-                    session.run({name: values[start : start + most] for name, values in feeds.items()})
+                    session.run({name: values[start : start + most] for name, values in feeds.items()}, outputs)
                     for start in range(0, rows, most)
                 ]
-                return np.concatenate(parts)
-        raise EngineFailed(f"{length} tokens are more than TensorRT's engines were built for")
+                return [np.concatenate(found) for found in zip(*parts, strict=True)]
+        raise EngineFailed(f"{length} positions are more than TensorRT's engines were built for")
 
     def bind(self, stacks: Mapping[str, Stack]) -> None:
         for _, session in self._engines:

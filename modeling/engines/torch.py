@@ -11,10 +11,10 @@ import torch
 
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone
-from modeling.engines.protocol import EngineBatch, MemoryUse
+from modeling.engines.protocol import EngineBatch, EngineOutputs, MemoryUse, in_parts
 from modeling.engines.slots import AdapterStacks, Stack, adapters_first
 from modeling.errors import EngineFailed
-from modeling.inputs import open_preprocessor
+from modeling.inputs import Features, open_preprocessor
 from modeling.multi_lora import Routing, route
 from modeling.networks import NETWORKS
 from modeling.weights import FloatArray, IntArray
@@ -58,15 +58,16 @@ class TorchEngine:
         self._compiled: Any = torch.compile(encoder, dynamic=True) if is_compiled else None
 
     @torch.inference_mode()
-    def run(self, batch: EngineBatch) -> FloatArray:
-        vectors = np.zeros((len(batch.inputs), self._hidden_size), dtype=np.float32)
-        for rows, keys in adapters_first(batch, capacity=self._stacks.capacity):
-            try:
-                vectors[rows] = self._run(EngineBatch([batch.inputs[row] for row in rows]), keys)
-            except RuntimeError as error:  # out of memory, and what torch.compile raises, are of this class
-                text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise EngineFailed(f"torch could not compute a batch of {len(rows)} ({text[:300]})") from error
-        return vectors
+    def run(self, batch: EngineBatch) -> EngineOutputs:
+        parts = adapters_first(batch, capacity=self._stacks.capacity)
+        try:
+            return in_parts(batch, parts, self._compute, hidden_size=self._hidden_size)
+        except RuntimeError as error:  # out of memory, and what torch.compile raises, are of this class
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise EngineFailed(f"torch could not compute a batch of {len(batch.inputs)} ({text[:300]})") from error
+
+    def open_states(self, adapter: str | None) -> None:
+        """It computes them for every batch."""
 
     def width(self, longest: int) -> int:
         return longest
@@ -83,15 +84,18 @@ class TorchEngine:
     def adapter_bytes(self, key: str) -> int:
         return self._stacks.adapter_bytes(key)
 
-    def _run(self, batch: EngineBatch, keys: Sequence[str]) -> FloatArray:
-        arrays = self._collate(batch.inputs, max(row.cost for row in batch.inputs))
+    def _compute(
+        self, rows: Sequence[Features], keys: Sequence[str], has_states: bool
+    ) -> tuple[FloatArray, FloatArray | None]:
+        arrays = self._collate(rows, max(row.cost for row in rows))
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
         try:
             if keys:
                 self._route(self._stacks.rows(keys))
             encoder = self._encoder if keys or self._compiled is None else self._compiled
             states = self._network.states(encoder, inputs)
-            return pool(states, self._network.mask(inputs), self._pooling).float().cpu().numpy()
+            pooled = pool(states, self._network.mask(inputs), self._pooling).float().cpu().numpy()
+            return pooled, states.float().cpu().numpy() if has_states else None
         finally:
             self._routing.clear()
 

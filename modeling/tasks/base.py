@@ -53,7 +53,8 @@ NO_CALIBRATION: Final = Calibration()
 
 @dataclass(frozen=True, slots=True)
 class RowOutput:
-    """What a head gave for one row: its scores, and what its features carried along for the answer."""
+    """What a head gave for one row: its scores, float32[outputs] or, of a task that goes by states, float32[positions,
+    outputs]; and what its features carried along for the answer."""
 
     scores: FloatArray
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -76,8 +77,9 @@ class Score(msgspec.Struct, gc=False):
 
 class Task(Protocol):
     """`kind` is what training goes by: the same kind serves several modalities. `needs` says what of the backbone's
-    output the head takes. `options` are the request parameters that mean something; `observes` names the histograms
-    that describe answers, in the order in which `observed` gives their values."""
+    output the head takes: a vector for the row, or a state for each of its positions, which are then the rows of
+    `scores`, `answers` and `same`. `options` are the request parameters that mean something; `observes` names the
+    histograms that describe answers, in the order in which `observed` gives their values."""
 
     @property
     def name(self) -> str: ...

@@ -8,13 +8,11 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from model_registry.errors import ArtifactError
 from model_registry.manifest import backbone_prefix
@@ -27,7 +25,7 @@ from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.errors import GoldenRowsDiffer
 from modeling.inputs import Example, single
-from modeling.tasks import DEFAULT_MODALITY, FeatureExtraction
+from modeling.tasks import FeatureExtraction
 from modeling.weights import FloatArray
 from service.inference.aliases import Key
 from service.inference.engine_director import EngineDirector
@@ -36,7 +34,6 @@ from service.inference.residency import Residency
 from service.metrics import ServingMetrics
 
 _log = logging.getLogger("service.assembly")
-_BACKBONE_TASK = FeatureExtraction(DEFAULT_MODALITY)
 _YIELD = 2.0  # under traffic, a pause of twice each golden row's time leaves requests two thirds of the engine
 
 
@@ -78,7 +75,7 @@ class Assembler:
             tenant="",
             name=name,
             version=None,
-            task=_BACKBONE_TASK,
+            task=FeatureExtraction(backbone.info.modality),
             labels=(),
             lane=lane,
             normalize_embedding=backbone.info.normalize,
@@ -190,13 +187,15 @@ class Assembler:
         engine = lane.engine
         if adapter is not None and model.adapter_key is not None:
             await self._run(functools.partial(engine.load_adapter, model.adapter_key, adapter))
+        if model.task.needs == "states":
+            await self._run(functools.partial(lane.open_states, model.adapter_key))
         logits = []
         for row in parts.golden:  # one at a time: requests wait for no more than one row of it
             started = time.monotonic()
-            logits.append(await lane.worker.call(functools.partial(_golden_logits, model, engine, [row.example])))
+            logits.append(await lane.worker.call(functools.partial(_golden_logits, model, engine, row.example)))
             if lane.worker.is_in_demand:
                 await asyncio.sleep(_YIELD * (time.monotonic() - started))
-        compare_golden(parts, np.concatenate(logits or [np.zeros((0, 0), np.float32)]), precision=engine.precision)
+        compare_golden(parts, logits, precision=engine.precision)
 
     async def _run(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
@@ -207,8 +206,9 @@ def _weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _golden_logits(model: ServedModel, engine: Engine, examples: Sequence[Example]) -> FloatArray:
+def _golden_logits(model: ServedModel, engine: Engine, example: Example) -> FloatArray:
     assert model.parts is not None and model.parts.head is not None and isinstance(model.lane, BackboneLane)
-    work = single(model.lane.preprocess(examples, truncate=True, max_length=model.max_length))
-    keys = [model.adapter_key] * len(work) if model.adapter_key else None
-    return model.parts.head.logits(engine.run(EngineBatch(work, keys)))
+    work = single(model.lane.preprocess([example], truncate=True, max_length=model.max_length))
+    keys = [model.adapter_key] if model.adapter_key else None
+    outputs = engine.run(EngineBatch(work, keys, [0] if model.task.needs == "states" else ()))
+    return model.parts.head.logits(outputs.taken([0], model.task.needs)[0])

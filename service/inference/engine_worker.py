@@ -50,8 +50,8 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Vectors float32[rows, width], scores float32[outputs] per row if the model has a head, and which rows are
-    finite."""
+    """Vectors float32[rows, width]; for each row whose model has a head scores float32[outputs], or float32[positions,
+    outputs] if the model's task goes by states; and which rows are finite."""
 
     vectors: FloatArray
     scores: Sequence[FloatArray | None]

@@ -19,7 +19,7 @@ from modeling.adapters import Adapter
 from modeling.assemble import VersionParts
 from modeling.backbone import Backbone
 from modeling.engines.build import EngineSpec
-from modeling.engines.protocol import Engine, EngineBatch
+from modeling.engines.protocol import Engine, EngineBatch, EngineOutputs
 from modeling.errors import EngineFailed
 from modeling.heads import TaskHead
 from modeling.inputs import MODALITIES, Example, Features, open_preprocessor
@@ -73,6 +73,7 @@ class BackboneLane:
         self.cost_estimate = CostEstimate(MODALITIES[backbone.info.modality].size)
         self._limits = limits
         self._preprocessor = open_preprocessor(backbone)
+        self._with_states: set[str | None] = set()
         self.worker = EngineWorker(
             (label, self.engine_name),
             self,
@@ -86,6 +87,12 @@ class BackboneLane:
     def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[list[Features]]:
         return self._preprocessor.encode(inputs, truncate=truncate, limit=max_length)
 
+    def open_states(self, adapter: str | None) -> None:
+        """Rows with this adapter, None for the bare backbone, can be given states from now on, also by engines to come.
+        Blocks while the engine makes ready; call it on no engine's thread. Raises `EngineFailed`."""
+        self.engine.open_states(adapter)
+        self._with_states.add(adapter)
+
     async def switch(self, engine: Engine, adapters: Mapping[str, Adapter]) -> None:
         """`engine` takes over with these adapters and a first run behind it. Raises `ModelingError`; then nothing
         has changed. No adapter may be loaded or unloaded meanwhile."""
@@ -93,6 +100,8 @@ class BackboneLane:
         def prepare() -> None:
             for key, adapter in adapters.items():
                 engine.load_adapter(key, adapter)
+            for asking in self._with_states & {None, *adapters}:
+                engine.open_states(asking)
             row = self._preprocessor.sample(_CHECK_COST)
             engine.run(EngineBatch([row]))
             if adapters:
@@ -129,7 +138,8 @@ class BackboneLane:
         """One run for rows of all models and adapters; heads follow, grouped by model."""
         inputs = cast("list[Features]", [entry.work for entry in entries])  # as `preprocess` made them
         adapters = [entry.ticket.model.adapter_key for entry in entries]
-        batch = EngineBatch(inputs, adapters if any(adapters) else None)
+        states = _rows_that_need_states(entries) if self._with_states else ()
+        batch = EngineBatch(inputs, adapters if any(adapters) else None, states)
         return apply_heads(entries, self.engine.run(batch))
 
     def _take_over(self, engine: Engine) -> None:
@@ -137,7 +147,7 @@ class BackboneLane:
 
     def check(self) -> None:
         """Raises `EngineFailed` where the engine does not compute a row that any engine can."""
-        if not np.isfinite(self.engine.run(self._sample(1, _CHECK_COST))).all():
+        if not np.isfinite(self.engine.run(self._sample(1, _CHECK_COST)).pooled).all():
             raise EngineFailed("the engine gives values that are not finite")
 
     def _time(self, rows: int, length: int) -> float | None:
@@ -193,9 +203,9 @@ class LinearLane:
         vectors = np.zeros((len(entries), 1), dtype=np.float32)
         works = cast("list[Raw]", [entry.work for entry in entries])  # as `preprocess` made them
 
-        def margins(model: Model, rows: list[int]) -> FloatArray:
+        def margins(model: Model, rows: list[int]) -> Logits:
             assert model.margins is not None
-            return model.margins([works[row].example for row in rows])
+            return model.margins([works[row].example for row in rows]), None
 
         return _answers(entries, vectors, margins)
 
@@ -271,15 +281,24 @@ class ServedModel:
         await self._idle.wait()
 
 
-def apply_heads(entries: Sequence[QueueEntry], vectors: FloatArray) -> Outputs:
-    """Each model's head on its rows: one small product per distinct model, whatever the label sets."""
-    return _answers(
-        entries, vectors, lambda model, rows: None if model.head is None else model.head.logits(vectors[rows])
-    )
+Logits = tuple[FloatArray, list[int] | None]
+"""A model's logits for some rows, end to end, and how many each row has; None if each has one."""
+
+
+def apply_heads(entries: Sequence[QueueEntry], outputs: EngineOutputs) -> Outputs:
+    """Each model's head on its rows, or on their positions: one product per distinct model, whatever the label sets."""
+
+    def logits(model: Model, rows: list[int]) -> Logits | None:
+        if model.head is None:
+            return None
+        values, counts = outputs.taken(rows, model.task.needs)
+        return model.head.logits(values), counts
+
+    return _answers(entries, outputs.pooled, logits)
 
 
 def _answers(
-    entries: Sequence[QueueEntry], vectors: FloatArray, logits_of: Callable[[Model, list[int]], FloatArray | None]
+    entries: Sequence[QueueEntry], vectors: FloatArray, logits_of: Callable[[Model, list[int]], Logits | None]
 ) -> Outputs:
     """Each model's scores, as its task makes them of logits, for all of its rows at once."""
     scores: list[FloatArray | None] = [None] * len(entries)
@@ -289,11 +308,20 @@ def _answers(
             logits = logits_of(model, rows)
             if logits is None:
                 continue
-            values = model.task.scores(logits, model.calibration)
-            is_finite[rows] &= np.isfinite(values).all(axis=1)
+            values: FloatArray | list[FloatArray] = model.task.scores(logits[0], model.calibration)
+            are_finite = np.isfinite(values).all(axis=1)
+            if logits[1] is not None:
+                ends = np.cumsum(logits[1], dtype=np.int64)
+                are_finite = np.logical_and.reduceat(are_finite, ends - logits[1])
+                values = np.split(values, ends[:-1])
+            is_finite[rows] &= are_finite
             for row, of_row in zip(rows, values, strict=True):
                 scores[row] = of_row
     return Outputs(vectors, scores, is_finite.tolist())
+
+
+def _rows_that_need_states(entries: Sequence[QueueEntry]) -> list[int]:
+    return [row for row, entry in enumerate(entries) if entry.ticket.model.task.needs == "states"]
 
 
 def rows_by_model(entries: Sequence[QueueEntry]) -> list[tuple[Model, list[int]]]:

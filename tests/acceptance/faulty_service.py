@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import EngineBatch, EngineOutputs
 from modeling.engines.torch import TorchEngine
 from modeling.errors import EngineFailed
 from modeling.inputs import Features
-from modeling.weights import FloatArray
 
 _FAULTS = Path(os.environ["FAULTS"])
 _compute = TorchEngine.run
@@ -33,7 +32,7 @@ def is_marked(row: Features) -> bool:
     return row.cost >= 6 and len(set(row.arrays["input_ids"].tolist())) <= 3
 
 
-def run(engine: TorchEngine, batch: EngineBatch) -> FloatArray:
+def run(engine: TorchEngine, batch: EngineBatch) -> EngineOutputs:
     is_alone = _inside.acquire(blocking=False)
     if not is_alone:
         _FAULTS.with_suffix(".crowded").touch()
@@ -44,7 +43,7 @@ def run(engine: TorchEngine, batch: EngineBatch) -> FloatArray:
             _inside.release()
 
 
-def run_on_order(engine: TorchEngine, batch: EngineBatch, fault: str) -> FloatArray:
+def run_on_order(engine: TorchEngine, batch: EngineBatch, fault: str) -> EngineOutputs:
     if fault == "hang":
         _FAULTS.with_suffix(".hanging").touch()
         while _FAULTS.read_text() == "hang":
@@ -54,12 +53,12 @@ def run_on_order(engine: TorchEngine, batch: EngineBatch, fault: str) -> FloatAr
     marked = [number for number, row in enumerate(batch.inputs) if is_marked(row)]
     if fault == "fail" or (fault == "raise" and marked):
         raise EngineFailed("on order")
-    vectors = _compute(engine, batch)
+    outputs = _compute(engine, batch)
     if fault == "nan":
-        vectors[marked] = np.nan
+        outputs.pooled[marked] = np.nan
     if fault == "nonsense":
-        vectors[:] = np.nan
-    return vectors
+        outputs.pooled[:] = np.nan
+    return outputs
 
 
 if __name__ == "__main__":

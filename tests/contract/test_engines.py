@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from onnx import load, save
 from onnx.reference import ReferenceEvaluator
 
 from model_registry.store import FileStore
@@ -143,7 +144,7 @@ def merged(backbone: Backbone, change: Adapter | None, item: Features) -> FloatA
     for name, pair in {} if change is None else change.pairs.items():
         with torch.no_grad():
             engine._encoder.get_parameter(f"{name}.base.weight").add_(torch.from_numpy(pair.b @ pair.a))
-    row: FloatArray = engine.run(EngineBatch([item]))[0]
+    row: FloatArray = engine.run(EngineBatch([item])).pooled[0]
     return row
 
 
@@ -157,7 +158,7 @@ def test_a_batch_with_any_mix_of_adapters_equals_each_row_merged_and_alone(
     engine, encoded, known = make(), encode(backbone), adapters(files)
     for key, change in known.items():
         engine.load_adapter(key, change)
-    bare = engine.run(EngineBatch(encoded))
+    bare = engine.run(EngineBatch(encoded)).pooled
     assert bare.dtype == np.float32 and bare.shape == (len(TEXTS), 32)
     mixes: list[list[str | None]] = [
         [None] * 5,
@@ -168,7 +169,7 @@ def test_a_batch_with_any_mix_of_adapters_equals_each_row_merged_and_alone(
         [None, "high", None, None, None],
     ]
     for keys in mixes:  # the last ones name more adapters than there are slots
-        vectors = engine.run(EngineBatch(encoded, keys))
+        vectors = engine.run(EngineBatch(encoded, keys)).pooled
         for row, name in enumerate(keys):
             expected = merged(backbone, known[name] if name else None, encoded[row])
             close(engine, vectors[row], expected)
@@ -181,7 +182,7 @@ def test_an_adapter_can_be_replaced_and_unloaded(make: Make, backbone: Backbone,
     engine.load_adapter("a", known["all"])
     engine.run(EngineBatch(encoded, ["a"] * 5))
     engine.load_adapter("a", known["some"])
-    close(engine, engine.run(EngineBatch(encoded[:1], ["a"]))[0], merged(backbone, known["some"], encoded[0]))
+    close(engine, engine.run(EngineBatch(encoded[:1], ["a"])).pooled[0], merged(backbone, known["some"], encoded[0]))
     engine.unload_adapter("a")
     with pytest.raises(EngineFailed, match="not loaded"):
         engine.run(EngineBatch(encoded, ["a"] * 5))
@@ -195,7 +196,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(make: Make, backbone: Back
             engine.load_adapter("x", Adapter(4, wrong))
     with pytest.raises(EngineFailed):
         engine.run(EngineBatch(encoded, ["x"] * 5))
-    close(engine, engine.run(EngineBatch(encoded[:1]))[0], merged(backbone, None, encoded[0]))
+    close(engine, engine.run(EngineBatch(encoded[:1])).pooled[0], merged(backbone, None, encoded[0]))
 
 
 def test_a_batch_is_padded_to_what_the_engine_says(make: Make, backbone: Backbone) -> None:
@@ -205,7 +206,7 @@ def test_a_batch_is_padded_to_what_the_engine_says(make: Make, backbone: Backbon
     assert all(width >= longest for longest, width in enumerate(widths, start=1))
     for longest in (limit - 1, limit):
         row = open_preprocessor(backbone).sample(longest)
-        close(engine, engine.run(EngineBatch([row]))[0], merged(backbone, None, row))
+        close(engine, engine.run(EngineBatch([row])).pooled[0], merged(backbone, None, row))
 
 
 def test_memory_is_named_apart_for_weights_slots_and_adapters(
@@ -224,6 +225,61 @@ def test_memory_is_named_apart_for_weights_slots_and_adapters(
     assert engine.adapter_bytes("no such") == 0
 
 
+def test_rows_that_ask_get_the_states_of_their_own_positions(make: Make, backbone: Backbone, files: GraphFiles) -> None:
+    engine, encoded, known = make(), encode(backbone), adapters(files)
+    engine.load_adapter("all", known["all"])
+    engine.load_adapter("high", known["high"])
+    reference = TorchEngine(backbone, adapter_slots=SLOTS)
+    for key in ("all", "high"):
+        reference.load_adapter(key, known[key])
+    mixes: list[list[str | None]] = [[None] * 5, ["all"] * 5, ["high", None, "all", None, "all"]]
+    for keys in mixes:
+        for asking in ([0, 1, 2, 3, 4], [2], [1, 4]):
+            outputs = engine.run(EngineBatch(encoded, keys, asking))
+            assert sorted(outputs.states) == asking
+            close(engine, outputs.pooled, engine.run(EngineBatch(encoded, keys)).pooled)
+            for row in asking:
+                alone = reference.run(EngineBatch([encoded[row]], [keys[row]], [0]))
+                states = outputs.states[row]
+                assert states.dtype == np.float32 and states.shape == (encoded[row].cost, 32)
+                # Layer norms make states larger than their mean, and so the errors of low precision.
+                close(engine, states / np.float32(4), alone.states[0] / np.float32(4))
+                close(engine, states.mean(0), outputs.pooled[row])
+    assert not engine.run(EngineBatch(encoded)).states
+
+
+def test_states_are_opened_ahead_and_counted(make: Make, backbone: Backbone, files: GraphFiles) -> None:
+    engine, encoded, before = make(), encode(backbone), make().memory().weights
+    assert engine.memory().weights == before
+    engine.open_states(None)
+    opened = engine.memory().weights
+    assert opened == (2 * before if engine.name == "openvino" else before)
+    engine.run(EngineBatch(encoded, states=[0]))
+    assert engine.memory().weights == opened, "the first row that asks opens nothing more"
+
+
+@pytest.mark.parametrize("open_engine", [onnx.onnx_engine, partial(openvino.openvino_engine, max_length=32)])
+def test_a_graph_of_an_earlier_release_serves_vectors_and_says_why_it_gives_no_states(
+    open_engine: Callable[..., Engine], backbone: Backbone, files: GraphFiles, tmp_path: Path
+) -> None:
+    former = GraphFiles(tmp_path)
+    for graph in (files.bare, files.lora):
+        model = load(graph)
+        del model.graph.output[1:]
+        save(model, tmp_path / graph.name)
+    former.describe(files.layout, hidden_size=files.hidden_size)
+    former.description.write_text(former.description.read_text().replace('"schema": 5', '"schema": 4'))
+    former = GraphFiles(tmp_path)
+    collate, encoded = open_preprocessor(backbone).collate, encode(backbone)
+    engine, current = open_engine(former, collate, threads=1), open_engine(files, collate, threads=1)
+    assert former.is_complete
+    wanted = engine.run(EngineBatch(encoded)).pooled
+    np.testing.assert_allclose(current.run(EngineBatch(encoded)).pooled, wanted, atol=1e-6)
+    for ask in (lambda: engine.open_states(None), lambda: engine.run(EngineBatch(encoded, states=[0]))):
+        with pytest.raises(EngineFailed, match="earlier release and give no states"):
+            ask()
+
+
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.999), ("fp16", 0.99999)])
 def test_graphs_in_low_precision_stay_close(
     precision: str, bound: float, backbone: Backbone, files: GraphFiles
@@ -232,9 +288,11 @@ def test_graphs_in_low_precision_stay_close(
     rows = encode(backbone)
     feeds = open_preprocessor(backbone).collate(rows, max(row.cost for row in rows))
     reference = ReferenceEvaluator(str(low_precision_graphs(files, precision).bare))
-    (vectors,) = cast("list[FloatArray]", reference.run(None, feeds))
-    expected = onnx.onnx_engine(files, open_preprocessor(backbone).collate, threads=1).run(
-        EngineBatch(encode(backbone))
+    vectors, _ = cast("list[FloatArray]", reference.run(None, feeds))
+    expected = (
+        onnx.onnx_engine(files, open_preprocessor(backbone).collate, threads=1)
+        .run(EngineBatch(encode(backbone)))
+        .pooled
     )
     cosines = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
     assert vectors.dtype == np.float32 and cosines.min() > bound
@@ -258,10 +316,10 @@ def test_the_compiled_engine_equals_the_plain_one(backbone: Backbone, files: Gra
     engine.load_adapter("a", change)
     assert engine.name == "torch-compile"
     for rows in (encoded, encoded[:2]):
-        vectors = engine.run(EngineBatch(rows))
+        vectors = engine.run(EngineBatch(rows)).pooled
         for row, item in zip(vectors, rows, strict=True):
             close(engine, row, merged(backbone, None, item))
-    close(engine, engine.run(EngineBatch(encoded[:1], ["a"]))[0], merged(backbone, change, encoded[0]))
+    close(engine, engine.run(EngineBatch(encoded[:1], ["a"])).pooled[0], merged(backbone, change, encoded[0]))
 
 
 def test_no_runtime_writes_or_sends_anything_about_its_use(files: GraphFiles, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from modeling.assemble import read_version
 from modeling.backbone import Backbone, ingest
 from modeling.engines.graphs import graphs_key
 from modeling.engines.onnx import onnx_engine
+from modeling.engines.protocol import EngineOutputs
 from modeling.testing import write_tiny_checkpoint
 from tests.support.exports import Exports
 from tests.support.registering import Record, Workshop, pointer
@@ -231,7 +232,7 @@ def test_an_engine_that_answers_otherwise_fails(
     def broken(*args: Any, **options: Any) -> Any:
         engine = onnx_engine(*args, **options)
         run = engine.run
-        monkeypatch.setattr(engine, "run", lambda batch: run(batch)[:, ::-1].copy())
+        monkeypatch.setattr(engine, "run", lambda batch: EngineOutputs(run(batch).pooled[:, ::-1].copy()))
         return engine
 
     monkeypatch.setattr(parity, "onnx_engine", broken)

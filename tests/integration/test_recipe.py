@@ -156,7 +156,7 @@ def served_logits(store: FileStore, manifest: ModelManifest) -> Callable[[Any], 
 
     def logits(texts: Any) -> Any:
         keys = ["a"] * len(texts) if parts.adapter is not None else None
-        return head.logits(engine.run(EngineBatch(single(tokenizer.encode(list(texts))), keys)))
+        return head.logits(engine.run(EngineBatch(single(tokenizer.encode(list(texts))), keys)).pooled)
 
     return logits
 

@@ -137,7 +137,9 @@ def logits(world: World, name: str) -> FloatArray:
     if name.endswith("-words"):
         return LinearText.read(folder).margins(TEXTS)
     encoded = encoded_texts(world.backbone.folder, TEXTS, limit=32)
-    return TaskHead.read(folder / "head.safetensors").logits(TorchEngine(world.backbone).run(EngineBatch(encoded)))
+    return TaskHead.read(folder / "head.safetensors").logits(
+        TorchEngine(world.backbone).run(EngineBatch(encoded)).pooled
+    )
 
 
 def sigmoid(x: FloatArray) -> FloatArray:

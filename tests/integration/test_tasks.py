@@ -98,7 +98,7 @@ def served(store: FileStore, manifest: ModelManifest) -> Callable[[list[str]], A
 
     def logits(texts: list[str]) -> Any:
         keys = ["a"] * len(texts) if parts.adapter is not None else None
-        return head.logits(engine.run(EngineBatch(single(tokenizer.encode(list(texts))), keys)))
+        return head.logits(engine.run(EngineBatch(single(tokenizer.encode(list(texts))), keys)).pooled)
 
     return logits
 

@@ -75,7 +75,9 @@ class World:
         method = "linear_probe" if adapter is None else "lora"
         if adapter is not None:
             engine.load_adapter("adapter", adapter)
-        logits = head.logits(engine.run(EngineBatch(encoded, None if adapter is None else ["adapter"] * len(encoded))))
+        logits = head.logits(
+            engine.run(EngineBatch(encoded, None if adapter is None else ["adapter"] * len(encoded))).pooled
+        )
 
         def write(staged: Path) -> None:
             write_version_files(

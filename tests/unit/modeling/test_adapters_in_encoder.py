@@ -68,7 +68,7 @@ def test_loaded_it_answers_as_it_did_and_not_as_the_plain_one(
 ) -> None:
     own = written(backbone, composition, tmp_path)
     rows = encoded(backbone)
-    answers = TorchEngine(own).run(EngineBatch(rows))
+    answers = TorchEngine(own).run(EngineBatch(rows)).pooled
     encoder = trained(backbone, composition)
     for row, item in enumerate(rows):
         ids, types = (
@@ -78,7 +78,7 @@ def test_loaded_it_answers_as_it_did_and_not_as_the_plain_one(
             states = encoder(ids, torch.ones_like(ids), token_type_ids=types).last_hidden_state
         assert states.shape[1] == item.cost, "virtual tokens must not come out"
         np.testing.assert_allclose(answers[row], states[0].mean(0).numpy(), atol=1e-5)
-    assert np.abs(answers - TorchEngine(backbone).run(EngineBatch(rows))).max() > 0.01
+    assert np.abs(answers - TorchEngine(backbone).run(EngineBatch(rows)).pooled).max() > 0.01
     assert own.info.digest != backbone.info.digest
 
 
@@ -88,15 +88,17 @@ def test_the_exported_graph_answers_the_same(backbone: Backbone, composition: Co
     files = export_graphs(own, tmp_path / "graphs", has_adapters=False)
     rows = encoded(backbone)
     engine = build_engine(EngineSpec("onnx"), own, files, EngineOptions(threads=1))
-    np.testing.assert_allclose(engine.run(EngineBatch(rows)), TorchEngine(own).run(EngineBatch(rows)), atol=1e-4)
+    np.testing.assert_allclose(
+        engine.run(EngineBatch(rows)).pooled, TorchEngine(own).run(EngineBatch(rows)).pooled, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("composition", KINDS, ids=lambda kind: kind.kind)
 def test_padding_changes_nothing(backbone: Backbone, composition: Composition, tmp_path: Path) -> None:
     engine = TorchEngine(written(backbone, composition, tmp_path))
     rows = encoded(backbone)
-    alone = np.concatenate([engine.run(EngineBatch([row])) for row in rows])
-    np.testing.assert_allclose(engine.run(EngineBatch(rows)), alone, atol=1e-5)
+    alone = np.concatenate([engine.run(EngineBatch([row])).pooled for row in rows])
+    np.testing.assert_allclose(engine.run(EngineBatch(rows)).pooled, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,4 +156,6 @@ def test_taken_into_a_store_it_keeps_what_was_added(backbone: Backbone, tmp_path
     own = written(backbone, KINDS[0], tmp_path / "own")
     stored = ingest(FileStore(tmp_path / "store"), own.folder, name="copy", source="file:own")
     rows = encoded(backbone)
-    np.testing.assert_array_equal(TorchEngine(stored).run(EngineBatch(rows)), TorchEngine(own).run(EngineBatch(rows)))
+    np.testing.assert_array_equal(
+        TorchEngine(stored).run(EngineBatch(rows)).pooled, TorchEngine(own).run(EngineBatch(rows)).pooled
+    )

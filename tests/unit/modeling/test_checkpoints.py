@@ -35,7 +35,7 @@ def test_the_parts_give_the_logits_of_the_whole(model_type: str, tmp_path: Path)
     parts = import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
     assert parts.labels == ("x", "y", "z")
     encoded = encoded_texts(parts.backbone.folder, TEXTS, limit=32)
-    ours = parts.head.logits(TorchEngine(parts.backbone).run(EngineBatch(encoded)))
+    ours = parts.head.logits(TorchEngine(parts.backbone).run(EngineBatch(encoded)).pooled)
     whole = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for row, item in enumerate(encoded):
         inputs = {name: torch.from_numpy(array)[None] for name, array in item.arrays.items()}

@@ -47,7 +47,7 @@ def taken(folder: Path) -> Backbone:
 def answers(backbone: Backbone) -> np.ndarray[Any, Any]:
     """[texts, hidden], as an embedding route answers."""
     rows = single(open_preprocessor(backbone).encode(TEXTS))
-    vectors = np.concatenate([TorchEngine(backbone).run(EngineBatch([row])) for row in rows])
+    vectors = np.concatenate([TorchEngine(backbone).run(EngineBatch([row])).pooled for row in rows])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if backbone.info.normalize else vectors
 
 
@@ -120,7 +120,7 @@ def test_an_imported_deberta_answers_as_transformers_does(tmp_path: Path, keys: 
     folder = write_tiny_checkpoint(tmp_path / "w", labels=LABELS, initializer_range=0.5, **(DEBERTA | keys))
     parts = import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
     rows = single(open_preprocessor(parts.backbone).encode(TEXTS))
-    ours = parts.head.logits(TorchEngine(parts.backbone).run(EngineBatch(rows)))
+    ours = parts.head.logits(TorchEngine(parts.backbone).run(EngineBatch(rows)).pooled)
     whole = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for place, row in enumerate(rows):
         with torch.inference_mode():

@@ -64,7 +64,7 @@ def watch(session: GpuSession) -> Watched:
 
 
 def close(session: GpuSession, path: Path, inputs: Mapping[str, IntArray]) -> None:
-    vectors = session.run(inputs)
+    (vectors,) = session.run(inputs)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, graphs.expected(path, inputs), atol=1e-6)
 
@@ -86,7 +86,7 @@ def test_inside_and_outside_the_ladder_the_answer_is_the_plain_sessions(
 
 def test_a_bucket_forgets_the_batch_before(pooled: Path) -> None:
     session = GpuSession(pooled, ON_CPU, padding={}, ladder=LADDER)
-    first = session.run(graphs.feeds(4, 8, seed=1))
+    (first,) = session.run(graphs.feeds(4, 8, seed=1))
     kept = first.copy()
     close(session, pooled, graphs.feeds(3, 5, seed=2))
     np.testing.assert_array_equal(first, kept)
@@ -101,7 +101,7 @@ def test_without_a_ladder_every_batch_runs_as_it_is(pooled: Path) -> None:
 
 def test_inputs_that_the_graph_lacks_are_ignored(pooled: Path) -> None:
     inputs = graphs.feeds(2, 4)
-    vectors = GpuSession(pooled, ON_CPU, padding={}, ladder=LADDER).run(inputs | {"other": np.zeros(2, np.int64)})
+    (vectors,) = GpuSession(pooled, ON_CPU, padding={}, ladder=LADDER).run(inputs | {"other": np.zeros(2, np.int64)})
     np.testing.assert_allclose(vectors, graphs.expected(pooled, inputs), atol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_a_stack_of_the_same_shape_changes_in_place(adapted: Path) -> None:
         for rows in (3, 6):
             inputs = graphs.feeds(rows, 4) | {SLOTS_INPUT: np.arange(rows) % 3}
             expected = graphs.expected(adapted, inputs | {STACK: stack * factor})
-            np.testing.assert_allclose(session.run(inputs), expected, atol=1e-5)
+            np.testing.assert_allclose(session.run(inputs)[0], expected, atol=1e-5)
     assert watched.released == [] and watched.runs == [1, -1, 1, -1]
 
 
@@ -157,7 +157,7 @@ def test_a_stack_of_another_shape_starts_the_buckets_anew(adapted: Path) -> None
         stack = np.full((slots, graphs.HIDDEN), slots, dtype=np.float32)
         session.bind({STACK: stack})
         inputs = graphs.feeds(2, 4) | {SLOTS_INPUT: np.array([slots - 1, 0])}
-        np.testing.assert_allclose(session.run(inputs), graphs.expected(adapted, inputs | {STACK: stack}), atol=1e-5)
+        np.testing.assert_allclose(session.run(inputs)[0], graphs.expected(adapted, inputs | {STACK: stack}), atol=1e-5)
     assert watched.released == [1] and watched.runs == [1, 2]
 
 

@@ -5,8 +5,10 @@ Everything but TensorRT itself: sessions run on the CPU's provider, and where Te
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from modeling.adapters import LoraLayout
 from modeling.engines import providers, tensorrt
 from modeling.engines.device import DeviceFingerprint
-from modeling.engines.graphs import GraphFiles
+from modeling.engines.graphs import POOLED, GraphFiles
 from modeling.engines.onnx_gpu import GpuSession
 from modeling.engines.providers import SessionPlan, ShapeProfile
 from modeling.engines.tensorrt import (
@@ -27,6 +29,7 @@ from modeling.engines.tensorrt import (
     version_text,
 )
 from modeling.errors import EngineFailed
+from modeling.weights import FloatArray
 from tests.support import graphs
 from tests.unit.modeling.test_onnx_gpu import NO_INPUTS
 
@@ -143,15 +146,16 @@ def test_every_shape_runs_in_pieces_that_some_engine_takes(files: GraphFiles, ro
     seen: list[tuple[int, int]] = []
 
     class Noting(GpuSession):
-        def run(self, feeds):  # type: ignore[no-untyped-def]
-            seen.append(feeds["input_ids"].shape)
-            return super().run(feeds)
+        def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
+            rows, length = feeds["input_ids"].shape
+            seen.append((rows, length))
+            return super().run(feeds, outputs)
 
     session = TensorrtSession(
         [(profile, Noting(files.bare, providers.cpu(threads=1), padding={})) for profile in PROFILES]
     )
     inputs = graphs.feeds(rows, length)
-    np.testing.assert_allclose(session.run(inputs), graphs.expected(files.bare, inputs), atol=1e-6)
+    np.testing.assert_allclose(session.run(inputs)[0], graphs.expected(files.bare, inputs), atol=1e-6)
     most, longest = PROFILES[0].max if length <= 4 else PROFILES[1].max
     assert all(r <= most and n <= longest for r, n in seen)
     assert session.memory_bytes() == files.bare.stat().st_size

@@ -26,10 +26,9 @@ from modeling.encoder import load_encoder
 from modeling.engine_benchmark import TrialRequest
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.graphs import GraphFiles
-from modeling.engines.protocol import Engine, EngineBatch
+from modeling.engines.protocol import Engine, EngineBatch, EngineOutputs
 from modeling.errors import EngineFailed
 from modeling.tasks import Options
-from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
 from service.inference.engine_choice import EngineChoice
 from service.inference.engine_selection import EngineSelector, SelectionPolicy, measure
@@ -229,7 +228,7 @@ class Fragile:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def run(self, batch: EngineBatch) -> FloatArray:
+    def run(self, batch: EngineBatch) -> EngineOutputs:
         if self.fault is not None:
             self.fault()
         return self._engine.run(batch)

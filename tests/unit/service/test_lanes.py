@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from modeling.engines.fake import FakeEngine
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import EngineBatch, EngineOutputs
 from modeling.errors import EngineFailed
 from modeling.heads import DenseLayer, TaskHead, softmax
 from modeling.tasks import NO_CALIBRATION, TASKS, Calibration, FeatureExtraction, Task
@@ -129,7 +129,7 @@ def test_each_row_goes_through_its_models_head_at_its_temperature() -> None:
     bare = Headed(None, FeatureExtraction("text"))
     vectors = np.random.default_rng(3).normal(size=(5, 4)).astype(np.float32)
     models = [first, second, first, bare, second]
-    outputs = apply_heads(entries_of(models), vectors)
+    outputs = apply_heads(entries_of(models), EngineOutputs(vectors))
     for model, vector, scores in zip(models, vectors, outputs.scores, strict=True):
         if model.head is None:
             assert scores is None
@@ -153,14 +153,44 @@ def test_a_batch_of_several_tasks_answers_each_row_as_alone(order: list[int], va
         Headed(head(2, 4), MANY),
     ]
     rows, vectors = [models[index] for index in order], values[: len(order)]
-    together = apply_heads(entries_of(rows), vectors)
+    together = apply_heads(entries_of(rows), EngineOutputs(vectors))
     assert all(together.is_finite)
     for row, model in enumerate(rows):
-        alone = apply_heads(entries_of([model]), vectors[row : row + 1]).scores[0]
+        alone = apply_heads(entries_of([model]), EngineOutputs(vectors[row : row + 1])).scores[0]
         mixed = together.scores[row]
         assert (mixed is None) == (alone is None) == (model.head is None)
         if alone is not None and mixed is not None:
             np.testing.assert_allclose(mixed, alone, rtol=1e-5, atol=1e-6)
+
+
+class OfPositions:
+    """One label for each position."""
+
+    needs: ClassVar[str] = "states"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ONE, name)
+
+
+@given(st.lists(st.sampled_from([None, 1, 2, 7]), min_size=1, max_size=8))
+def test_a_head_on_states_answers_each_position_as_alone(lengths: list[int | None]) -> None:
+    """Rows with a length go through a head on states, among others that do not."""
+    random, tagger, plain = np.random.default_rng(1), Headed(head(3, 1), cast(Any, OfPositions())), Headed(head(3, 1))
+    states = {row: random.normal(size=(n, 4)).astype(np.float32) for row, n in enumerate(lengths) if n is not None}
+    vectors = random.normal(size=(len(lengths), 4)).astype(np.float32)
+    if states:
+        broken = max(states)
+        states[broken][-1, 0] = np.inf
+    models = [plain if length is None else tagger for length in lengths]
+    outputs = apply_heads(entries_of(models), EngineOutputs(vectors, states))
+    assert [row for row, is_finite in enumerate(outputs.is_finite) if not is_finite] == ([broken] if states else [])
+    for row, scores in enumerate(outputs.scores):
+        assert scores is not None and tagger.head is not None
+        if row in states and row != broken:
+            assert scores.shape == (lengths[row], 3)
+            np.testing.assert_allclose(scores, softmax(tagger.head.logits(states[row])), atol=1e-6)
+        elif row not in states:
+            assert scores.shape == (3,)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
@@ -171,7 +201,7 @@ def test_rows_that_are_not_finite_are_told_from_the_others(task: Task, sign: int
     fine = Headed(TaskHead((DenseLayer(weight * np.float32(1e-38), np.zeros(1, np.float32)),)), task)
     vectors = np.ones((4, 4), dtype=np.float32)
     vectors[1, 2] = np.nan
-    outputs = apply_heads(entries_of([Headed(None), Headed(None), overflowing, fine]), vectors)
+    outputs = apply_heads(entries_of([Headed(None), Headed(None), overflowing, fine]), EngineOutputs(vectors))
     assert list(outputs.is_finite) == [True, False, False, True]
 
 

@@ -265,6 +265,6 @@ def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world:
                 await pool.engines.idle()
                 assert lane.engine is not before
                 (work,) = lane.preprocess(["a good film"], truncate=True, max_length=None)
-                return lane.engine.run(EngineBatch(work, [model.adapter_key]))
+                return lane.engine.run(EngineBatch(work, [model.adapter_key])).pooled
 
     assert run(scenario()).shape == (1, 32)

@@ -18,14 +18,13 @@ from model_registry.store import FileStore
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone, ingest
 from modeling.encoder import load_encoder
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import EngineBatch, EngineOutputs
 from modeling.engines.torch import TorchEngine
 from modeling.errors import EngineFailed, GoldenRowsDiffer
 from modeling.multi_lora import Routing, route
 from modeling.networks import NETWORKS
 from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
-from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
 from service.inference.engine_worker import Runtime
 from service.inference.errors import InferenceFailed, MemoryBudgetExceeded, ModelNotReady
@@ -161,7 +160,7 @@ def test_an_engine_that_says_when_to_come_back_is_believed(world: World) -> None
     class OutOfOrder(TorchEngine):
         is_broken = False
 
-        def run(self, batch: EngineBatch) -> FloatArray:
+        def run(self, batch: EngineBatch) -> EngineOutputs:
             if self.is_broken:
                 raise EngineFailed("out of order")
             return super().run(batch)

@@ -17,7 +17,7 @@ from finetune.training.feature_cache import FeatureCache, content_key, space_nam
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest
 from modeling.engines.device import DeviceFingerprint
-from modeling.engines.protocol import EngineBatch
+from modeling.engines.protocol import EngineBatch, EngineOutputs
 from modeling.engines.torch import TorchEngine
 from modeling.inputs import Features
 from modeling.inputs.text import Text, TextInput, TextPreprocessor
@@ -126,7 +126,7 @@ def test_a_key_stands_for_a_text_and_where_it_is_cut(one: str, other: str, cut: 
 class CountingEngine(TorchEngine):
     rows = 0
 
-    def run(self, batch: EngineBatch) -> FloatArray:
+    def run(self, batch: EngineBatch) -> EngineOutputs:
         self.rows += len(batch.inputs)
         return super().run(batch)
 
@@ -159,7 +159,7 @@ TEXTS = [f"good film {'very ' * (number % 7)}{chr(97 + number)}" for number in r
 
 
 def computed(backbone: Backbone, texts: Sequence[str], *, max_length: int) -> FloatArray:
-    return TorchEngine(backbone).run(EngineBatch(encoded_texts(backbone.folder, texts, limit=max_length)))
+    return TorchEngine(backbone).run(EngineBatch(encoded_texts(backbone.folder, texts, limit=max_length))).pooled
 
 
 def test_only_unknown_rows_are_computed_and_the_vectors_stay_the_same(
