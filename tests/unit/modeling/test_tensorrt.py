@@ -163,7 +163,7 @@ def test_every_shape_runs_in_pieces_that_some_engine_takes(files: GraphFiles, ro
 
 def test_a_text_longer_than_every_engine_is_refused(files: GraphFiles) -> None:
     session = TensorrtSession([(PROFILES[0], GpuSession(files.bare, providers.cpu(threads=1), padding={}))])
-    with pytest.raises(EngineFailed, match="5 tokens"):
+    with pytest.raises(EngineFailed, match="5 positions"):
         session.run(graphs.feeds(1, 5))
 
 
