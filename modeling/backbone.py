@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.resources
 import json
+import math
 import re
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -145,9 +146,7 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
     modality = modality_of(config)
     checkpoint = READERS[modality].read(folder, config)
     with tempfile.TemporaryDirectory(prefix="polyhead-ingest-") as temporary:
-        files = {path.name: path for path in [*write_documents(checkpoint, Path(temporary)), *weight_files(folder)]}
-        digest = content_digest(checkpoint, files)
-        info = describe(folder, checkpoint, name=name, source=source, digest=digest)
+        info, files = describe(checkpoint, folder, Path(temporary), name=name, source=source)
         READERS[modality].check_weights(folder)
         prefix = backbone_prefix(info.digest)
         if not store.exists(f"{prefix}/{BACKBONE_FILE}"):
@@ -179,15 +178,6 @@ def info_bytes(info: BackboneInfo) -> bytes:
     return json.dumps(values, indent=2).encode()
 
 
-def write_documents(checkpoint: Checkpoint, folder: Path) -> list[Path]:
-    """Write what is kept of a checkpoint but its weights; returns the files' paths."""
-    config = json.dumps(checkpoint.config, indent=2, sort_keys=True).encode()
-    contents = {"config.json": config, **checkpoint.files}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return [folder / name for name in contents]
-
-
 def weight_files(folder: Path) -> list[Path]:
     """`model.safetensors`, or the shards and their index, and what a composition adds. Raises `BackboneUnavailable`."""
     composition = [folder / COMPOSITION_FILE, folder / COMPOSITION_WEIGHTS]
@@ -209,18 +199,22 @@ def _plain_weight_files(folder: Path) -> list[Path]:
     return [index, *(folder / name for name in shards)]
 
 
-def content_digest(checkpoint: Checkpoint, files: dict[str, Path]) -> str:
-    """One digest over names and contents of the kept files and what else decides the answers."""
+def describe(
+    checkpoint: Checkpoint, weights: Path, target: Path, *, name: str, source: str
+) -> tuple[BackboneInfo, dict[str, Path]]:
+    """Write what is kept of a checkpoint beside its weights into `target`. Returns the backbone's description and all
+    its files by name. The digest is over names and contents of the files and what else decides the answers."""
+    config = json.dumps(checkpoint.config, indent=2, sort_keys=True).encode()
+    files = {path.name: path for path in weight_files(weights)}
+    for file_name, content in {"config.json": config, **checkpoint.files}.items():
+        files[file_name] = target / file_name
+        files[file_name].write_bytes(content)
     digest = hashlib.sha256(json.dumps(checkpoint.identity).encode())
-    for name in sorted(files):
-        with files[name].open("rb") as file:
-            digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def describe(folder: Path, checkpoint: Checkpoint, *, name: str, source: str, digest: str) -> BackboneInfo:
-    return BackboneInfo(
-        digest=digest,
+    for file_name in sorted(files):
+        with files[file_name].open("rb") as file:
+            digest.update(f"{file_name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    info = BackboneInfo(
+        digest=digest.hexdigest(),
         name=name,
         source=source,
         model_type=checkpoint.config["model_type"],
@@ -229,21 +223,16 @@ def describe(folder: Path, checkpoint: Checkpoint, *, name: str, source: str, di
         max_length=checkpoint.max_length,
         pooling=checkpoint.pooling,
         normalize=checkpoint.normalize,
-        parameters=count_parameters(folder),
+        parameters=sum(map(_parameters, files.values())),
         modality=modality_of(checkpoint.config),
     )
+    return info, files
 
 
-def count_parameters(folder: Path) -> int:
+def _parameters(path: Path) -> int:
     from safetensors import safe_open
 
-    total = 0
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    count = 1
-                    for size in file.get_slice(key).get_shape():
-                        count *= size
-                    total += count
-    return total
+    if path.suffix != ".safetensors":
+        return 0
+    with safe_open(str(path), framework="numpy") as file:
+        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (not a dict)

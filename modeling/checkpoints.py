@@ -14,15 +14,7 @@ import torch
 from torch import nn
 
 from modeling.adapters_in_encoder import Composition, plain_weights, write_composition
-from modeling.backbone import (
-    BACKBONE_FILE,
-    Backbone,
-    content_digest,
-    describe,
-    info_bytes,
-    weight_files,
-    write_documents,
-)
+from modeling.backbone import BACKBONE_FILE, Backbone, describe, info_bytes
 from modeling.encoder import load_pretrained
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
@@ -84,10 +76,7 @@ def write_encoder(
     config = read_config(like)
     reader = READERS[modality_of(config)]
     original = reader.read(like, config, has_head=True)
-    documents = write_documents(original, target)
-    checkpoint = reader.read(target, config)
-    files = {path.name: path for path in [*documents, *weight_files(target)]}
-    base = describe(target, checkpoint, name=name, source=source, digest=content_digest(checkpoint, files))
+    base, _ = describe(original, target, target, name=name, source=source)
     limit = min(max_length or original.max_length, base.max_length)
     info = replace(base, pooling=pooling, normalize=normalize, max_length=limit)
     (target / BACKBONE_FILE).write_bytes(info_bytes(info))

@@ -38,17 +38,25 @@ Result = TypeVar("Result")
 
 
 class Process:
-    """`python -m <module>` in a session of its own, its output in a file."""
+    """`python -m <module>` of the code in `checkout`, in a session of its own, its output in a file."""
 
     running: list[Process] = []  # noqa: RUF012 (every test's failure report looks here)
 
-    def __init__(self, module: str, settings: Mapping[str, str], log_file: Path) -> None:
+    def __init__(
+        self,
+        module: str,
+        settings: Mapping[str, str],
+        log_file: Path,
+        *,
+        checkout: Path = REPOSITORY,
+        cwd: Path | None = None,
+    ) -> None:
         self.name, self.log_file = module, log_file
         with log_file.open("ab") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", module],
-                cwd=REPOSITORY,
-                env=environment(settings),
+                cwd=cwd or checkout,
+                env=environment({"PYTHONPATH": str(checkout), **settings}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -96,10 +104,10 @@ class Process:
 class Server(Process):
     """The serving process on a free port. `module` may be one that starts it with something changed."""
 
-    def __init__(self, settings: Mapping[str, str], log_file: Path, *, module: str = "service") -> None:
+    def __init__(self, settings: Mapping[str, str], log_file: Path, *, module: str = "service", **where: Path) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        super().__init__(module, {**settings, "POLYHEAD_PORT": str(self.port)}, log_file)
+        super().__init__(module, {**settings, "POLYHEAD_PORT": str(self.port)}, log_file, **where)
 
     def wait_ready(self) -> Server:
         def is_ready() -> bool:
@@ -116,8 +124,8 @@ class Server(Process):
 class Worker(Process):
     """The fine-tune worker."""
 
-    def __init__(self, settings: Mapping[str, str], log_file: Path) -> None:
-        super().__init__("finetune", settings, log_file)
+    def __init__(self, settings: Mapping[str, str], log_file: Path, **where: Path) -> None:
+        super().__init__("finetune", settings, log_file, **where)
 
     def wait_ready(self) -> Worker:
         def is_ready() -> bool:
