@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from modeling.adapters import Adapter
-from modeling.engines.protocol import EngineBatch, EngineOutputs, MemoryUse, in_parts
+from modeling.engines.protocol import EngineBatch, EngineOutputs, MemoryUse
+from modeling.engines.slots import in_parts
 from modeling.errors import EngineFailed
 from modeling.inputs.base import Features
 from modeling.weights import FloatArray, IntArray

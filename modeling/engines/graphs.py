@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter, LoraLayout
-from modeling.engines.protocol import Collate, EngineBatch, EngineOutputs, MemoryUse, Part, in_parts
-from modeling.engines.slots import AdapterStacks, Stack, adapters_first
+from modeling.engines.protocol import Collate, EngineBatch, EngineOutputs, MemoryUse
+from modeling.engines.slots import AdapterStacks, Part, Stack, adapters_first, in_parts
 from modeling.errors import EngineFailed
 from modeling.inputs.base import Features
 from modeling.weights import FloatArray

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from modeling.adapters import Adapter
 from modeling.inputs.base import Arrays, Features
@@ -14,12 +12,6 @@ from modeling.weights import FloatArray
 
 Collate = Callable[[Sequence[Features], int], Arrays]
 """`Preprocessor.collate`: rows to the arrays of a batch, padded to a width."""
-
-
-Part = tuple[list[int], list[str]]
-"""Rows that run together, by their numbers in the batch, and the adapters of the first of them."""
-Compute = Callable[[Sequence[Features], Sequence[str], bool], tuple[FloatArray, FloatArray | None]]
-"""A part's pooled vectors [rows, hidden] and, if the third argument asks for them, its states [rows, width, hidden]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +31,6 @@ class EngineOutputs:
 
     pooled: FloatArray
     states: Mapping[int, FloatArray] = field(default_factory=dict)
-
-    def taken(self, rows: Sequence[int], needs: Literal["pooled", "states"]) -> tuple[FloatArray, list[int] | None]:
-        """Return what a head takes of these rows, float32[values, hidden], and how many values each row has; None if
-        each has one."""
-        if needs == "pooled":
-            return self.pooled[rows], None
-        own = [self.states[row] for row in rows]
-        return np.concatenate(own), [len(states) for states in own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +70,6 @@ class Engine(Protocol):
 
     def adapter_bytes(self, key: str) -> int:
         """What one loaded adapter takes apart from the slots."""
-
-
-def in_parts(batch: EngineBatch, parts: Iterable[Part], compute: Compute, *, hidden_size: int) -> EngineOutputs:
-    """Compute a batch part by part; states only of parts with a row that asks for them."""
-    pooled = np.zeros((len(batch.inputs), hidden_size), dtype=np.float32)
-    states: dict[int, FloatArray] = {}
-    for rows, keys in parts:
-        asking = [(place, row) for place, row in enumerate(rows) if row in batch.states] if batch.states else []
-        pooled[rows], padded = compute([batch.inputs[row] for row in rows], keys, bool(asking))
-        for place, row in asking:
-            assert padded is not None
-            states[row] = padded[place, : batch.inputs[row].cost].copy()  # the rest of it is not kept
-    return EngineOutputs(pooled, states)
 
 
 def stepped_width(longest: int, *, limit: int) -> int:

@@ -1,30 +1,35 @@
 """LoRA weights of many adapters, stacked: a batch names a slot per row, whatever the adapter.
 
-`adapters_first` divides a batch into runs, `SlotTable` decides which adapter is in which slot, `AdapterStacks` holds
-the numbers. The stacks are inputs of a graph, so adapters come and go without a change to it. Slot 0 is zero and stays
-so.
+`adapters_first` divides a batch into parts and `in_parts` computes them, `SlotTable` decides which adapter is in which
+slot, `AdapterStacks` holds the numbers. The stacks are inputs of a graph, so adapters come and go without a change to
+it. Slot 0 is zero and stays so.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from modeling.adapters import Adapter, LoraGroup, LoraLayout, LoraPair
-from modeling.engines.protocol import EngineBatch, Part
+from modeling.engines.protocol import EngineBatch, EngineOutputs
 from modeling.errors import AdapterMismatch, EngineFailed
-from modeling.weights import IntArray
+from modeling.inputs.base import Features
+from modeling.weights import FloatArray, IntArray
 
 # Ranks are padded to a multiple, so that stacks rarely change their shape and kernels meet even sizes.
 RANK_STEP = 8
 _FIRST_SLOTS = 8
 
 Stack = npt.NDArray[np.generic]
+Part = tuple[list[int], list[str]]
+"""Rows that run together, by their numbers in the batch, and the adapters of the first of them."""
+Compute = Callable[[Sequence[Features], Sequence[str], bool], tuple[FloatArray, FloatArray | None]]
+"""A part's pooled vectors [rows, hidden] and, if the third argument asks for them, its states [rows, width, hidden]."""
 
 
 class SlotTable:
@@ -245,3 +250,16 @@ def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[Part]:
         keys.append(key)
         distinct.add(key)
     yield rows + [row for row, key in enumerate(adapters) if key is None], keys
+
+
+def in_parts(batch: EngineBatch, parts: Iterable[Part], compute: Compute, *, hidden_size: int) -> EngineOutputs:
+    """Compute a batch part by part; states only of parts with a row that asks for them."""
+    pooled = np.zeros((len(batch.inputs), hidden_size), dtype=np.float32)
+    states: dict[int, FloatArray] = {}
+    for rows, keys in parts:
+        asking = [(place, row) for place, row in enumerate(rows) if row in batch.states] if batch.states else []
+        pooled[rows], padded = compute([batch.inputs[row] for row in rows], keys, bool(asking))
+        for place, row in asking:
+            assert padded is not None
+            states[row] = padded[place, : batch.inputs[row].cost].copy()  # the rest of it is not kept
+    return EngineOutputs(pooled, states)

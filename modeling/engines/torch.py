@@ -11,8 +11,8 @@ import torch
 
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone
-from modeling.engines.protocol import EngineBatch, EngineOutputs, MemoryUse, in_parts
-from modeling.engines.slots import AdapterStacks, Stack, adapters_first
+from modeling.engines.protocol import EngineBatch, EngineOutputs, MemoryUse
+from modeling.engines.slots import AdapterStacks, Stack, adapters_first, in_parts
 from modeling.errors import EngineFailed
 from modeling.inputs import Features, open_preprocessor
 from modeling.multi_lora import Routing, route

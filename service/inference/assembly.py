@@ -29,7 +29,7 @@ from modeling.tasks import FeatureExtraction
 from modeling.weights import FloatArray
 from service.inference.aliases import Key
 from service.inference.engine_director import EngineDirector
-from service.inference.lanes import BackboneLane, Lane, LinearLane, ServedModel
+from service.inference.lanes import BackboneLane, Lane, LinearLane, ServedModel, taken
 from service.inference.residency import Residency
 from service.metrics import ServingMetrics
 
@@ -211,4 +211,4 @@ def _golden_logits(model: ServedModel, engine: Engine, example: Example) -> Floa
     work = single(model.lane.preprocess([example], truncate=True, max_length=model.max_length))
     keys = [model.adapter_key] if model.adapter_key else None
     outputs = engine.run(EngineBatch(work, keys, [0] if model.task.needs == "states" else ()))
-    return model.parts.head.logits(outputs.taken([0], model.task.needs)[0])
+    return model.parts.head.logits(taken(outputs, [0], model.task.needs)[0])

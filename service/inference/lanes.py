@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -291,10 +291,21 @@ def apply_heads(entries: Sequence[QueueEntry], outputs: EngineOutputs) -> Output
     def logits(model: Model, rows: list[int]) -> Logits | None:
         if model.head is None:
             return None
-        values, counts = outputs.taken(rows, model.task.needs)
+        values, counts = taken(outputs, rows, model.task.needs)
         return model.head.logits(values), counts
 
     return _answers(entries, outputs.pooled, logits)
+
+
+def taken(
+    outputs: EngineOutputs, rows: Sequence[int], needs: Literal["pooled", "states"]
+) -> tuple[FloatArray, list[int] | None]:
+    """Return what a head takes of these rows, float32[values, hidden], and how many values each row has; None if each
+    has one."""
+    if needs == "pooled":
+        return outputs.pooled[rows], None
+    own = [outputs.states[row] for row in rows]
+    return np.concatenate(own), [len(states) for states in own]
 
 
 def _answers(
