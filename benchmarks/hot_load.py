@@ -2,7 +2,8 @@
 
 Every swap moves `champion` to a version that the process has not loaded yet, so it is read, checked, warmed and then
 takes over. Rounds with swaps and without go in turn. A request sent after a promotion was answered must meet the new
-version; those that meet an older one are counted as stale.
+version; those that meet an older one are counted as stale. Requests due from a promotion's PUT to 2 s after its answer
+are also looked at alone, and at the end of a round a rollback is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import httpx
 
 from benchmarks import mixes, rate
 from benchmarks.arguments import add_mixes, add_server, add_shared
+from benchmarks.figures import percentile
 from benchmarks.open_loop import peak
 from benchmarks.servers import OPEN_ADMISSION, Server, started_with_data
 from benchmarks.service import write_results
@@ -27,6 +29,7 @@ from model_registry.manifest import VersionKind
 
 KINDS: tuple[VersionKind, ...] = ("head", "lora", "full")
 RAMP_S = 2.0
+AFTER_S = 2.0  # how long after a promotion's answer requests count as near it
 _TIMEOUT_S = 30.0
 
 
@@ -85,9 +88,19 @@ def stale(samples: Sequence[rate.Sample], promotions: Sequence[tuple[float, int]
     return count
 
 
+def near(samples: Sequence[rate.Sample], windows: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+    """Latencies of the answered requests that were due in one of `windows`, given from start to end."""
+    good = [
+        sample.latency_s * 1e3
+        for sample in samples
+        if sample.outcome == "200" and any(start <= sample.due < end for start, end in windows)
+    ]
+    return {f"near_p{share * 100:.0f}_ms": percentile(good, share) for share in (0.5, 0.99)}
+
+
 @dataclass(slots=True)
 class _Swaps:
-    """Moves the champion `count` times, from where it stands, one version at a time."""
+    """Moves the champion `count` times, from where it stands, one version at a time; then back and forth once."""
 
     server: Server
     name: str
@@ -95,6 +108,8 @@ class _Swaps:
     every_s: float
     promotions: list[tuple[float, int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    windows: list[tuple[float, float]] = field(default_factory=list)
+    rollback_s: float | None = None
 
     async def __call__(self, started: float) -> None:
         async with httpx.AsyncClient(base_url=self.server.base_url, timeout=_TIMEOUT_S) as client:
@@ -102,12 +117,26 @@ class _Swaps:
             version = int(model["aliases"]["champion"])
             for number in range(self.count):
                 await asyncio.sleep(max(0.0, started + RAMP_S + number * self.every_s - time.monotonic()))
-                body = {"version": version + 1, "expected_version": version, "reason": "benchmark"}
                 before = time.monotonic()
-                (await client.put(f"/models/{self.name}/aliases/champion", json=body)).raise_for_status()
+                await self._promote(client, version)
                 version += 1
-                self.seconds.append(time.monotonic() - before)
-                self.promotions.append((time.monotonic() - started, version))
+                answered = time.monotonic()
+                self.seconds.append(answered - before)
+                self.promotions.append((answered - started, version))
+                self.windows.append((before - started, answered - started + AFTER_S))
+            if self.count:
+                await asyncio.sleep(AFTER_S)
+                before = time.monotonic()
+                response = await client.post(f"/models/{self.name}/rollback", json={"reason": "benchmark"})
+                self.rollback_s = time.monotonic() - before
+                if response.raise_for_status().status_code != 200:
+                    raise SystemExit(f"a rollback waits: {response.text}")
+                await self._promote(client, version - 1)
+
+    async def _promote(self, client: httpx.AsyncClient, version: int) -> None:
+        """From `version` to the next."""
+        body = {"version": version + 1, "expected_version": version, "reason": "benchmark"}
+        (await client.put(f"/models/{self.name}/aliases/champion", json=body)).raise_for_status()
 
 
 def _round(server: Server, bodies: Sequence[bytes], offered: float, seconds: float, swaps: _Swaps) -> dict[str, object]:
@@ -116,11 +145,14 @@ def _round(server: Server, bodies: Sequence[bytes], offered: float, seconds: flo
         server.predict_url, bodies, rate=offered, seconds=RAMP_S + seconds, timeout_s=_TIMEOUT_S, alongside=swaps
     )
     seen = rate.summarise(samples, RAMP_S, RAMP_S + seconds)
+    ends = [end for _, end in swaps.windows]  # the rollback comes after the last
     return {
         "swaps": swaps.count,
         "swap_s": swaps.seconds,
         "failed": sum(sample.outcome != "200" for sample in samples),
-        "stale": stale(samples, swaps.promotions),
+        "stale": stale([sample for sample in samples if sample.sent < max(ends, default=0.0)], swaps.promotions),
+        "rollback_s": swaps.rollback_s,
+        **near(samples, swaps.windows),
         **asdict(seen),
     }
 

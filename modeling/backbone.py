@@ -55,12 +55,13 @@ class BackboneInfo:
     modality: str = _FIRST_MODALITY
 
     def runs_like(self, other: BackboneInfo) -> bool:
-        """Whether an engine's speed with one tells of the other: equal but for the pooler of some encoders, which a
-        fine-tune leaves out, and for what is done to the vector afterwards."""
+        """Whether an engine's speed with one tells of the other: equal but for what a fine-tune leaves out, the pooler
+        and the position ids of old checkpoints, and for what is done to the vector afterwards."""
         same = (self.model_type, self.hidden_size, self.layers, self.pooling)
         of_other = (other.model_type, other.hidden_size, other.layers, other.pooling)
         pooler = self.hidden_size * (self.hidden_size + 1)
-        return same == of_other and abs(self.parameters - other.parameters) in {0, pooler}
+        surplus, ids = abs(self.parameters - other.parameters), self.parameters // 1000
+        return same == of_other and any(abs(surplus - left_out) <= ids for left_out in (0, pooler))
 
 
 @dataclass(frozen=True, slots=True)

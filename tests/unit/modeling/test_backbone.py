@@ -181,6 +181,8 @@ def test_a_fine_tune_runs_like_its_backbone_and_a_larger_one_does_not() -> None:
         parameters=base.parameters - without_pooler,
     )
     assert tuned.runs_like(base)
+    position_ids = 512
+    assert replace(tuned, parameters=tuned.parameters - position_ids).runs_like(base)
     adapters = 6 * 2 * 2 * 384 * 64
     assert not replace(tuned, parameters=tuned.parameters + adapters).runs_like(base)
     assert not replace(tuned, model_type="roberta").runs_like(base)
