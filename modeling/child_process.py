@@ -26,14 +26,17 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run_in_background(niceness: int) -> None:
-    """Lower this process's priority and exit when stdin closes.
+def run_in_background(niceness: int, *, is_idle: bool = False) -> None:
+    """Lower this process's priority and exit when stdin closes. `is_idle` leaves it what no other process wants.
 
     Call it once stdin has been read: the parent holds it open for as long as it wants the result.
     """
     threading.Thread(target=_exit_with_stdin, daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(niceness)
+    if is_idle and sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a container may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def describe_exit(code: int) -> str:

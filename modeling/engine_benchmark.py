@@ -47,6 +47,7 @@ class TrialRequest:
     examples: int = 512
     batch_tokens: int = 1024
     niceness: int = 10
+    is_idle: bool = False
 
 
 @dataclass(slots=True)
@@ -222,7 +223,7 @@ def probe(vectors: FloatArray, topics: list[int], *, ridge: float = 1e-2) -> Tas
 
 def main() -> None:
     request = TrialRequest(**json.loads(sys.stdin.readline()))
-    run_in_background(request.niceness)
+    run_in_background(request.niceness, is_idle=request.is_idle)
     # Libraries print to stdout now and then; the lines of the protocol must stay alone there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

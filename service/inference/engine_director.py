@@ -102,7 +102,8 @@ class EngineDirector:
         digest = backbone.info.digest
         if digest in self._lanes:
             return self._lanes[digest]
-        like = self._same_shape(backbone)
+        like_lane = self._same_shape(backbone)
+        like = None if like_lane is None else like_lane.backbone
         engine, is_final = await self._run(functools.partial(self._selector.open_first, backbone, like=like))
         lane = BackboneLane(
             backbone,
@@ -116,7 +117,8 @@ class EngineDirector:
         lane.worker.start()
         lane.worker.supervisor.on_engine_failed = lambda reason: self._in_background(self._fall_back(lane, reason))
         try:
-            await lane.measure()
+            if like_lane is None or not lane.costs_as(like_lane):
+                await lane.measure()
         except BaseException:
             await lane.worker.stop()
             raise
@@ -148,10 +150,10 @@ class EngineDirector:
             await lane.worker.stop()
             reconsider()
 
-    def _same_shape(self, backbone: Backbone) -> Backbone | None:
-        """A configured backbone whose measurements hold for these weights too: speed depends on the shape alone."""
-        configured = (lane.backbone for lane in self._lanes.values() if self.is_configured(lane))
-        return next((other for other in configured if backbone.info.runs_like(other.info)), None)
+    def _same_shape(self, backbone: Backbone) -> BackboneLane | None:
+        """A configured lane whose measurements hold for these weights too: speed depends on the shape alone."""
+        configured = (lane for lane in self._lanes.values() if self.is_configured(lane))
+        return next((lane for lane in configured if backbone.info.runs_like(lane.backbone.info)), None)
 
     # Changing engines
 

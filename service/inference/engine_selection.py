@@ -124,6 +124,7 @@ class EngineSelector:
                     examples=self.policy.examples,
                     batch_tokens=self.policy.batch_tokens,
                     niceness=self.policy.niceness,
+                    is_idle=like is not None,  # what serves is good enough to wait for its proof
                 ),
                 stall_s=self.policy.stall_s,
             )
