@@ -11,7 +11,6 @@ from modeling.engines.onnx import refuse_both_wheels
 from modeling.errors import EngineFailed
 from service.api.guard import DrainState
 from service.app import create_app
-from service.garbage import keep_collections_short
 from service.logs import set_up
 from service.metrics import ServingMetrics
 from service.server import DrainTimes, serve
@@ -22,7 +21,6 @@ from service.wiring import build
 def main() -> int:
     settings = load_settings()
     keep_threads_passive()
-    keep_collections_short()
     set_up(settings.log_level)
     for warning in retired_settings():
         logging.getLogger("service").warning(warning, extra={"action": "retired_setting"})

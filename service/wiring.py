@@ -176,7 +176,10 @@ async def _load(
             backbones[name] = await asyncio.to_thread(ingest, store, folder, name=name, source=source)
             await pool.add_backbone(name, backbones[name])
         await pool.settled()
-        gc.collect()  # now, since it looks at all that was imported; the next ones need not
+        # Full collections stop every thread; those to come need not look at all that was imported. What loading left in
+        # cycles, an engine's weights among it, must go before.
+        gc.collect()
+        gc.freeze()
         pool.is_started = True
     except Exception:
         _log.exception("start-up failed; the process stays unready", extra={"action": "startup_failed"})

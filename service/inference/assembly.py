@@ -193,7 +193,7 @@ class Assembler:
         for row in parts.golden:  # one at a time: requests wait for no more than one row of it
             started = time.monotonic()
             logits.append(await lane.worker.call(functools.partial(_golden_logits, model, engine, row.example)))
-            if lane.worker.is_in_demand:
+            if self._engines.is_in_demand:
                 await asyncio.sleep(_YIELD * (time.monotonic() - started))
         compare_golden(parts, logits, precision=engine.precision)
 

@@ -19,7 +19,6 @@ from modeling.assemble import read_adapter
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineSpec
 from modeling.errors import EngineFailed
-from service.garbage import reconsider
 from service.inference.batch_log import BatchLog
 from service.inference.engine_selection import EngineSelector
 from service.inference.engine_worker import BatchLimits, Runtime
@@ -55,6 +54,11 @@ class EngineDirector:
 
     def lanes(self) -> list[Lane]:
         return [*self._lanes.values(), *([self._linear] if self._linear else [])]
+
+    @property
+    def is_in_demand(self) -> bool:
+        """Whether any lane has lately computed a batch: all share the processor."""
+        return any(lane.worker.is_in_demand for lane in self.lanes())
 
     def measurements(self, digest: str) -> list[EngineMeasurement]:
         """What engines measured for these weights, on every device that shares the database; blocking."""
@@ -120,7 +124,7 @@ class EngineDirector:
             if like_lane is None or not lane.costs_as(like_lane):
                 await lane.measure()
         except BaseException:
-            await lane.worker.stop()
+            await lane.close()
             raise
         self._lanes[digest] = lane
         self._show(lane)
@@ -147,8 +151,7 @@ class EngineDirector:
             lane.engine.unload_adapter(model.adapter_key)
         if not self.is_configured(lane) and not self._users[lane]:
             del self._users[lane], self._lanes[lane.backbone.info.digest]
-            await lane.worker.stop()
-            reconsider()
+            await lane.close()
 
     def _same_shape(self, backbone: Backbone) -> BackboneLane | None:
         """A configured lane whose measurements hold for these weights too: speed depends on the shape alone."""
@@ -204,7 +207,6 @@ class EngineDirector:
             for model in users:
                 self._metrics.start_model(*model.metric_labels, backbone=label, engine=lane.engine_name)
                 self._metrics.model_memory_bytes.labels(*model.metric_labels).set(model.own_bytes)
-        reconsider()
         await lane.measure()
         _log.info(f"{spec} serves instead of {before}", extra={"action": "engine_switched", "backbone": label})
 

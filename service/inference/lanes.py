@@ -110,6 +110,11 @@ class BackboneLane:
         await asyncio.to_thread(prepare)
         await self.worker.exchange(partial(self._take_over, engine))
 
+    async def close(self) -> None:
+        """The engine goes at once: lane and worker hold on to each other, which only a garbage collection would end."""
+        await self.worker.stop()
+        del self.engine
+
     def costs_as(self, other: BackboneLane) -> bool:
         """Takes over what batches cost on a lane of the same shape, on the CPU and if the engines are alike."""
         if self.engine.device != "cpu" or self.engine_name != other.engine_name:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,3 +270,20 @@ def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world:
                 return lane.engine.run(EngineBatch(work, [model.adapter_key])).pooled
 
     assert run(scenario()).shape == (1, 32)
+
+
+def test_the_engine_of_a_lane_that_closes_goes_without_a_garbage_collection(world: World) -> None:
+    async def scenario() -> None:
+        async with world.pool() as pool:
+            lane = pool.lanes()[0]
+            assert isinstance(lane, BackboneLane)
+            engine = weakref.ref(lane.engine)
+            gc.collect()
+            gc.disable()
+            try:
+                await lane.close()
+                assert engine() is None
+            finally:
+                gc.enable()
+
+    run(scenario())
