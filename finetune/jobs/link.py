@@ -10,34 +10,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
-
+from finetune.data.options import FrozenModel
 from finetune.data.records import Finding
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import EventType, JobPhase, JobSpec
 
 
-class DatasetInput(BaseModel):
+class DatasetInput(FrozenModel):
     """One dataset of a job: its parsed rows on disk and what identifies them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     id: str
     sha256: str
     rows_file: Path
 
 
-class EmbeddingInput(BaseModel):
+class EmbeddingInput(FrozenModel):
     """How a job gets the frozen backbone's vectors: the engine (`runtime/precision`), the folder of its graphs, and
     the folder of vectors known already, with its budget in bytes (0: none are kept)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     engine: str = "torch/fp32"
     graphs: Path | None = None
     cache: Path | None = None
     cache_bytes: int = 0
 
 
-class ChildJob(BaseModel):
+class ChildJob(FrozenModel):
     """All that a run is told. Paths are on this host; what it prints goes to `log_file`.
 
     `graphs_root` is where servers keep exported graphs; `earlier_events` are those of the job until now.
@@ -45,7 +42,6 @@ class ChildJob(BaseModel):
     not know yet, cannot disturb its successor; that one reads from the `earlier_work_dirs`, newest first.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     job_id: str
     tenant: str
     attempt: int

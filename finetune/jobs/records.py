@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from finetune.data.options import Columns, FrozenModel, TaskColumns, WantedTask
+from finetune.data.options import AUTO, Columns, FrozenModel, TaskColumns, WantedTask
 from model_registry.refs import NAME_PATTERN
 from modeling.tasks import DEFAULT_TASK
 
@@ -58,19 +58,28 @@ class JobPhase(StrEnum):
     REGISTERING = "registering"
 
 
-class JobSpec(FrozenModel):
-    """A fine-tune request as accepted: hyperparameters as asked for, not yet resolved."""
+class JobRequest(FrozenModel):
+    """What a client asks for; `backbone` None is the service's default."""
 
-    dataset: str
-    validation_dataset: str | None = None
-    test_dataset: str | None = None
-    backbone: str
-    task: WantedTask = DEFAULT_TASK
+    dataset: str = Field(min_length=1, max_length=64)
+    validation_dataset: str | None = Field(None, max_length=64)
+    test_dataset: str | None = Field(None, max_length=64)
+    backbone: str | None = Field(None, pattern=NAME_PATTERN)
+    task: WantedTask = AUTO
     columns: TaskColumns = Field(Columns(), validate_default=True)
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"
     hyperparameters: dict[str, Any] = Field({})
-    metadata: dict[str, str] = Field({})
+    metadata: dict[
+        Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
+    ] = Field({}, max_length=16)
+
+
+class JobSpec(JobRequest):
+    """A request as accepted: hyperparameters as asked for, not yet resolved."""
+
+    backbone: str
+    task: WantedTask = DEFAULT_TASK
     actor: str = "anonymous"
 
     @property

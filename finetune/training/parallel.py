@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from pydantic import BaseModel, ConfigDict
 
+from finetune.data.options import FrozenModel
 from finetune.jobs.failures import ProcessLost
 from finetune.jobs.plan import TrainingPlan
 from finetune.training.memory import is_out_of_memory
@@ -39,11 +39,10 @@ _ENDING_S = 5.0  # a process that fails closes its connections before it has end
 _COMMAND = (sys.executable, "-m", "finetune.training.rank")
 
 
-class Assignment(BaseModel):
+class Assignment(FrozenModel):
     """What another process trains. `rows_file` holds the tokens and labels of the training rows, `group_file` is where
     the processes meet."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     method: str
     plan: TrainingPlan
     labels: tuple[str, ...]

@@ -135,19 +135,8 @@ def _accept(
     if task != "auto":
         check_task(wanted, task)
         services.registry.check_task(tenant=principal.tenant, name=body.register_as, task=task)
-    spec = JobSpec(
-        dataset=body.dataset,
-        validation_dataset=body.validation_dataset,
-        test_dataset=body.test_dataset,
-        backbone=backbone,
-        task=task,
-        columns=body.columns,
-        register_as=body.register_as,
-        promote=body.promote,
-        hyperparameters=body.hyperparameters,
-        metadata=body.metadata,
-        actor=principal.name,
-    )
+    accepted = {"backbone": backbone, "task": task, "actor": principal.name}
+    spec = JobSpec.model_validate({**dict(body), **accepted})
     for id_, record in records.items():
         _check_dataset(record, spec, split_column=wanted.split.column_read if id_ == spec.dataset else None)
     return spec, records, wanted

@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 
-from finetune.data.options import AUTO, Columns, TaskColumns, WantedTask
+from finetune.data.options import FrozenModel
+from finetune.jobs.records import JobRequest
 from model_registry.refs import NAME_PATTERN
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FinetuneRequest(_Request):
+class FinetuneRequest(JobRequest):
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={
             "examples": [{"dataset": "ds_…", "register_as": "reviews", "hyperparameters": {"method": "auto"}}]
         },
     )
-    dataset: str = Field(min_length=1, max_length=64)
-    validation_dataset: str | None = Field(None, max_length=64)
-    test_dataset: str | None = Field(None, max_length=64)
-    backbone: str | None = Field(None, pattern=NAME_PATTERN)
-    task: WantedTask = AUTO
-    columns: TaskColumns = Field(Columns(), validate_default=True)
-    register_as: str = Field(pattern=NAME_PATTERN)
-    promote: Literal["manual", "if_better"] = "manual"
-    hyperparameters: dict[str, Any] = {}
-    metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
-    ] = Field({}, max_length=16)
 
 
-class CancelRequest(_Request):
+class CancelRequest(FrozenModel):
     keep_best: bool = Field(True, description="register the best so far before ending")
 
 
-class AliasRequest(_Request):
+class AliasRequest(FrozenModel):
     version: int = Field(ge=1)
     expected_version: int | None = Field(description="where the alias points now; null if it does not exist yet")
     reason: str = Field("", max_length=1024)
@@ -59,11 +42,11 @@ class AliasPending(BaseModel):
     change: dict[str, Any]
 
 
-class RollbackRequest(_Request):
+class RollbackRequest(FrozenModel):
     alias: str = Field("champion", pattern=NAME_PATTERN)
     reason: str = Field("", max_length=1024)
 
 
-class ImportRequest(_Request):
+class ImportRequest(FrozenModel):
     name: str = Field(pattern=NAME_PATTERN, description="model to register the checkpoint as")
     source: str = Field(min_length=1, max_length=512, description="folder below import_root, or hub:org/name@revision")
