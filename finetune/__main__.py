@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import logging.config
 import signal
 import sys
 import time
@@ -25,6 +23,7 @@ from finetune.worker.warm_child import SpareChild, child_command
 from model_registry.db import Database
 from model_registry.engine_reports import EngineReports
 from model_registry.errors import DatabaseUnavailable
+from model_registry.logs import set_up
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
 from model_registry.settings import retired_settings
@@ -36,7 +35,7 @@ _log = logging.getLogger("finetune")
 
 def main() -> int:
     settings = load_worker_settings()
-    _set_up_logging(settings.log_level)
+    set_up(settings.log_level)
     for warning in retired_settings():
         _log.warning(warning, extra={"action": "retired_setting"})
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -134,25 +133,6 @@ def _cpu_has_bf16(torch: Any) -> bool:
     capability = torch.backends.cpu.get_cpu_capability()
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return capability.startswith("AVX512") and bool(probe and probe())
-
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        extra = {key: record.__dict__[key] for key in _EXTRA if key in record.__dict__}
-        line = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
-        if record.exc_info:
-            extra["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line | extra)
-
-
-_EXTRA = ("action", "job", "attempt", "outcome", "worker", "error")
-
-
-def _set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

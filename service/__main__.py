@@ -6,12 +6,12 @@ import json
 import logging
 import sys
 
+from model_registry.logs import set_up
 from model_registry.settings import retired_settings
 from modeling.engines.onnx import refuse_both_wheels
 from modeling.errors import EngineFailed
 from service.api.guard import DrainState
 from service.app import create_app
-from service.logs import set_up
 from service.metrics import ServingMetrics
 from service.server import DrainTimes, serve
 from service.settings import keep_threads_passive, load_settings
