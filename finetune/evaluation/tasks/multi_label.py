@@ -13,7 +13,7 @@ from finetune.evaluation.calibration import binary_calibration_error, fit_binary
 from finetune.evaluation.curves import one_against_rest
 from finetune.evaluation.gates import Gate, LabelDuel
 from finetune.evaluation.tasks.class_weights import positive_weights
-from finetune.evaluation.tasks.rules import Contest, Scale, Side
+from finetune.evaluation.tasks.rules import Contest, Side
 from finetune.evaluation.tasks.summed import Summed
 from finetune.evaluation.tasks.thresholds import fit_thresholds
 from model_registry.card import TaskTerms
@@ -27,13 +27,10 @@ _NEVER = np.float32(-1e4)  # the logit of a label that the champion does not kno
 
 
 class LabelSetRules(Summed):
-    has_labels = True
-    figures: tuple[str, ...] = ("micro_f1", "macro_f1", "subset_accuracy", "hamming_loss", "loss", "rows")
+    figures = ("micro_f1", "macro_f1", "subset_accuracy", "hamming_loss", "loss", "rows")
     card = TaskTerms(
         {"micro_f1": "micro F1", "macro_f1": "macro F1"}, "Labels with few rows have wide uncertainty.", figures
     )
-    fit_metric: str | None = None
-    least_fit = 0.8
 
     def encode(self, labels: Sequence[Sequence[str]], numbers: Sequence[str], names: Sequence[str]) -> FloatArray:
         index = {name: position for position, name in enumerate(names)}
@@ -41,9 +38,6 @@ class LabelSetRules(Summed):
         for row, own in enumerate(labels):
             targets[row, [index[name] for name in own]] = 1
         return targets
-
-    def scale(self, targets: FloatArray) -> Scale:
-        return Scale()
 
     def weights(self, wanted: Any, targets: FloatArray, names: Sequence[str]) -> FloatArray | None:
         return positive_weights(wanted, targets, names)
@@ -117,9 +111,6 @@ class LabelSetRules(Summed):
                 for i in frequent
             ]
         }
-
-    def tables(self, document: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[list[Any]]]:
-        return {}
 
     def contest(self, contest: Contest) -> list[Gate]:
         """The champion answers with its own thresholds; a label that it lacks it never gives."""

@@ -24,13 +24,13 @@ _FLIP = 0.01  # of the standard deviation of the values
 
 class NumberRules(Summed):
     has_labels = False
-    figures: tuple[str, ...] = ("rmse", "mae", "r2", "loss", "rows")
+    figures = ("rmse", "mae", "r2", "loss", "rows")
     card = TaskTerms(
         {"rmse": "RMSE", "mae": "MAE", "r2": "R²"},
         "Values beyond those of the training rows are extrapolated.",
         figures,
     )
-    fit_metric: str | None = "r2"
+    fit_metric = "r2"
     least_fit = 0.5
 
     def encode(self, labels: Sequence[Sequence[str]], numbers: Sequence[str], names: Sequence[str]) -> FloatArray:
@@ -39,9 +39,6 @@ class NumberRules(Summed):
     def scale(self, targets: FloatArray) -> Scale:
         deviation = float(targets.std(dtype=np.float64))
         return Scale(float(targets.mean(dtype=np.float64)), deviation if deviation > 0 else 1.0)
-
-    def weights(self, wanted: Any, targets: FloatArray, names: Sequence[str]) -> FloatArray | None:
-        return None
 
     def loss(self, outputs: FloatArray, targets: FloatArray) -> float:
         """Mean squared error over the variance of these rows: as large as a loss of standardised targets."""
@@ -62,9 +59,6 @@ class NumberRules(Summed):
         has_spread = spread > 1e-12 * second  # r2 of equal targets means nothing, and is given as 0
         r2 = np.where(has_spread, 1 - squared / np.where(has_spread, spread, 1), 0.0)
         return {"rmse": np.sqrt(squared / rows), "mae": absolute / rows, "r2": r2}
-
-    def calibrate(self, outputs: FloatArray, targets: FloatArray, *, with_temperature: bool) -> Calibration:
-        return Calibration()
 
     def report(self, side: Side) -> dict[str, Any]:
         residuals = side.outputs[:, 0].astype(np.float64) - side.targets
@@ -87,9 +81,6 @@ class NumberRules(Summed):
                 "predicted": side.outputs[kept, 0].astype(float).tolist(),
             }
         }
-
-    def tables(self, document: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[list[Any]]]:
-        return {}
 
     def contest(self, contest: Contest) -> list[Gate]:
         skipped = Gate("class_drop", "skipped", "skipped: numbers have no classes")

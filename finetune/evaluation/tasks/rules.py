@@ -36,14 +36,11 @@ class Scale:
         return self.mean == 0.0 and self.deviation == 1.0
 
     def standard(self, targets: Targets) -> Targets:
-        if self.is_identity:
-            return targets
-        return ((targets - np.float32(self.mean)) / np.float32(self.deviation)).astype(np.float32)
+        standard = (targets - np.float32(self.mean)) / np.float32(self.deviation)
+        return targets if self.is_identity else standard.astype(np.float32)
 
     def raw(self, outputs: FloatArray) -> FloatArray:
-        if self.is_identity:
-            return outputs
-        return outputs * np.float32(self.deviation) + np.float32(self.mean)
+        return outputs if self.is_identity else outputs * np.float32(self.deviation) + np.float32(self.mean)
 
     def folded(self, head: TaskHead) -> TaskHead:
         """The head of standardised targets with the scale in its last layer."""
@@ -94,25 +91,26 @@ class TaskRules(Protocol):
 
     `fit_metric` is what tells a poor fit from a good one, and `least_fit` what it should reach on the training rows;
     None is the job's metric. `grows`: whether the worth of more rows is measured. `has_labels`: whether targets name
-    any. `card` is what a model card
-    says by the kind of task.
+    any. `card` is what a model card says by the kind of task.
     """
 
-    has_labels: bool
+    has_labels: bool = True
     card: TaskTerms
     figures: tuple[str, ...]
     contest_gate: str
-    fit_metric: str | None
-    least_fit: float
-    grows: bool
+    fit_metric: str | None = None
+    least_fit: float = 0.8
+    grows: bool = False
 
     def encode(self, labels: Sequence[Sequence[str]], numbers: Sequence[str], names: Sequence[str]) -> Targets:
         """`labels` are the names that each row's label gives, `numbers` the labels as they stand."""
 
-    def scale(self, targets: Targets) -> Scale: ...
+    def scale(self, targets: Targets) -> Scale:
+        return Scale()
 
     def weights(self, wanted: Any, targets: Targets, names: Sequence[str]) -> FloatArray | None:
         """What `class_weights` comes to in the loss: a weight for each class, or for the positives of each label."""
+        return None
 
     def score(self, metric: str, outputs: FloatArray, targets: Targets) -> float: ...
     def loss(self, outputs: FloatArray, targets: Targets) -> float: ...
@@ -120,11 +118,14 @@ class TaskRules(Protocol):
     def summary(self, outputs: FloatArray, targets: Targets) -> dict[str, float]:
         """The figures of outputs that no answering has been fitted for yet."""
 
-    def calibrate(self, outputs: FloatArray, targets: Targets, *, with_temperature: bool) -> Calibration: ...
+    def calibrate(self, outputs: FloatArray, targets: Targets, *, with_temperature: bool) -> Calibration:
+        return Calibration()
+
     def report(self, side: Side) -> dict[str, Any]: ...
     def curves(self, side: Side) -> dict[str, Any]: ...
     def tables(self, document: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[list[Any]]]:
         """Tables of a side's report that a version holds as csv, by name."""
+        return {}
 
     def compare(self, side: Side, other: FloatArray) -> dict[str, Any]:
         """`difference` of the side's outputs to others, `gain` (above 0: better), `interval_95` and `p_value`."""

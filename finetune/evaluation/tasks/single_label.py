@@ -14,7 +14,7 @@ from finetune.evaluation.intervals import paired_difference
 from finetune.evaluation.mcnemar import compare
 from finetune.evaluation.slices import slices
 from finetune.evaluation.tasks.class_weights import class_weights
-from finetune.evaluation.tasks.rules import Contest, Scale, Side
+from finetune.evaluation.tasks.rules import Contest, Side, TaskRules
 from model_registry.card import TaskTerms
 from modeling.heads import softmax
 from modeling.tasks import Calibration
@@ -23,21 +23,15 @@ from modeling.weights import FloatArray, IntArray
 _MOST_CURVES = 50
 
 
-class ClassRules:
-    has_labels = True
-    figures: tuple[str, ...] = ("accuracy", "macro_f1", "weighted_f1", "loss", "rows")
+class ClassRules(TaskRules):
+    figures = ("accuracy", "macro_f1", "weighted_f1", "loss", "rows")
     card = TaskTerms({"accuracy": "accuracy", "macro_f1": "macro F1"}, "Labels with few rows have wide uncertainty.")
     contest_gate = "mcnemar"
-    fit_metric: str | None = None
-    least_fit = 0.8
     grows = True
 
     def encode(self, labels: Sequence[Sequence[str]], numbers: Sequence[str], names: Sequence[str]) -> IntArray:
         index = {name: position for position, name in enumerate(names)}
         return np.asarray([index[name] for (name,) in labels], dtype=np.int64)
-
-    def scale(self, targets: IntArray) -> Scale:
-        return Scale()
 
     def weights(self, wanted: Any, targets: IntArray, names: Sequence[str]) -> FloatArray | None:
         return class_weights(wanted, targets, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +13,15 @@ from finetune.evaluation import bootstrap
 from finetune.evaluation.bootstrap import Values
 from finetune.evaluation.gates import Gate
 from finetune.evaluation.slices import slices_by
-from finetune.evaluation.tasks.rules import Contest, Side, Targets
+from finetune.evaluation.tasks.rules import Contest, Side, Targets, TaskRules
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 LEAST_ROWS = 20  # below, a bootstrap's interval is a guess
 
 
-class Summed(ABC):
+class Summed(TaskRules):
     contest_gate = "paired_bootstrap"
-    grows = False
 
     @abstractmethod
     def parts(self, outputs: FloatArray, targets: Targets, answering: Calibration) -> Values:
@@ -31,9 +30,6 @@ class Summed(ABC):
     @abstractmethod
     def of_sums(self, sums: Values) -> Mapping[str, Values]:
         """Each metric float64[samples] of sums float64[samples, sums]."""
-
-    @abstractmethod
-    def loss(self, outputs: FloatArray, targets: Targets) -> float: ...
 
     def score(self, metric: str, outputs: FloatArray, targets: Targets) -> float:
         return self.summary(outputs, targets)[metric]
