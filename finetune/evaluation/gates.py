@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sklearn.metrics import precision_recall_fscore_support
 
 from finetune.data.targets import metric_of
-from finetune.evaluation.mcnemar import compare, least_discordant
+from finetune.evaluation.intervals import least_discordant, mcnemar
 from modeling.weights import IntArray
 
 LEAST_CLASS_ROWS = 20
@@ -70,7 +70,7 @@ def minimum(name: str, value: float, *, least: float, side: str) -> Gate:
 
 def better(duel: Duel, *, significance: float) -> Gate:
     """The candidate is right on more rows than the champion, and chance does not explain it (exact McNemar test)."""
-    figures = compare(duel.candidate == duel.labels, duel.champion == duel.labels)
+    figures = mcnemar(duel.candidate == duel.labels, duel.champion == duel.labels)
     only_candidate, only_champion = figures.pop("only_first_right"), figures.pop("only_second_right")
     figures |= {"only_candidate_right": only_candidate, "only_champion_right": only_champion, "limit": significance}
     discordant, least = only_candidate + only_champion, least_discordant(significance)

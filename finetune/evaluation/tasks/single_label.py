@@ -10,8 +10,7 @@ import numpy as np
 from finetune.evaluation import classification, curves, gates
 from finetune.evaluation.calibration import fit_temperature, negative_log_likelihood
 from finetune.evaluation.gates import Duel, Gate
-from finetune.evaluation.intervals import paired_difference
-from finetune.evaluation.mcnemar import compare
+from finetune.evaluation.intervals import mcnemar, paired_difference
 from finetune.evaluation.slices import slices
 from finetune.evaluation.tasks.class_weights import class_weights
 from finetune.evaluation.tasks.rules import Contest, Side, TaskRules
@@ -79,7 +78,7 @@ class ClassRules(TaskRules):
         own, others = (outputs.argmax(1) == side.targets for outputs in (side.outputs, other))
         difference, interval = paired_difference(own, others, seed=side.seed)
         figures = {"metric": "accuracy", "test": "McNemar", "gain": difference}
-        return {"difference": difference, "interval_95": interval, **compare(own, others), **figures}
+        return {"difference": difference, "interval_95": interval, **mcnemar(own, others), **figures}
 
     def contest(self, contest: Contest) -> list[Gate]:
         duel = Duel(

@@ -17,8 +17,7 @@ from finetune.evaluation.classification import report, score_answers
 from finetune.evaluation.curves import abstention, at_threshold, precision_recall, reliability, risk_coverage, thinned
 from finetune.evaluation.data_curve import data_curve, extrapolated, nested_parts
 from finetune.evaluation.gates import Duel, Gate
-from finetune.evaluation.intervals import intervals, paired_difference, resampled
-from finetune.evaluation.mcnemar import least_discordant, p_value
+from finetune.evaluation.intervals import intervals, least_discordant, p_value, paired_difference, resampled
 from finetune.evaluation.slices import LEAST_ROWS, MOST_VALUES, slices
 from modeling.heads import softmax
 
