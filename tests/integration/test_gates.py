@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from finetune.training import parity
-from finetune.training.champion import read_champion
+from finetune.training.promotion import read_champion
 from finetune.training.run_context import Rows, Run
 from model_registry.manifest import ModelManifest
 from model_registry.store import FileStore
