@@ -21,13 +21,22 @@ from finetune.jobs.hyperparameters import EMBEDDING_LOSSES
 from finetune.jobs.plan import MethodPlan
 from finetune.training import bf16_cpu
 from finetune.training.batches import Ahead, Batch, FeatureRows, epoch_order, epoch_size, make_batch, passes
-from finetune.training.checkpoints import load_checkpoint, save_checkpoint
+from finetune.training.checkpoints import (
+    Best,
+    Progress,
+    copied,
+    from_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    to_checkpoint,
+    trainable,
+)
 from finetune.training.losses import build_loss
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
 from finetune.training.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.training.parallel import Exchange, seed_of, share_of
 from finetune.training.run_context import Run
-from finetune.training.state import Best, Progress, copied, from_checkpoint, load_weights, to_checkpoint, trainable
 from modeling.weights import FloatArray, IntArray
 
 _CHECKPOINT_EVERY_S = 60.0

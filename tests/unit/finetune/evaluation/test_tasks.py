@@ -32,9 +32,9 @@ from finetune.evaluation.tasks.regression import NumberRules
 from finetune.evaluation.tasks.rules import Contest, Scale, Side
 from finetune.evaluation.tasks.thresholds import fit_thresholds
 from finetune.jobs.hyperparameters import EarlyStopping, GateOptions, PlanError, check_task, parse_hyperparameters
+from finetune.training.checkpoints import Progress
 from finetune.training.losses import bce, focal_of_labels
 from finetune.training.methods import one_vs_rest
-from finetune.training.state import Progress
 from modeling.heads import DenseLayer, TaskHead, sigmoid
 from modeling.tasks import TASKS, Calibration
 from modeling.weights import FloatArray
