@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,23 +72,18 @@ def expected_calibration_error(
 ) -> float:
     """Mean gap between confidence and accuracy over equal-width confidence bins, weighted by rows."""
     probabilities = softmax(logits / np.float32(temperature))
-    confidence = probabilities.max(1)
-    is_right: npt.NDArray[np.bool_] = probabilities.argmax(1) == labels
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [
-        abs(float(confidence[index == bin_].mean()) - float(is_right[index == bin_].mean()))
-        * float((index == bin_).mean())
-        for bin_ in range(bins)
-        if (index == bin_).any()
-    ]
-    return float(sum(gaps))
+    return _mean_gap(probabilities.max(1), probabilities.argmax(1) == labels, bins)
 
 
 def binary_calibration_error(
     logits: FloatArray, targets: FloatArray, *, temperature: float = 1.0, bins: int = 15
 ) -> float:
     """Mean gap between probability and frequency over equal-width bins of all rows and labels, weighted by size."""
-    probabilities = sigmoid(logits / np.float32(temperature)).ravel().astype(np.float64)
-    index = np.minimum((probabilities * bins).astype(int), bins - 1)
-    sums = np.bincount(index, weights=probabilities - targets.ravel(), minlength=bins)
-    return float(np.abs(sums).sum() / max(1, len(probabilities)))
+    return _mean_gap(sigmoid(logits / np.float32(temperature)).ravel(), targets.ravel(), bins)
+
+
+def _mean_gap(probabilities: FloatArray, outcomes: npt.NDArray[Any], bins: int) -> float:
+    wide = probabilities.astype(np.float64)
+    index = np.minimum((wide * bins).astype(int), bins - 1)
+    sums = np.bincount(index, weights=wide - outcomes, minlength=bins)
+    return float(np.abs(sums).sum() / max(1, len(wide)))

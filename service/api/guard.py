@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -74,14 +75,6 @@ class DrainState:
         self.refusing = False
         self.in_flight = 0
 
-    def enter(self) -> None:
-        """Counts a request in."""
-        self.in_flight += 1
-
-    def leave(self) -> None:
-        """Counts a request out."""
-        self.in_flight -= 1
-
 
 class RequestGuard:
     """Counts, times and checks each request, then calls `app`.
@@ -114,11 +107,11 @@ class RequestGuard:
         if scope["path"] in PROBE_PATHS:
             await self._answer(scope, body, response)
             return
-        self.state.enter()
+        self.state.in_flight += 1
         try:
             await self._answer(scope, body, response)
         finally:
-            self.state.leave()
+            self.state.in_flight -= 1
 
     async def _answer(self, scope: Scope, body: _BodyMeter, response: _Response) -> None:
         """Runs the app and answers every refusal and fault that left the response unsent."""
@@ -199,12 +192,8 @@ async def checked_json(content: bytes, limits: GuardLimits) -> bytes:
     opened = content.count(b"[") + content.count(b"{")
     if opened <= limits.max_json_depth and opened + content.count(b",") <= limits.max_json_tokens:
         return content
-    if len(content) <= OFF_LOOP_BYTES:
-        fault = json_fault(content, max_depth=limits.max_json_depth, max_tokens=limits.max_json_tokens)
-    else:
-        fault = await asyncio.to_thread(
-            json_fault, content, max_depth=limits.max_json_depth, max_tokens=limits.max_json_tokens
-        )
+    find = partial(json_fault, content, max_depth=limits.max_json_depth, max_tokens=limits.max_json_tokens)
+    fault = find() if len(content) <= OFF_LOOP_BYTES else await asyncio.to_thread(find)
     if fault is not None:
         raise Problem(400, "malformed_request", fault)
     return content
