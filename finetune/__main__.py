@@ -13,7 +13,7 @@ from typing import Any
 from finetune.data.store import DatasetStore
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.store import JobStore
-from finetune.worker.claim_loop import Worker, WorkerFolders
+from finetune.worker.claim_loop import Worker
 from finetune.worker.metrics import WorkerMetrics
 from finetune.worker.settings import WorkerSettings, load_worker_settings
 from finetune.worker.supervisor import Ledger, Timing
@@ -50,14 +50,7 @@ def main() -> int:
         DatasetStore(database),
         backbones=backbones,
         profile=_profile(settings),
-        folders=WorkerFolders(
-            datasets=settings.data_dir / "datasets",
-            work=settings.data_dir / "work",
-            logs=settings.data_dir / "logs" / "jobs",
-            store=settings.data_dir / "store",
-            features=settings.data_dir / "cache" / "features",
-            graphs=settings.data_dir / "cache" / "graphs",
-        ),
+        data_dir=settings.data_dir,
         timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
         poll_s=settings.poll_s,
         engines=EngineReports(database),

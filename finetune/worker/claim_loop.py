@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,6 @@ _MAX_BACKOFF_S = 30.0
 _MOST_EVENTS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerFolders:
-    """`datasets` holds parsed uploads, `work` the resume state of runs, `logs` their output, `store` the artefacts,
-    `features` vectors of frozen backbones and `graphs` the server's exports."""
-
-    datasets: Path
-    work: Path
-    logs: Path
-    store: Path
-    features: Path
-    graphs: Path
-
-
 class Worker:
     """One worker process. `stop()` may be called from a signal handler."""
 
@@ -61,7 +48,7 @@ class Worker:
         *,
         backbones: Mapping[str, Backbone],
         profile: WorkerProfile,
-        folders: WorkerFolders,
+        data_dir: Path,
         timing: Timing,
         poll_s: float,
         engines: EngineReports | None = None,
@@ -69,9 +56,11 @@ class Worker:
         spare: SpareChild | None = None,
         sink: MlflowSink | None = None,
     ) -> None:
-        """`engines`: what servers measured; `spare`: a training process to keep waiting while there is no job."""
+        """`data_dir` is shared with the serving process, which puts datasets and graphs there; `engines`: what servers
+        measured; `spare`: a training process to keep waiting while there is no job."""
         self._id, self._ledger, self._datasets = worker_id, ledger, datasets
-        self._backbones, self._profile, self._folders, self._timing = backbones, profile, folders, timing
+        self._backbones, self._profile, self._timing = backbones, profile, timing
+        self._folder, self._work = data_dir.absolute(), data_dir.absolute() / "work"
         self._poll_s, self._sink = poll_s, sink
         self._engines, self._feature_cache_bytes, self._spare = engines, feature_cache_bytes, spare
         # A plain flag: an Event set by a signal handler can deadlock with the main thread inside its wait.
@@ -119,9 +108,9 @@ class Worker:
 
     def sweep(self) -> None:
         """Removes resume state of jobs that ended without a worker, such as those cancelled while paused."""
-        if self._folders.work.is_dir():
-            for job_id in self._ledger.jobs.ended([path.name for path in self._folders.work.iterdir()]):
-                shutil.rmtree(self._folders.work / job_id, ignore_errors=True)
+        if self._work.is_dir():
+            for job_id in self._ledger.jobs.ended([path.name for path in self._work.iterdir()]):
+                shutil.rmtree(self._work / job_id, ignore_errors=True)
 
     def work_once(self) -> bool:
         """Claims and runs one job. False if there was none."""
@@ -172,12 +161,12 @@ class Worker:
             child_job,
             self._timing,
             should_stop=lambda: self._is_stopping,
-            log_file=self._folders.logs / f"{job.id}.log",
+            log_file=self._folder / "logs" / "jobs" / f"{job.id}.log",
             spare=self._spare,
         )
         outcome = supervisor.run()
         if outcome in {"succeeded", "failed", "cancelled"}:
-            shutil.rmtree(self._folders.work / job.id, ignore_errors=True)
+            shutil.rmtree(self._work / job.id, ignore_errors=True)
             self._track(lease, job)
         return outcome
 
@@ -210,18 +199,18 @@ class Worker:
             validation=inputs[spec.validation_dataset] if spec.validation_dataset else None,
             test=inputs[spec.test_dataset] if spec.test_dataset else None,
             backbone_folder=self._backbones[spec.backbone].folder.absolute(),
-            store_root=self._folders.store.absolute(),
-            work_dir=(self._folders.work / job.id / f"attempt-{lease.attempt}-{lease.token}").absolute(),
+            store_root=self._folder / "store",
+            work_dir=self._work / job.id / f"attempt-{lease.attempt}-{lease.token}",
             worker=self._profile,
             elapsed_s=ran_s,
             earlier_work_dirs=self._earlier_work_dirs(job.id, lease.token),
             embedding=self._embedding(self._backbones[spec.backbone]),
-            graphs_root=self._folders.graphs.absolute(),
+            graphs_root=self._folder / "cache" / "graphs",
             earlier_events=self._events(job),
         )
 
     def _embedding(self, backbone: Backbone) -> EmbeddingInput:
-        graphs = GraphFiles(self._folders.graphs.absolute() / graphs_key(backbone.info.digest))
+        graphs = GraphFiles(self._folder / "cache" / "graphs" / graphs_key(backbone.info.digest))
         measured = [] if self._engines is None else self._engines.of([backbone.info.digest])
         engine = choose_engine(
             [{"device": row.device, "chosen": row.chosen} for row in measured],
@@ -232,7 +221,7 @@ class Worker:
         return EmbeddingInput(
             engine=engine,
             graphs=graphs.folder,
-            cache=self._folders.features.absolute(),
+            cache=self._folder / "cache" / "features",
             cache_bytes=self._feature_cache_bytes,
         )
 
@@ -242,13 +231,13 @@ class Worker:
 
     def _earlier_work_dirs(self, job_id: str, token: int) -> tuple[Path, ...]:
         """Folders of runs under older leases, the newest first; the token orders them, whichever host they ran on."""
-        found = {int(path.name.rpartition("-")[2]): path for path in (self._folders.work / job_id).glob("attempt-*-*")}
-        return tuple(found[older].absolute() for older in sorted(found, reverse=True) if older < token)
+        found = {int(path.name.rpartition("-")[2]): path for path in (self._work / job_id).glob("attempt-*-*")}
+        return tuple(found[older] for older in sorted(found, reverse=True) if older < token)
 
     def _dataset(self, tenant: str, dataset_id: str) -> DatasetInput:
         record = self._datasets.get(tenant, dataset_id)
-        rows = self._folders.datasets / tenant / dataset_id / ROWS_FILE
-        return DatasetInput(id=dataset_id, sha256=record.sha256, rows_file=rows.absolute())
+        rows = self._folder / "datasets" / tenant / dataset_id / ROWS_FILE
+        return DatasetInput(id=dataset_id, sha256=record.sha256, rows_file=rows)
 
 
 def _invalid(record: DatasetRecord) -> JobFailure:
