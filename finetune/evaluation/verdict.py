@@ -28,14 +28,6 @@ class Judgement:
     message: str
     evidence: Mapping[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "message": self.message,
-            "evidence": dict(self.evidence),
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Figures:

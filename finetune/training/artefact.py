@@ -17,7 +17,6 @@ from typing import Any
 from finetune.evaluation.plots import draw
 from finetune.jobs.link import ChildJob
 from finetune.training.methods.candidate import Candidate, Servable
-from finetune.training.report import Assessment
 from finetune.training.run_context import Run
 from model_registry.card import CardContext, TaskTerms, render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
@@ -99,10 +98,12 @@ def write_artefact(
         (folder / "eval" / f"{name}.csv").write_text(_csv(rows))
 
 
-def write_judgement(folder: Path, assessment: Assessment, labels: Sequence[str]) -> None:
+def write_judgement(
+    folder: Path, evaluation: Mapping[str, Any], curves: Mapping[str, Any], labels: Sequence[str]
+) -> None:
     """The points of the curves, and the pictures of them where matplotlib is installed."""
-    (folder / "eval" / "curves.json").write_text(json.dumps(assessment.curves))
-    for name, content in draw(assessment.evaluation, assessment.curves, labels).items():
+    (folder / "eval" / "curves.json").write_text(json.dumps(curves))
+    for name, content in draw(evaluation, curves, labels).items():
         (folder / "eval" / name).write_bytes(content)
 
 

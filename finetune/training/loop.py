@@ -263,11 +263,11 @@ class _Loop:
         """Leave this process's part of that gradient in the parameters: all of it if no other process trains. Give its
         part of the loss, the sum of its rows' plain losses, and its number of rows."""
         self.model.train()
-        (rows, batches), targets = self.batches.get(step), self.targets
-        weight = float(self.objective.weights(self._of_rows(targets, rows)).sum())
+        rows, batches = self.batches.get(step)
+        weight = float(self.objective.weights(self._targets(rows)).sum())
         losses = []
         for batch in batches:
-            of_rows, of_vectors, plain = self._losses(batch, self._targets(targets, batch))
+            of_rows, of_vectors, plain = self._losses(batch, self._targets(batch.rows))
             loss = of_rows.sum() / weight + of_vectors * (len(batch.rows) / len(rows))
             losses.append((batch, of_rows.detach(), torch.stack([loss.detach(), plain])))
             self.accelerator.backward(loss)
@@ -278,11 +278,8 @@ class _Loop:
             self.broken = [row for batch, values, _ in losses for row in self._broken(batch, values)]
         return total, plain_total, sum(len(batch.rows) for batch in batches)
 
-    def _targets(self, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self._of_rows(targets, batch.rows)
-
-    def _of_rows(self, targets: torch.Tensor, rows: IntArray) -> torch.Tensor:
-        return targets[torch.from_numpy(rows)].to(self.accelerator.device)
+    def _targets(self, rows: IntArray) -> torch.Tensor:
+        return self.targets[torch.from_numpy(rows)].to(self.accelerator.device)
 
     def _losses(self, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """float32[rows] of the output, one value for the pass of the vectors (0 where the loss has none), and the sum
@@ -342,13 +339,13 @@ class _Loop:
     def _find_size(self) -> None:
         """The most rows that fit into the device's memory in one pass: tried with the longest rows there are."""
         longest = np.argsort(-self.train_rows.lengths, kind="stable")[: self.rows_per_step]
-        targets, random = self.targets, torch.get_rng_state()
+        random = torch.get_rng_state()
 
         def attempt(size: PassSize) -> None:
             self.optimizer.zero_grad()
             self.model.train()
             batch = make_batch(self.train_rows, longest[: size.rows], self.accelerator.device)
-            of_rows, of_vectors, _ = self._losses(batch, self._targets(targets, batch))
+            of_rows, of_vectors, _ = self._losses(batch, self._targets(batch.rows))
             self.accelerator.backward(of_rows.mean() + of_vectors)
             self.optimizer.zero_grad()
 

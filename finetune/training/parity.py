@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,6 @@ from modeling.weights import FloatArray
 
 MOST_ROWS = 1000
 _KEY = "parity"
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """The version's weights as written: its own backbone or the shared one, and its adapter if it has one."""
-
-    backbone: Backbone
-    adapter: Adapter | None
 
 
 def engine_parity(
@@ -89,24 +80,16 @@ def _compared(
     files: GraphFiles,
     answering: Calibration,
 ) -> Gate:
-    weights = _written(run, best, folder)
-    reference = _reference(weights.backbone) if best.kind == "full" else run.engine
-    other = onnx_engine(files, open_preprocessor(weights.backbone).collate, threads=run.plan.cpu_threads)
-    wanted, got = (_vectors(engine, run, examples, weights.adapter) for engine in (reference, other))
+    backbone, reference = run.backbone, run.engine
+    if best.kind == "full":
+        backbone = Backbone.open(folder / "full")
+        reference = build_engine(REFERENCE, backbone, None, EngineOptions())
+    adapter = Adapter.read(folder / "adapter") if best.kind == "lora" else None
+    other = onnx_engine(files, open_preprocessor(backbone).collate, threads=run.plan.cpu_threads)
+    wanted, got = (_vectors(engine, run, examples, adapter) for engine in (reference, other))
     assert servable.head is not None
     flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)
     return parity("onnx/fp32", rows=len(examples), flips=flips, least_cosine=least_cosine(wanted, got))
-
-
-def _reference(backbone: Backbone) -> Engine:
-    return build_engine(REFERENCE, backbone, None, EngineOptions())
-
-
-def _written(run: Run, best: Candidate, folder: Path) -> _Weights:
-    return _Weights(
-        backbone=Backbone.open(folder / "full") if best.kind == "full" else run.backbone,
-        adapter=Adapter.read(folder / "adapter") if best.kind == "lora" else None,
-    )
 
 
 def _vectors(engine: Engine, run: Run, examples: Sequence[Example], adapter: Adapter | None) -> FloatArray:

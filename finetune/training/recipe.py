@@ -107,8 +107,7 @@ def register(job: ChildJob, run: Run, candidates: Sequence[Candidate], journal: 
     answering = run.rules.calibrate(
         best.validation_logits, run.validation.labels, with_temperature=run.plan.calibration == "temperature"
     )
-    assessment = assess(run, Outcome(candidates, best, test_logits, answering))
-    evaluation = assessment.evaluation
+    evaluation, curves = assess(run, Outcome(candidates, best, test_logits, answering))
     evaluation["suspects"] = run.suspects
     link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(run, evaluation))
 
@@ -120,7 +119,7 @@ def register(job: ChildJob, run: Run, candidates: Sequence[Candidate], journal: 
         contender = Contender(best, servable, folder, test_logits, answering, evaluation)
         evaluation["promotion"] = judge(job, run, link, store, contender)
         write_artefact(folder, job, run, best, servable, answering=answering, evaluation=evaluation)
-        write_judgement(folder, assessment, run.labels)
+        write_judgement(folder, evaluation, curves, run.labels)
         link.phase(JobPhase.REGISTERING)
         version = link.reserve(kind=best.kind, method=best.method)
         write_events(folder, journal.entries)
@@ -289,8 +288,7 @@ def choose(candidates: Sequence[Candidate], run: Run) -> Candidate:
     values = [run.score(candidate.validation_logits) for candidate in candidates]
     place = run.plan.deciding.best(values)
     best = candidates[place]
-    data = {"metric": run.plan.metric, "value": values[place], "method": best.method, "step": 0}
-    run.link.set(best=data)
+    run.link.set(best={"metric": run.plan.metric, "value": values[place], "method": best.method, "step": 0})
     return best
 
 

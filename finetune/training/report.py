@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.evaluation.curves import abstention, at_threshold
@@ -17,14 +17,6 @@ from modeling.weights import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
-class Assessment:
-    """`evaluation` goes into the job and the version; `curves` are points to draw, in the version alone."""
-
-    evaluation: dict[str, Any]
-    curves: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """What the run came to: the methods tried, the chosen one, and how it answers the test rows as served."""
 
@@ -34,7 +26,8 @@ class Outcome:
     answering: Calibration
 
 
-def assess(run: Run, outcome: Outcome) -> Assessment:
+def assess(run: Run, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The evaluation, for the job and the version, and the curves: points to draw, in the version alone."""
     best, rules = outcome.best, run.rules
     sides = {"validation": _side(run, best.validation_logits, run.validation, outcome.answering)}
     if outcome.test_logits is not None:
@@ -52,9 +45,9 @@ def assess(run: Run, outcome: Outcome) -> Assessment:
     curves = {name: rules.curves(side) for name, side in sides.items()}
     evaluation["abstention"] = _abstention(run, outcome, curves["validation"])
     evaluation["data_curve"] = measure_growth(run) if rules.grows else None
-    evaluation["verdict"] = [judgement.as_dict() for judgement in verdict(_figures(run, outcome, evaluation))]
+    evaluation["verdict"] = [asdict(judgement) for judgement in verdict(_figures(run, outcome, evaluation))]
     curves["history"] = {"method": best.method, "metric": run.plan.metric, **_history(best)}
-    return Assessment(evaluation, curves)
+    return evaluation, curves
 
 
 def _method(run: Run, candidate: Candidate) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class _Trials:
         self.best: tuple[int, Candidate] | None = None
         self.optuna = _optuna()
         self.distributions = {name: _distribution(self.optuna, name, spec) for name, spec in run.plan.space.items()}
+        known = self.optuna.trial.TrialState
+        self.states = {"complete": known.COMPLETE, "pruned": known.PRUNED, "failed": known.FAIL}
         self.study = self._study()
 
     # Before and after
@@ -183,9 +185,7 @@ class _Trials:
                 shutil.rmtree(self._folder(self.run.work_dir, trial.number), ignore_errors=True)
 
     def _end(self, asked: Any, trial: Trial) -> None:
-        states = self.optuna.trial.TrialState
-        state = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[trial.state]
-        self.study.tell(asked, trial.value if trial.state == "complete" else None, state=state)
+        self.study.tell(asked, trial.value if trial.state == "complete" else None, state=self.states[trial.state])
         path = self.run.work_dir / _FILE
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps([asdict(one) for one in self.done]))
@@ -197,12 +197,10 @@ class _Trials:
         self._tidy()
 
     def _add(self, trial: Trial) -> None:
-        states = self.optuna.trial.TrialState
         self.done.append(trial)
-        state = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[trial.state]
         self.study.add_trial(
             self.optuna.trial.create_trial(
-                state=state,
+                state=self.states[trial.state],
                 value=trial.value if trial.state != "failed" else None,
                 params=trial.params,
                 distributions=self.distributions,

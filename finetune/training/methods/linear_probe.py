@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -12,12 +13,12 @@ from finetune.training.methods import logistic, one_vs_rest, ridge
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.methods.logistic import Fit, Judged
 from finetune.training.run_context import Run
-from modeling.heads import TaskHead
 
-_MODELS: dict[str, ModuleType] = {
-    "single_label": logistic,
-    "multi_label": one_vs_rest,
-    "regression": ridge,
+# How a head is fitted, how the fits that are compared are, and the strengths that are tried, by the kind of task.
+_MODELS: dict[str, tuple[Callable[..., Fit], Callable[..., Fit], Sequence[float]]] = {
+    "single_label": (logistic.fit, partial(logistic.fit, tolerance=logistic.PATH_TOLERANCE), logistic.STRENGTHS),
+    "multi_label": (one_vs_rest.fit, one_vs_rest.fit, logistic.STRENGTHS),
+    "regression": (ridge.fit, ridge.fit, ridge.STRENGTHS),
 }
 
 
@@ -26,14 +27,14 @@ def train(run: Run) -> Candidate:
     train_features, validation_features = run.features("train"), run.features("validation")
     run.link.phase(JobPhase.TRAINING)
 
-    def judge(fit: Fit) -> Judged:
+    def judge(fitted: Fit) -> Judged:
         run.link.check_cancelled()
-        logits = fit.head.logits(validation_features)
+        logits = fitted.head.logits(validation_features)
         loss = run.rules.loss(logits, run.validation.labels)
-        return Judged(fit, run.plan.deciding.gain(run.score(logits)), loss)
+        return Judged(fitted, run.plan.deciding.gain(run.score(logits)), loss)
 
-    model = _MODELS[run.kind]
-    fits = model.path(run, train_features, run.train.labels)
+    fit, compared, strengths = _MODELS[run.kind]
+    fits = logistic.path(partial(compared, run, train_features, run.train.labels), strengths)
     rows = len(run.validation.labels) if run.plan.deciding.is_share else None
     chosen = logistic.best_of(fits, judge, rows=rows)
     run.probe_head = chosen.head
@@ -41,7 +42,7 @@ def train(run: Run) -> Candidate:
     def finish() -> Servable:
         features = np.concatenate([train_features, validation_features])
         labels = np.concatenate([run.train.labels, run.validation.labels])
-        head: TaskHead = model.fit(run, features, labels, strength=chosen.strength, start=chosen).head
+        head = fit(run, features, labels, strength=chosen.strength, start=chosen).head
 
         return Servable(
             logits=lambda examples: head.logits(run.embed(examples)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ STRENGTHS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 # Some dimensions of a backbone are dead (3 of MiniLM's 384 hardly vary): scaled up, they would be noise.
 _LEAST_SPREAD = 0.01
 _ITERATIONS = 500
-_PATH_TOLERANCE = 1e-3  # a third of the iterations of 1e-4, and the same choice on R8
+PATH_TOLERANCE = 1e-3  # of the fits that are compared: a third of the iterations of 1e-4, and the same choice on R8
 _PATIENCE = 3  # strengths without a gain until weaker ones are not tried any more
 
 
@@ -83,11 +83,11 @@ def _by_index(run: Run, labels: IntArray) -> dict[int, float] | None:
     return None if weights is None else dict(enumerate(weights.tolist()))
 
 
-def path(run: Run, features: FloatArray, labels: IntArray) -> Iterator[Fit]:
+def path(fitted: Callable[..., Fit], strengths: Sequence[float]) -> Iterator[Fit]:
     """Fits from strong to weak regularisation, each started from the last."""
     last: Fit | None = None
-    for strength in STRENGTHS:
-        last = fit(run, features, labels, strength=strength, start=last, tolerance=_PATH_TOLERANCE)
+    for strength in strengths:
+        last = fitted(strength=strength, start=last)
         yield last
 
 

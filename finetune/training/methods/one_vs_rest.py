@@ -6,15 +6,13 @@ where a solver for each would take a pass over the rows for each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 from finetune.evaluation.tasks.class_weights import positive_weights
 from finetune.training.methods.baseline import constant_bias
-from finetune.training.methods.logistic import STRENGTHS, Fit, folded_head, standardisation
+from finetune.training.methods.logistic import Fit, folded_head, standardisation
 from finetune.training.run_context import Run
 from modeling.heads import sigmoid
 from modeling.weights import FloatArray
@@ -40,13 +38,6 @@ def fit(run: Run, features: FloatArray, targets: FloatArray, *, strength: float,
         with threadpool_limits(1):
             weight[varies], bias[varies] = _solved(standard, targets[:, varies], strength, own, first)
     return Fit(folded_head(weight, bias, mean, scale), strength, weight, bias)
-
-
-def path(run: Run, features: FloatArray, targets: FloatArray) -> Iterator[Fit]:
-    last: Fit | None = None
-    for strength in STRENGTHS:
-        last = fit(run, features, targets, strength=strength, start=last)
-        yield last
 
 
 def _solved(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from sklearn.linear_model import Ridge
 from threadpoolctl import threadpool_limits
@@ -24,8 +22,3 @@ def fit(run: Run, features: FloatArray, targets: FloatArray, *, strength: float,
         model.fit(((features - mean) / scale).astype(np.float64), targets.astype(np.float64))
     weight, bias = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
     return Fit(folded_head(weight, bias, mean, scale), strength, weight, bias)
-
-
-def path(run: Run, features: FloatArray, targets: FloatArray) -> Iterator[Fit]:
-    for strength in STRENGTHS:
-        yield fit(run, features, targets, strength=strength)
