@@ -286,7 +286,7 @@ class Registry:
         """All models of a tenant by name, each with its aliases and its versions, newest first."""
         with self._database.read() as connection:
             queries = ((sa.select(models), models), (sa.select(aliases), aliases), (_with_task(), model_versions))
-            mine = [_of_tenant(query, table, tenant, name) for query, table in queries]
+            mine = [_of_model(query, table, tenant, name) for query, table in queries]
             model_rows, alias_rows, version_rows = (connection.execute(query).all() for query in mine)
         pointers: dict[str, dict[str, int]] = {row.name: {} for row in model_rows}
         versions: dict[str, list[ModelVersion]] = {row.name: [] for row in model_rows}
@@ -410,7 +410,7 @@ class Registry:
             raise ModelNotFound(f"there is no model {name[:70]!r}")
 
     def _require_task(self, connection: sa.Connection, tenant: str, name: str, task: str) -> None:
-        query = _of_tenant(_with_task(), model_versions, tenant, name)
+        query = _of_model(_with_task(), model_versions, tenant, name)
         row = connection.execute(query.where(model_versions.c.status == "ready").limit(1)).first()
         if row is not None and row.task != task:
             raise InvalidReference(f"the versions of {name} are for {row.task}; register {task} under another name")
@@ -436,17 +436,14 @@ def check_alias(alias: str) -> str:
     return check_name(alias, what="alias")
 
 
-def _of_tenant(query: Any, table: sa.Table, tenant: str, name: str | None) -> Any:
+def _of_model(query: Any, table: sa.Table, tenant: str, name: str | None) -> Any:
+    """Rows of one model, or of all of the tenant's without a `name`."""
     query = query.where(table.c.tenant == tenant)
     return query if name is None else query.where(table.c.name == name)
 
 
-def _of_model(query: Any, table: sa.Table, tenant: str, name: str) -> Any:
-    return _of_tenant(query, table, tenant, name)
-
-
 def _of_version(query: Any, tenant: str, name: str, version: int) -> Any:
-    return _of_tenant(query, model_versions, tenant, name).where(model_versions.c.version == version)
+    return _of_model(query, model_versions, tenant, name).where(model_versions.c.version == version)
 
 
 def _with_task() -> sa.Select[Any]:

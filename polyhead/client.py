@@ -144,8 +144,7 @@ class Client:
 
     def jobs(self, *, status: str | None = None, limit: int = 20) -> list[Json]:
         """Newest first."""
-        parameters = {"limit": limit} | ({"status": status} if status else {})
-        return self._list("/finetune", parameters)
+        return self._list("/finetune", {"limit": limit} | ({"status": status} if status else {}))
 
     def events(self, job_id: str, after: int = 0) -> list[Json]:
         """Every event with a `seq` larger than `after`, in order."""

@@ -101,7 +101,8 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         left_s = self._seconds_left()
         # Requests that outlived their grace are cancelled; the guard answers them 503.
-        self.config.timeout_graceful_shutdown = cast(int, 0.0 if self._is_out_of_grace() else min(IDLE_CLOSE_S, left_s))
+        is_out_of_grace = self.force_exit or (self.state.refusing and self.state.in_flight > 0)
+        self.config.timeout_graceful_shutdown = cast(int, 0.0 if is_out_of_grace else min(IDLE_CLOSE_S, left_s))
         try:
             async with asyncio.timeout(left_s):
                 await super().shutdown(sockets)
@@ -121,9 +122,6 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
         self.force_exit = True
         exit_hard_after(SECOND_SIGNAL_S)
-
-    def _is_out_of_grace(self) -> bool:
-        return self.force_exit or (self.state.refusing and self.state.in_flight > 0)
 
     def _seconds_left(self) -> float:
         """Until a little before the hard end, so that an orderly end comes first."""

@@ -113,10 +113,6 @@ class ServingSettings(CommonSettings):
         return self.default_backbone or next(iter(self.backbones))
 
     @property
-    def preprocessor_threads(self) -> int:
-        return self.tokenizer_threads
-
-    @property
     def resolved_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
 

@@ -70,7 +70,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             admission,
             metrics,
             max_inputs=settings.max_client_batch_size,
-            preprocessor_threads=settings.preprocessor_threads,
+            preprocessor_threads=settings.tokenizer_threads,
         )
         stack.callback(predictor.close)
         intake = DatasetIntake(

@@ -87,15 +87,10 @@ def learning(history: Mapping[str, Any]) -> Any:
             axis.axvline(history["best_step"], color="black", linestyle="--", linewidth=1, label="best, kept")
         if history["overfits_after_step"] is not None:
             axis.axvspan(history["overfits_after_step"], steps[-1], color=_MARK, alpha=0.1, lw=0, label="overfitting")
-        axis.set_ylim(*_room(axis.get_ylim()))
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.15 * (high - low))  # space at the top for the legend
     loss.legend(loc="upper right", fontsize=8)
     return figure
-
-
-def _room(limits: tuple[float, float]) -> tuple[float, float]:
-    """Space at the top for the legend."""
-    low, high = limits
-    return low, high + 0.15 * (high - low)
 
 
 def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], side: str) -> Any:
@@ -194,10 +189,13 @@ def risk_coverage(curve: Mapping[str, Any], abstention: Mapping[str, Any], side:
         label = f"threshold {abstention['threshold']:.3f}"
         axis.plot([chosen["coverage"]], [chosen["accuracy"]], "o", color=_MARK, label=label)
         axis.axhline(abstention["target_accuracy"], color=_FAINT, linestyle="--", linewidth=1, label="target accuracy")
-    low = min(curve["accuracy"], default=0.0)
-    title = f"Accuracy when only the confident {side} rows are answered"
-    axis.set(title=title, xlabel="share of the rows answered", ylabel="accuracy")
-    axis.set(xlim=(0, 1.01), ylim=(max(0.0, low - 0.02), 1.003))
+    axis.set(
+        title=f"Accuracy when only the confident {side} rows are answered",
+        xlabel="share of the rows answered",
+        ylabel="accuracy",
+        xlim=(0, 1.01),
+        ylim=(max(0.0, min(curve["accuracy"], default=0.0) - 0.02), 1.003),
+    )
     axis.legend(fontsize=8, loc="lower left")
     return figure
 

@@ -50,8 +50,7 @@ def slices_by(
 def _column(values: Sequence[str | None], figure: Figure, metric: Metric) -> dict[str, Any]:
     named = np.asarray([_NO_VALUE if value is None else value for value in values], dtype=object)
     found, counts = np.unique(named, return_counts=True)
-    order = np.lexsort((found, -counts))
-    enough = [index for index in order if counts[index] >= LEAST_ROWS]
+    enough = [index for index in np.lexsort((found, -counts)) if counts[index] >= LEAST_ROWS]
     kept = enough[:MOST_VALUES]
     rows = [_one(str(found[index]), named == found[index], figure, metric) for index in kept]
     return {

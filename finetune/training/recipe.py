@@ -49,8 +49,7 @@ def run_job(job: ChildJob, link: Link) -> None:
     """Run one job to its registration. Raises `RunError`, `Cancelled` (nothing to keep), `Stopped`."""
     journal = Journal(link, job_id=job.job_id, attempt=job.attempt, earlier=job.earlier_events)
     run, replan = prepare(job, journal)
-    candidates = train(run, replan)
-    register(job, run, candidates, journal)
+    register(job, run, train(run, replan), journal)
 
 
 def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
@@ -255,7 +254,8 @@ def train_methods(run: Run) -> list[Candidate]:
                 raise
             run.is_winding_down = True
             break
-        candidate.details["peak_mb"] = _peak_mb()
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process, so far
+        candidate.details["peak_mb"] = round(peak_kib * 1024 / 1e6)
         candidates.append(candidate)
         _announce(run, candidate)
         if run.is_winding_down:
@@ -263,17 +263,10 @@ def train_methods(run: Run) -> list[Candidate]:
     return candidates
 
 
-def _peak_mb() -> int:
-    """The largest resident memory of this process so far, in MB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
-
-
 def _must_skip(run: Run, needed_s: float | None) -> bool:
     left = run.seconds_left()
-    if left is None:
-        return False
     # Half of an estimate still leaves time for a useful, shorter run of a method that stops on time.
-    return left < (needed_s or 0) * 0.5
+    return left is not None and left < (needed_s or 0) * 0.5
 
 
 def _announce(run: Run, candidate: Candidate) -> None:

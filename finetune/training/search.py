@@ -111,7 +111,7 @@ class _Trials:
             "best": best.number,
             "asked": run.plan.trials,
             "pruner": run.plan.pruner,
-            "space": {name: _shown(spec) for name, spec in run.plan.space.items()},
+            "space": run.plan.model_dump(include={"space"})["space"],
             "trials": [trial.as_dict() for trial in self.done],
         }
         return candidate
@@ -248,10 +248,6 @@ def _nested(values: Mapping[str, Any], name: str) -> Any:
 
 def _lies_in(spec: Any, value: Any) -> bool:
     return spec.low <= value <= spec.high if isinstance(spec, Range) else value in spec
-
-
-def _shown(spec: Any) -> Any:
-    return spec.model_dump() if isinstance(spec, Range) else list(spec)
 
 
 def _optuna() -> Any:

@@ -147,8 +147,7 @@ class Supervisor:
             end_child(child)
         if now - progressed > self._timing.stall_s:
             end_child(child)
-            reason = f"no sign of progress for {self._timing.stall_s:.0f} s"
-            self._requeue(reason, charge_attempt=True)
+            self._requeue(f"no sign of progress for {self._timing.stall_s:.0f} s", charge_attempt=True)
 
     def _persistently(self, write: Callable[[], None]) -> None:
         """Repeats a write while the database is away; the lease decides whether it still counts in the end."""
@@ -275,8 +274,7 @@ class Supervisor:
 
     def _requeue(self, reason: str, *, charge_attempt: bool) -> None:
         def write() -> None:
-            status = self._ledger.jobs.requeue(self._lease, reason, charge_attempt=charge_attempt)
-            self._outcome = _OUTCOMES[status]
+            self._outcome = _OUTCOMES[self._ledger.jobs.requeue(self._lease, reason, charge_attempt=charge_attempt)]
 
         self._persistently(write)
 

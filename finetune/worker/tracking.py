@@ -71,8 +71,7 @@ class MlflowSink:
         return str(_post(http, "runs/create", body)["run"]["info"]["run_id"])
 
     def _experiment_id(self, http: httpx.Client) -> str:
-        parameters = {"experiment_name": self._experiment}
-        found = _request(http, "GET", "experiments/get-by-name", params=parameters)
+        found = _request(http, "GET", "experiments/get-by-name", params={"experiment_name": self._experiment})
         if found.status_code == 404:
             return str(_post(http, "experiments/create", {"name": self._experiment})["experiment_id"])
         return str(_checked(found)["experiment"]["experiment_id"])

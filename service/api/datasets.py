@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from finetune.data.canonical import read_batches
 from finetune.data.check import ROWS_FILE
 from finetune.data.profile import class_counts
-from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus
+from finetune.data.records import DatasetRecord, DatasetStatus
 from service.api.deps import Services, ServicesDep, Uploading
 from service.api.problems import Problem
 from service.api.uploads import receive_multipart
@@ -147,7 +146,8 @@ def document(record: DatasetRecord) -> dict[str, Any]:
         "bytes": record.bytes,
         "sha256": record.sha256,
         "rows": record.rows,
-        "columns": None if record.columns is None else _brief(record.columns),
+        # Without the rows of each value, which the report has: a list of datasets would be long.
+        "columns": record.columns and [column.model_dump(exclude={"counts"}) for column in record.columns],
         "findings": {
             severity: sum(finding.severity == severity for finding in findings)
             for severity in ("error", "warning", "info")
@@ -155,8 +155,3 @@ def document(record: DatasetRecord) -> dict[str, Any]:
         "errors": [finding.model_dump() for finding in findings if finding.severity == "error"],
         "created_at": record.created_at,
     }
-
-
-def _brief(columns: Sequence[ColumnReport]) -> list[dict[str, Any]]:
-    """Without the rows of each value, which the report has: a list of datasets would be long."""
-    return [column.model_dump(exclude={"counts"}) for column in columns]

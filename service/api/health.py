@@ -52,9 +52,7 @@ def _unready(services: Services) -> str | None:
         return f"loading {', '.join(sorted(missing)) or 'models'}"
     # A version with weights of its own that is unfit answers 503 for itself; it takes no others along.
     unfit = [name for name, model in services.pool.backbones().items() if not model.lane.worker.is_fit]
-    if unfit:
-        return f"the engine of {', '.join(sorted(unfit))} is out of order"
-    return None
+    return f"the engine of {', '.join(sorted(unfit))} is out of order" if unfit else None
 
 
 @router.head("/info", include_in_schema=False)

@@ -153,5 +153,4 @@ class LabelSetRules(Summed):
         return dict(zip(names, targets.sum(0).astype(int).tolist(), strict=True))
 
     def golden(self, targets: FloatArray) -> list[int]:
-        firsts = [int(np.flatnonzero(column)[0]) for column in targets.T if column.any()]
-        return list(dict.fromkeys(firsts))
+        return list(dict.fromkeys(int(np.flatnonzero(column)[0]) for column in targets.T if column.any()))

@@ -7,7 +7,6 @@ its version has weights of its own. QLoRA trains the same adapter on a backbone 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,21 +102,16 @@ def in_four_bits(encoder: nn.Module) -> None:
 
 def _serve(run: Run, model: Classifier) -> Serving:
     encoder: Any = model.encoder
-    write: Callable[[Path], None] = partial(_write_adapter, encoder, run)
     with tempfile.TemporaryDirectory(prefix="polyhead-adapter-") as temporary:
         _save_adapter(encoder, Path(temporary), run)
         run.engine.load_adapter(_SERVING_KEY, Adapter.read(Path(temporary)))
-    return run.engine, _SERVING_KEY, write
+    return run.engine, _SERVING_KEY, lambda folder: _save_adapter(encoder, folder / "adapter", run)
 
 
 def _serve_merged(run: Run, model: Classifier) -> Serving:
     encoder: Any = model.encoder
     model.encoder = encoder.merge_and_unload()
     return serve_own(run, model.encoder, method="lora")
-
-
-def _write_adapter(encoder: Any, run: Run, folder: Path) -> None:
-    _save_adapter(encoder, folder / "adapter", run)
 
 
 def _save_adapter(encoder: Any, folder: Path, run: Run) -> None:

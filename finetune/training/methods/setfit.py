@@ -8,8 +8,8 @@ is resumed draws the same pairs from the start, which takes a minute or two.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,14 +41,11 @@ def train(run: Run) -> Candidate:
 
     head = logistic.fit(run, features, run.train.labels, strength=STRENGTH).head
 
-    def finish() -> Servable:
-        return _servable(run, body, steps, [*train_rows, *validation_rows])
-
     return Candidate(
         method="setfit",
         kind="full",
         validation_logits=head.logits(held_out),
-        finish=finish,
+        finish=partial(_servable, run, body, steps, [*train_rows, *validation_rows]),
         seconds=time.monotonic() - started,
         details={"steps": steps},
     )
@@ -68,8 +65,7 @@ def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Features]) 
     def logits(examples: Sequence[Example]) -> FloatArray:
         return head.logits(embed(engine, run.preprocessor, examples))
 
-    write: Callable[[Path], None] = write_extra
-    return Servable(logits=logits, head=head, write_extra=write)
+    return Servable(logits=logits, head=head, write_extra=write_extra)
 
 
 def _tuned(run: Run, rows: Sequence[Features], labels: IntArray, *, steps: int) -> tuple[Classifier, int]:
