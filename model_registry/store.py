@@ -114,21 +114,29 @@ class FileStore:
         path = self._path(key)
         temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            _put_in_place(temporary, path, create_only=create_only)
-            _sync_folders(path.parent, self.root)
+            with space_errors(key):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("xb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                _put_in_place(temporary, path, create_only=create_only)
+                _sync_folders(path.parent, self.root)
         except FileExistsError as error:
             raise ArtifactExists(f"{key} exists already and is never overwritten") from error
-        except OSError as error:
-            if error.errno in _FULL:
-                raise StoreFull(f"no space left to store {key}; nothing of it was kept") from error
-            raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def space_errors(name: str) -> Iterator[None]:
+    """Raises `StoreFull` in place of the system's error if there is no space left for `name`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreFull(f"no space left to store {name}; nothing of it was kept") from error
+        raise
 
 
 def _put_in_place(temporary: Path, path: Path, *, create_only: bool) -> None:
@@ -140,14 +148,19 @@ def _put_in_place(temporary: Path, path: Path, *, create_only: bool) -> None:
 
 def _sync_folders(folder: Path, root: Path) -> None:
     while True:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(folder)
         if folder == root:
             return
         folder = folder.parent
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_key(key: str) -> str:

@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 
 from finetune.data.targets import Metric
 from finetune.jobs.hyperparameters import EarlyStopping
+from model_registry.store import sync_folder
 
 _LATEST = "latest.json"
 
@@ -71,11 +72,7 @@ def _write_durably(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,12 +12,11 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from model_registry.errors import StoreFull
+from model_registry.store import space_errors
 from service.api.problems import Problem
 
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 64 * 1024
-_FULL = {28, 122}  # ENOSPC, EDQUOT
 
 
 @dataclass(slots=True)
@@ -37,7 +34,7 @@ async def receive_multipart(request: Request, target: Path, *, file_part: str = 
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     if content_type != b"multipart/form-data" or not options.get(b"boundary"):
         raise Problem(400, "malformed_request", "send multipart/form-data with a part named 'file' (curl: -F file=@…)")
-    with _space_errors(target), target.open("wb") as sink:
+    with space_errors(target.name), target.open("wb") as sink:
         parts = _Parts(sink, file_part)
         parser = MultipartParser(options[b"boundary"], parts.callbacks())
         try:
@@ -126,13 +123,3 @@ class _Parts:
 
     def _end(self) -> None:
         self.is_complete = True
-
-
-@contextlib.contextmanager
-def _space_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StoreFull(f"no space left to store {target.name}; nothing of it was kept") from error
-        raise
