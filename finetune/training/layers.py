@@ -101,7 +101,7 @@ def set_trunk(encoder: nn.Module) -> FrozenTrunk | None:
     """Puts the layers below the lowest trainable one into a `FrozenTrunk`; None where there are none, or where
     something of the encoder's own happens between them (DeBERTa v2's convolution)."""
     place = _layers(encoder)
-    if place is None or _has_convolution(encoder):
+    if place is None or getattr(getattr(encoder, "encoder", None), "conv", None) is not None:
         return None
     path, layers = place
     frozen = 0
@@ -147,7 +147,3 @@ def _depth(name: str, by_prefix: dict[str, int], top: int) -> int:
         if name.startswith(prefix):
             return depth
     return 0 if "embedding" in name else top
-
-
-def _has_convolution(encoder: nn.Module) -> bool:
-    return getattr(getattr(encoder, "encoder", None), "conv", None) is not None

@@ -80,7 +80,7 @@ def _compared(
     files: GraphFiles,
     answering: Calibration,
 ) -> Gate:
-    backbone, reference = run.backbone, run.engine
+    backbone, reference = run.backbone, run.reference.engine
     if best.kind == "full":
         backbone = Backbone.open(folder / "full")
         reference = build_engine(REFERENCE, backbone, None, EngineOptions())

@@ -57,7 +57,9 @@ def judge(job: ChildJob, run: Run, link: Link, store: ArtifactStore, contender: 
     pointer = link.champion() if job.spec.promote == "if_better" else None
     judged = []
     if options.min_metric is not None:
-        judged.append(_minimum(run, contender.evaluation, options.min_metric))
+        side = "test" if contender.evaluation["test"] else "validation"
+        value = contender.evaluation[side][run.plan.metric]
+        judged.append(gates.minimum(run.plan.metric, value, least=options.min_metric, side=side))
     if pointer is not None:
         judged += _against(job, run, store, contender, pointer)
     for gate in judged:
@@ -74,11 +76,6 @@ def _announce(link: Link, gate: Gate) -> None:
     kind: EventType = "gate_failed" if gate.status == "failed" else "gate_passed"
     level = "warn" if gate.status == "failed" else "info"
     link.event(kind, f"{gate.name}: {gate.message}", gate.as_dict(), level=level)
-
-
-def _minimum(run: Run, evaluation: dict[str, Any], least: float) -> Gate:
-    side = "test" if evaluation["test"] else "validation"
-    return gates.minimum(run.plan.metric, evaluation[side][run.plan.metric], least=least, side=side)
 
 
 def _against(
@@ -197,7 +194,7 @@ def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Se
 def _engine(store: ArtifactStore, run: Run, parts: VersionParts) -> Engine:
     backbone = parts.backbone or _base(store, run, parts)
     if backbone is run.backbone:
-        return run.engine
+        return run.reference.engine
     return build_engine(REFERENCE, backbone, None, EngineOptions(run.plan.device))
 
 

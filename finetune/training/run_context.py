@@ -105,11 +105,6 @@ class Run:
         return replace(self._frozen(), engine_name=str(REFERENCE), graphs=None, on_open=opens)
 
     @property
-    def engine(self) -> Engine:
-        """The reference itself."""
-        return self.reference.engine
-
-    @property
     def rules(self) -> TaskRules:
         return rules_of(self.plan.task)
 
@@ -153,10 +148,6 @@ class Run:
     def embed(self, examples: Sequence[Example]) -> FloatArray:
         """Pooled vectors float32[examples, hidden] by the frozen backbone, on the engine that it is served on."""
         return self._frozen().of(examples, max_length=self.plan.max_length, on_batch=self._report_embedding)
-
-    def embed_by_reference(self, examples: Sequence[Example]) -> FloatArray:
-        """The same by torch in fp32."""
-        return self.reference.of(examples, max_length=self.plan.max_length)
 
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.monotonic()

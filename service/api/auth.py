@@ -129,17 +129,12 @@ def _presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
     return None
 
 
-def principal_of(request: Request) -> Principal:
-    principal = request.scope["state"]["principal"]
-    assert isinstance(principal, Principal)
-    return principal
-
-
 def require(scope: Scope | None) -> Callable[[Request], Principal]:
     """A dependency: the caller, if it has `scope` (None: any valid key). Raises 403 `forbidden`."""
 
     def check(request: Request) -> Principal:
-        principal = principal_of(request)
+        principal = request.scope["state"]["principal"]
+        assert isinstance(principal, Principal)
         if scope is not None:
             principal.demand(scope)
         return principal

@@ -130,7 +130,8 @@ def _accept(
         raise ModelNotFound(f"there is no backbone {backbone!r}; there are {known}")
     if body.register_as in services.settings.backbones:
         raise Problem(422, "invalid_request", f"register_as: {body.register_as!r} is the name of a backbone")
-    records = _records(body, services, principal)
+    ids = (body.dataset, body.validation_dataset, body.test_dataset)
+    records = {id_: services.datasets.get(principal.tenant, id_) for id_ in ids if id_ is not None}
     task = body.task if body.task != "auto" else _task_of(records[body.dataset], body.columns.label)
     if task != "auto":
         check_task(wanted, task)
@@ -140,11 +141,6 @@ def _accept(
     for id_, record in records.items():
         _check_dataset(record, spec, split_column=wanted.split.column_read if id_ == spec.dataset else None)
     return spec, records, wanted
-
-
-def _records(body: FinetuneRequest, services: Services, principal: Principal) -> dict[str, DatasetRecord]:
-    ids = (body.dataset, body.validation_dataset, body.test_dataset)
-    return {id_: services.datasets.get(principal.tenant, id_) for id_ in ids if id_ is not None}
 
 
 def _task_of(record: DatasetRecord, label: str) -> str:

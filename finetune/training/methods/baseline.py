@@ -71,9 +71,7 @@ class _Words:
 
 
 def _of_classes(run: Run, features: Any, labels: IntArray, strength: float) -> tuple[FloatArray, FloatArray]:
-    by_class = class_weights(run.plan.weights_of_solved, labels, run.labels)
-    by_index = None if by_class is None else dict(enumerate(by_class.tolist()))
-    classifier = LinearSVC(C=strength, class_weight=by_index, random_state=run.plan.seed)
+    classifier = LinearSVC(C=strength, class_weight=by_index(run, labels), random_state=run.plan.seed)
     classifier.fit(features, labels)
     return both_sides(classifier.coef_, classifier.intercept_)
 
@@ -108,6 +106,12 @@ _MODELS: dict[str, Callable[[Run, Any, Targets, float], tuple[FloatArray, FloatA
     "multi_label": _of_labels,
     "regression": _of_numbers,
 }
+
+
+def by_index(run: Run, labels: IntArray) -> dict[int, float] | None:
+    """Weights of classes as scikit-learn takes them."""
+    weights = class_weights(run.plan.weights_of_solved, labels, run.labels)
+    return None if weights is None else dict(enumerate(weights.tolist()))
 
 
 def both_sides(coefficients: Any, intercepts: Any) -> tuple[FloatArray, FloatArray]:

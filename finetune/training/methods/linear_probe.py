@@ -47,7 +47,7 @@ def train(run: Run) -> Candidate:
         return Servable(
             logits=lambda examples: head.logits(run.embed(examples)),
             head=head,
-            reference_logits=lambda examples: head.logits(run.embed_by_reference(examples)),
+            reference_logits=lambda examples: head.logits(run.reference.of(examples, max_length=run.plan.max_length)),
         )
 
     return Candidate(

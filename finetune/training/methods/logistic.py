@@ -13,8 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from finetune.evaluation.tasks.class_weights import class_weights
-from finetune.training.methods.baseline import both_sides
+from finetune.training.methods.baseline import both_sides, by_index
 from finetune.training.run_context import Run
 from modeling.heads import DenseLayer, TaskHead
 from modeling.weights import FloatArray, IntArray
@@ -51,7 +50,7 @@ def fit(
     mean, scale = standardisation(features)
     model = LogisticRegression(
         C=strength,
-        class_weight=_by_index(run, labels),
+        class_weight=by_index(run, labels),
         max_iter=_ITERATIONS,
         tol=tolerance,
         warm_start=start is not None,
@@ -76,11 +75,6 @@ def folded_head(weight: FloatArray, bias: FloatArray, mean: FloatArray, scale: F
     """A head on raw vectors from weights [outputs, hidden] on standardised ones."""
     folded = (weight / scale).astype(np.float32)
     return TaskHead((DenseLayer(folded, (bias - folded @ mean).astype(np.float32)),))
-
-
-def _by_index(run: Run, labels: IntArray) -> dict[int, float] | None:
-    weights = class_weights(run.plan.weights_of_solved, labels, run.labels)
-    return None if weights is None else dict(enumerate(weights.tolist()))
 
 
 def path(fitted: Callable[..., Fit], strengths: Sequence[float]) -> Iterator[Fit]:

@@ -104,8 +104,8 @@ def _serve(run: Run, model: Classifier) -> Serving:
     encoder: Any = model.encoder
     with tempfile.TemporaryDirectory(prefix="polyhead-adapter-") as temporary:
         _save_adapter(encoder, Path(temporary), run)
-        run.engine.load_adapter(_SERVING_KEY, Adapter.read(Path(temporary)))
-    return run.engine, _SERVING_KEY, lambda folder: _save_adapter(encoder, folder / "adapter", run)
+        run.reference.engine.load_adapter(_SERVING_KEY, Adapter.read(Path(temporary)))
+    return run.reference.engine, _SERVING_KEY, lambda folder: _save_adapter(encoder, folder / "adapter", run)
 
 
 def _serve_merged(run: Run, model: Classifier) -> Serving:
