@@ -6,13 +6,12 @@ gate does not apply here, and does not stand in the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import precision_recall_fscore_support
 
 from finetune.data.targets import metric_of
 from finetune.evaluation.intervals import least_discordant, mcnemar
@@ -38,22 +37,12 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Duel:
-    """Both versions' answers int64[rows] on rows that neither was trained or chosen on, in the candidate's labels."""
+    """Both versions' answers on rows that neither was trained or chosen on, in the candidate's labels: int64[rows], or
+    bool[rows, labels] where a row has several."""
 
-    labels: IntArray
-    candidate: IntArray
-    champion: IntArray
-    names: Sequence[str]
-    champion_names: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class LabelDuel:
-    """The same of several labels a row: which are due and which each version gives, bool[rows, labels]."""
-
-    due: npt.NDArray[np.bool_]
-    candidate: npt.NDArray[np.bool_]
-    champion: npt.NDArray[np.bool_]
+    labels: npt.NDArray[Any]
+    candidate: npt.NDArray[Any]
+    champion: npt.NDArray[Any]
     names: Sequence[str]
     champion_names: Sequence[str]
 
@@ -86,34 +75,24 @@ def better(duel: Duel, *, significance: float) -> Gate:
 
 def class_drop(duel: Duel, *, most: float) -> Gate:
     """No class with enough rows loses more than `most` of recall or of F1 against the champion."""
-    rows = {index: int((duel.labels == index).sum()) for index in _shared(duel)}
-    return _judged_drops(duel, rows, lambda judged: _drops(duel, judged), most=most)
+    classes = np.arange(len(duel.names))
+    labels, candidate, champion = (
+        answers[:, None] == classes for answers in (duel.labels, duel.candidate, duel.champion)
+    )
+    return label_drop(replace(duel, labels=labels, candidate=candidate, champion=champion), most=most)
 
 
-def label_drop(duel: LabelDuel, *, most: float) -> Gate:
-    """The same of each label with enough rows that are due it."""
-    rows = {index: int(duel.due[:, index].sum()) for index in _shared(duel)}
-    return _judged_drops(duel, rows, lambda judged: _label_drops(duel, judged), most=most)
-
-
-def _shared(duel: Duel | LabelDuel) -> list[int]:
-    return [index for index, name in enumerate(duel.names) if name in set(duel.champion_names)]
-
-
-def _judged_drops(
-    duel: Duel | LabelDuel,
-    rows: Mapping[int, int],
-    drops_of: Callable[[Sequence[int]], list[dict[str, Any]]],
-    *,
-    most: float,
-) -> Gate:
+def label_drop(duel: Duel, *, most: float) -> Gate:
+    """The same of several labels a row: no label that enough rows are due."""
+    known = set(duel.champion_names)
+    rows = {index: int(duel.labels[:, index].sum()) for index, name in enumerate(duel.names) if name in known}
     judged = [index for index in rows if rows[index] >= LEAST_CLASS_ROWS]
     unjudged = {duel.names[index]: rows[index] for index in rows if index not in judged}
     figures: dict[str, Any] = {"max_class_drop": most, "least_rows": LEAST_CLASS_ROWS, "not_judged": unjudged}
     if not judged:
         message = f"no class has {LEAST_CLASS_ROWS} rows that neither version was trained on"
         return Gate("class_drop", "failed", message, figures)
-    drops = drops_of(judged)
+    drops = _drops(duel, judged)
     worst = max(drops, key=lambda drop: max(drop["recall_drop"], drop["f1_drop"]))
     figures["classes"] = drops
     by = max(worst["recall_drop"], worst["f1_drop"])
@@ -127,26 +106,10 @@ def _judged_drops(
 
 
 def _drops(duel: Duel, judged: Sequence[int]) -> list[dict[str, Any]]:
-    own, theirs = (
-        precision_recall_fscore_support(duel.labels, answers, labels=list(judged), zero_division=0.0)
-        for answers in (duel.candidate, duel.champion)
-    )
-    return [
-        {
-            "label": duel.names[index],
-            "rows": int(own[3][place]),
-            "recall_drop": float(theirs[1][place] - own[1][place]),
-            "f1_drop": float(theirs[2][place] - own[2][place]),
-        }
-        for place, index in enumerate(judged)
-    ]
-
-
-def _label_drops(duel: LabelDuel, judged: Sequence[int]) -> list[dict[str, Any]]:
-    due = duel.due.sum(0)
+    due = duel.labels.sum(0)
     recall, f1 = [], []
     for said in (duel.candidate, duel.champion):
-        hits = (said & duel.due).sum(0)
+        hits = (said & duel.labels).sum(0)
         recall.append(hits / np.maximum(due, 1))
         f1.append(2 * hits / np.maximum(said.sum(0) + due, 1))
     return [

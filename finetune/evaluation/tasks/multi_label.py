@@ -11,7 +11,7 @@ from finetune.evaluation import gates
 from finetune.evaluation.bootstrap import Values
 from finetune.evaluation.calibration import binary_calibration_error, fit_binary_temperature, mean_binary_log_loss
 from finetune.evaluation.curves import one_against_rest
-from finetune.evaluation.gates import Gate, LabelDuel
+from finetune.evaluation.gates import Duel, Gate
 from finetune.evaluation.tasks.class_weights import positive_weights
 from finetune.evaluation.tasks.rules import Contest, Side
 from finetune.evaluation.tasks.summed import Summed
@@ -124,8 +124,8 @@ class LabelSetRules(Summed):
                 outputs[:, place] = contest.champion_outputs[:, known[name]]
                 thresholds[place] = given[known[name]]
         answering = Calibration(theirs.temperature, tuple(thresholds))
-        duel = LabelDuel(
-            due=contest.targets > 0,
+        duel = Duel(
+            labels=contest.targets > 0,
             candidate=self._answers(contest.outputs, contest.answering),
             champion=self._answers(outputs, answering),
             names=contest.names,
