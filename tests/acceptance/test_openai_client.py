@@ -43,7 +43,7 @@ def test_refusals_arrive_as_the_errors_of_the_package(client: openai.OpenAI) -> 
     with pytest.raises(openai.NotFoundError, match="no-such-model") as missing:
         client.embeddings.create(model="no-such-model", input="text")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.UnprocessableEntityError, match="token ids"):
+    with pytest.raises(openai.UnprocessableEntityError, match="Token ids"):
         client.embeddings.create(model="minilm", input=[1, 2, 3])
     with pytest.raises(openai.BadRequestError, match="empty"):
         client.embeddings.create(model="minilm", input=[])
