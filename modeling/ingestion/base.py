@@ -66,7 +66,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _names_code(key: str, value: Any) -> bool:
     is_plain = value is None or isinstance(value, bool | int | float)
-    return key in _REFUSED_KEYS or (key.startswith("_") and key not in _HARMLESS_PRIVATE_KEYS and not is_plain)
+    is_kernel = key.endswith("_implementation") and "/" in str(value)  # of the hub
+    is_private = key.startswith("_") and key not in _HARMLESS_PRIVATE_KEYS
+    return key in _REFUSED_KEYS or is_kernel or (is_private and not is_plain)
 
 
 def read_json(path: Path, default: Value) -> Value:

@@ -64,6 +64,14 @@ class TextReader:
     )
 
     def read(self, folder: Path, config: dict[str, Any], *, has_head: bool = False) -> Checkpoint:
+        try:
+            return self._read(folder, config, has_head)
+        except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another shape than these files have
+            raise BackboneUnavailable(
+                f"the JSON files of {folder.name} cannot be read: {error}; save it again"
+            ) from error
+
+    def _read(self, folder: Path, config: dict[str, Any], has_head: bool) -> Checkpoint:
         kept = known_keys(config)
         full = transformers_config(kept)
         # Position tables of the RoBERTa family start behind the padding index, which MPNet's code sets to 1.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from modeling.errors import InputTooLong, UnsupportedArchitecture
+from modeling.errors import BackboneUnavailable, InputTooLong, UnsupportedArchitecture
 from modeling.inputs import text_probe_set
 from modeling.inputs.base import Arrays, BadCell, Cell, Features, FileReference, padded
 from modeling.inputs.text_identity import normalise
@@ -204,7 +204,10 @@ def _tokenizer(document: str) -> Tokenizer:
     """Fine-tunes have their backbone's: to build one holds all threads up, 25 ms for 30,000 words."""
     from tokenizers import Tokenizer  # what only reads rows goes without
 
-    tokenizer = Tokenizer.from_str(document)
+    try:
+        tokenizer = Tokenizer.from_str(document)
+    except Exception as error:  # the library has no class of its own
+        raise BackboneUnavailable(f"tokenizer.json cannot be read: {str(error)[:200]}") from error
     # Exports bake in padding and truncation of their own; ours are explicit.
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -158,6 +158,8 @@ def test_private_keys_that_name_no_code_are_left_out(tmp_path: Path) -> None:
     assert not [key for key in json.loads((parts.backbone.folder / "config.json").read_text()) if key.startswith("_")]
     with pytest.raises(ConfigRefused, match="_attn_implementation_autoset"):
         taken(edit(folder, _attn_implementation_autoset="evil/kernel"))
+    with pytest.raises(ConfigRefused, match="attn_implementation"):
+        taken(edit(folder, _attn_implementation_autoset=True, attn_implementation="evil/kernel"))
 
 
 @pytest.mark.parametrize(
@@ -362,6 +364,9 @@ MEAN = {"pooling_mode": "mean"}
         ({"modules": [SERVED[0] | {"type": "custom_st.Transformer"}, *SERVED[1:]]}, "custom_st"),
         ({"modules": [SERVED[0] | {"path": "0_Transformer"}, *SERVED[1:]]}, "0_Transformer"),
         ({"modules": {}}, "modules.json holds no list"),
+        ({"modules": [1]}, "JSON files of plain"),
+        ({"config_sentence_transformers": {"prompts": None, "default_prompt_name": "q"}}, "JSON files of plain"),
+        ({"tokenizer": {"normalizer": [1]}}, "JSON files of plain"),
         ({"sentence_bert_config": {"transformer_task": "fill-mask"}}, "fill-mask"),
         ({"sentence_bert_config": {"module_output_name": "sentence_embedding"}}, "module_output_name"),
         ({"sentence_bert_config": {"model_args": {"torch_dtype": "float16"}}}, "model_args"),
@@ -384,6 +389,12 @@ def test_tokenizer_files_that_contradict_each_other_are_refused(tmp_path: Path, 
     taken(write(folder, tokenizer_config={"do_lower_case": not says}))
     with pytest.raises(UnsupportedArchitecture, match="do_lower_case"):
         taken(write(folder, tokenizer_config={"do_lower_case": says}))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    folder = write(write_tiny_checkpoint(tmp_path / "w", labels=LABELS), tokenizer={"model": {"type": "other"}})
+    with pytest.raises(BackboneUnavailable, match=r"tokenizer\.json cannot be read"):
+        import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
 
 
 def test_prompts_that_are_used_only_when_asked_for_do_no_harm(plain: Path) -> None:
