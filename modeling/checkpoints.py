@@ -86,7 +86,7 @@ def write_encoder(
 def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> ImportedClassifier:
     """Takes a Hugging Face sequence classifier apart into an encoder (written to `target`) and a head.
 
-    The parts must reproduce the original's logits on probes, or nothing is imported. `problem_type` says the task.
+    The parts must reproduce the original's logits on probe rows, or nothing is imported. `problem_type` says the task.
     Raises `BackboneUnavailable`, `ConfigRefused`, `UnsupportedArchitecture`, `GoldenRowsDiffer`.
     """
     original = _load_classifier(folder)

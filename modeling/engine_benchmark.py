@@ -52,16 +52,16 @@ class TrialRequest:
 
 @dataclass(slots=True)
 class EngineReport:
-    """What one engine did on this device. Parity is against torch in fp32, on the same texts.
+    """What one engine did on this device. Parity is against torch in fp32, on the same examples.
 
-    `flips` is the share of texts on which the probe's answer differs, `max_abs_dp` the largest change of a
+    `flips` is the share of examples on which the probe's answer differs, `max_abs_dp` the largest change of a
     probability. None where it was not measured, and then `error` says why.
     """
 
     engine: str
     texts_per_s: float | None = None
     single_ms: float | None = None
-    texts: int = 0
+    rows: int = 0
     flips: float | None = None
     min_cosine: float | None = None
     max_abs_dp: float | None = None
@@ -131,7 +131,7 @@ def _open(
 
 
 def _batches(rows: Sequence[Features], batch_tokens: int) -> tuple[list[list[Features]], list[int]]:
-    """Texts of like length together, as a server's queue would form them; and the texts' numbers in that order."""
+    """Rows of like length together, as a server's queue would form them; and the rows' numbers in that order."""
     order = sorted(range(len(rows)), key=lambda row: rows[row].cost)
     batches: list[list[Features]] = []
     for row in order:
@@ -190,7 +190,7 @@ def _drop_hopeless(contenders: Sequence[_Contender]) -> None:
 def _judge(contender: _Contender, reference: _Contender, head: Any, batches: Sequence[Sequence[Features]]) -> None:
     report = contender.report
     ours, theirs = np.concatenate(contender.vectors), np.concatenate(reference.vectors)
-    report.texts = len(ours)
+    report.rows = len(ours)
     report.texts_per_s = round(len(ours) / sum(contender.seconds), 1)
     cosines = (ours * theirs).sum(1) / (np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1))
     p, q = (head.probabilities(head.logits(vectors)) for vectors in (ours, theirs))

@@ -32,7 +32,7 @@ def freeze_below(encoder: nn.Module, top: int) -> None:
     if place is None:
         raise RunError(
             "invalid_hyperparameters",
-            "unfreeze_layers: the layers of this backbone share their weights, so they cannot be trained apart",
+            "unfreeze_layers: this backbone has no separate layers, or they share their weights",
             hint="leave unfreeze_layers out",
         )
     lowest = max(0, len(dict(_prefixes(*place))) - top) + 1
@@ -124,10 +124,11 @@ def unset_trunk(encoder: nn.Module) -> None:
 
 
 def _layers(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The list of the encoder's layers and where it stands; None where layers share their weights."""
-    config: Any = encoder.config
+    """The list of the encoder's layers and its path; None if layers share their weights, or if no configuration of
+    transformers says how many there are."""
+    count = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
     for path, module in encoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(dict(_prefixes(path, module))) == config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(dict(_prefixes(path, module))) == count:
             return path, module
     return None
 

@@ -1,7 +1,7 @@
 """The training loop: step, evaluate, checkpoint, emit, stop early, restore the best.
 
 A model is anything whose forward takes the encoder's inputs by name and gives the output of its `head`;
-`head` takes the rows' vectors, and `encoder` has a transformers configuration.
+`head` takes the rows' vectors.
 """
 
 from __future__ import annotations

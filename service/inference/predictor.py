@@ -90,7 +90,8 @@ class Predictor:
         """
         started = self._clock()
         check_inputs(inputs, self._max_inputs)
-        refuse_empty(model.task, inputs)
+        expanded = [model.task.expand(item, options) for item in inputs]
+        refuse_empty(model.task, expanded)
         with model.lease():
             if needs_labels and not model.task.has_answers and not options.return_embedding:
                 raise NotPredictable(
@@ -100,7 +101,6 @@ class Predictor:
             series = self._metrics.of_model(model.metric_labels)
             series.in_progress.inc()
             try:
-                expanded = [model.task.expand(item, options) for item in inputs]
                 examples = [example for own in expanded for example in own]
                 ticket = self._admit(model, series, examples, options, deadline=deadline, now=started)
                 try:
@@ -177,11 +177,11 @@ def check_inputs(inputs: Sequence[Example], max_inputs: int) -> None:
         raise BatchTooLarge(f"the request has {len(inputs)} inputs, the limit is {max_inputs}; send several requests")
 
 
-def refuse_empty(task: Task, inputs: Sequence[Example]) -> None:
-    """Raises `EmptyInput` for an input with nothing in it."""
+def refuse_empty(task: Task, expanded: Sequence[Sequence[Example]]) -> None:
+    """Raises `EmptyInput` for an input with nothing in it, or in one of the rows that it becomes."""
     is_empty = MODALITIES[task.modality].is_empty
-    for index, item in enumerate(inputs):
-        if is_empty(item):
+    for index, examples in enumerate(expanded):
+        if not examples or any(map(is_empty, examples)):
             raise EmptyInput(f"input {index} is empty; leave it out or give it a {task.modality}")
 
 

@@ -15,7 +15,7 @@ from modeling.tasks import Answer, Calibration, Options, RowOutput
 from modeling.weights import FloatArray
 from service.inference.capacity import AdmissionController
 from service.inference.engine_worker import BatchLimits, Outputs
-from service.inference.errors import QueueFull
+from service.inference.errors import EmptyInput, QueueFull
 from service.inference.predictor import Predictor, PredictResult
 from service.inference.queue import QueueEntry
 from service.metrics import ServingMetrics
@@ -118,6 +118,12 @@ def test_one_query_against_several_documents() -> None:
     result, admission = ask(Ranking(), [("q", ("a", "b c")), ("q", ("d",))])
     assert scores_of(result) == [[2.0, 3.0], [2.0]]
     assert admission.inputs == 0, "what was admitted is given back"
+
+
+@pytest.mark.parametrize("asked", [("q", ()), (" ", ("a", " "))])
+def test_a_query_without_a_document_is_refused(asked: Query) -> None:
+    with pytest.raises(EmptyInput, match="input 1 is empty"):
+        ask(Ranking(), [("q", ("a",)), asked])
 
 
 def test_an_embedding_is_the_mean_of_the_windows() -> None:
