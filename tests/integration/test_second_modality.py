@@ -38,6 +38,7 @@ from modeling.heads import DenseLayer, TaskHead, softmax
 from modeling.inputs import open_preprocessor, single
 from modeling.tasks import TASKS, Options
 from service.inference.capacity import AdmissionController
+from service.inference.lanes import taken
 from service.inference.predictor import Predictor, PredictResult
 from service.metrics import ServingMetrics
 from tests.integration.test_recipe import RecordingLink
@@ -72,7 +73,7 @@ class SeriesWorld(World):
         golden = [walk(3, seed=1), walk(9, seed=2), walk(LIMIT + 4, seed=3)]
         rows, needs = encoded(self.backbone, golden), TASKS[task].needs
         outputs = TorchEngine(self.backbone).run(EngineBatch(rows, states=range(len(rows))))
-        logits = [head.logits(outputs.taken([row], needs)[0]) for row in range(len(rows))]
+        logits = [head.logits(taken(outputs, [row], needs)[0]) for row in range(len(rows))]
         kept = [values if needs == "states" else values[0] for values in logits]
 
         def write(staged: Path) -> None:
