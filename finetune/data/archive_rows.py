@@ -23,12 +23,12 @@ from finetune.data.archive import Archive, ArchiveFormat, Entry, open_archive, r
 from finetune.data.options import SIDE_NAMES
 from finetune.data.record_batches import (
     NOTHING,
-    BatchBuilder,
     FindingLog,
     Limits,
     RowBatch,
     RowSource,
-    cell_problem,
+    are_cells_sound,
+    batched,
     note_cell_problem,
 )
 from finetune.data.text_lines import note_bad_byte, wide_encoding
@@ -147,10 +147,10 @@ class _Contents:
     def source(self, others: Sequence[str], place: Callable[[Entry], _Place]) -> RowSource:
         """A row for each file, with the row number and the `others` that `place` gives."""
         columns = (FILE_COLUMN, self.column, *others)
-        return RowSource(columns, self._batches(len(columns), place), frozenset({self.column} if self.modality else ()))
+        rows = batched(self._rows(place), len(columns), self.limits)
+        return RowSource(columns, rows, frozenset({self.column} if self.modality else ()))
 
-    def _batches(self, width: int, place: Callable[[Entry], _Place]) -> Iterator[RowBatch]:
-        builder = BatchBuilder(width, self.limits)
+    def _rows(self, place: Callable[[Entry], _Place]) -> Iterator[tuple[int, list[str | None]]]:
         if self.modality is not None:
             shutil.rmtree(self.folder / FILES_FOLDER, ignore_errors=True)  # of a check that did not end
             (self.folder / FILES_FOLDER).mkdir()
@@ -165,13 +165,9 @@ class _Contents:
             number, cells = placed
             cell = self._cell(entry, content, number)
             if cell is not None:
-                builder.add(number, [entry.name, cell, *cells])
-            if builder.is_full:
-                yield builder.take()
+                yield number, [entry.name, cell, *cells]
         if self.modality is not None:
             os.sync()  # once, where one call for each of many files would take minutes
-        if builder:
-            yield builder.take()
 
     def _cell(self, entry: Entry, content: IO[bytes], row: int) -> str | None:
         if self.modality is None:
@@ -289,7 +285,4 @@ def read_text(entry: Entry, content: IO[bytes], row: int, log: FindingLog, limit
     except UnicodeDecodeError as error:
         note_bad_byte(log, f"the file {entry.name[:200]!r}", error, row=row, column=TEXT_COLUMN)
         return None
-    if (problem := cell_problem(text, limits)) is not None:
-        note_cell_problem(log, problem, row=row, column=TEXT_COLUMN)
-        return None
-    return text
+    return text if are_cells_sound(row, [(TEXT_COLUMN, text)], log, limits) else None

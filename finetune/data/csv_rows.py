@@ -13,14 +13,12 @@ from pathlib import Path
 
 from finetune.data.record_batches import (
     NOTHING,
-    BatchBuilder,
     FindingLog,
     Limits,
-    RowBatch,
     RowSource,
+    are_cells_sound,
     are_names_sound,
-    cell_problem,
-    note_cell_problem,
+    batched,
     note_too_many_rows,
 )
 from finetune.data.text_lines import Utf8Lines
@@ -38,7 +36,7 @@ def open_csv(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSource]
     with path.open("rb") as stream:
         reader = _CsvRows(Utf8Lines(stream, log, limits), delimiter, log, limits)
         header = reader.header()
-        yield NOTHING if header is None else RowSource(header, reader.batches(header))
+        yield NOTHING if header is None else RowSource(header, batched(reader.rows(header), len(header), limits))
 
 
 class _CsvRows:
@@ -62,23 +60,18 @@ class _CsvRows:
         self._log.note("unnamed", message, severity="warning", column=name, fix="name the column in the header")
         return name
 
-    def batches(self, header: tuple[str, ...]) -> Iterator[RowBatch]:
-        builder = BatchBuilder(len(header), self._limits)
+    def rows(self, header: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
         while True:
             self._lines.row += 1
             if self._lines.row > self._limits.rows:
                 if self._next_record() is not None:
                     note_too_many_rows(self._log, self._limits, row=self._lines.row)
-                break
+                return
             fields = self._next_record()
             if fields is None:
-                break
+                return
             if self._is_sound(fields, header):
-                builder.add(self._lines.row, fields)
-            if builder.is_full:
-                yield builder.take()
-        if builder:
-            yield builder.take()
+                yield self._lines.row, fields
 
     def _next_record(self) -> list[str] | None:
         """The next record, empty where it could not be parsed; None at the end of what can be read."""
@@ -115,11 +108,7 @@ class _CsvRows:
             fix = "give every row as many fields as the header; put cells with commas in double quotes"
             self._log.note("ragged", message, row=row, fix=fix)
             return False
-        problems = [(name, cell_problem(cell, self._limits)) for name, cell in zip(header, fields, strict=True)]
-        for name, problem in problems:
-            if problem is not None:
-                note_cell_problem(self._log, problem, row=row, column=name)
-        return all(problem is None for _, problem in problems)
+        return are_cells_sound(row, zip(header, fields, strict=True), self._log, self._limits)
 
 
 def _fields(count: int) -> str:

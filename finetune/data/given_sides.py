@@ -6,7 +6,6 @@ Pure: rows in, the side of every row or findings out.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -16,10 +15,10 @@ import numpy.typing as npt
 from finetune.data.labelled import LabelledRows
 from finetune.data.options import SIDE_NAMES, TEST, TRAIN, VALIDATION
 from finetune.data.records import Finding, row_finding
+from finetune.data.targets.base import NUMBER
 
 Sides = npt.NDArray[np.int8]
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _NAMES_SHOWN = 5
 
 
@@ -90,7 +89,7 @@ def parse_time(value: str | None) -> tuple[float, bool] | None:
     Numbers stand for themselves; ISO 8601 becomes seconds since the epoch, in UTC where no offset is given.
     """
     text = (value or "").strip()
-    if _NUMBER.fullmatch(text):
+    if NUMBER.fullmatch(text):
         number = float(text)
         return (number, True) if math.isfinite(number) else None
     try:

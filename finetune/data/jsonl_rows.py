@@ -14,14 +14,12 @@ from typing import Any
 
 from finetune.data.record_batches import (
     NOTHING,
-    BatchBuilder,
     FindingLog,
     Limits,
-    RowBatch,
     RowSource,
+    are_cells_sound,
     are_names_sound,
-    cell_problem,
-    note_cell_problem,
+    batched,
     note_too_many_rows,
 )
 from finetune.data.text_lines import Utf8Lines
@@ -45,7 +43,9 @@ def open_jsonl(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSourc
         yield NOTHING
         return
     with path.open("rb") as stream:
-        yield RowSource(columns, _batches(Utf8Lines(stream, log, limits), columns, log, limits))
+        found = _rows(Utf8Lines(stream, log, limits), log, limits)
+        rows = ((number, [row.get(name) for name in columns]) for number, row in found)
+        yield RowSource(columns, batched(rows, len(columns), limits))
 
 
 def _column_names(path: Path, limits: Limits) -> tuple[str, ...]:
@@ -57,16 +57,6 @@ def _column_names(path: Path, limits: Limits) -> tuple[str, ...]:
             if len(names) > limits.columns:
                 break
     return tuple(names)
-
-
-def _batches(lines: Utf8Lines, columns: tuple[str, ...], log: FindingLog, limits: Limits) -> Iterator[RowBatch]:
-    builder = BatchBuilder(len(columns), limits)
-    for number, row in _rows(lines, log, limits):
-        builder.add(number, [row.get(name) for name in columns])
-        if builder.is_full:
-            yield builder.take()
-    if builder:
-        yield builder.take()
 
 
 def _rows(lines: Utf8Lines, log: FindingLog, limits: Limits) -> Iterator[tuple[int, Row]]:
@@ -84,7 +74,7 @@ def _rows(lines: Utf8Lines, log: FindingLog, limits: Limits) -> Iterator[tuple[i
         if read > limits.rows:
             return note_too_many_rows(log, limits, row=lines.row)
         row = _parse(line, lines.row, log)
-        if row is not None and _are_cells_sound(row, lines.row, log, limits):
+        if row is not None and are_cells_sound(lines.row, row.items(), log, limits):
             yield lines.row, row
 
 
@@ -122,19 +112,6 @@ def _as_cell(name: str, cell: Any) -> str | None:
         return json.dumps(cell, ensure_ascii=False)
     what = f"has an object or a nested list under {name[:80]!r}; a cell must be a single value or a list of strings"
     raise _Refused("nested", what, _FLATTEN)
-
-
-def _are_cells_sound(row: Row, number: int, log: FindingLog, limits: Limits) -> bool:
-    is_sound = True
-    for name, cell in row.items():
-        if cell is not None and (problem := cell_problem(cell, limits)) is not None:
-            note_cell_problem(log, problem, row=number, column=_printable(name))
-            is_sound = False
-    return is_sound
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()[:80]
 
 
 def _refuse_constant(constant: str) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finetune.data.errors import ColumnMissing
 from finetune.data.records import ColumnReport, ColumnType
-from finetune.data.targets import parse_list
+from finetune.data.targets.base import NUMBER, parse_list
 
 _DISTINCT_AT_MOST = 1000
 _EXAMPLE_CHARACTERS = 200
 _COUNTED_AT_MOST = 100
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment", "tag", "y")
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BOOLEANS = frozenset({"true", "false"})
 
 
@@ -40,7 +38,7 @@ class ColumnProfile:
             return
         if self._example is None:
             self._example = filled[0][:_EXAMPLE_CHARACTERS]
-        self._may_be_number = self._may_be_number and all(_NUMBER.fullmatch(value) for value in filled)
+        self._may_be_number = self._may_be_number and all(NUMBER.fullmatch(value) for value in filled)
         self._may_be_boolean = self._may_be_boolean and all(value.lower() in _BOOLEANS for value in filled)
         lists = [parse_list(value) for value in filled]
         self._may_be_list = self._may_be_list and None not in lists

@@ -5,7 +5,7 @@ Knows no file format. The readers fill it, `check` drains it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from finetune.data.records import ROWS_SHOWN, Finding, Severity
@@ -109,37 +109,24 @@ class FindingLog:
         ]
 
 
-class BatchBuilder:
-    """Collects rows until a batch is full."""
+def batched(rows: Iterable[tuple[int, Sequence[str | None]]], width: int, limits: Limits) -> Iterator[RowBatch]:
+    """Gather rows of `width` cells, each with its number, into batches within the limits."""
+    most, characters = rows_per_batch(width, limits), 0
+    held: list[tuple[int, Sequence[str | None]]] = []
+    for number, cells in rows:
+        held.append((number, cells))
+        characters += sum(len(cell) for cell in cells if cell is not None)
+        if len(held) >= most or characters >= limits.batch_characters:
+            yield _batch(held)
+            held, characters = [], 0
+    if held:
+        yield _batch(held)
 
-    def __init__(self, width: int, limits: Limits) -> None:
-        self._width = width
-        self._most_rows = rows_per_batch(width, limits)
-        self._most_characters = limits.batch_characters
-        self._start()
 
-    def _start(self) -> None:
-        self._row_numbers: list[int] = []
-        self._rows: list[Sequence[str | None]] = []
-        self._characters = 0
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, row: int, cells: Sequence[str | None]) -> None:
-        self._row_numbers.append(row)
-        self._rows.append(cells)
-        self._characters += sum(len(cell) for cell in cells if cell is not None)
-
-    @property
-    def is_full(self) -> bool:
-        return len(self._rows) >= self._most_rows or self._characters >= self._most_characters
-
-    def take(self) -> RowBatch:
-        """The rows so far; the builder starts afresh."""
-        batch = RowBatch(self._row_numbers, [list(column) for column in zip(*self._rows, strict=True)])
-        self._start()
-        return batch
+def _batch(rows: Sequence[tuple[int, Sequence[str | None]]]) -> RowBatch:
+    return RowBatch(
+        [number for number, _ in rows], [list(column) for column in zip(*(row for _, row in rows), strict=True)]
+    )
 
 
 def rows_per_batch(width: int, limits: Limits) -> int:
@@ -160,6 +147,16 @@ def cell_problem(cell: str, limits: Limits) -> str | None:
 def note_cell_problem(log: FindingLog, problem: str, *, row: int, column: str) -> None:
     fix = "shorten the text or move it to another file" if "larger" in problem else "remove the character from the cell"
     log.note(f"cell: {problem}", f"row {row}, column {column!r}: {problem}", row=row, column=column, fix=fix)
+
+
+def are_cells_sound(row: int, cells: Iterable[tuple[str, str | None]], log: FindingLog, limits: Limits) -> bool:
+    """Check a row's cells by column; files what is wrong with them."""
+    is_sound = True
+    for name, cell in cells:
+        if cell is not None and (problem := cell_problem(cell, limits)) is not None:
+            note_cell_problem(log, problem, row=row, column=name.encode("utf-8", "replace").decode()[:80])
+            is_sound = False
+    return is_sound
 
 
 def note_too_many_rows(log: FindingLog, limits: Limits, *, row: int) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FEW_ROWS = 10  # fewer rows of a label can hardly be learnt or measured
 _NAMES_SHOWN = 5
 _LIST_START = re.compile(r"\s*\[")
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 Keys = Sequence[int]
 """A number for each row's input, or for its near duplicates."""

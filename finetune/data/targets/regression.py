@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -11,14 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from finetune.data.records import Finding, row_finding
-from finetune.data.targets.base import Keys, Target
+from finetune.data.targets.base import NUMBER, Keys, Target
 from finetune.data.targets.metric import Metric
 from modeling.inputs import BadCell
 
 if TYPE_CHECKING:
     from finetune.data.labelled import LabelledRows
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MOST_BINS, _ROWS_PER_BIN = 10, 10
 
 
@@ -42,7 +40,7 @@ class NumberTarget(Target):
     def read(self, cell: str) -> str:
         text = cell.strip()
         fix = "write a finite number, such as 3.5 or -1e3, in every row; for words choose a classification task"
-        if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        if not NUMBER.fullmatch(text) or not math.isfinite(float(text)):
             raise BadCell(f"holds {text[:60]!r}, which is no finite number", code="non_numeric_target", fix=fix)
         return repr(float(text) + 0.0)  # without the sign of zero
 
