@@ -89,7 +89,7 @@ def load_labelled(
             if read is not None:
                 kept.append(place)
                 rows.examples.append(read[0])
-                rows.labels.append(_shared(known, read[1]))
+                rows.labels.append(known.setdefault(read[1], read[1]))
         row_numbers += [batch.row_numbers[place] for place in kept]
         for name, values in rows.extras.items():
             values += [_filled(known, found[name][place]) for place in kept]
@@ -135,12 +135,8 @@ class _Cells:
         self.log.note("empty", message, code=code, severity="warning", row=row, column=column, fix=fix)
 
 
-def _shared(known: dict[str, str], value: str) -> str:
-    return known.setdefault(value, value)
-
-
 def _filled(known: dict[str, str], cell: str | None) -> str | None:
-    return None if cell is None or not cell.strip() else _shared(known, cell)
+    return None if cell is None or not cell.strip() else known.setdefault(cell, cell)
 
 
 def _without_rows(findings: list[Finding], columns: Sequence[str], what: str) -> list[Finding]:

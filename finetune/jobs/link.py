@@ -110,6 +110,8 @@ class Journal:
     def __init__(self, link: Link, *, job_id: str, attempt: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
         self._link, self._job_id, self._attempt = link, job_id, attempt
         self.entries: list[dict[str, Any]] = [dict(entry) for entry in earlier]
+        self.progress, self.set, self.check_cancelled = link.progress, link.set, link.check_cancelled
+        self.reserve, self.champion, self.succeed = link.reserve, link.champion, link.succeed
 
     def event(
         self, type_: EventType, message: str, data: Mapping[str, Any] | None = None, *, level: str = "info"
@@ -120,24 +122,6 @@ class Journal:
     def phase(self, phase: JobPhase) -> None:
         self._keep("phase_changed", phase, {"phase": phase}, "info")
         self._link.phase(phase)
-
-    def progress(self, **values: Any) -> None:
-        self._link.progress(**values)
-
-    def set(self, **columns: Any) -> None:
-        self._link.set(**columns)
-
-    def check_cancelled(self) -> None:
-        self._link.check_cancelled()
-
-    def reserve(self, *, kind: str, method: str) -> int:
-        return self._link.reserve(kind=kind, method=method)
-
-    def champion(self) -> dict[str, Any] | None:
-        return self._link.champion()
-
-    def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
-        self._link.succeed(manifest=manifest, evaluation=evaluation, was_cancelled=was_cancelled)
 
     def _keep(self, type_: EventType, message: str, data: dict[str, Any], level: str) -> None:
         values = {"job_id": self._job_id, "attempt": self._attempt, "created_at": time.time(), "level": level}
