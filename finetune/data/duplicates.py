@@ -1,10 +1,10 @@
 """Rows with the same input, or nearly the same. Pure; row order and the clock do not matter.
 
 Inputs are the same if their modality gives them one digest. They are near duplicates if the Jaccard similarity of
-their sets of hashes (`SHINGLINGS`: for texts, of their runs of three words) is at least 0.8; a modality without such
-sets has none. Candidates come from MinHash with banding (Broder 1997; Leskovec, Rajaraman and Ullman, "Mining of
-Massive Datasets", chapter 3): 16 bands of 4 find a pair at 0.8 with probability 0.9998, one at 0.9 with certainty for
-all that matters. Every candidate is then compared exactly, so nothing is merged by chance.
+their sets of hashes (`SHINGLINGS`) is at least 0.8; a modality without such sets has none. Candidates come from
+MinHash with banding (Broder 1997; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3): 16 bands
+of 4 find a pair at 0.8 with probability 0.9998, one at 0.9 with certainty for all that matters. Every candidate is
+then compared exactly, so nothing is merged by chance.
 
 Near duplicates of near duplicates belong together too, but such chains can run through a whole dataset of
 form letters. A group above `largest_group` is therefore cut: inputs gather around one each that they

@@ -11,7 +11,7 @@ import numpy.typing as npt
 Hashes = npt.NDArray[np.uint64]
 Offsets = npt.NDArray[np.int64]
 
-BATCH_SIZE = 1 << 19  # of examples hashed at once, in characters of texts; each takes some 60 bytes meanwhile
+BATCH_SIZE = 1 << 19  # of examples hashed at once, as their modality counts; a character takes some 60 bytes meanwhile
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,35 @@ class LabelSetTarget(Target):
         return [Finding(code="label_separator", severity="info", message=message, column=column, fix=fix)]
 
     def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
-        return _of_sets(rows, groups, needed)
+        """No label at all is an error; labels that are too rare to be learnt or measured are a warning."""
+        names = [self.names_of(label) for label in rows.labels]
+        inputs: defaultdict[str, set[int]] = defaultdict(set)
+        for own, group in zip(names, groups, strict=True):
+            for name in own:
+                inputs[name].add(group)
+        if not inputs:
+            return [
+                row_finding(
+                    code="single_class",
+                    severity="error",
+                    rows=rows.row_numbers.tolist(),
+                    message=f"none of the {len(rows):,} rows has a label",
+                    fix="give rows labels, or choose another label column",
+                )
+            ]
+        found = [*_rare(rows, inputs, needed), *_everywhere(names)]
+        if max(map(len, names)) == 1:
+            found.append(
+                row_finding(
+                    code="single_class",
+                    severity="info",
+                    rows=[],
+                    count=1,
+                    message="no row has more than one label",
+                    fix="nothing to do; if every row has one label by nature, the task for one label fits better",
+                )
+            )
+        return found
 
 
 def _separator(cells: Iterable[str | None]) -> str | None:
@@ -88,38 +116,6 @@ def _separator(cells: Iterable[str | None]) -> str | None:
             return None
         found.update(separator for separator in SEPARATORS if separator in cell)
     return next((separator for separator in SEPARATORS if separator in found), None)
-
-
-def _of_sets(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
-    """No label at all is an error; labels that are too rare to be learnt or measured are a warning."""
-    names = [rows.target.names_of(label) for label in rows.labels]
-    inputs: defaultdict[str, set[int]] = defaultdict(set)
-    for own, group in zip(names, groups, strict=True):
-        for name in own:
-            inputs[name].add(group)
-    if not inputs:
-        return [
-            row_finding(
-                code="single_class",
-                severity="error",
-                rows=rows.row_numbers.tolist(),
-                message=f"none of the {len(rows):,} rows has a label",
-                fix="give rows labels, or choose another label column",
-            )
-        ]
-    found = [*_rare(rows, inputs, needed), *_everywhere(names)]
-    if max(map(len, names)) == 1:
-        found.append(
-            row_finding(
-                code="single_class",
-                severity="info",
-                rows=[],
-                count=1,
-                message="no row has more than one label",
-                fix="nothing to do; if every row has one label by nature, the task for one label fits better",
-            )
-        )
-    return found
 
 
 def _rare(rows: LabelledRows, inputs: dict[str, set[int]], needed: int) -> list[Finding]:

@@ -57,60 +57,53 @@ class NumberTarget(Target):
         return [str(place) for place in np.searchsorted(edges, values, side="right").tolist()]
 
     def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
-        return _of_numbers(rows, groups, needed)
+        """One value everywhere, and fewer different inputs than sides, are errors."""
+        if len(set(rows.labels)) == 1:
+            return [
+                row_finding(
+                    code="constant_target",
+                    severity="error",
+                    rows=rows.row_numbers.tolist(),
+                    message=f"all {len(rows):,} rows have the target {float(rows.labels[0]):g}; there is nothing to "
+                    "learn",
+                    fix="add rows with other values, or choose another label column",
+                )
+            ]
+        inputs = len(set(groups))
+        if inputs < needed:
+            return [
+                row_finding(
+                    code="class_too_small",
+                    severity="error",
+                    rows=rows.row_numbers.tolist(),
+                    count=inputs,
+                    message=f"there are only {inputs} different {rows.modality.plural} (near duplicates count once) "
+                    f"for {needed} sides",
+                    fix="add rows, or bring validation and test data",
+                )
+            ]
+        return []
 
     def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
-        return _conflicting_numbers(rows, keys)
-
-
-def _of_numbers(rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
-    """One value everywhere, and fewer different inputs than sides, are errors."""
-    if len(set(rows.labels)) == 1:
+        """Equal inputs whose targets lie further apart than one standard deviation of all."""
+        values = np.array([float(label) for label in rows.labels])
+        _, one = np.unique(np.asarray(keys), return_inverse=True)
+        low, high = np.full(one.max() + 1, np.inf), np.full(one.max() + 1, -np.inf)
+        np.minimum.at(low, one, values)
+        np.maximum.at(high, one, values)
+        is_apart = high - low > values.std()
+        if not is_apart.any():
+            return []
+        affected = np.flatnonzero(is_apart[one])
+        first = int(affected[0])
         return [
             row_finding(
-                code="constant_target",
-                severity="error",
-                rows=rows.row_numbers.tolist(),
-                message=f"all {len(rows):,} rows have the target {float(rows.labels[0]):g}; there is nothing to learn",
-                fix="add rows with other values, or choose another label column",
+                code="conflicting_labels",
+                severity="warning",
+                rows=rows.row_numbers[affected].tolist(),
+                message=f"{int(is_apart.sum()):,} {rows.modality.plural} have targets more than a standard deviation "
+                f"({values.std():.3g}) apart, the first (row {rows.row_numbers[first]}) "
+                f"with {low[one[first]]:g} and {high[one[first]]:g}",
+                fix=f"keep one target per {rows.modality.name}, for example the mean",
             )
         ]
-    inputs = len(set(groups))
-    if inputs < needed:
-        return [
-            row_finding(
-                code="class_too_small",
-                severity="error",
-                rows=rows.row_numbers.tolist(),
-                count=inputs,
-                message=f"there are only {inputs} different {rows.modality.plural} (near duplicates count once) "
-                f"for {needed} sides",
-                fix="add rows, or bring validation and test data",
-            )
-        ]
-    return []
-
-
-def _conflicting_numbers(rows: LabelledRows, keys: Keys) -> list[Finding]:
-    """Equal inputs whose targets lie further apart than one standard deviation of all."""
-    values = np.array([float(label) for label in rows.labels])
-    _, one = np.unique(np.asarray(keys), return_inverse=True)
-    low, high = np.full(one.max() + 1, np.inf), np.full(one.max() + 1, -np.inf)
-    np.minimum.at(low, one, values)
-    np.maximum.at(high, one, values)
-    is_apart = high - low > values.std()
-    if not is_apart.any():
-        return []
-    affected = np.flatnonzero(is_apart[one])
-    first = int(affected[0])
-    return [
-        row_finding(
-            code="conflicting_labels",
-            severity="warning",
-            rows=rows.row_numbers[affected].tolist(),
-            message=f"{int(is_apart.sum()):,} {rows.modality.plural} have targets more than a standard deviation "
-            f"({values.std():.3g}) apart, the first (row {rows.row_numbers[first]}) "
-            f"with {low[one[first]]:g} and {high[one[first]]:g}",
-            fix=f"keep one target per {rows.modality.name}, for example the mean",
-        )
-    ]
