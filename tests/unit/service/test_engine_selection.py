@@ -98,7 +98,7 @@ def test_the_choice_is_measured_once_and_remembered(world: World, reports: Engin
     (measured,) = first.measurements([world.backbone.info.digest])
     by_name = {row["engine"]: row for row in measured.engines}
     assert {"torch/fp32", "onnx/fp32", "openvino/fp32"} <= set(by_name)
-    assert by_name["torch/fp32"]["texts"] == 64 and by_name["torch/fp32"]["flips"] == 0.0
+    assert by_name["torch/fp32"]["rows"] == 64 and by_name["torch/fp32"]["flips"] == 0.0
     for row in by_name.values():
         assert (row["engine"] == measured.chosen) or row["refused"] or row["engine"] == "torch/fp32"
     again, is_final = selector(world, reports).open_first(world.backbone)
