@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from model_registry.manifest import ModelManifest
@@ -29,37 +29,38 @@ class TaskTerms:
     figures: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class CardContext:
-    """What stands beside the report: the request's metadata, the version's other documents, the paths of its files."""
+def render_card(
+    manifest: ModelManifest,
+    evaluation: Mapping[str, Any],
+    terms: TaskTerms,
+    *,
+    metadata: Mapping[str, str],
+    fingerprint: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    files: Sequence[str],
+) -> str:
+    """Markdown. `evaluation` is the report stored beside it; what it does not hold for a task has no section.
 
-    terms: TaskTerms
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    files: Sequence[str] = ()
-
-
-def render_card(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardContext) -> str:
-    """Markdown. `evaluation` is the report stored beside it; what it does not hold for a task has no section."""
+    `metadata` is the request's, `fingerprint` and `environment` are the version's documents, `files` its paths.
+    """
     side = "test" if evaluation["test"] else "validation"
     parts = [
-        _head(manifest, evaluation, context),
+        _head(manifest, evaluation, metadata),
         _verdict(evaluation.get("verdict") or []),
-        _quality(manifest, evaluation, side, context.terms),
+        _quality(manifest, evaluation, side, terms),
         _slices(evaluation[side].get("slices") or []),
         _abstention(evaluation.get("abstention") or {}),
-        _pictures(context.files),
-        _methods(evaluation, context.terms),
+        _pictures(files),
+        _methods(evaluation, terms),
         _promotion(evaluation.get("promotion")),
-        _data(manifest, evaluation, context.fingerprint),
-        _environment(context.environment),
-        _limits(evaluation, side, context.terms),
+        _data(manifest, evaluation, fingerprint),
+        _environment(environment),
+        _limits(evaluation, side, terms),
     ]
     return "\n".join(line for part in parts for line in part)
 
 
-def _head(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardContext) -> list[str]:
+def _head(manifest: ModelManifest, evaluation: Mapping[str, Any], metadata: Mapping[str, str]) -> list[str]:
     base = manifest.base
     shown = f"{base.name} ({base.source}, sha256 {base.digest[:16]}…)" if base else "none"
     labels = f", {len(manifest.labels)} labels: {', '.join(manifest.labels[:50])}" if manifest.labels else ""
@@ -69,7 +70,7 @@ def _head(manifest: ModelManifest, evaluation: Mapping[str, Any], context: CardC
         f"- Task: {manifest.task}{labels}",
         f"- Method: {manifest.method}; backbone: {shown}",
         f"- Job: {manifest.job_id or 'none'}; chosen by {evaluation.get('metric', 'macro_f1')} on validation",
-        *(f"- {key}: {value}" for key, value in context.metadata.items()),
+        *(f"- {key}: {value}" for key, value in metadata.items()),
         "",
     ]
 

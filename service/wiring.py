@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 
 from finetune.data.store import DatasetStore
@@ -60,7 +59,9 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             metrics,
             memory_budget_bytes=settings.memory_budget_bytes,
             backbones=settings.backbones,
-            batch_log=None if settings.batch_log is None else stack.enter_context(BatchLog(settings.batch_log)),
+            batch_log=None
+            if settings.batch_log is None
+            else stack.enter_context(closing(BatchLog(settings.batch_log))),
         )
         stack.push_async_callback(pool.stop)
         admission = AdmissionController(
@@ -190,7 +191,7 @@ async def _load(
 
 async def _count_jobs(jobs: JobStore, metrics: ServingMetrics) -> None:
     while True:
-        with contextlib.suppress(DatabaseUnavailable):
+        with suppress(DatabaseUnavailable):
             metrics.set_finetune_jobs(await asyncio.to_thread(jobs.counts))
         await asyncio.sleep(_JOB_COUNTS_EVERY_S)
 

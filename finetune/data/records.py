@@ -27,7 +27,7 @@ class DatasetStatus(StrEnum):
 
 
 class Finding(BaseModel):
-    """One thing worth telling about the data: what, where, and how to mend it.
+    """One thing worth telling about the data: what, where, and how to fix it.
 
     `rows` holds the first 20 row numbers, counted from 1 as a person sees them in the file: for csv,
     row 1 is the first record after the header (blank lines are not counted, a record with quoted line

@@ -3,9 +3,7 @@
 RunError(code, message, hint, retryable)
 ├── DatasetInvalid       findings that forbid training
 ├── NonFiniteLoss        the loss became NaN or infinite
-├── ProcessLost          one of several processes that train together is gone
-├── SearchUnavailable    trials were asked for, and Optuna is not installed
-└── SearchFailed         no trial ended with a model
+└── ProcessLost          one of several processes that train together is gone
 
 Cancelled, Stopped       the run was asked to end, or to make way for a while (no failures)
 """
@@ -37,12 +35,12 @@ class RunError(Exception):
 class DatasetInvalid(RunError):
     def __init__(self, message: str, findings: list[dict[str, Any]]) -> None:
         super().__init__(
-            "dataset_invalid", message, hint="mend the rows that the findings name and upload again", findings=findings
+            "dataset_invalid", message, hint="fix the rows that the findings name and upload again", findings=findings
         )
 
 
 class NonFiniteLoss(RunError):
-    """`rows` are numbers of rows in their file; none where the gradient alone is not finite."""
+    """`rows` are numbers of rows in their file; none if the gradient alone is not finite."""
 
     def __init__(self, step: int, *, rows: Sequence[int] = (), learning_rate: float = 0.0, precision: str = "") -> None:
         what = f"the loss of row {', '.join(map(str, rows[:20]))}" if rows else "the gradient"
@@ -65,20 +63,6 @@ class ProcessLost(RunError):
             hint="the worker's log has the details; submit the job again, with devices 1 if it happens again",
             retryable=True,
         )
-
-
-class SearchUnavailable(RunError):
-    def __init__(self) -> None:
-        super().__init__(
-            "search_unavailable",
-            "trials needs the package optuna, which this worker lacks",
-            hint="install polyhead[finetune] where the worker runs, or leave out trials",
-        )
-
-
-class SearchFailed(RunError):
-    def __init__(self, message: str) -> None:
-        super().__init__("search_failed", message, hint="narrow the space, the learning rate's first of all")
 
 
 class Cancelled(Exception):

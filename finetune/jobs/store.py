@@ -214,15 +214,9 @@ class JobStore:
         with self._database.read() as connection:
             return [_job(row) for row in connection.execute(query)]
 
-    def data_ready(self, job_id: str) -> None:
-        """Moves a job from `validating_files` to the queue."""
-        self._leave_validation(job_id, JobStatus.QUEUED, None)
-
-    def data_invalid(self, job_id: str, failure: JobFailure) -> None:
-        """Ends a job whose dataset turned out to be invalid."""
-        self._leave_validation(job_id, JobStatus.FAILED, failure)
-
-    def _leave_validation(self, job_id: str, status: JobStatus, failure: JobFailure | None) -> None:
+    def leave_validation(self, job_id: str, failure: JobFailure | None = None) -> None:
+        """Moves a job from `validating_files` to the queue, or ends it with what is wrong with its dataset."""
+        status = JobStatus.QUEUED if failure is None else JobStatus.FAILED
         with self._database.write() as connection:
             now = self._database.now(connection)
             values: dict[str, Any] = {"status": status}

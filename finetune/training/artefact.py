@@ -18,7 +18,7 @@ from finetune.evaluation.plots import draw
 from finetune.jobs.link import ChildJob
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run
-from model_registry.card import CardContext, TaskTerms, render_card
+from model_registry.card import render_card
 from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, put_tree
 from modeling.assemble import GOLDEN_ROWS, GoldenRow, write_version_files
@@ -140,22 +140,19 @@ def store_artefact(
         dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train)},
         files=(),
     )
-    (folder / "MODEL_CARD.md").write_text(
-        render_card(draft, evaluation, _card_context(folder, job.spec.metadata, run.rules.card))
-    )
-    store.delete_tree(draft.prefix)  # a number is reserved once, so whatever is there was never served
-    files: tuple[FileEntry, ...] = put_tree(store, draft.prefix, folder)
-    return draft.model_copy(update={"files": files})
-
-
-def _card_context(folder: Path, metadata: dict[str, str], terms: TaskTerms) -> CardContext:
-    return CardContext(
-        terms,
-        metadata=metadata,
+    card = render_card(
+        draft,
+        evaluation,
+        run.rules.card,
+        metadata=job.spec.metadata,
         fingerprint=json.loads((folder / "data" / "fingerprint.json").read_text()),
         environment=json.loads((folder / "train" / "environment.json").read_text()),
         files=[path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()],
     )
+    (folder / "MODEL_CARD.md").write_text(card)
+    store.delete_tree(draft.prefix)  # a number is reserved once, so whatever is there was never served
+    files: tuple[FileEntry, ...] = put_tree(store, draft.prefix, folder)
+    return draft.model_copy(update={"files": files})
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.jobs.failures import Cancelled, NonFiniteLoss, SearchFailed, SearchUnavailable
+from finetune.jobs.failures import Cancelled, NonFiniteLoss, RunError
 from finetune.jobs.plan import TrainingPlan
 from finetune.jobs.search_space import Range
 from finetune.training.methods import METHODS
@@ -53,7 +53,7 @@ class Trial:
 def search(run: Run, replan: Replan) -> Candidate:
     """Runs up to `run.plan.trials` trials within the budget and returns the best, whose plan becomes the run's.
 
-    Raises `SearchUnavailable` without Optuna, `SearchFailed`, and `Cancelled` and `Stopped` as the loop does.
+    Raises `RunError` without Optuna and if no trial ends with a model, and `Cancelled` and `Stopped` as the loop does.
     """
     trials = _Trials(run, replan)
     trials.load()
@@ -103,7 +103,8 @@ class _Trials:
         best = self._best()
         if best is None:
             reasons = "; ".join(dict.fromkeys(trial.reason or trial.state for trial in self.done))
-            raise SearchFailed(f"no trial of {len(self.done)} ended with a model: {reasons}"[:500])
+            told = f"no trial of {len(self.done)} ended with a model: {reasons}"[:500]
+            raise RunError("search_failed", told, hint="narrow the space, the learning rate's first of all")
         run = self._run_of(best.number, best.params)
         candidate = self.best[1] if self.best and self.best[0] == best.number else METHODS[self.method](run)
         self.run.plan = run.plan
@@ -254,6 +255,10 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise SearchUnavailable from error
+        raise RunError(
+            "search_unavailable",
+            "trials needs the package optuna, which this worker lacks",
+            hint="install polyhead[finetune] where the worker runs, or leave out trials",
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -61,7 +61,7 @@ def explain(error: Exception) -> JobFailure:
     if isinstance(error, RunError):
         return error.failure
     if isinstance(error, PlanError):
-        return JobFailure(code="invalid_hyperparameters", message=str(error), hint="mend it and submit the job again")
+        return JobFailure(code="invalid_hyperparameters", message=str(error), hint="fix it and submit the job again")
     if _is_disk_full(error):
         hint = "free some space, then submit the job again; nothing incomplete was registered"
         return JobFailure(code="storage_full", message="no space left for the artefact", hint=hint, retryable=True)

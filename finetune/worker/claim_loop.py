@@ -137,13 +137,13 @@ class Worker:
                 records = [self._datasets.get(job.tenant, id_) for id_ in job.spec.datasets]
             except DatasetNotFound as error:
                 failure = JobFailure(code="dataset_invalid", message=str(error), hint="upload it again")
-                self._ledger.jobs.data_invalid(job.id, failure)
+                self._ledger.jobs.leave_validation(job.id, failure)
                 continue
             invalid = [record for record in records if record.status is DatasetStatus.INVALID]
             if invalid:
-                self._ledger.jobs.data_invalid(job.id, _invalid(invalid[0]))
+                self._ledger.jobs.leave_validation(job.id, _invalid(invalid[0]))
             elif all(record.status is DatasetStatus.READY for record in records):
-                self._ledger.jobs.data_ready(job.id)
+                self._ledger.jobs.leave_validation(job.id)
 
     def _run(self, lease: Lease, job: FineTuneJob) -> str:
         try:
@@ -244,6 +244,4 @@ def _invalid(record: DatasetRecord) -> JobFailure:
     findings = [] if record.report is None else record.report.findings
     errors = [finding.model_dump(mode="json") for finding in findings if finding.severity == "error"]
     message = f"{record.id} cannot be used: " + "; ".join(error["message"] for error in errors)[:1000]
-    return JobFailure(
-        code="dataset_invalid", message=message, hint="mend the file and upload it again", findings=errors
-    )
+    return JobFailure(code="dataset_invalid", message=message, hint="fix the file and upload it again", findings=errors)

@@ -318,9 +318,9 @@ def test_waiting_for_data_ends_in_the_queue_or_in_failure(store: JobStore, clock
     good, bad = (store.enqueue("default", SPEC, is_data_ready=False).id for _ in range(2))
     assert store.claim("w1", lease_s=LEASE_S) is None
     assert {job.id for job in store.waiting_for_data()} == {good, bad}
-    store.data_ready(good)
-    store.data_invalid(bad, JobFailure(code="dataset_invalid", message="one class"))
-    store.data_ready(bad)  # too late: it has ended
+    store.leave_validation(good)
+    store.leave_validation(bad, JobFailure(code="dataset_invalid", message="one class"))
+    store.leave_validation(bad)  # too late: it has ended
     assert claim(store).job_id == good
     assert store.get("default", bad).status is JobStatus.FAILED
 

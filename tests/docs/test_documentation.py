@@ -121,6 +121,7 @@ def test_codes_of_failed_jobs_are_documented() -> None:
     codes = {code for call in calls_in("finetune", "JobFailure") for code in keyword_texts(call, "code")}
     for call in calls(ROOT / "finetune" / "jobs" / "failures.py", "__init__"):  # of a `RunError`: code, message
         codes |= {first_text(call)} if len(call.args) > 1 else set()
+    codes |= {first_text(call) for call in calls_in("finetune", "RunError")}
     assert set(table_rows(section(page("errors"), "Failed jobs"))) == codes
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("optuna", reason="needs the extra finetune")
 
-from finetune.jobs.failures import SearchFailed, SearchUnavailable, Stopped
+from finetune.jobs.failures import RunError, Stopped
 from finetune.training.methods import METHODS
 from finetune.training.recipe import run_job
 from model_registry.store import FileStore
@@ -129,8 +129,9 @@ def test_a_search_in_which_every_trial_diverges_fails_with_advice(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _diverge(monkeypatch, numbers={0, 1})
-    with pytest.raises(SearchFailed) as error:
+    with pytest.raises(RunError) as error:
         searched(shop, trials=2)
+    assert error.value.failure.code == "search_failed"
     assert "NaN" in str(error.value) and "narrow the space" in error.value.failure.hint
 
 
@@ -154,6 +155,7 @@ def test_the_budget_ends_the_search_with_what_there_is(shop: Workshop) -> None:
 
 def test_without_optuna_the_job_says_what_to_install(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    with pytest.raises(SearchUnavailable) as error:
+    with pytest.raises(RunError) as error:
         searched(shop)
+    assert error.value.failure.code == "search_unavailable"
     assert "polyhead[finetune]" in error.value.failure.hint

@@ -9,16 +9,26 @@ from functools import partial
 import numpy as np
 
 from finetune.jobs.records import JobPhase
-from finetune.training.methods import logistic, one_vs_rest, ridge
 from finetune.training.methods.candidate import Candidate, Servable
-from finetune.training.methods.logistic import Fit, Judged
+from finetune.training.methods.linear import (
+    LOGISTIC_STRENGTHS,
+    PATH_TOLERANCE,
+    RIDGE_STRENGTHS,
+    Fit,
+    Judged,
+    best_of,
+    fit_logistic,
+    fit_one_vs_rest,
+    fit_ridge,
+    path,
+)
 from finetune.training.run_context import Run
 
 # How a head is fitted, how the fits that are compared are, and the strengths that are tried, by the kind of task.
 _MODELS: dict[str, tuple[Callable[..., Fit], Callable[..., Fit], Sequence[float]]] = {
-    "single_label": (logistic.fit, partial(logistic.fit, tolerance=logistic.PATH_TOLERANCE), logistic.STRENGTHS),
-    "multi_label": (one_vs_rest.fit, one_vs_rest.fit, logistic.STRENGTHS),
-    "regression": (ridge.fit, ridge.fit, ridge.STRENGTHS),
+    "single_label": (fit_logistic, partial(fit_logistic, tolerance=PATH_TOLERANCE), LOGISTIC_STRENGTHS),
+    "multi_label": (fit_one_vs_rest, fit_one_vs_rest, LOGISTIC_STRENGTHS),
+    "regression": (fit_ridge, fit_ridge, RIDGE_STRENGTHS),
 }
 
 
@@ -34,9 +44,9 @@ def train(run: Run) -> Candidate:
         return Judged(fitted, run.plan.deciding.gain(run.score(logits)), loss)
 
     fit, compared, strengths = _MODELS[run.kind]
-    fits = logistic.path(partial(compared, run, train_features, run.train.labels), strengths)
+    fits = path(partial(compared, run, train_features, run.train.labels), strengths)
     rows = len(run.validation.labels) if run.plan.deciding.is_share else None
-    chosen = logistic.best_of(fits, judge, rows=rows)
+    chosen = best_of(fits, judge, rows=rows)
     run.probe_head = chosen.head
 
     def finish() -> Servable:

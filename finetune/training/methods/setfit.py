@@ -17,15 +17,15 @@ from torch.nn import functional as F
 
 from finetune.jobs.failures import Cancelled, NonFiniteLoss
 from finetune.jobs.records import JobPhase
-from finetune.training.methods import logistic
 from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.methods.linear import fit_logistic
 from finetune.training.methods.tuned import Classifier, load_network, new_classifier, serve_own
 from finetune.training.run_context import Run, embed, length_batches
 from modeling.inputs import Example, Features, single
 from modeling.weights import FloatArray, IntArray
 
 ROWS_PER_STEP = 32
-# Of the head, as in `logistic`. Held-out rows are too few to choose it by, and rows that the body was tuned on always
+# Of the head, as in `linear`. Held-out rows are too few to choose it by, and rows that the body was tuned on always
 # ask for less regularisation than new ones. Weaker ones, and SetFit's own head, lost on R8 (docs/log.md).
 STRENGTH = 0.01
 _EVALUATION_TOKENS = 4096
@@ -39,7 +39,7 @@ def train(run: Run) -> Candidate:
     body, steps = _tuned(run, train_rows, run.train.labels, steps=run.plan_of("setfit").total_steps)
     features, held_out = _vectors(run, body, train_rows), _vectors(run, body, validation_rows)
 
-    head = logistic.fit(run, features, run.train.labels, strength=STRENGTH).head
+    head = fit_logistic(run, features, run.train.labels, strength=STRENGTH).head
 
     return Candidate(
         method="setfit",
@@ -59,7 +59,7 @@ def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Features]) 
         again, done = _tuned(run, rows, labels, steps=steps)
         body = again if done == steps else body
     # Vectors of validation rows that the body has not been tuned on serve the head as well.
-    head = logistic.fit(run, _vectors(run, body, rows), labels, strength=STRENGTH).head
+    head = fit_logistic(run, _vectors(run, body, rows), labels, strength=STRENGTH).head
     engine, _, write_extra = serve_own(run, body.encoder, method="setfit")
 
     def logits(examples: Sequence[Example]) -> FloatArray:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -575,7 +576,7 @@ def test_under_load_the_engine_takes_its_next_batch_without_the_event_loop() -> 
 
 def test_the_log_holds_what_a_replay_needs(tmp_path: Path) -> None:
     async def scenario() -> None:
-        with BatchLog(tmp_path / "logs" / "batches.jsonl") as log:
+        with closing(BatchLog(tmp_path / "logs" / "batches.jsonl")) as log:
             lane = lane_of(BatchLimits(64, 8, max_delay_s=0.01), record=log)
             await settled(1)
             adapted = WordModel(lane)

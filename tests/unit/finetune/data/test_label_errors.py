@@ -76,12 +76,12 @@ def test_flipped_labels_are_found() -> None:
 
 def test_sound_labels_raise_no_warning() -> None:
     rows, wrong = corpus()
-    mended = [*rows.labels]
+    fixed = [*rows.labels]
     names = ["earn", "grain", "ship", "trade"]
     for number in wrong:
-        mended[number - 1] = names[(number - 1) % 4]
+        fixed[number - 1] = names[(number - 1) % 4]
     link = RecordingLink()
-    found = find_suspects(LabelledRows(rows.row_numbers, rows.examples, mended), link, seed=1)
+    found = find_suspects(LabelledRows(rows.row_numbers, rows.examples, fixed), link, seed=1)
     assert len(found) <= 4 and all(event["level"] == "info" for event in link.of("data_warning"))
 
 

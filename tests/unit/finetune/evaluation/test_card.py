@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from finetune.evaluation.slices import slices
 from finetune.evaluation.tasks.multi_label import LabelSetRules
 from finetune.evaluation.tasks.regression import NumberRules
 from finetune.evaluation.tasks.single_label import ClassRules
-from model_registry.card import CardContext, render_card
+from model_registry.card import TaskTerms, render_card
 from model_registry.manifest import ModelManifest
 
 LABELS = ("good", "a|b\nc")
@@ -33,15 +32,19 @@ def card(*, with_test: bool = True, **changed: Any) -> str:
         "rows": {"train": 900, "validation": 200, "test": 200},
         "verdict": [{"code": "overfitting", "severity": "warning", "message": "It overfits.", "evidence": {}}],
     } | changed
-    return render_card(manifest(), evaluation, CONTEXT)
+    return rendered(manifest(), evaluation, ClassRules.card)
 
 
-CONTEXT = CardContext(
-    ClassRules.card,
-    metadata={"team": "news"},
-    files=["eval/residuals.svg", "eval/calibration.svg", "labels.json"],
-    fingerprint={"datasets": {"train": {"id": "ds_1", "sha256": "ab" * 32}}},
-)
+def rendered(of: ModelManifest, evaluation: dict[str, Any], terms: TaskTerms) -> str:
+    return render_card(
+        of,
+        evaluation,
+        terms,
+        metadata={"team": "news"},
+        files=["eval/residuals.svg", "eval/calibration.svg", "labels.json"],
+        fingerprint={"datasets": {"train": {"id": "ds_1", "sha256": "ab" * 32}}},
+        environment={},
+    )
 
 
 def manifest(**changed: Any) -> ModelManifest:
@@ -96,8 +99,7 @@ def test_a_value_has_its_own_figures_and_no_labels() -> None:
         "methods": [{"method": "linear_probe", "seconds": 3.0, "validation": side}],
     }
     metrics = {name: value for name, value in side.items() if isinstance(value, float)}
-    context = replace(CONTEXT, terms=NumberRules.card)
-    text = render_card(manifest(task="text-regression", labels=(), metrics=metrics), evaluation, context)
+    text = rendered(manifest(task="text-regression", labels=(), metrics=metrics), evaluation, NumberRules.card)
     assert "- Task: text-regression\n" in text and "chosen by rmse" in text
     assert "| rmse | 0.5000 | 0.4000 to 0.6000 |\n| mae | 0.2500 | – |\n| r2 | 0.7500 | – |" in text
     assert "| linear_probe | 0.5000 | 0.2500 | 0.7500 | 3.0 |" in text
@@ -118,8 +120,7 @@ def test_several_labels_have_a_table_of_each() -> None:
         "methods": [{"method": "linear_probe", "seconds": 3.0, "validation": {"micro_f1": 0.5}}],
     }
     metrics = {"micro_f1": 0.5, "subset_accuracy": 0.3, "rows": 40.0}
-    context = replace(CONTEXT, terms=LabelSetRules.card)
-    text = render_card(manifest(task="text-multi-label", metrics=metrics), evaluation, context)
+    text = rendered(manifest(task="text-multi-label", metrics=metrics), evaluation, LabelSetRules.card)
     assert "| micro_f1 | 0.5000 | – |\n| subset_accuracy | 0.3000 | – |" in text
     assert "| a\\|b | 0.500 | 0.250 | 0.333 | 12 | 0.300 |" in text
     assert "| linear_probe | 0.5000 | – | 3.0 |" in text

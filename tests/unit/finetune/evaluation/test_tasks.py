@@ -34,7 +34,7 @@ from finetune.evaluation.tasks.thresholds import fit_thresholds
 from finetune.jobs.hyperparameters import EarlyStopping, GateOptions, PlanError, check_task, parse_hyperparameters
 from finetune.training.checkpoints import Progress
 from finetune.training.losses import bce, focal_of_labels
-from finetune.training.methods import one_vs_rest
+from finetune.training.methods.linear import fit_one_vs_rest
 from modeling.heads import DenseLayer, TaskHead, sigmoid
 from modeling.tasks import TASKS, Calibration
 from modeling.weights import FloatArray
@@ -220,7 +220,7 @@ def test_all_labels_at_once_are_each_label_by_itself(weights: str) -> None:
     targets = (truth + draw.normal(size=truth.shape) > np.array([0, 2, 4, 3])).astype(np.float32)
     targets[:, 3] = 0
     run: Any = _Run(weights)
-    got = one_vs_rest.fit(run, features, targets, strength=0.5).head.logits(features)
+    got = fit_one_vs_rest(run, features, targets, strength=0.5).head.logits(features)
     standard = (features - features.mean(0)) / features.std(0)
     for label in range(3):
         ratio = (targets[:, label] == 0).sum() / targets[:, label].sum()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.training.methods.logistic import Fit, Judged, best_of
+from finetune.training.methods.linear import Fit, Judged, best_of
 from modeling.heads import TaskHead
 
 SEEN: list[float] = []
