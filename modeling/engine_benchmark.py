@@ -2,11 +2,12 @@
 
 `python -m modeling.engine_benchmark` takes a request on stdin and runs at low priority, so that a server goes on
 answering meanwhile; an engine that crashes or hangs takes nothing down with it. Progress and the result are JSON
-lines on stdout; the last line before a crash names the engine that did it. It ends when its stdin does.
+lines on stdout; the last line before a crash names the engine that did it. It ends with its parent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from modeling.backbone import Backbone
-from modeling.child_process import run_in_background
+from modeling.child_process import die_with_parent, private_stdout
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
@@ -33,6 +34,7 @@ from modeling.weights import FloatArray
 HOPELESS = 0.5
 _SCREENING_BATCHES = 8
 _SINGLES = 12
+_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,6 @@ class TrialRequest:
     threads: int = 0
     examples: int = 512
     batch_tokens: int = 1024
-    niceness: int = 10
-    is_idle: bool = False
 
 
 @dataclass(slots=True)
@@ -222,11 +222,11 @@ def probe(vectors: FloatArray, topics: list[int], *, ridge: float = 1e-2) -> Tas
 
 
 def main() -> None:
+    die_with_parent()  # which may just have stopped it
+    with contextlib.suppress(OSError):
+        os.nice(_NICENESS)
     request = TrialRequest(**json.loads(sys.stdin.readline()))
-    run_in_background(request.niceness, is_idle=request.is_idle)
-    # Libraries print to stdout now and then; the lines of the protocol must stay alone there.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    out = private_stdout()
 
     def say(line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")

@@ -7,7 +7,7 @@ adapters' weights are inputs, stacked by slot, so one export serves every adapte
 from __future__ import annotations
 
 import logging
-import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 
 from modeling.adapters import LoraLayout
 from modeling.backbone import Backbone
-from modeling.engines.graphs import POOLED, SLOTS_INPUT, STATES, GraphFiles, a_input, b_input
+from modeling.engines.graphs import POOLED, SLOTS_INPUT, STATES, GraphFiles, a_input, b_input, weights_file
 from modeling.engines.torch import pool
 from modeling.multi_lora import Routing, route
 from modeling.networks import NETWORKS
@@ -54,7 +54,6 @@ def _export(
     shapes: list[Any] = [{axis: axes[kind] for axis, kind in graph.network.axes(name).items()} for name in graph.inputs]
     shapes += [{0: axes["batch"]}, *dynamic] if inputs else []
     examples = (*graph.inputs.values(), *(example for _, example in inputs))
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
     with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -69,8 +68,12 @@ def _export(
             verbose=False,
         )
     assert program is not None
-    program.save(str(temporary), external_data=False)
-    temporary.replace(target)
+    with tempfile.TemporaryDirectory(dir=target.parent, suffix=".partial") as folder:
+        written = Path(folder, target.name)
+        program.save(str(written), external_data=True)
+        for path in (weights_file(written), written):
+            if path.is_file():
+                path.replace(target.with_name(path.name))
 
 
 def _stack_inputs(layout: LoraLayout) -> tuple[list[str], list[torch.Tensor], list[dict[int, Any]]]:

@@ -29,8 +29,8 @@ from modeling.weights import FloatArray
 
 SLOTS_INPUT = "lora_slots"
 POOLED, STATES = "pooled", "states"
-_EXPORT_SCHEMA = 5  # raised when the graphs change for the same weights
-_READABLE = frozenset({4, _EXPORT_SCHEMA})  # graphs of schema 4 give no states
+_EXPORT_SCHEMA = 6  # raised when the graphs change for the same weights
+_READABLE = frozenset({4, 5, _EXPORT_SCHEMA})  # graphs of schema 4 give no states; before 6 they hold their weights
 _EXPORTERS = ("torch", "onnx", "onnxscript", "transformers")
 
 
@@ -49,10 +49,20 @@ def graphs_key(digest: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
+def weights_file(graph: Path) -> Path:
+    """Where a graph has its large weights, unless it holds them: beside, for a runtime to map instead of copy."""
+    return graph.with_name(f"{graph.name}.data")
+
+
+def graph_bytes(graph: Path) -> int:
+    """Of its file and its weights."""
+    return sum(path.stat().st_size for path in (graph, weights_file(graph)) if path.is_file())
+
+
 @dataclass(frozen=True)
 class GraphFiles:
-    """A backbone's export: the bare graph, the one that takes adapters unless it was left out, and a description that
-    is written last. `suffix` names a variant of both."""
+    """A backbone's export: the bare graph, the one that takes adapters unless it was left out, the weights of both, and
+    a description that is written last. `suffix` names a variant of both."""
 
     folder: Path
     suffix: str = ""
@@ -93,21 +103,21 @@ class GraphFiles:
     def adopt(self, origin: GraphFiles) -> None:
         """Takes over a complete export, as links where the file system allows. Raises `OSError`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in [origin.bare, *([origin.lora] if origin.lora.is_file() else []), origin.description]:
+        for path in [*origin._present(), origin.description]:
             _place(self.folder / path.name, partial(_link, path))
 
     def _sizes(self) -> dict[str, int]:
-        return {
-            path.name: path.stat().st_size
-            for path in (GraphFiles(self.folder).bare, GraphFiles(self.folder).lora)
-            if path.is_file()
-        }
+        return {path.name: path.stat().st_size for path in self._present()}
+
+    def _present(self) -> list[Path]:
+        graphs = GraphFiles(self.folder).bare, GraphFiles(self.folder).lora
+        return [path for graph in graphs for path in (weights_file(graph), graph) if path.is_file()]
 
     def discard(self) -> None:
         """The next export is done anew, and with it what was made of the graphs: other precisions."""
         self.description.unlink(missing_ok=True)
-        for graph in self.folder.glob("*.onnx"):
-            graph.unlink(missing_ok=True)
+        for file in self.folder.glob("*.onnx*"):
+            file.unlink(missing_ok=True)
 
     @cached_property
     def _values(self) -> dict[str, Any]:

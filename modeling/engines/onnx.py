@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model_registry.spare_time import spare
 from modeling.engines import providers
-from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles
+from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles, graph_bytes
 from modeling.engines.protocol import Collate
 from modeling.engines.providers import SessionPlan
 from modeling.engines.slots import Stack
@@ -48,7 +49,7 @@ class OnnxSession:
     def __init__(self, model_file: Path, *, threads: int = 0) -> None:
         self._session = open_session(model_file, providers.cpu(threads=threads))
         self._stacks: dict[str, Any] = {}
-        self._bytes = model_file.stat().st_size
+        self._bytes = graph_bytes(model_file)
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
         try:
@@ -114,7 +115,7 @@ def open_session(model_file: Path, plan: SessionPlan) -> Any:
     for key, entry in plan.entries.items():
         options.add_session_config_entry(key, entry)
     try:
-        session = onnxruntime.InferenceSession(str(model_file), options, list(plan.providers), enable_fallback=0)
+        session = spare(onnxruntime.InferenceSession, str(model_file), options, list(plan.providers), enable_fallback=0)
     except Exception as error:  # the runtime's own classes derive from Exception directly
         raise EngineFailed(f"ONNX Runtime could not load {model_file.name} ({type(error).__name__})") from error
     if session.get_providers()[0] != first:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.engines import providers
-from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles
+from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles, graph_bytes
 from modeling.engines.onnx import open_session, runtime
 from modeling.engines.providers import Bucket, Ladder, SessionPlan
 from modeling.engines.slots import Stack
@@ -113,7 +113,7 @@ class GpuSession:
         self._graph_ids = itertools.count(1)
         self._stacks: dict[str, Any] = {}
         self._without_graph = _run_options(_NO_GRAPH)
-        self._bytes = model_file.stat().st_size
+        self._bytes = graph_bytes(model_file)
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
         tokens = {name: value for name, value in feeds.items() if name in self._inputs}

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from modeling.engines.graphs import POOLED, STATES, GraphEngine, GraphFiles
+from model_registry.spare_time import spare
+from modeling.engines.graphs import POOLED, STATES, GraphEngine, GraphFiles, graph_bytes
 from modeling.engines.protocol import Collate, stepped_width
 from modeling.engines.slots import Stack
 from modeling.errors import EngineFailed
@@ -79,7 +80,7 @@ class OpenVinoSession:
             self._compile(model_file, precision, threads, cache, has_states=has_states)
         except Exception as error:  # the runtime raises plain RuntimeError and more
             raise EngineFailed(f"OpenVINO could not load {model_file.name} ({_first_line(error)})") from error
-        self._bytes = model_file.stat().st_size // (2 if precision == "bf16" else 1)
+        self._bytes = graph_bytes(model_file) // (2 if precision == "bf16" else 1)
         self._kept: list[Any] = []
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = (POOLED,)) -> list[FloatArray]:
@@ -109,7 +110,7 @@ class OpenVinoSession:
     def _compile(self, model_file: Path, precision: str, threads: int, cache: Path | None, *, has_states: bool) -> None:
         openvino = _openvino()
         core = openvino.Core()
-        model = core.read_model(model_file)
+        model = spare(core.read_model, model_file)
         for output in [] if has_states else model.outputs:
             if STATES in output.get_names():
                 model.remove_result(output.get_node())
@@ -128,7 +129,7 @@ class OpenVinoSession:
             **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {}),
             **({"CACHE_DIR": str(cache)} if cache is not None else {}),
         }
-        self._request = core.compile_model(model, "CPU", options).create_infer_request()
+        self._request = spare(core.compile_model, model, "CPU", options).create_infer_request()
         self._tokens = [name for name in names if name not in {names[index] for index in stacks}]
 
 

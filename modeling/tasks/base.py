@@ -75,27 +75,25 @@ class Score(msgspec.Struct, gc=False):
     score: float
 
 
+@dataclass(frozen=True, slots=True)
 class Task(Protocol):
     """`kind` is what training goes by: the same kind serves several modalities. `needs` says what of the backbone's
     output the head takes: a vector for the row, or a state for each of its positions, which are then the rows of
     `scores`, `answers` and `same`. `options` are the request parameters that mean something; `observes` names the
     histograms that describe answers, in the order in which `observed` gives their values."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def modality(self) -> str: ...
-
-    needs: ClassVar[Literal["pooled", "states"]]
+    name: str
+    modality: str
+    kind: ClassVar[str]
+    needs: ClassVar[Literal["pooled", "states"]] = "pooled"
     options: ClassVar[frozenset[str]]
     observes: ClassVar[tuple[str, ...]]
-    has_answers: ClassVar[bool]
+    has_answers: ClassVar[bool] = True
     answer_type: ClassVar[type[Answer]]
 
     def outputs(self, labels: Sequence[str]) -> int:
         """Return how many values a head gives per row."""
+        return len(labels)
 
     def calibration(
         self, document: Mapping[str, Any], labels: Sequence[str], reference: Mapping[str, Any] | None
@@ -104,6 +102,7 @@ class Task(Protocol):
 
     def expand(self, item: Example, options: Options) -> list[Example]:
         """Return the rows that one input of a request becomes."""
+        return [item]
 
     def scores(self, logits: FloatArray, calibration: Calibration) -> FloatArray:
         """Turn logits float32[rows, outputs] into what is answered from, row by row. Non-finite values stay so."""

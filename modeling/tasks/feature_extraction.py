@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from modeling.tasks.base import Answer, Answers, Calibration, Example, Options, RowOutput, Task
+from modeling.tasks.base import Answer, Answers, Calibration, Options, RowOutput, Task
 from modeling.tasks.single_label import OneLabel
 from modeling.weights import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureExtraction:
-    modality: str
-    name: ClassVar[str] = "feature-extraction"
+class FeatureExtraction(Task):
     kind: ClassVar[str] = "vectors"
-    needs: ClassVar[Literal["pooled", "states"]] = "pooled"
     options: ClassVar[frozenset[str]] = frozenset({"top_k", "threshold"})
     observes: ClassVar[tuple[str, ...]] = ()
     has_answers: ClassVar[bool] = False
@@ -29,9 +26,6 @@ class FeatureExtraction:
         self, document: Mapping[str, Any], labels: Sequence[str], reference: Mapping[str, Any] | None
     ) -> Calibration:
         return Calibration()
-
-    def expand(self, item: Example, options: Options) -> list[Example]:
-        return [item]
 
     def scores(self, logits: FloatArray, calibration: Calibration) -> FloatArray:
         return logits
@@ -49,6 +43,3 @@ class FeatureExtraction:
 
     def same(self, wanted: FloatArray, got: FloatArray, calibration: Calibration, *, precision: str) -> bool:
         return True
-
-
-_: type[Task] = FeatureExtraction

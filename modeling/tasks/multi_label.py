@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET
 
 from modeling.heads import sigmoid
-from modeling.tasks.base import Answer, Calibration, Embedding, Example, Options, RowOutput, Score, Task
+from modeling.tasks.base import Answer, Calibration, Embedding, Options, RowOutput, Score, Task
 from modeling.tasks.parity import is_near_in_fp32, temperature_of
 from modeling.weights import FloatArray
 
@@ -29,20 +29,13 @@ class ManyLabels(Answer, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
-class MultiLabel:
+class MultiLabel(Task):
     """A request's `threshold` replaces all of the version's own."""
 
-    name: str
-    modality: str
     kind: ClassVar[str] = "multi_label"
-    needs: ClassVar[Literal["pooled", "states"]] = "pooled"
     options: ClassVar[frozenset[str]] = frozenset({"top_k", "threshold"})
     observes: ClassVar[tuple[str, ...]] = ("confidence", "labels")
-    has_answers: ClassVar[bool] = True
     answer_type: ClassVar[type[Answer]] = ManyLabels
-
-    def outputs(self, labels: Sequence[str]) -> int:
-        return len(labels)
 
     def calibration(
         self, document: Mapping[str, Any], labels: Sequence[str], reference: Mapping[str, Any] | None
@@ -52,9 +45,6 @@ class MultiLabel:
         if len(thresholds) != len(labels) or not all(0 <= value <= 1 for value in thresholds):
             raise ValueError(f"thresholds must be {len(labels)} numbers from 0 to 1, one per label")
         return Calibration(temperature_of(document), tuple(thresholds))
-
-    def expand(self, item: Example, options: Options) -> list[Example]:
-        return [item]
 
     def scores(self, logits: FloatArray, calibration: Calibration) -> FloatArray:
         """A probability of its own per label, float32[rows, labels]; NaN for a logit that is not finite, whose
@@ -93,6 +83,3 @@ def reached(probabilities: FloatArray, thresholds: float | Sequence[float] | Flo
     """Say which labels are given, bool[rows, labels]: those whose probability reaches the threshold, one for all or
     one per label. Both sides are compared as float32, as they are served."""
     return np.asarray(probabilities, np.float32) >= np.asarray(thresholds, np.float32)
-
-
-_: type[Task] = MultiLabel

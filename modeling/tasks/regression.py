@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from msgspec import UNSET
 
-from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, RowOutput, Task
+from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Options, RowOutput, Task
 from modeling.weights import FloatArray
 
 
@@ -19,16 +19,12 @@ class Value(Answer, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Regression:
+class Regression(Task):
     """A head's output is the value; there are no labels, and no temperature but 1."""
 
-    name: str
-    modality: str
     kind: ClassVar[str] = "regression"
-    needs: ClassVar[Literal["pooled", "states"]] = "pooled"
     options: ClassVar[frozenset[str]] = frozenset()
     observes: ClassVar[tuple[str, ...]] = ("quantile",)
-    has_answers: ClassVar[bool] = True
     answer_type: ClassVar[type[Answer]] = Value
 
     def outputs(self, labels: Sequence[str]) -> int:
@@ -42,9 +38,6 @@ class Regression:
         if float(document["temperature"]) != 1 or document.get("thresholds") is not None:
             raise ValueError(f"values have no temperature and no thresholds, and {self.name} answers values")
         return Calibration(value_shares=_shares((reference or {}).get("value_histogram")))
-
-    def expand(self, item: Example, options: Options) -> list[Example]:
-        return [item]
 
     def scores(self, logits: FloatArray, calibration: Calibration) -> FloatArray:
         """The values as they are, float32[rows, 1]."""
@@ -81,6 +74,3 @@ def _shares(histogram: Mapping[str, Any] | None) -> tuple[tuple[float, float], .
         raise ValueError("value_histogram needs rising edges and a count between each two")
     shares = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
     return tuple(zip(edges.tolist(), shares.tolist(), strict=True))
-
-
-_: type[Task] = Regression

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from msgspec import UNSET
 
 from modeling.heads import softmax
-from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Example, Options, RowOutput, Score, Task
+from modeling.tasks.base import Answer, Answers, Calibration, Embedding, Options, RowOutput, Score, Task
 from modeling.tasks.parity import is_near_in_fp32, temperature_of
 from modeling.weights import FloatArray
 
@@ -26,18 +26,11 @@ class OneLabel(Answer, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
-class SingleLabel:
-    name: str
-    modality: str
+class SingleLabel(Task):
     kind: ClassVar[str] = "single_label"
-    needs: ClassVar[Literal["pooled", "states"]] = "pooled"
     options: ClassVar[frozenset[str]] = frozenset({"top_k", "threshold"})
     observes: ClassVar[tuple[str, ...]] = ("confidence",)
-    has_answers: ClassVar[bool] = True
     answer_type: ClassVar[type[Answer]] = OneLabel
-
-    def outputs(self, labels: Sequence[str]) -> int:
-        return len(labels)
 
     def calibration(
         self, document: Mapping[str, Any], labels: Sequence[str], reference: Mapping[str, Any] | None
@@ -45,9 +38,6 @@ class SingleLabel:
         if document.get("thresholds") is not None:
             raise ValueError(f"thresholds are for several labels, not for {self.name}")
         return Calibration(temperature_of(document))
-
-    def expand(self, item: Example, options: Options) -> list[Example]:
-        return [item]
 
     def scores(self, logits: FloatArray, calibration: Calibration) -> FloatArray:
         """Probabilities float32[rows, labels] that share 1 among the labels."""
@@ -78,6 +68,3 @@ class SingleLabel:
         ordered = np.sort(p, axis=1)
         is_clear = ordered[:, -1] - ordered[:, -2] > 0.05
         return bool(np.abs(p - q).max() <= 0.05 and not (p.argmax(1) != q.argmax(1))[is_clear].any())
-
-
-_: type[Task] = SingleLabel

@@ -8,28 +8,25 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from model_registry.errors import ArtifactError
 from model_registry.manifest import backbone_prefix
 from model_registry.registry import ModelVersion
 from model_registry.store import ArtifactStore, load_manifest
-from modeling.adapters import Adapter
 from modeling.assemble import VersionParts, check_golden, compare_golden, read_version
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE
-from modeling.engines.protocol import Engine, EngineBatch
+from modeling.engines.protocol import EngineBatch
 from modeling.errors import GoldenRowsDiffer
+from modeling.heads import TaskHead
 from modeling.inputs import Example, single
 from modeling.tasks import FeatureExtraction
 from modeling.weights import FloatArray
 from service.inference.aliases import Key
 from service.inference.engine_director import EngineDirector
-from service.inference.lanes import BackboneLane, Lane, LinearLane, ServedModel, taken
+from service.inference.lanes import BackboneLane, Lane, ServedModel, taken
 from service.inference.residency import Residency
 from service.metrics import ServingMetrics
 
@@ -38,7 +35,7 @@ _YIELD = 2.0  # under traffic, a pause of twice each golden row's time leaves re
 
 
 class Assembler:
-    """One load at a time, its blocking work on `executor`."""
+    """One load at a time."""
 
     def __init__(
         self,
@@ -46,11 +43,8 @@ class Assembler:
         engines: EngineDirector,
         residency: Residency,
         metrics: ServingMetrics,
-        *,
-        executor: Executor,
     ) -> None:
         self._store, self._engines, self._residency, self._metrics = store, engines, residency, metrics
-        self._executor = executor
         self._load_ids = itertools.count(1)
 
     async def load(self, key: Key, version: ModelVersion) -> None:
@@ -75,7 +69,7 @@ class Assembler:
             tenant="",
             name=name,
             version=None,
-            task=FeatureExtraction(backbone.info.modality),
+            task=FeatureExtraction("feature-extraction", backbone.info.modality),
             labels=(),
             lane=lane,
             normalize_embedding=backbone.info.normalize,
@@ -99,9 +93,11 @@ class Assembler:
     async def _assemble(self, key: Key, version: ModelVersion) -> ServedModel:
         tenant, name, number = key
         check_room = functools.partial(self._residency.check_room, what=f"{name}:{number}")
-        parts = await self._run(functools.partial(self._read, key, version))
+        parts = await self._engines.run(functools.partial(self._read, key, version))
         folder = self._folder_to_open(parts)
-        check_room(parts.own_bytes + (0 if folder is None else await self._run(functools.partial(_weights, folder))))
+        check_room(
+            parts.own_bytes + (0 if folder is None else await self._engines.run(functools.partial(_weights, folder)))
+        )
         lane = await self._lane_for(parts)
         model = ServedModel(
             tenant=tenant,
@@ -121,7 +117,7 @@ class Assembler:
         )
         self._engines.attach(model)
         try:
-            await self._warm_or_reopen(model, parts.adapter)
+            await self._warm_or_reopen(model, parts)
             check_room(model.own_bytes)
         except BaseException:
             await self._engines.detach_steadily(model)
@@ -157,48 +153,42 @@ class Assembler:
             return opened
         return await self._engines.lane_of(Backbone.open(self._store.local_path(backbone_prefix(base.digest))))
 
-    async def _warm_or_reopen(self, model: ServedModel, adapter: Adapter | None) -> None:
+    async def _warm_or_reopen(self, model: ServedModel, parts: VersionParts) -> None:
         """A version's own weights may begin on an engine that was only measured for their like: where that one gives
         other answers, the reference serves."""
         lane = model.lane
         try:
-            await self._warm(model, adapter)
+            await self._warm(model, parts)
         except GoldenRowsDiffer as error:
             if not (model.owns_weights and isinstance(lane, BackboneLane)) or lane.engine_name == str(REFERENCE):
                 raise
             _log.warning(f"{model.name}:{model.version}: {error}", extra={"action": "engine_fallback"})
             await self._engines.use_reference(lane, error)
-            await self._warm(model, adapter)
+            await self._warm(model, parts)
 
-    async def _warm(self, model: ServedModel, adapter: Adapter | None) -> None:
+    async def _warm(self, model: ServedModel, parts: VersionParts) -> None:
         """Runs the golden rows as requests would run. Raises `GoldenRowsDiffer`."""
-        parts, lane = model.parts, model.lane
-        assert parts is not None
-        if isinstance(lane, LinearLane):
-            linear = parts.linear
-            assert linear is not None
-            await lane.worker.call(lambda: check_golden(parts, linear.margins))
+        lane, head = model.lane, parts.head
+        if parts.linear is not None:
+            await lane.worker.call(functools.partial(check_golden, parts, parts.linear.margins))
             return
-        assert isinstance(lane, BackboneLane) and parts.head is not None
-        if parts.head.input_size != lane.backbone.info.hidden_size:
+        assert isinstance(lane, BackboneLane) and head is not None
+        if head.input_size != lane.backbone.info.hidden_size:
             raise ArtifactError(
-                f"the head takes {parts.head.input_size} values, the backbone gives {lane.backbone.info.hidden_size}"
+                f"the head takes {head.input_size} values, the backbone gives {lane.backbone.info.hidden_size}"
             )
         engine = lane.engine
-        if adapter is not None and model.adapter_key is not None:
-            await self._run(functools.partial(engine.load_adapter, model.adapter_key, adapter))
+        if parts.adapter is not None and model.adapter_key is not None:
+            await self._engines.run(functools.partial(engine.load_adapter, model.adapter_key, parts.adapter))
         if model.task.needs == "states":
-            await self._run(functools.partial(lane.open_states, model.adapter_key))
+            await self._engines.run(functools.partial(lane.open_states, model.adapter_key))
         logits = []
         for row in parts.golden:  # one at a time: requests wait for no more than one row of it
             started = time.monotonic()
-            logits.append(await lane.worker.call(functools.partial(_golden_logits, model, engine, row.example)))
+            logits.append(await lane.worker.call(functools.partial(_golden_logits, model, lane, head, row.example)))
             if self._engines.is_in_demand:
                 await asyncio.sleep(_YIELD * (time.monotonic() - started))
         compare_golden(parts, logits, precision=engine.precision)
-
-    async def _run(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
 
 def _weights(folder: Path) -> int:
@@ -206,9 +196,8 @@ def _weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _golden_logits(model: ServedModel, engine: Engine, example: Example) -> FloatArray:
-    assert model.parts is not None and model.parts.head is not None and isinstance(model.lane, BackboneLane)
-    work = single(model.lane.preprocess([example], truncate=True, max_length=model.max_length))
+def _golden_logits(model: ServedModel, lane: BackboneLane, head: TaskHead, example: Example) -> FloatArray:
+    work = single(lane.preprocess([example], truncate=True, max_length=model.max_length))
     keys = [model.adapter_key] if model.adapter_key else None
-    outputs = engine.run(EngineBatch(work, keys, [0] if model.task.needs == "states" else ()))
-    return model.parts.head.logits(taken(outputs, [0], model.task.needs)[0])
+    outputs = lane.engine.run(EngineBatch(work, keys, [0] if model.task.needs == "states" else ()))
+    return head.logits(taken(outputs, [0], model.task.needs)[0])

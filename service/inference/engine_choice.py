@@ -29,8 +29,15 @@ class EngineChoice:
     refused: dict[str, str]
 
 
-def choose(reports: Sequence[Mapping[str, Any]], *, reference: str, bound: ParityBound = ParityBound()) -> EngineChoice:
-    """Choose the fastest of `reports`, fields of `EngineReport`, inside the bound; else the reference."""
+def choose(
+    reports: Sequence[Mapping[str, Any]],
+    *,
+    reference: str,
+    bound: ParityBound = ParityBound(),
+    least_gain: float = MIN_GAIN,
+) -> EngineChoice:
+    """Choose the fastest of `reports`, fields of `EngineReport`, inside the bound and with at least `least_gain` times
+    the reference's speed; else the reference."""
     refused = {}
     eligible = {}
     for report in reports:
@@ -43,7 +50,7 @@ def choose(reports: Sequence[Mapping[str, Any]], *, reference: str, bound: Parit
             refused[report["engine"]] = reason
     baseline = next((r["texts_per_s"] for r in reports if r["engine"] == reference and r["texts_per_s"]), 0.0)
     fastest = max(eligible, key=lambda engine: (eligible[engine], engine), default=None)
-    if fastest is None or eligible[fastest] < MIN_GAIN * baseline:
+    if fastest is None or eligible[fastest] < least_gain * baseline:
         slower = {name: f"{speed:.0f} inputs/s, the reference {baseline:.0f}" for name, speed in eligible.items()}
         return EngineChoice(reference, refused | slower)
     best = eligible[fastest]

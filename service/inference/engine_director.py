@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from model_registry.engine_reports import EngineMeasurement
+from model_registry.spare_time import beside_requests
 from model_registry.store import ArtifactStore
 from modeling.adapters import Adapter
 from modeling.assemble import read_adapter
@@ -43,7 +43,7 @@ class EngineDirector:
         batch_log: BatchLog | None,
         runtime: Runtime,
     ) -> None:
-        self._selector, self._store, self._limits, self._metrics = selector, store, limits, metrics
+        self.selector, self._store, self._limits, self._metrics = selector, store, limits, metrics
         self._executor, self._batch_log, self._runtime = executor, batch_log, runtime
         self._lanes: dict[str, BackboneLane] = {}  # by digest
         self._configured: set[Lane] = set()
@@ -59,10 +59,6 @@ class EngineDirector:
     def is_in_demand(self) -> bool:
         """Whether any lane has lately computed a batch: all share the processor."""
         return any(lane.worker.is_in_demand for lane in self.lanes())
-
-    def measurements(self, digest: str) -> list[EngineMeasurement]:
-        """What engines measured for these weights, on every device that shares the database; blocking."""
-        return self._selector.measurements([digest])
 
     async def stop(self) -> None:
         for task in list(self._background):
@@ -108,7 +104,7 @@ class EngineDirector:
             return self._lanes[digest]
         like_lane = self._same_shape(backbone)
         like = None if like_lane is None else like_lane.backbone
-        engine, is_final = await self._run(functools.partial(self._selector.open_first, backbone, like=like))
+        engine, is_final = await self.run(functools.partial(self.selector.open_first, backbone, like=like))
         lane = BackboneLane(
             backbone,
             engine,
@@ -163,13 +159,13 @@ class EngineDirector:
     async def use_reference(self, lane: BackboneLane, reason: Exception) -> None:
         """The reference takes over on a lane that holds no adapters yet. Needs `steady`. Raises `ModelingError`."""
         self._count_fallback(lane, lane.engine_name, type(reason).__name__, to_engine=str(REFERENCE))
-        await lane.switch(await self._run(functools.partial(self._selector.open, REFERENCE, lane.backbone)), {})
+        await lane.switch(await self.run(functools.partial(self.selector.open, REFERENCE, lane.backbone)), {})
 
     async def _improve(self, lane: BackboneLane, *, like: Backbone | None) -> None:
         """Measures what else could run this backbone and changes to it. The first engine serves meanwhile."""
-        label, policy = lane.worker.name[0], self._selector.policy
+        label, policy = lane.worker.name[0], self.selector.policy
         try:
-            choice = await self._selector.select(lane.backbone, like=like)
+            choice = await self.selector.select(lane.backbone, like=like, in_demand=lambda: self.is_in_demand)
             _log.info(f"{choice.engine} is chosen; {choice.refused}", extra={"action": "engine_chosen"})
             if choice.engine != lane.engine_name:
                 await self._change(lane, EngineSpec.parse(choice.engine))
@@ -198,12 +194,12 @@ class EngineDirector:
 
     async def _change(self, lane: BackboneLane, spec: EngineSpec) -> None:
         label, before = lane.worker.name[0], lane.engine_name
-        engine = await self._run(functools.partial(self._selector.open, spec, lane.backbone))
+        engine = await self.run(functools.partial(self.selector.open, spec, lane.backbone))
         async with self.steady:
             if self._lanes.get(lane.backbone.info.digest) is not lane:
                 raise EngineFailed("its last model has been unloaded")
             users = list(self._users[lane])
-            await lane.switch(engine, await self._run(functools.partial(self._adapters_of, users)))
+            await lane.switch(engine, await self.run(functools.partial(self._adapters_of, users)))
             for model in users:
                 self._metrics.start_model(*model.metric_labels, backbone=label, engine=lane.engine_name)
                 self._metrics.model_memory_bytes.labels(*model.metric_labels).set(model.own_bytes)
@@ -224,7 +220,7 @@ class EngineDirector:
         """What was measured, and what the slots take."""
         label, metrics = lane.worker.name[0], self._metrics
         metrics.adapter_slots_bytes.labels(label).set(lane.engine.memory().slots)
-        measurement = self._selector.measured_here(lane.backbone.info.digest)
+        measurement = self.selector.measured_here(lane.backbone.info.digest)
         for row in [] if measurement is None else measurement.engines:
             metrics.set_engine_report(
                 label,
@@ -239,8 +235,10 @@ class EngineDirector:
     def _count_fallback(self, lane: BackboneLane, from_engine: str, reason: str, *, to_engine: str) -> None:
         self._metrics.count_engine_fallback(lane.worker.name[0], from_engine, to_engine=to_engine, reason=reason)
 
-    async def _run(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """Runs it on the loader's thread; while requests are computed, its long computations in spare time."""
+        work = functools.partial(beside_requests, function, are_waiting=self.is_in_demand)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

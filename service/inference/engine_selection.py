@@ -10,14 +10,16 @@ import contextlib
 import hashlib
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.errors import DatabaseUnavailable
+from model_registry.spare_time import take_spare_time_only
 from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.engine_benchmark import EngineReport, TrialRequest
 from modeling.engines.build import (
@@ -34,10 +36,12 @@ from modeling.engines.device import fingerprint
 from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.protocol import Engine
 from modeling.errors import EngineFailed, ModelingError
-from service.inference.engine_choice import EngineChoice, ParityBound, choose
+from service.inference.engine_choice import MIN_GAIN, EngineChoice, ParityBound, choose
 
 _log = logging.getLogger("service.engine_selection")
 _LINE_BYTES = 1 << 20
+_SPEEDS = ("texts_per_s", "single_ms")
+_TURN_S, _SHARE = 0.02, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,6 @@ class SelectionPolicy:
     stall_s: float = 600.0
     examples: int = 512
     batch_tokens: int = 1024
-    niceness: int = 10
     bound: ParityBound = field(default_factory=ParityBound)
 
     @property
@@ -106,12 +109,16 @@ class EngineSelector:
                 self._graphs(backbone).discard()  # they may be damaged
         return self.open(REFERENCE, backbone), self.policy.is_reference_only
 
-    async def select(self, backbone: Backbone, *, like: Backbone | None = None) -> EngineChoice:
-        """Measures and remembers. With `like`, weights of the same shape, only what serves there is tried.
+    async def select(
+        self, backbone: Backbone, *, like: Backbone | None = None, in_demand: Callable[[], bool] = lambda: False
+    ) -> EngineChoice:
+        """Measures and remembers. With `like`, weights of the same shape, only what serves there is tried, at their
+        speed and in little of the processor's time while requests are `in_demand`.
 
         Raises `EngineFailed` where no measurement came about.
         """
-        names = await asyncio.to_thread(self._candidates, like)
+        measured = None if like is None else await asyncio.to_thread(self._remembered, like)
+        names = await asyncio.to_thread(self._candidates, measured)
         files = await asyncio.to_thread(self._graphs, backbone)
         async with self._one_trial:
             reports = await measure(
@@ -123,15 +130,16 @@ class EngineSelector:
                     threads=self._options.threads,
                     examples=self.policy.examples,
                     batch_tokens=self.policy.batch_tokens,
-                    niceness=self.policy.niceness,
-                    is_idle=like is not None,  # what serves is good enough to wait for its proof
                 ),
                 stall_s=self.policy.stall_s,
+                in_demand=None if like is None else in_demand,  # what serves is good enough to wait for its proof
             )
         rows = [asdict(report) for report in reports]
-        choice = choose(rows, reference=str(REFERENCE), bound=self.policy.bound)
-        if self.policy.engine != "auto" and choice.engine == str(REFERENCE):
-            choice = self._insist(rows, choice)
+        if measured is not None:  # a trial that pauses cannot tell
+            speeds = {row["engine"]: {name: row[name] for name in _SPEEDS} for row in measured.engines}
+            rows = [row | speeds.get(row["engine"], {}) for row in rows]
+        least = MIN_GAIN if self.policy.engine == "auto" else 0.0  # asked for by name, it serves if it is equal
+        choice = choose(rows, reference=str(REFERENCE), bound=self.policy.bound, least_gain=least)
         await asyncio.to_thread(self._remember, backbone, choice, rows)
         return choice
 
@@ -143,13 +151,7 @@ class EngineSelector:
         """Of all devices. Raises `DatabaseUnavailable`."""
         return [] if self._reports is None else self._reports.of(digests)
 
-    def _insist(self, rows: Sequence[dict[str, Any]], choice: EngineChoice) -> EngineChoice:
-        """An engine asked for by name serves where it is equal, faster or not."""
-        inside = [row for row in rows if row["engine"] != str(REFERENCE)]
-        again = choose(inside, reference=str(REFERENCE), bound=self.policy.bound)
-        return choice if again.engine == str(REFERENCE) else again
-
-    def _candidates(self, like: Backbone | None) -> list[str]:
+    def _candidates(self, like: EngineMeasurement | None) -> list[str]:
         policy = self.policy
         found = candidates(
             self._options.device,
@@ -159,8 +161,7 @@ class EngineSelector:
             allow_tensorrt=policy.allow_tensorrt or policy.engine == TENSORRT,
         )
         admitted = [str(spec) for spec in found if policy.admits(spec)]
-        remembered = None if like is None else self._remembered(like)
-        return [name for name in admitted if remembered is None or name == remembered.chosen]
+        return [name for name in admitted if like is None or name == like.chosen]
 
     def _graphs(self, backbone: Backbone) -> GraphFiles:
         """In the cache; a version that brings its export is not exported here again."""
@@ -220,16 +221,18 @@ async def measure(
     request: TrialRequest,
     *,
     stall_s: float,
+    in_demand: Callable[[], bool] | None = None,
     command: Sequence[str] = (sys.executable, "-m", "modeling.engine_benchmark"),
 ) -> list[EngineReport]:
-    """Runs the trial; an engine that takes the process down, or hangs, is left out of the next try.
+    """Runs the trial; an engine that takes the process down, or hangs, is left out of the next try. With
+    `in_demand` it is patient: it takes only spare time, and a tenth of that while requests are in demand.
 
     Raises `EngineFailed` where the export or the reference itself fails.
     """
     lost: list[EngineReport] = []
     while True:
         left = tuple(name for name in request.candidates if name not in {report.engine for report in lost})
-        reports, culprit, reason = await _attempt(_with_candidates(request, left), stall_s, command)
+        reports, culprit, reason = await _attempt(replace(request, candidates=left), stall_s, in_demand, command)
         if reports is not None:
             return [*reports, *lost]
         if culprit not in left or culprit == str(REFERENCE):
@@ -238,7 +241,7 @@ async def measure(
 
 
 async def _attempt(
-    request: TrialRequest, stall_s: float, command: Sequence[str]
+    request: TrialRequest, stall_s: float, in_demand: Callable[[], bool] | None, command: Sequence[str]
 ) -> tuple[list[EngineReport] | None, str | None, str]:
     """The reports; or None, which engine ran last and what happened to it."""
     process = await asyncio.create_subprocess_exec(
@@ -249,13 +252,15 @@ async def _attempt(
     )
     assert process.stdin is not None and process.stdout is not None
     culprit: str | None = None
+    patience_s = stall_s if in_demand is None else stall_s / _SHARE
+    pacing = None if in_demand is None else asyncio.create_task(_pace(process, in_demand))
     try:
         process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
         while True:
             try:
-                line = await asyncio.wait_for(process.stdout.readline(), stall_s)
+                line = await asyncio.wait_for(process.stdout.readline(), patience_s)
             except TimeoutError:
-                return None, culprit, f"no sign of life for {stall_s:.0f} s"
+                return None, culprit, f"no sign of life for {patience_s:.0f} s"
             if not line:
                 return None, culprit, f"the process ended with status {await process.wait()}"
             message = json.loads(line)
@@ -263,6 +268,8 @@ async def _attempt(
                 return [EngineReport(**report) for report in message["reports"]], None, ""
             culprit = message["engine"]
     finally:
+        if pacing is not None:
+            pacing.cancel()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
@@ -270,5 +277,13 @@ async def _attempt(
         await asyncio.sleep(0)  # they end in the loop's next turn
 
 
-def _with_candidates(request: TrialRequest, names: tuple[str, ...]) -> TrialRequest:
-    return TrialRequest(**(asdict(request) | {"candidates": names}))
+async def _pace(process: asyncio.subprocess.Process, in_demand: Callable[[], bool]) -> None:
+    """Priority alone is not enough: a process that takes only spare time still slowed batches by a third."""
+    take_spare_time_only(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            if in_demand():
+                process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(_TURN_S / _SHARE - _TURN_S)
+                process.send_signal(signal.SIGCONT)
+            await asyncio.sleep(_TURN_S)

@@ -58,7 +58,7 @@ class ModelPool:
             selector, store, limits, metrics, executor=self._executor, batch_log=batch_log, runtime=runtime
         )
         self._residency = Residency(memory_budget_bytes, self.engines, metrics)
-        self._assembler = Assembler(store, self.engines, self._residency, metrics, executor=self._executor)
+        self._assembler = Assembler(store, self.engines, self._residency, metrics)
         self._loader = Loader(self._assembler.load, self._reconcile, clock=runtime.clock)
         self._aliases = Aliases()
         self.status = PoolStatus(self._aliases, self._residency, self._loader, self.engines)

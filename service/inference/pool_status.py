@@ -45,4 +45,4 @@ class PoolStatus:
 
     def measurements(self, digest: str) -> list[EngineMeasurement]:
         """What engines measured for these weights, on every device that shares the database; blocking."""
-        return self._engines.measurements(digest)
+        return self._engines.selector.measurements([digest])

@@ -268,7 +268,7 @@ def test_a_graph_of_an_earlier_release_serves_vectors_and_says_why_it_gives_no_s
         del model.graph.output[1:]
         save(model, tmp_path / graph.name)
     former.describe(files.layout, hidden_size=files.hidden_size)
-    former.description.write_text(former.description.read_text().replace('"schema": 5', '"schema": 4'))
+    former.description.write_text(former.description.read_text().replace('"schema": 6', '"schema": 4'))
     former = GraphFiles(tmp_path)
     collate, encoded = open_preprocessor(backbone).collate, encode(backbone)
     engine, current = open_engine(former, collate, threads=1), open_engine(files, collate, threads=1)

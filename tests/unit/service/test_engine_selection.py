@@ -23,7 +23,7 @@ from model_registry.refs import ModelRef
 from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.checkpoints import write_encoder
 from modeling.encoder import load_encoder
-from modeling.engine_benchmark import TrialRequest
+from modeling.engine_benchmark import EngineReport, TrialRequest
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch, EngineOutputs
@@ -39,7 +39,7 @@ from service.inference.predictor import Predictor, PredictResult
 from service.metrics import ServingMetrics
 from tests.support.world import World, one_labels, run
 
-# Stands for `modeling.engine_benchmark`: opens each candidate in turn; `crash` dies, `hang` says nothing more.
+# Takes the place of `modeling.engine_benchmark`: opens each candidate in turn; `crash` dies, `hang` says nothing more.
 _TRIAL = """
 import json, sys, time
 request = json.loads(sys.stdin.readline())
@@ -71,6 +71,24 @@ def test_an_engine_that_hangs_is_ended() -> None:
     assert "no sign of life" in str(errors["hang/fp32"]) and errors["good/fp32"] is None
 
 
+def test_a_patient_trial_leaves_most_of_the_time_to_requests() -> None:
+    """It counts its own pauses: a tick that comes late is one."""
+    ticks = """
+import json, sys, time
+sys.stdin.readline()
+pauses, last = 0, time.monotonic()
+while pauses < 3:
+    time.sleep(0.001)
+    now = time.monotonic()
+    pauses, last = pauses + (now - last > 0.1), now
+print(json.dumps({"reports": [{"engine": "torch/fp32", "rows": pauses}]}), flush=True)
+"""
+    request = TrialRequest(backbone="-", graphs="-", candidates=())
+    command = (sys.executable, "-c", ticks)
+    (found,) = run(measure(request, stall_s=20, in_demand=lambda: True, command=command))
+    assert found.rows == 3
+
+
 def test_where_the_trial_itself_does_not_start_it_is_said() -> None:
     request = TrialRequest(backbone="-", graphs="-", candidates=("a/fp32",))
     with pytest.raises(EngineFailed, match="during the start"):
@@ -85,7 +103,7 @@ def reports(tmp_path: Path) -> EngineReports:
 
 
 def selector(world: World, reports: EngineReports | None, engine: str = "auto", **options: Any) -> EngineSelector:
-    policy = SelectionPolicy(engine=engine, precision="fp32", examples=64, niceness=0)
+    policy = SelectionPolicy(engine=engine, precision="fp32", examples=64)
     return EngineSelector(policy, EngineOptions(threads=1), world.folder / "graphs", reports, **options)
 
 
@@ -107,18 +125,50 @@ def test_the_choice_is_measured_once_and_remembered(world: World, reports: Engin
     assert other.name == "torch" and not is_final, "another policy has to be measured anew"
 
 
+def report(engine: str, texts_per_s: float, *, cosine: float = 1.0) -> EngineReport:
+    return EngineReport(engine, texts_per_s, single_ms=1.0, rows=64, flips=0.0, min_cosine=cosine, max_abs_dp=0.0)
+
+
+@pytest.fixture
+def measure_gives(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has every trial end with these reports."""
+
+    def give(*found: EngineReport) -> None:
+        async def measured(*_: Any, **__: Any) -> list[EngineReport]:
+            return list(found)
+
+        monkeypatch.setattr("service.inference.engine_selection.measure", measured)
+
+    return give
+
+
 def test_an_engine_named_by_the_operator_serves_although_it_is_slower(
-    world: World, reports: EngineReports, monkeypatch: pytest.MonkeyPatch
+    world: World, reports: EngineReports, measure_gives: Callable[..., None]
 ) -> None:
     asked = selector(world, reports, engine="onnx")
-    row = {"flips": 0.0, "min_cosine": 1.0, "max_abs_dp": 0.0, "error": None}
-    rows = [{"engine": "torch/fp32", "texts_per_s": 100.0, **row}, {"engine": "onnx/fp32", "texts_per_s": 10.0, **row}]
-    assert asked._insist(rows, EngineChoice("torch/fp32", {})).engine == "onnx/fp32"
-    rows[1]["min_cosine"] = 0.9
-    assert asked._insist(rows, EngineChoice("torch/fp32", {})).engine == "torch/fp32"
+    measure_gives(report("torch/fp32", 100.0), report("onnx/fp32", 10.0))
+    assert run(asked.select(world.backbone)).engine == "onnx/fp32"
+    measure_gives(report("torch/fp32", 100.0), report("onnx/fp32", 10.0, cosine=0.9))
+    assert run(asked.select(world.backbone)).engine == "torch/fp32"
 
 
-@pytest.mark.parametrize("name", ["backbone.onnx", "lora.onnx"])
+def test_weights_of_a_known_shape_are_proven_equal_and_keep_the_speed_of_their_like(
+    world: World, reports: EngineReports, measure_gives: Callable[..., None], tmp_path: Path
+) -> None:
+    """Their trial pauses for requests, so that its own clock says nothing."""
+    finder, other = selector(world, reports), of_the_same_shape(world, tmp_path / "full")
+    world.export(world.backbone, finder._graphs(world.backbone).folder)
+    measure_gives(report("torch/fp32", 100.0), report("onnx/fp32", 300.0))
+    run(finder.select(world.backbone))
+    measure_gives(report("torch/fp32", 50.0), report("onnx/fp32", 20.0))
+    assert run(finder.select(other, like=world.backbone)).engine == "onnx/fp32"
+    (kept,) = finder.measurements([other.info.digest])
+    assert {row["engine"]: row["texts_per_s"] for row in kept.engines} == {"torch/fp32": 100.0, "onnx/fp32": 300.0}
+    measure_gives(report("torch/fp32", 50.0), report("onnx/fp32", 20.0, cosine=0.9))
+    assert run(finder.select(other, like=world.backbone)).engine == "torch/fp32"
+
+
+@pytest.mark.parametrize("name", ["backbone.onnx", "backbone.onnx.data", "lora.onnx", "lora.onnx.data"])
 def test_a_damaged_graph_leaves_torch_serving_and_is_exported_anew(
     world: World, reports: EngineReports, name: str
 ) -> None:
@@ -148,7 +198,9 @@ class Scripted(EngineSelector):
         self.choice, self.export = choice, world.export
         self.opened: list[str] = []
 
-    async def select(self, backbone: Backbone, *, like: Backbone | None = None) -> EngineChoice:
+    async def select(
+        self, backbone: Backbone, *, like: Backbone | None = None, in_demand: Callable[[], bool] = lambda: False
+    ) -> EngineChoice:
         await asyncio.sleep(0)
         if isinstance(self.choice, Exception):
             raise self.choice
@@ -360,6 +412,19 @@ def test_the_pool_knows_a_fine_tune_for_the_like_of_its_backbone(world: World, t
     assert asked == [None, world.backbone]
 
 
+def of_the_same_shape(world: World, folder: Path) -> Backbone:
+    return write_encoder(
+        folder,
+        load_encoder(world.backbone.folder),
+        like=world.backbone.folder,
+        name="tiny",
+        source="test",
+        pooling="mean",
+        normalize=False,
+        max_length=16,
+    )
+
+
 def full_disk(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "no space left")
 
@@ -371,16 +436,7 @@ def test_weights_of_a_known_shape_begin_on_the_engine_that_serves_there(
     finder = selector(world, reports)
     reports.put(EngineMeasurement(world.backbone.info.digest, finder._device_key(), {}, "onnx/fp32", []))
     world.export(world.backbone, finder._graphs(world.backbone).folder)
-    other = write_encoder(
-        tmp_path / "full",
-        load_encoder(world.backbone.folder),
-        like=world.backbone.folder,
-        name="tiny",
-        source="test",
-        pooling="mean",
-        normalize=False,
-        max_length=16,
-    )
+    other = of_the_same_shape(world, tmp_path / "full")
     assert other.info.digest != world.backbone.info.digest
     engine, is_final = selector(world, reports).open_first(other, like=world.backbone)
     assert (engine.name, is_final) == ("torch", False), "without an export there is nothing to begin on"

@@ -126,7 +126,7 @@ def entries_of(models: Sequence[Any]) -> list[QueueEntry]:
 
 def test_each_row_goes_through_its_models_head_at_its_temperature() -> None:
     first, second = Headed(head(2, 1), calibration=Calibration(0.5)), Headed(head(5, 2))
-    bare = Headed(None, FeatureExtraction("text"))
+    bare = Headed(None, FeatureExtraction("feature-extraction", "text"))
     vectors = np.random.default_rng(3).normal(size=(5, 4)).astype(np.float32)
     models = [first, second, first, bare, second]
     outputs = apply_heads(entries_of(models), EngineOutputs(vectors))
@@ -149,7 +149,7 @@ def test_a_batch_of_several_tasks_answers_each_row_as_alone(order: list[int], va
         Headed(head(3, 1), ONE, Calibration(0.5)),
         Headed(head(3, 2), MANY, Calibration(2.0, (0.5, 0.2, 0.9))),
         Headed(head(1, 3), VALUE),
-        Headed(None, FeatureExtraction("text")),
+        Headed(None, FeatureExtraction("feature-extraction", "text")),
         Headed(head(2, 4), MANY),
     ]
     rows, vectors = [models[index] for index in order], values[: len(order)]

@@ -63,7 +63,7 @@ def test_a_value_is_the_heads_output(value: float) -> None:
 def test_a_value_has_no_scores_to_bound(parameter: str) -> None:
     values: dict[str, Any] = {parameter: 1}
     options = Options(**values)
-    for task in (many, one, FeatureExtraction("text")):
+    for task in (many, one, FeatureExtraction("feature-extraction", "text")):
         check_options(task, options)
     check_options(value_task, Options(return_embedding=True, truncate=False, max_length=8))
     with pytest.raises(ParameterUnfit, match=parameter) as refused:
