@@ -174,12 +174,17 @@ def hot_load(result: Result) -> str:
                 str(swapped[0]["swaps"]),
                 _spread_cell(spread(seconds), 2),
                 _cell(alone, "p99_ms"),
-                _cell(swapped, "p99_ms"),
-                _ratio_cell(_ratios_of(swapped, "p99_ms", alone, "p99_ms")),
+                _cell(swapped, _near(swapped, "p99_ms")),
+                _ratio_cell(_ratios_of(swapped, _near(swapped, "p99_ms"), alone, "p99_ms")),
                 *(str(sum(row[key] for row in swapped)) for key in ("failed", "stale")),
             ]
         )
     return _table(heads, lines)
+
+
+def _near(swapped: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Of the requests near a swap alone, where a result tells them apart."""
+    return f"near_{key}" if swapped[0].get(f"near_{key}") is not None else key
 
 
 def cold_start(result: Result) -> str:
@@ -443,13 +448,14 @@ def _claims_hot_load(results: Mapping[str, Result]) -> Iterable[list[str]]:
         these = _where(rows, kind=kind, mix=mix)
         alone, swapped = ([row for row in these if bool(row["swaps"]) is wanted] for wanted in (False, True))
         failed = sum(row["failed"] for row in swapped)
-        ratio = _ratio_cell(_ratios_of(swapped, "p99_ms", alone, "p99_ms"))
-        target = "" if kind == "full" else "≤ 1.5, 0 failed"
-        yield [
-            f"p99 while versions of kind {kind} are loaded and swapped, {mix} texts",
-            f"{ratio}, {failed} failed",
-            target,
-        ]
+        targets = {"p50_ms": 1.3, "p99_ms": 3} if kind == "full" else {"p99_ms": 1.5}
+        for key, most in targets.items():
+            ratio = _ratio_cell(_ratios_of(swapped, _near(swapped, key), alone, key))
+            yield [
+                f"{key[:3]} while versions of kind {kind} are loaded and swapped, {mix} texts",
+                f"{ratio}, {failed} failed",
+                f"≤ {most}, 0 failed",
+            ]
 
 
 def _claims_overload(results: Mapping[str, Result]) -> Iterable[list[str]]:
