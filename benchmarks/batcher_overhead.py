@@ -89,7 +89,7 @@ async def _measure(folder: Path, texts: int, repeats: int) -> dict[str, float]:
     async with _pool(folder, engine) as pool:
         admission = AdmissionController(max_inputs=1 << 20, max_queue_delay_s=600)
         predictor = Predictor(admission, ServingMetrics(), max_inputs=256, preprocessor_threads=2)
-        lane: Any = pool.lanes()[0]
+        lane: Any = pool.engines.lanes()[0]
         tokenizer = lane._preprocessor
         for name, preprocessor in (("with tokenizer", tokenizer), ("own", ConstantPreprocessor(tokenizer))):
             lane._preprocessor = preprocessor

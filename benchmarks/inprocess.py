@@ -92,7 +92,7 @@ async def _settled(services: Services, engine: str) -> BackboneLane:
         if services.pool.has_failed:
             raise SystemExit("the backbone could not be loaded in this process")
         if services.pool.is_started:
-            lane = services.pool.lanes()[0]
+            lane = services.pool.engines.lanes()[0]
             if isinstance(lane, BackboneLane) and lane.engine_name == engine:
                 return lane
         await asyncio.sleep(0.1)

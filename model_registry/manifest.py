@@ -79,10 +79,6 @@ class ModelManifest(_Model):
         """The artefact's folder in the store."""
         return version_prefix(self.tenant, self.name, self.version)
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
     def to_bytes(self) -> bytes:
         return self.model_dump_json(indent=2).encode()
 

@@ -169,7 +169,7 @@ class Registry:
                 manifest_sha256=sha256_hex(manifest.to_bytes()),
                 labels=list(manifest.labels),
                 metrics=dict(manifest.metrics),
-                bytes=manifest.total_bytes,
+                bytes=sum(entry.size for entry in manifest.files),
                 ready_at=now,
             )
         )

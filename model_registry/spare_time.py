@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+_PATIENCE_S = 3.0
 _this_thread = threading.local()
 
 
@@ -23,15 +24,21 @@ def beside_requests(function: Callable[[], Any], *, are_waiting: bool) -> Any:
 
 
 def spare(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return `function(…)`, within `beside_requests` from a thread that takes only spare time.
+    """Return `function(…)`, within `beside_requests` from a thread that takes only spare time. If there is too little,
+    the caller's thread computes it anew.
 
-    For native code that lets go of the interpreter's lock: a thread that waits for the processor with the lock in its
-    hands would hold up all others.
+    For native code that lets go of the interpreter's lock, since a thread that waits for the processor while it holds
+    the lock would hold up all others; and that starts no threads to stay, since they would inherit the class.
     """
     if not getattr(_this_thread, "spares", False):
         return function(*args, **kwargs)
-    with ThreadPoolExecutor(1, "spare-time", initializer=take_spare_time_only) as thread:
-        return thread.submit(function, *args, **kwargs).result()
+    thread = ThreadPoolExecutor(1, "spare-time", initializer=take_spare_time_only)
+    try:
+        return thread.submit(function, *args, **kwargs).result(_PATIENCE_S)
+    except TimeoutError:
+        return function(*args, **kwargs)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def take_spare_time_only(process: int = 0) -> None:

@@ -30,7 +30,7 @@ from model_registry.manifest import (
 from model_registry.spare_time import spare
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 16 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -198,6 +198,14 @@ def verify_files(store: ArtifactStore, prefix: str, files: tuple[FileEntry, ...]
         size = path.stat().st_size
         if size != entry.size:
             raise HashMismatch(f"{entry.path} has {size} bytes, its manifest says {entry.size}")
-        with path.open("rb") as file:
-            if spare(hashlib.file_digest, file, "sha256").hexdigest() != entry.sha256:
-                raise HashMismatch(f"{entry.path} differs from the digest in its manifest")
+        if spare(_sha256, path) != entry.sha256:
+            raise HashMismatch(f"{entry.path} differs from the digest in its manifest")
+
+
+def _sha256(path: Path) -> str:
+    """In pieces so large that the interpreter's lock is hardly ever taken."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ lines on stdout; the last line before a crash names the engine that did it. It e
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
@@ -34,7 +33,6 @@ from modeling.weights import FloatArray
 HOPELESS = 0.5
 _SCREENING_BATCHES = 8
 _SINGLES = 12
-_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +220,8 @@ def probe(vectors: FloatArray, topics: list[int], *, ridge: float = 1e-2) -> Tas
 
 
 def main() -> None:
-    die_with_parent()  # which may just have stopped it
-    with contextlib.suppress(OSError):
-        os.nice(_NICENESS)
+    die_with_parent()  # which may have stopped this process by then
+    os.nice(10)
     request = TrialRequest(**json.loads(sys.stdin.readline()))
     out = private_stdout()
 

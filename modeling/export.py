@@ -6,7 +6,6 @@ adapters' weights are inputs, stacked by slot, so one export serves every adapte
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model_registry.logs import errors_alone
 from modeling.adapters import LoraLayout
 from modeling.backbone import Backbone
 from modeling.engines.graphs import POOLED, SLOTS_INPUT, STATES, GraphFiles, a_input, b_input, weights_file
@@ -54,7 +54,8 @@ def _export(
     shapes: list[Any] = [{axis: axes[kind] for axis, kind in graph.network.axes(name).items()} for name in graph.inputs]
     shapes += [{0: axes["batch"]}, *dynamic] if inputs else []
     examples = (*graph.inputs.values(), *(example for _, example in inputs))
-    with warnings.catch_warnings(), _quiet_exporter():
+    # The exporter logs its progress as warnings; only its failures are of interest.
+    with warnings.catch_warnings(), errors_alone("torch.onnx", "onnxscript", "torch.export"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
@@ -124,17 +125,3 @@ class _Graph(nn.Module):
         self.routing.rows = None
         self.routing.a = lambda group: a[group].index_select(0, slots)
         self.routing.b = lambda group, linear: b[group, linear].index_select(0, slots)
-
-
-class _quiet_exporter:
-    """The exporter logs its progress at warning level; only its failures are of interest."""
-
-    def __enter__(self) -> None:
-        self._loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)

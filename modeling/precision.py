@@ -8,7 +8,6 @@ out of order (onnx.checker refuses its result for these graphs); onnxconverter-c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,18 +50,7 @@ def low_precision_graphs(files: GraphFiles, precision: str) -> GraphFiles:
     """The same graphs in `bf16` or `fp16`, beside the originals; at once if they are there. Raises `EngineFailed`."""
     if precision not in _TYPES:
         raise EngineFailed(f"graphs are not converted to {precision}")
-    lowered = files.variant(precision)
-    for source, target in ((files.bare, lowered.bare), (files.lora, lowered.lora)):
-        if source.is_file() and not target.is_file():
-            temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
-            try:
-                onnx.save(lower(onnx.load(source), precision), temporary)
-                temporary.replace(target)
-            except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-                raise EngineFailed(f"{source.name} could not be converted to {precision}") from error
-            finally:
-                temporary.unlink(missing_ok=True)
-    return lowered
+    return files.converted(precision, lambda source, target: onnx.save(lower(onnx.load(source), precision), target))
 
 
 def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:

@@ -7,10 +7,10 @@ good enough is for the measurement to say.
 
 from __future__ import annotations
 
-import logging
-import os
+from functools import partial
 from pathlib import Path
 
+from model_registry.logs import errors_alone
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.onnx import runtime
 
@@ -22,31 +22,19 @@ def int8_graphs(files: GraphFiles, *, has_vnni: bool) -> GraphFiles:
 
     Without VNNI, 8-bit products saturate in 16-bit sums, so weights get 7 bits (`reduce_range`).
     """
-    quantized = files.variant(SUFFIX)
-    for source, target in ((files.bare, quantized.bare), (files.lora, quantized.lora)):
-        if source.is_file() and not target.is_file():
-            _quantize(source, target, reduce_range=not has_vnni)
-    return quantized
+    return files.converted(SUFFIX, partial(_quantize, reduce_range=not has_vnni))
 
 
 def _quantize(source: Path, target: Path, *, reduce_range: bool) -> None:
     runtime()  # imported here first, it would be with its telemetry
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it advises a pre-processing that dynamo's graphs do not need
-    try:
+    with errors_alone(""):  # it advises a pre-processing that dynamo's graphs do not need
         quantize_dynamic(
             source,
-            temporary,
+            target,
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
         )
-        temporary.replace(target)
-    finally:
-        logger.setLevel(level)
-        temporary.unlink(missing_ok=True)

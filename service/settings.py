@@ -108,14 +108,6 @@ class ServingSettings(CommonSettings):
             raise ValueError("backbones is empty; name at least one")
         return self
 
-    @property
-    def resolved_default_backbone(self) -> str:
-        return self.default_backbone or next(iter(self.backbones))
-
-    @property
-    def resolved_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
-
     def public(self) -> dict[str, Any]:
         """Every effective value that may be shown: no keys, no database address."""
         values = self.model_dump(mode="json", exclude={"api_keys", "database_url", "batch_log"})

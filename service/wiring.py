@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -112,7 +113,7 @@ def _selector(settings: ServingSettings, database: Database, metrics: ServingMet
     device = _resolve_device(settings.device)
     options = EngineOptions(
         device=device,
-        threads=settings.resolved_threads,
+        threads=settings.threads or len(os.sched_getaffinity(0)),
         adapter_slots=settings.adapter_slots,
         slots_budget_bytes=settings.adapter_slots_bytes,
     )

@@ -99,11 +99,6 @@ class TrainingPlan(TrainingOptions):
         return metric_of(self.metric)
 
     @property
-    def weights_of_solved(self) -> Literal["none", "balanced"] | dict[str, float]:
-        """The class weights of methods that are solved: to weigh a class's rows is to repeat them."""
-        return "balanced" if self.oversample else self.class_weights
-
-    @property
     def estimated_seconds(self) -> float:
         """Of the whole job, with trials and a refit of the method that takes longest."""
         seconds = {method.method: method.estimated_seconds or 0.0 for method in self.methods}

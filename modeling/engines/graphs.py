@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -50,12 +51,12 @@ def graphs_key(digest: str) -> str:
 
 
 def weights_file(graph: Path) -> Path:
-    """Where a graph has its large weights, unless it holds them: beside, for a runtime to map instead of copy."""
+    """Return the file beside `graph` that holds its large weights, if there is one: runtimes map it."""
     return graph.with_name(f"{graph.name}.data")
 
 
 def graph_bytes(graph: Path) -> int:
-    """Of its file and its weights."""
+    """Return the size of a graph, its weights included."""
     return sum(path.stat().st_size for path in (graph, weights_file(graph)) if path.is_file())
 
 
@@ -116,8 +117,27 @@ class GraphFiles:
     def discard(self) -> None:
         """The next export is done anew, and with it what was made of the graphs: other precisions."""
         self.description.unlink(missing_ok=True)
-        for file in self.folder.glob("*.onnx*"):
+        for file in (*self.folder.glob("*.onnx"), *self.folder.glob("*.onnx.data")):
             file.unlink(missing_ok=True)
+
+    def converted(self, suffix: str, convert: Callable[[Path, Path], object]) -> GraphFiles:
+        """Return the variant that `convert` makes of each graph, at once if it is there. Raises `EngineFailed`.
+
+        It gets a copy, because onnx reads no weights that have several links, as those of an adopted graph do.
+        """
+        made = self.variant(suffix)
+        for source, target in ((self.bare, made.bare), (self.lora, made.lora)):
+            if source.is_file() and not target.is_file():
+                with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as folder:
+                    for path in (source, weights_file(source)):
+                        if path.is_file():
+                            shutil.copyfile(path, Path(folder, path.name))
+                    try:
+                        convert(Path(folder, source.name), Path(folder, target.name))
+                    except Exception as error:  # the libraries raise many kinds
+                        raise EngineFailed(f"{source.name} could not be converted to {suffix}: {error}") from error
+                    Path(folder, target.name).replace(target)
+        return made
 
     @cached_property
     def _values(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model_registry.spare_time import spare
 from modeling.engines import providers
 from modeling.engines.graphs import POOLED, GraphEngine, GraphFiles, graph_bytes
 from modeling.engines.protocol import Collate
@@ -115,7 +114,7 @@ def open_session(model_file: Path, plan: SessionPlan) -> Any:
     for key, entry in plan.entries.items():
         options.add_session_config_entry(key, entry)
     try:
-        session = spare(onnxruntime.InferenceSession, str(model_file), options, list(plan.providers), enable_fallback=0)
+        session = onnxruntime.InferenceSession(str(model_file), options, list(plan.providers), enable_fallback=0)
     except Exception as error:  # the runtime's own classes derive from Exception directly
         raise EngineFailed(f"ONNX Runtime could not load {model_file.name} ({type(error).__name__})") from error
     if session.get_providers()[0] != first:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -67,6 +68,8 @@ class OpenVinoSession:
     """One compiled graph with one inference request: batches come one at a time. It computes all of its outputs for
     every batch, and so has states only if they are asked for."""
 
+    _has_run: ClassVar[bool] = False
+
     def __init__(
         self,
         model_file: Path,
@@ -89,6 +92,7 @@ class OpenVinoSession:
             for name in self._tokens:
                 self._request.set_tensor(name, openvino.Tensor(feeds[name], shared_memory=True))
             self._request.infer()
+            OpenVinoSession._has_run = True
             return [self._request.get_tensor(name).data.astype(np.float32) for name in outputs]  # copies
         except Exception as error:
             raise EngineFailed(f"OpenVINO could not compute a batch ({_first_line(error)})") from error
@@ -110,7 +114,9 @@ class OpenVinoSession:
     def _compile(self, model_file: Path, precision: str, threads: int, cache: Path | None, *, has_states: bool) -> None:
         openvino = _openvino()
         core = openvino.Core()
-        model = spare(core.read_model, model_file)
+        # The first run of a process starts threads that all sessions share, and they must have its usual priority.
+        run = spare if OpenVinoSession._has_run else operator.call
+        model = run(core.read_model, model_file)
         for output in [] if has_states else model.outputs:
             if STATES in output.get_names():
                 model.remove_result(output.get_node())
@@ -129,7 +135,7 @@ class OpenVinoSession:
             **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {}),
             **({"CACHE_DIR": str(cache)} if cache is not None else {}),
         }
-        self._request = spare(core.compile_model, model, "CPU", options).create_infer_request()
+        self._request = run(core.compile_model, model, "CPU", options).create_infer_request()
         self._tokens = [name for name in names if name not in {names[index] for index in stacks}]
 
 

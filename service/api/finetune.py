@@ -124,7 +124,7 @@ def _accept(
         raise Problem(
             403, "forbidden", "promote: 'if_better' moves the champion, so it needs the scope 'models:promote'"
         )
-    backbone = body.backbone or services.settings.resolved_default_backbone
+    backbone = body.backbone or services.settings.default_backbone or next(iter(services.settings.backbones))
     if backbone not in services.settings.backbones:
         known = ", ".join(sorted(services.settings.backbones))
         raise ModelNotFound(f"there is no backbone {backbone!r}; there are {known}")

@@ -18,7 +18,7 @@ _STUCK_S = 120.0
 @router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Is the process alive")
 async def livez(services: ServicesDep) -> Response:
-    workers = [lane.worker for lane in services.pool.lanes()]
+    workers = [lane.worker for lane in services.pool.engines.lanes()]
     dead = [worker.name[0] for worker in workers if not worker.is_alive]
     stuck = [
         worker.name[0]

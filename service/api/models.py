@@ -231,7 +231,7 @@ def _backbone(name: str, services: Services, tenant: str) -> dict[str, Any]:
                 "created_at": report.created_at,
                 "engines": report.engines,
             }
-            for report in services.pool.status.measurements(info.digest)
+            for report in services.pool.engines.selector.measurements([info.digest])
         ],
     }
 

@@ -220,7 +220,7 @@ class EngineDirector:
         """What was measured, and what the slots take."""
         label, metrics = lane.worker.name[0], self._metrics
         metrics.adapter_slots_bytes.labels(label).set(lane.engine.memory().slots)
-        measurement = self.selector.measured_here(lane.backbone.info.digest)
+        measurement = self.selector.known.get(lane.backbone.info.digest)
         for row in [] if measurement is None else measurement.engines:
             metrics.set_engine_report(
                 label,

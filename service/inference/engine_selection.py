@@ -85,7 +85,8 @@ class EngineSelector:
         self._on_fallback = on_fallback
         self._device = fingerprint(options.device)
         self._one_trial = asyncio.Lock()
-        self._known: dict[str, EngineMeasurement] = {}  # by digest, of this device
+        self.known: dict[str, EngineMeasurement] = {}
+        """What this process chose by, whether measured or remembered; by digest."""
 
     def open(self, spec: EngineSpec, backbone: Backbone) -> Engine:
         """Raises `EngineFailed`."""
@@ -105,7 +106,7 @@ class EngineSelector:
                     extra={"action": "engine_fallback"},
                 )
                 self._on_fallback(backbone.info.name, EngineSpec.parse(likely.chosen), error)
-                self._known.pop(backbone.info.digest, None)
+                self.known.pop(backbone.info.digest, None)
                 self._graphs(backbone).discard()  # they may be damaged
         return self.open(REFERENCE, backbone), self.policy.is_reference_only
 
@@ -117,10 +118,10 @@ class EngineSelector:
 
         Raises `EngineFailed` where no measurement came about.
         """
-        measured = None if like is None else await asyncio.to_thread(self._remembered, like)
-        names = await asyncio.to_thread(self._candidates, measured)
         files = await asyncio.to_thread(self._graphs, backbone)
         async with self._one_trial:
+            measured = None if like is None else await asyncio.to_thread(self._remembered, like)
+            names = await asyncio.to_thread(self._candidates, measured)
             reports = await measure(
                 TrialRequest(
                     backbone=str(backbone.folder),
@@ -132,20 +133,16 @@ class EngineSelector:
                     batch_tokens=self.policy.batch_tokens,
                 ),
                 stall_s=self.policy.stall_s,
-                in_demand=None if like is None else in_demand,  # what serves is good enough to wait for its proof
+                in_demand=None if measured is None else in_demand,  # what serves is good enough to wait for its proof
             )
-        rows = [asdict(report) for report in reports]
-        if measured is not None:  # a trial that pauses cannot tell
-            speeds = {row["engine"]: {name: row[name] for name in _SPEEDS} for row in measured.engines}
-            rows = [row | speeds.get(row["engine"], {}) for row in rows]
+        # A trial that pauses cannot tell how fast an engine is.
+        known = [] if measured is None else measured.engines
+        speeds = {row["engine"]: {name: row[name] for name in _SPEEDS} for row in known}
+        rows = [asdict(report) | speeds.get(report.engine, {}) for report in reports]
         least = MIN_GAIN if self.policy.engine == "auto" else 0.0  # asked for by name, it serves if it is equal
         choice = choose(rows, reference=str(REFERENCE), bound=self.policy.bound, least_gain=least)
         await asyncio.to_thread(self._remember, backbone, choice, rows)
         return choice
-
-    def measured_here(self, digest: str) -> EngineMeasurement | None:
-        """What this process chose by, if it measured or remembered."""
-        return self._known.get(digest)
 
     def measurements(self, digests: Sequence[str]) -> list[EngineMeasurement]:
         """Of all devices. Raises `DatabaseUnavailable`."""
@@ -200,7 +197,7 @@ class EngineSelector:
             return None
         if not self._has_what_it_needs(found, backbone):
             return None
-        self._known[backbone.info.digest] = found
+        self.known[backbone.info.digest] = found
         return found
 
     def _remember(self, backbone: Backbone, choice: EngineChoice, rows: list[dict[str, Any]]) -> None:
@@ -208,7 +205,7 @@ class EngineSelector:
         measurement = EngineMeasurement(
             backbone.info.digest, self._device_key(), asdict(self._device), choice.engine, engines
         )
-        self._known[backbone.info.digest] = measurement
+        self.known[backbone.info.digest] = measurement
         if self._reports is None:
             return
         try:
@@ -252,24 +249,26 @@ async def _attempt(
     )
     assert process.stdin is not None and process.stdout is not None
     culprit: str | None = None
-    patience_s = stall_s if in_demand is None else stall_s / _SHARE
-    pacing = None if in_demand is None else asyncio.create_task(_pace(process, in_demand))
+    pace = _Pace(process, in_demand)
+    silence = asyncio.create_task(pace.until_silent(stall_s))
     try:
         process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
         while True:
-            try:
-                line = await asyncio.wait_for(process.stdout.readline(), patience_s)
-            except TimeoutError:
-                return None, culprit, f"no sign of life for {patience_s:.0f} s"
+            reading = asyncio.create_task(process.stdout.readline())
+            await asyncio.wait((reading, silence), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                reading.cancel()
+                return None, culprit, f"no sign of life for {stall_s:.0f} s"
+            line = reading.result()
             if not line:
                 return None, culprit, f"the process ended with status {await process.wait()}"
+            pace.heard()
             message = json.loads(line)
             if "reports" in message:
                 return [EngineReport(**report) for report in message["reports"]], None, ""
             culprit = message["engine"]
     finally:
-        if pacing is not None:
-            pacing.cancel()
+        silence.cancel()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
@@ -277,13 +276,27 @@ async def _attempt(
         await asyncio.sleep(0)  # they end in the loop's next turn
 
 
-async def _pace(process: asyncio.subprocess.Process, in_demand: Callable[[], bool]) -> None:
-    """Priority alone is not enough: a process that takes only spare time still slowed batches by a third."""
-    take_spare_time_only(process.pid)
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            if in_demand():
-                process.send_signal(signal.SIGSTOP)
-                await asyncio.sleep(_TURN_S / _SHARE - _TURN_S)
-                process.send_signal(signal.SIGCONT)
+class _Pace:
+    """With `in_demand`, a process takes only spare time, and a tenth of that while requests are in demand: priority
+    alone lets batches take up to half as long again."""
+
+    def __init__(self, process: asyncio.subprocess.Process, in_demand: Callable[[], bool] | None) -> None:
+        self._process, self._in_demand = process, in_demand
+        self._awake_s, self._may_stop = 0.0, False
+        if in_demand is not None:
+            take_spare_time_only(process.pid)
+
+    def heard(self) -> None:
+        """It has written a line. From the first on the kernel ends it with its parent, also while it is stopped."""
+        self._awake_s, self._may_stop = 0.0, sys.platform == "linux"
+
+    async def until_silent(self, stall_s: float) -> None:
+        """Returns when it has been awake for `stall_s` without a line."""
+        while self._awake_s < stall_s:
+            if self._may_stop and self._in_demand is not None and self._in_demand():
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.send_signal(signal.SIGSTOP)
+                    await asyncio.sleep(_TURN_S / _SHARE - _TURN_S)
+                    self._process.send_signal(signal.SIGCONT)
             await asyncio.sleep(_TURN_S)
+            self._awake_s += _TURN_S

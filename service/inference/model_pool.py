@@ -24,7 +24,7 @@ from service.inference.engine_director import EngineDirector
 from service.inference.engine_selection import EngineSelector
 from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.errors import ModelNotReady
-from service.inference.lanes import Lane, ServedModel
+from service.inference.lanes import ServedModel
 from service.inference.loader import Loader
 from service.inference.pool_status import PoolStatus
 from service.inference.residency import Residency
@@ -88,9 +88,6 @@ class ModelPool:
 
     def backbones(self) -> dict[str, ServedModel]:
         return dict(self._backbones)
-
-    def lanes(self) -> list[Lane]:
-        return self.engines.lanes()
 
     # For requests
 

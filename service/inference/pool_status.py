@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from model_registry.engine_reports import EngineMeasurement
 from service.inference.aliases import Aliases, AliasKey, AliasState, Key
 from service.inference.engine_director import EngineDirector
 from service.inference.loader import Loader
@@ -42,7 +41,3 @@ class PoolStatus:
     def engine_of(self, key: Key) -> str | None:
         model = self._residency.get(key)
         return None if model is None else model.lane.engine_name
-
-    def measurements(self, digest: str) -> list[EngineMeasurement]:
-        """What engines measured for these weights, on every device that shares the database; blocking."""
-        return self._engines.selector.measurements([digest])

@@ -20,7 +20,7 @@ from modeling.adapters import Adapter, LoraPair
 from modeling.backbone import Backbone, ingest
 from modeling.engines import onnx, openvino, providers
 from modeling.engines.build import CAPTURED, TENSORRT, EngineOptions, EngineSpec, build_engine
-from modeling.engines.graphs import GraphEngine, GraphFiles
+from modeling.engines.graphs import GraphEngine, GraphFiles, weights_file
 from modeling.engines.onnx_gpu import GpuSession
 from modeling.engines.protocol import Engine, EngineBatch
 from modeling.engines.providers import Ladder
@@ -304,6 +304,7 @@ def test_a_file_that_will_not_load_is_refused(
 ) -> None:
     broken = GraphFiles(tmp_path)
     broken.description.write_bytes(files.description.read_bytes())
+    weights_file(broken.bare).write_bytes(weights_file(files.bare).read_bytes())
     for content in (b"", b"not a graph", files.bare.read_bytes()[:-2000]):
         broken.bare.write_bytes(content)
         with pytest.raises(EngineFailed, match=r"backbone\.onnx"):
@@ -334,3 +335,57 @@ openvino.supports_bf16(), onnx.onnx_engine(files, padded), openvino.openvino_eng
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_adopted_export_is_converted_although_its_files_have_several_links(
+    files: GraphFiles, tmp_path: Path
+) -> None:
+    """onnx refuses such weights."""
+    adopted = GraphFiles(tmp_path)
+    adopted.adopt(files)
+    assert weights_file(adopted.bare).stat().st_nlink > 1
+    for made in (int8_graphs(adopted, has_vnni=True), low_precision_graphs(adopted, "fp16")):
+        assert made.bare.is_file() and made.lora.is_file()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".onnx", ".data", ".json"}
+
+
+_COMPUTED = """
+import os, sys
+from pathlib import Path
+
+import numpy as np
+
+from model_registry.spare_time import beside_requests
+from modeling.engines.openvino import OpenVinoSession
+from modeling.engines.onnx import OnnxSession
+
+
+def idle_threads() -> dict[str, int]:
+    threads = [name for name in os.listdir("/proc/self/task") if os.sched_getscheduler(int(name)) == os.SCHED_IDLE]
+    return {name: int(Path(f"/proc/self/task/{name}/schedstat").read_text().split()[0]) for name in threads}
+
+
+graph = Path(sys.argv[1])
+feeds = {name: np.ones((8, 16), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+sessions = []
+for number in range(3):
+    for kind, options in ((OpenVinoSession, {"precision": "fp32"}), (OnnxSession, {})):
+        opened = beside_requests(lambda: kind(graph, threads=2, **options), are_waiting=True)
+        sessions.append(opened)
+        opened.run(feeds)
+before = idle_threads()
+for _ in range(50):
+    for session in sessions:
+        session.run(feeds)
+print(sum(idle_threads()[name] - spent for name, spent in before.items()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the scheduler of Linux")
+def test_a_session_opened_in_spare_time_computes_at_the_usual_priority(files: GraphFiles) -> None:
+    """A thread inherits its class from the one that starts it, and keeps it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPUTED, str(files.bare)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 0, "nanoseconds of the processor's time, by threads that take only spare time"

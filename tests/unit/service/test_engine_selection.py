@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
 
 import pytest
@@ -71,22 +73,83 @@ def test_an_engine_that_hangs_is_ended() -> None:
     assert "no sign of life" in str(errors["hang/fp32"]) and errors["good/fp32"] is None
 
 
-def test_a_patient_trial_leaves_most_of_the_time_to_requests() -> None:
-    """It counts its own pauses: a tick that comes late is one."""
-    ticks = """
+# Says that it has begun, and no more for so many seconds.
+_SILENT = """
 import json, sys, time
 sys.stdin.readline()
-pauses, last = 0, time.monotonic()
-while pauses < 3:
-    time.sleep(0.001)
-    now = time.monotonic()
-    pauses, last = pauses + (now - last > 0.1), now
-print(json.dumps({"reports": [{"engine": "torch/fp32", "rows": pauses}]}), flush=True)
+print(json.dumps({"engine": "torch/fp32", "stage": "open"}), flush=True)
+time.sleep(float(sys.argv[1]))
+print(json.dumps({"reports": []}), flush=True)
 """
-    request = TrialRequest(backbone="-", graphs="-", candidates=())
-    command = (sys.executable, "-c", ticks)
-    (found,) = run(measure(request, stall_s=20, in_demand=lambda: True, command=command))
-    assert found.rows == 3
+
+
+@dataclass
+class Spied:
+    """The processes of the trials that a test starts, and the signals that they were sent."""
+
+    processes: list[asyncio.subprocess.Process]
+    signals: list[int]
+
+    async def measure(self, seconds: float, in_demand: Callable[[], bool] | None, *, stall_s: float) -> None:
+        request = TrialRequest(backbone="-", graphs="-", candidates=())
+        command = (sys.executable, "-c", _SILENT, str(seconds))
+        await measure(request, stall_s=stall_s, in_demand=in_demand, command=command)
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Spied:
+    spied, start = Spied([], []), asyncio.create_subprocess_exec
+
+    async def spying(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*command, **options)
+        send = process.send_signal
+
+        def send_signal(signal: int) -> None:
+            spied.signals.append(signal)
+            send(signal)
+
+        monkeypatch.setattr(process, "send_signal", send_signal)
+        spied.processes.append(process)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", spying)
+    return spied
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing would end a process that is stopped")
+
+
+@linux_only
+@pytest.mark.parametrize("is_in_demand", [True, False, None])
+def test_a_patient_trial_pauses_while_requests_are_in_demand(spied: Spied, is_in_demand: bool | None) -> None:
+    run(spied.measure(0.2, None if is_in_demand is None else lambda: bool(is_in_demand), stall_s=20))
+    assert bool(spied.signals) is (is_in_demand is True)
+    assert spied.signals == [SIGSTOP, SIGCONT] * (len(spied.signals) // 2)
+
+
+@linux_only
+def test_pauses_do_not_count_as_silence(spied: Spied) -> None:
+    with pytest.raises(EngineFailed, match="no sign of life"):
+        run(spied.measure(60, lambda: True, stall_s=0.1))
+    assert spied.signals.count(SIGSTOP) >= 4
+
+
+@linux_only
+def test_a_trial_that_is_cancelled_while_it_is_stopped_ends(spied: Spied) -> None:
+    async def cancelled() -> None:
+        stopped = asyncio.Event()
+
+        def in_demand() -> bool:
+            stopped.set()
+            return True
+
+        trial = asyncio.create_task(spied.measure(60, in_demand, stall_s=60))
+        await stopped.wait()
+        trial.cancel()
+        await asyncio.gather(trial, return_exceptions=True)
+
+    run(cancelled())
+    assert [process.returncode for process in spied.processes] == [-SIGKILL]
 
 
 def test_where_the_trial_itself_does_not_start_it_is_said() -> None:
@@ -166,6 +229,24 @@ def test_weights_of_a_known_shape_are_proven_equal_and_keep_the_speed_of_their_l
     assert {row["engine"]: row["texts_per_s"] for row in kept.engines} == {"torch/fp32": 100.0, "onnx/fp32": 300.0}
     measure_gives(report("torch/fp32", 50.0), report("onnx/fp32", 20.0, cosine=0.9))
     assert run(finder.select(other, like=world.backbone)).engine == "torch/fp32"
+
+
+def test_a_trial_whose_clock_must_tell_does_not_pause(
+    world: World, reports: EngineReports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of the same shape have no measurement yet either."""
+    paused: list[bool] = []
+
+    async def measured(*_: Any, in_demand: Callable[[], bool] | None, **__: Any) -> list[EngineReport]:
+        paused.append(in_demand is not None)
+        return [report("torch/fp32", 100.0), report("onnx/fp32", 300.0)]
+
+    monkeypatch.setattr("service.inference.engine_selection.measure", measured)
+    finder = selector(world, reports)
+    world.export(world.backbone, finder._graphs(world.backbone).folder)
+    for like in (world.backbone, None, world.backbone):
+        run(finder.select(world.backbone, like=like, in_demand=lambda: True))
+    assert paused == [False, False, True]
 
 
 @pytest.mark.parametrize("name", ["backbone.onnx", "backbone.onnx.data", "lora.onnx", "lora.onnx.data"])
@@ -353,7 +434,7 @@ def test_where_the_reference_itself_fails_the_service_says_so_until_it_passes_ag
         try:
             await pool.add_backbone("tiny", world.backbone)
             await pool.apply(world.registry.snapshot())
-            worker = pool.lanes()[0].worker
+            worker = pool.engines.lanes()[0].worker
             assert selector.fragile is not None
             selector.fragile.fault = broken
             fit = [worker.is_fit]

@@ -275,7 +275,7 @@ def test_a_version_whose_requests_still_run_moves_along_to_another_engine(world:
 def test_the_engine_of_a_lane_that_closes_goes_without_a_garbage_collection(world: World) -> None:
     async def scenario() -> None:
         async with world.pool() as pool:
-            lane = pool.lanes()[0]
+            lane = pool.engines.lanes()[0]
             assert isinstance(lane, BackboneLane)
             engine = weakref.ref(lane.engine)
             gc.collect()

@@ -172,7 +172,7 @@ def test_an_engine_that_says_when_to_come_back_is_believed(world: World) -> None
         runtime = virtual_runtime()
         async with world.pool(runtime=runtime) as pool:
             await pool.apply(world.registry.snapshot())
-            (lane,) = pool.lanes()
+            (lane,) = pool.engines.lanes()
             assert isinstance(lane, BackboneLane) and isinstance(lane.engine, OutOfOrder)
             lane.engine.is_broken = True
             for _ in range(3):
@@ -368,12 +368,12 @@ def test_a_backbone_that_is_no_longer_configured_counts_and_goes_with_its_last_v
             for version in olds:
                 await pool.ensure(TENANT, "old", version)
             assert (await serving(pool, "old:1"), await serving(pool, "old:2")) == (1, 2), "their backbone counts once"
-            assert len(pool.lanes()) == 2
+            assert len(pool.engines.lanes()) == 2
             for version in news:
                 await pool.ensure(TENANT, "new", version)
             await elapse(1)
             assert [pool.status.version((TENANT, "old", number))[0] for number in (1, 2)] == ["unloaded", "unloaded"]
-            (lane,) = pool.lanes()
+            (lane,) = pool.engines.lanes()
             assert lane.worker.name == ("tiny", "torch/fp32")
             assert metrics.registry.get_sample_value(
                 "polyhead_batch_tokens_limit", {"backbone": "tiny", "engine": "torch/fp32"}
@@ -391,7 +391,7 @@ def test_a_backbone_that_does_not_fit_the_budget_is_refused(world: World, former
         async with world.pool(memory_budget_bytes=1000, runtime=virtual_runtime()) as pool:
             with pytest.raises(MemoryBudgetExceeded):
                 await pool.ensure(TENANT, "old", old)
-            assert len(pool.lanes()) == 1
+            assert len(pool.engines.lanes()) == 1
 
     run_virtually(scenario())
 

@@ -31,3 +31,19 @@ def test_an_error_ends_it() -> None:
         with pytest.raises(ValueError, match="no number"):
             beside_requests(fails, are_waiting=are_waiting)
     assert spare(int, "1") == 1
+
+
+@linux_only
+def test_what_finds_too_little_spare_time_is_computed_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_registry.spare_time._PATIENCE_S", 0.05)
+    never, threads = threading.Event(), []
+
+    def waits() -> int:
+        threads.append(where())
+        return 1 if never.wait(0 if len(threads) > 1 else 20) else 2
+
+    assert beside_requests(lambda: spare(waits), are_waiting=True) == 2
+    never.set()
+    assert [policy == os.SCHED_IDLE for _, policy in threads] == [True, False] and threads[1][
+        0
+    ] == threading.get_ident()
