@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
 from typing import IO
@@ -30,3 +31,10 @@ def describe_exit(code: int) -> str:
         name = signal.Signals(-code).name
         return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
     return f"exit status {code}"
+
+
+if __name__ == "__main__":  # `python -m modeling.child_process MODULE` runs it at low priority from its imports on
+    die_with_parent()
+    os.nice(10)
+    print("{}", flush=True)  # whatever the parent does to it from here on, it ends with the parent
+    runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)

@@ -1,14 +1,13 @@
 """Measures engines against each other and against the reference.
 
-`python -m modeling.engine_benchmark` takes a request on stdin and runs at low priority, so that a server goes on
-answering meanwhile; an engine that crashes or hangs takes nothing down with it. Progress and the result are JSON
-lines on stdout; the last line before a crash names the engine that did it. It ends with its parent.
+As `python -m modeling.child_process modeling.engine_benchmark` it takes a request on stdin and runs at low priority, so
+that a server goes on answering meanwhile; an engine that crashes or hangs takes nothing down with it. Progress and the
+result are JSON lines on stdout; the last line before a crash names the engine that did it. It ends with its parent.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from modeling.backbone import Backbone
-from modeling.child_process import die_with_parent, private_stdout
+from modeling.child_process import private_stdout
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
@@ -220,8 +219,6 @@ def probe(vectors: FloatArray, topics: list[int], *, ridge: float = 1e-2) -> Tas
 
 
 def main() -> None:
-    die_with_parent()  # which may have stopped this process by then
-    os.nice(10)
     request = TrialRequest(**json.loads(sys.stdin.readline()))
     out = private_stdout()
 

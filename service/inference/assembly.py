@@ -136,7 +136,7 @@ class Assembler:
         if parts.backbone is not None:
             return parts.backbone.folder
         base = parts.manifest.base
-        if parts.linear is not None or base is None or self._engines.opened(base.digest) is not None:
+        if parts.linear is not None or base is None or self._engines.opened.get(base.digest) is not None:
             return None
         return self._store.local_path(backbone_prefix(base.digest))
 
@@ -148,7 +148,7 @@ class Assembler:
         base = parts.manifest.base
         if base is None:
             raise ArtifactError("the manifest names no backbone")
-        opened = self._engines.opened(base.digest)
+        opened = self._engines.opened.get(base.digest)
         if opened is not None:
             return opened
         return await self._engines.lane_of(Backbone.open(self._store.local_path(backbone_prefix(base.digest))))

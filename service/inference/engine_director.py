@@ -45,7 +45,7 @@ class EngineDirector:
     ) -> None:
         self.selector, self._store, self._limits, self._metrics = selector, store, limits, metrics
         self._executor, self._batch_log, self._runtime = executor, batch_log, runtime
-        self._lanes: dict[str, BackboneLane] = {}  # by digest
+        self.opened: dict[str, BackboneLane] = {}  # by digest
         self._configured: set[Lane] = set()
         self._users: dict[Lane, set[ServedModel]] = {}
         self._linear: LinearLane | None = None
@@ -53,7 +53,7 @@ class EngineDirector:
         self.steady = asyncio.Lock()
 
     def lanes(self) -> list[Lane]:
-        return [*self._lanes.values(), *([self._linear] if self._linear else [])]
+        return [*self.opened.values(), *([self._linear] if self._linear else [])]
 
     @property
     def is_in_demand(self) -> bool:
@@ -90,9 +90,6 @@ class EngineDirector:
             self._linear.worker.start()
         return self._linear
 
-    def opened(self, digest: str) -> BackboneLane | None:
-        return self._lanes.get(digest)
-
     async def lane_of(self, backbone: Backbone) -> BackboneLane:
         """The lane of these weights, opened and measured unless it is there. Needs `steady`. Raises `ModelingError`."""
         # Not the backbone's name alone: closing the lane would remove the series of a configured one of that name.
@@ -100,8 +97,8 @@ class EngineDirector:
 
     async def _open(self, backbone: Backbone, *, label: str) -> BackboneLane:
         digest = backbone.info.digest
-        if digest in self._lanes:
-            return self._lanes[digest]
+        if digest in self.opened:
+            return self.opened[digest]
         like_lane = self._same_shape(backbone)
         like = None if like_lane is None else like_lane.backbone
         engine, is_final = await self.run(functools.partial(self.selector.open_first, backbone, like=like))
@@ -122,7 +119,7 @@ class EngineDirector:
         except BaseException:
             await lane.close()
             raise
-        self._lanes[digest] = lane
+        self.opened[digest] = lane
         self._show(lane)
         if not is_final:
             self._in_background(self._improve(lane, like=like))
@@ -146,12 +143,12 @@ class EngineDirector:
         if model.adapter_key is not None:
             lane.engine.unload_adapter(model.adapter_key)
         if not self.is_configured(lane) and not self._users[lane]:
-            del self._users[lane], self._lanes[lane.backbone.info.digest]
+            del self._users[lane], self.opened[lane.backbone.info.digest]
             await lane.close()
 
     def _same_shape(self, backbone: Backbone) -> BackboneLane | None:
         """A configured lane whose measurements hold for these weights too: speed depends on the shape alone."""
-        configured = (lane for lane in self._lanes.values() if self.is_configured(lane))
+        configured = (lane for lane in self.opened.values() if self.is_configured(lane))
         return next((lane for lane in configured if backbone.info.runs_like(lane.backbone.info)), None)
 
     # Changing engines
@@ -196,7 +193,7 @@ class EngineDirector:
         label, before = lane.worker.name[0], lane.engine_name
         engine = await self.run(functools.partial(self.selector.open, spec, lane.backbone))
         async with self.steady:
-            if self._lanes.get(lane.backbone.info.digest) is not lane:
+            if self.opened.get(lane.backbone.info.digest) is not lane:
                 raise EngineFailed("its last model has been unloaded")
             users = list(self._users[lane])
             await lane.switch(engine, await self.run(functools.partial(self._adapters_of, users)))

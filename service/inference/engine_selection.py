@@ -219,7 +219,7 @@ async def measure(
     *,
     stall_s: float,
     in_demand: Callable[[], bool] | None = None,
-    command: Sequence[str] = (sys.executable, "-m", "modeling.engine_benchmark"),
+    command: Sequence[str] = (sys.executable, "-m", "modeling.child_process", "modeling.engine_benchmark"),
 ) -> list[EngineReport]:
     """Runs the trial; an engine that takes the process down, or hangs, is left out of the next try. With
     `in_demand` it is patient: it takes only spare time, and a tenth of that while requests are in demand.
@@ -266,7 +266,7 @@ async def _attempt(
             message = json.loads(line)
             if "reports" in message:
                 return [EngineReport(**report) for report in message["reports"]], None, ""
-            culprit = message["engine"]
+            culprit = message.get("engine")
     finally:
         silence.cancel()
         with contextlib.suppress(ProcessLookupError):
