@@ -215,7 +215,7 @@ class Registry:
             )
 
     def rollback(self, *, tenant: str, name: str, alias: str, actor: str, reason: str) -> AliasChange:
-        """Points the alias back to where it was before its last move that still stands.
+        """Points the alias back to where it was before its last move that still holds.
 
         A rollback undoes one forward move; two in a row go two moves back, they do not swap to and fro.
         Raises `ModelNotFound` where there is nothing to go back to.
@@ -242,7 +242,7 @@ class Registry:
     # Looking up
 
     def check_task(self, *, tenant: str, name: str, task: str) -> None:
-        """A name stands for one task: whoever calls it need not expect another kind of answer. Raises
+        """A name means one task: whoever calls it need not expect another kind of answer. Raises
         `InvalidReference` where `name` has a version for another one."""
         with self._database.read() as connection:
             self._require_task(connection, tenant, name, task)
@@ -319,9 +319,9 @@ class Registry:
         self._require_ready(connection, tenant, name, version)
         current = self._alias(connection, tenant, name, alias)
         if current != expected:
-            stands = "does not exist" if current is None else f"points at version {current}"
+            state = "does not exist" if current is None else f"points at version {current}"
             raise AliasConflict(
-                f"{name}@{alias} {stands}, not at {expected}; read it again and repeat with expected_version={current}",
+                f"{name}@{alias} {state}, not at {expected}; read it again and repeat with expected_version={current}",
                 current_version=current,
             )
         now = self._database.now(connection)
@@ -416,7 +416,7 @@ class Registry:
             raise InvalidReference(f"the versions of {name} are for {row.task}; register {task} under another name")
 
     def _take_task(self, connection: sa.Connection, tenant: str, name: str, task: str) -> None:
-        """The name stands for `task` from now on, as long as no version of it is ready. Under the model's row lock."""
+        """The name means `task` from now on, as long as no version of it is ready. Under the model's row lock."""
         self._require_task(connection, tenant, name, task)
         connection.execute(_of_model(models.update(), models, tenant, name).values(task=task))
 

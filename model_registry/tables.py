@@ -1,7 +1,7 @@
 """Every table of the metadata database, on one MetaData. Times are seconds since the epoch (UTC).
 
 The registry owns the first block, with what was measured of engines; `finetune` owns datasets, jobs
-and workers; `service` owns the idempotency keys. They stand together so that one linear migration
+and workers; `service` owns the idempotency keys. They are in one module so that one linear migration
 history covers them and a single transaction can register a version and finish its job.
 """
 

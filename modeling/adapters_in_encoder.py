@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
 
 
 class PromptedEncoder(nn.Module):
-    """Learnt vectors stand before each text's own (Lester et al., EMNLP 2021); their states are cut off again, so that
+    """Learnt vectors come before each text's own (Lester et al., EMNLP 2021); their states are cut off again, so that
     nothing above pools over them."""
 
     def __init__(self, encoder: nn.Module, tokens: int) -> None:

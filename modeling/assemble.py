@@ -1,6 +1,6 @@
 """Manifest and files → the parts of a runnable version, every file checked; and the golden-row check.
 
-What `read_version` reads, `write_version_files` wrote on the training side: the two stand together
+What `read_version` reads, `write_version_files` wrote on the training side: the two are in one module
 so that they cannot drift apart.
 """
 

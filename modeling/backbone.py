@@ -83,7 +83,7 @@ class Backbone:
 def locate(source: str, *, offline: bool, cache_dir: Path | None = None) -> Path:
     """The local folder of a source. Raises `BackboneUnavailable` with what to do.
 
-    `pkg:module/path` lies inside an installed package, `file:/folder` on this host, and
+    `pkg:module/path` is inside an installed package, `file:/folder` on this host, and
     `hub:org/name@revision` on the Hugging Face hub; a revision is required, so that a name always
     means the same weights, and with `offline` only what is in the cache is used.
     """

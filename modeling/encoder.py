@@ -25,7 +25,7 @@ _HEADS = (
 
 
 def load_encoder(folder: Path, *, dtype: torch.dtype | None = None, is_whole: bool = False) -> torch.nn.Module:
-    """The encoder of a backbone folder in eval mode on the CPU, without its pooler (heads stand outside).
+    """The encoder of a backbone folder in eval mode on the CPU, without its pooler (heads are apart).
 
     Raises `BackboneUnavailable` where the weights do not fit the configuration.
     """

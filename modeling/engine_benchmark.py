@@ -205,8 +205,8 @@ def _judge(contender: _Contender, reference: _Contender, head: Any, batches: Seq
 
 
 def probe(vectors: FloatArray, topics: list[int], *, ridge: float = 1e-2) -> TaskHead:
-    """Fit a linear head float32[topics, hidden] by ridge regression of the topics on standardised vectors: it stands
-    for the heads to come, and how many of its answers change is what users would see."""
+    """Fit a linear head float32[topics, hidden] by ridge regression of the topics on standardised vectors. It is like
+    the heads to come, and how many of its answers change is what users would see."""
     mean, scale = vectors.mean(0), vectors.std(0) + 1e-6
     x = (vectors - mean) / scale
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)

@@ -1,6 +1,6 @@
 """The baseline that can be served: tf-idf and a linear model, stored as JSON and safetensors.
 
-It needs no backbone, so it is an engine of its own. Margins stand where a head's logits stand: `modeling.tasks` makes
+It needs no backbone, so it is an engine of its own. Margins take the place of a head's logits: `modeling.tasks` makes
 probabilities of them, at a temperature fitted on validation rows, or takes them as values.
 """
 

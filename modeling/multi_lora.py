@@ -66,7 +66,7 @@ class RoutedLinear(nn.Module):
 
 
 def route(encoder: nn.Module, routing: Routing, network: Network) -> LoraLayout:
-    """Replace every linear layer that positions pass through by a `RoutedLinear`; says where they stand.
+    """Replace every linear layer that positions pass through by a `RoutedLinear`; says where they are.
 
     One forward pass on two positions shows the order and which layers read the same tensor.
     """

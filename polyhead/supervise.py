@@ -51,7 +51,7 @@ class Times:
 
 
 def restart_delay_s(deaths: int, times: Times) -> float:
-    """Before the restart after so many deaths in a row: doubles from `first_delay_s`, up to `longest_delay_s`."""
+    """Before the restart after this many deaths in a row: doubles from `first_delay_s`, up to `longest_delay_s`."""
     return float(min(times.longest_delay_s, times.first_delay_s * 2 ** min(deaths - 1, 32)))
 
 
@@ -115,7 +115,7 @@ class Supervisor:
             self._kill.set()
 
     def _say(self, message: str) -> None:
-        with suppress(OSError):  # nobody reads any more (`polyhead up | head`): no reason to leave children behind
+        with suppress(OSError):  # no reader is left (`polyhead up | head`): no reason to leave children behind
             self._tell(message)
 
     # Start

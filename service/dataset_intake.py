@@ -68,7 +68,7 @@ class DatasetIntake:
         return record
 
     async def settled(self, record: DatasetRecord, *, within_s: float) -> DatasetRecord:
-        """The record once its check has ended, or as it stands after `within_s`."""
+        """The record once its check has ended, or as it is after `within_s`."""
         task = self._checks.get(record.id)
         if task is not None:
             await asyncio.wait({task}, timeout=within_s)

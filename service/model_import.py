@@ -28,7 +28,7 @@ _GOLDEN_TEXTS = (
 
 
 class ImportRefused(RegistryError):
-    """Imports are off, or the source lies outside the import root."""
+    """Imports are off, or the source is outside the import root."""
 
 
 def import_checkpoint(
@@ -110,7 +110,7 @@ def _folder(source: str, import_root: Path | None, *, offline: bool) -> Path:
     root = import_root.resolve()
     folder = (root / relative).resolve()  # an absolute path stays itself, and is then outside or inside like any other
     if not folder.is_relative_to(root):
-        raise ImportRefused("the source must lie below the import root")
+        raise ImportRefused("the source must be below the import root")
     if not folder.is_dir():
         raise InvalidReference(f"there is no folder {str(relative)[:200]!r} below the import root")
     return folder

@@ -2,7 +2,7 @@
 
 Nothing is written under a name from the archive, every byte that comes out is counted against limits, and
 an entry that looks like an attack ends the reading with the finding `archive_unsafe`. Knows no layout.
-Images would come through here too: an entry is a name and a stream, whatever stands in it.
+Images would come through here too: an entry is a name and a stream, whatever is in it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Budget:
         if problem is not None:
             raise self.refuse(name, problem, fix="pack the files again from inside their folder, by relative names")
         if name in self._seen:
-            raise self.refuse(name, "stands twice in the archive", fix="pack each file once")
+            raise self.refuse(name, "is in the archive twice", fix="pack each file once")
         self._seen.add(name)
         path = PurePosixPath(name)
         if path.suffix.lower() in _NESTED:
@@ -176,7 +176,7 @@ class _Zip:
         _check_directory(stream, budget)
         self._file = zipfile.ZipFile(stream)
         for info in self._file.infolist():
-            # zipfile cuts names at a NUL; the name as it stands is what another program may see.
+            # zipfile cuts names at a NUL; another program may see the whole name.
             if "\0" in info.orig_filename:
                 raise budget.refuse(info.orig_filename.replace("\0", "?"), "has a NUL in its name", fix="rename it")
             entry = None if info.is_dir() and _name_problem(info.filename) is None else budget.admit(info.orig_filename)
@@ -199,7 +199,7 @@ def _check_zip_entry(info: zipfile.ZipInfo, budget: _Budget) -> None:
     if info.flag_bits & 0x1:
         raise budget.refuse(info.filename, "is encrypted", fix="pack the files again without a password")
     if stat.S_IFMT(mode) not in {0, stat.S_IFREG}:
-        raise budget.refuse(info.filename, "is a link or a device, not a file", fix="pack the file it stands for")
+        raise budget.refuse(info.filename, "is a link or a device, not a file", fix="pack the file it points to")
     if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
         raise budget.refuse(info.filename, "is packed by a rare method", fix="pack the files again with deflate")
 
@@ -247,6 +247,6 @@ class _Tar:
                 content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 if content is None:
                     what = "is a link, a device or a sparse file"
-                    raise self._budget.refuse(member.name, what, fix="pack the file it stands for")
+                    raise self._budget.refuse(member.name, what, fix="pack the file it points to")
                 metered = _Metered(content, entry.name, self._budget, is_counted=False)
                 yield entry, io.BufferedReader(metered, _CHUNK)

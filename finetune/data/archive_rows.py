@@ -131,7 +131,7 @@ def _modality_of(files: list[Entry]) -> Modality | None:
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """Files that become cells: a text as it stands. One of another `modality` stays a file, gets a name of ours in the
+    """Files that become cells: a text as it is. One of another `modality` stays a file, gets a name of ours in the
     dataset's `folder`, and the cell names it."""
 
     archive: Archive
@@ -193,14 +193,14 @@ def _class_folders(contents: _Contents, files: list[Entry]) -> RowSource:
     def place(entry: Entry) -> _Place:
         folders = entry.path.parts[above:-1]
         if len(folders) != 1 + has_splits:
-            return "lies in no class folder" if not folders else "lies too deep"
+            return "is in no class folder" if not folders else "is too deep"
         return entry.number, folders[::-1]
 
     return contents.source([LABEL_COLUMN, SPLIT_COLUMN] if has_splits else [LABEL_COLUMN], place)
 
 
 def _shared_folders(names: list[tuple[str, ...]]) -> int:
-    """How many folders stand above all class folders."""
+    """How many folders are above all class folders."""
     above = 0
     while all(len(parts) > above + 2 for parts in names) and len({parts[above] for parts in names}) == 1:
         above += 1
@@ -267,7 +267,7 @@ class _FilesOfTable:
 
 
 def read_text(entry: Entry, content: IO[bytes], row: int, log: FindingLog, limits: Limits) -> str | None:
-    """The text of a .txt file, or None with what is wrong in the log. Other kinds of content would stand beside it."""
+    """The text of a .txt file, or None with what is wrong in the log. Other kinds of content would go beside it."""
     if entry.path.suffix.lower() != ".txt":
         message = f"{entry.name[:200]!r} is not a text file"
         log.note("not text", message, row=row, fix="pack .txt files only; other kinds cannot be trained on yet")

@@ -31,7 +31,7 @@ def inspect_rows(
     """Findings for the task of `train`, errors first.
 
     `train` holds everything that is still to be split. `min_rows_per_class` is the number of sides each
-    class must stand on: 3, or fewer where validation or test data is given. `duplicates` are those among
+    class must be on: 3, or fewer where validation or test data is given. `duplicates` are those among
     the rows of train, validation and test, in this order; they are found where they are not given.
     """
     if len(train) == 0:
@@ -127,7 +127,7 @@ def _near_duplicates(rows: LabelledRows, found: Duplicates) -> list[Finding]:
     holds = SHINGLINGS[rows.modality.name].holds
     message = f"{len(numbers):,} rows are near duplicates of others (four fifths of their {holds} agree)"
     if found.is_cut:
-        message += "; one kind makes up so much of the data that it may stand on several sides"
+        message += "; one kind makes up so much of the data that it may be on several sides"
     fix = "nothing to do: they stay on one side of a split; thin them out if their weight is not meant"
     return [row_finding(code="near_duplicate_row", severity="info", message=message, rows=numbers, fix=fix)]
 
@@ -158,7 +158,7 @@ def _overlap(split: str, rows: LabelledRows, found: Duplicates, own: slice, *, t
     findings = []
     if is_exact.any():
         shared = rows.row_numbers[is_exact].tolist()
-        message = f"{len(shared):,} of {len(rows):,} rows of the {split} data also stand in the training data"
+        message = f"{len(shared):,} of {len(rows):,} rows of the {split} data are in the training data too"
         findings.append(row_finding(code="split_overlap", severity="warning", message=message, rows=shared, fix=fix))
     is_near &= ~is_exact
     if is_near.any():

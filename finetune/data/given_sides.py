@@ -66,7 +66,7 @@ def time_sides(rows: LabelledRows, column: str, *, validation: float, test: floa
 
 
 def _cut(older: npt.NDArray[np.int64], rows: float, low: int, high: int) -> int:
-    """The moment in [low, high] before which there are as nearly as possible so many rows."""
+    """The moment in [low, high] before which there are as nearly as possible this many rows."""
     return low + int(np.argmin(np.abs(older[low : high + 1] - rows)))
 
 
@@ -86,7 +86,7 @@ def _times(rows: LabelledRows, column: str) -> tuple[npt.NDArray[np.float64], li
 def parse_time(value: str | None) -> tuple[float, bool] | None:
     """A time as (number, whether it was written as one), or None.
 
-    Numbers stand for themselves; ISO 8601 becomes seconds since the epoch, in UTC where no offset is given.
+    Numbers are taken as they are; ISO 8601 becomes seconds since the epoch, in UTC where no offset is given.
     """
     text = (value or "").strip()
     if NUMBER.fullmatch(text):

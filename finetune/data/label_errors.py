@@ -3,7 +3,7 @@
 Confident learning (Northcutt, Jiang and Chuang 2021, "Confident learning: estimating uncertainty in dataset
 labels", JAIR 70), pruned by noise rate: the threshold of a class is the mean probability that its own rows give
 it; a row counts for the likeliest of the classes whose threshold it reaches. The counts, scaled to the size of
-each class, estimate how many rows labelled i are j in truth; so many with the largest margin of j over i are
+each class, estimate how many rows labelled i are j in truth; as many with the largest margin of j over i are
 suspect.
 """
 

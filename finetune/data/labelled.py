@@ -55,7 +55,7 @@ class LabelledRows:
         return max(Counter(self.labels).values(), default=0)
 
     def names(self) -> set[str]:
-        """The classes or labels that stand in these rows."""
+        """The classes or labels in these rows."""
         return {name for label in set(self.labels) for name in self.target.names_of(label)}
 
     def numbers_with(self, names: set[str]) -> list[int]:

@@ -16,9 +16,9 @@ _NAME_CHARACTERS = 256
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of a file is accepted. `row_bytes` bounds one line; `batch_*` bound what stands in memory.
+    """How much of a file is accepted. `row_bytes` bounds one line; `batch_*` bound what is in memory.
 
-    An archive may have so many `entries`, bytes of names, and bytes in a file that a cell names, and unpack to
+    An archive may have this many `entries`, bytes of names, and bytes in a file that a cell names, and unpack to
     `unpacked_ratio` times its size plus `unpacked_slack_bytes`, at most to `unpacked_bytes`.
     """
 
@@ -39,7 +39,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Some rows, column by column in the order of `RowSource.columns`. Values stand exactly as given."""
+    """Some rows, column by column in the order of `RowSource.columns`. Values are exactly as given."""
 
     row_numbers: list[int]
     columns: list[list[str | None]]
@@ -85,7 +85,7 @@ class FindingLog:
         row: int = 0,
         column: str | None = None,
     ) -> None:
-        """Files one occurrence. `row` 0 stands for the header or the file as a whole."""
+        """Files one occurrence. `row` 0 is the header or the file as a whole."""
         key = (kind, column)
         if key not in self._kinds:
             self._kinds[key] = _Occurrences(code, severity, message, fix, column)
@@ -179,7 +179,7 @@ def are_names_sound(names: Sequence[str], log: FindingLog, limits: Limits) -> bo
 def _name_problems(names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     seen: set[str] = set()
     for name in names:
-        yield name, "stands twice in the header" if name in seen else _name_problem(name)
+        yield name, "is in the header twice" if name in seen else _name_problem(name)
         seen.add(name)
 
 

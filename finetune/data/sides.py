@@ -65,7 +65,7 @@ class _Pool:
         self.findings: list[Finding] = []
 
     def side(self, side: int) -> LabelledRows:
-        """The rows of a side as they stand now; validation and test may hold rows of the training dataset."""
+        """The rows of a side as they are now; validation and test may hold rows of the training dataset."""
         source = TRAIN if not self.is_given[side] else side
         return self.given[source].take(self.rows[side] - self.offsets[source])
 

@@ -1,7 +1,7 @@
 """Divides labelled rows into training, validation and test.
 
 Rows that must not part form one unit: near duplicates, or for the strategy `group` the rows with one
-value. Every unit gets a position in [0, 1): training lies at the bottom, the test share at the top, so that
+value. Every unit gets a position in [0, 1): training is at the bottom, the test share at the top, so that
 another share of validation moves no row into or out of test. A pure function of the data: neither row order
 nor the clock matters.
 """
@@ -66,7 +66,7 @@ class _Shares:
         return np.where(is_test, TEST, np.where(is_held_out, VALIDATION, TRAIN)).astype(np.int8)
 
     def wanted(self) -> list[int]:
-        """Sides that every class should stand on, the most needed first."""
+        """Sides that every class should be on, the most needed first."""
         shares = {TRAIN: 1.0, VALIDATION: self.validation, TEST: self.test}
         return [side for side, share in shares.items() if share > 0]
 
@@ -96,13 +96,13 @@ def split_rows(
     """Splits by `strategy`; shares are of all rows, the rest trains.
 
     - `hash` (the default of jobs): the position is a stable hash of the input, whatever the seed, so a
-      row falls on the same side in every later dataset; shares are met on average. Near duplicates stand
+      row falls on the same side in every later dataset; shares are met on average. Near duplicates are
       where the lowest of their inputs would: rows added later can pull a row into training, never out.
     - `random`: by rank in an order drawn with `seed`; shares are met up to a unit.
     - `stratified`: the same within each class; for other targets, within each of their strata.
     - `group`: by a stable hash of each row's value in `groups`; a row without one goes by its input.
 
-    Then each class is topped up, so that it stands on every side with a share as far as it has
+    Then each class is topped up, so that it is on every side with a share as far as it has
     different inputs: first on training, then validation, then test. `duplicates` are found where they are
     not given. Raises `ValueError` for shares that are negative or leave nothing to train on.
     """
@@ -174,7 +174,7 @@ def _most_common(labels: list[str], of_row: Indices) -> Indices:
 
 
 def _spread(units: _Units, *, by_label: bool) -> None:
-    """Replaces positions by the share of rows (of the class) that lie below the middle of each unit."""
+    """Replaces positions by the share of rows (of the class) that are below the middle of each unit."""
     classes = units.labels if by_label else np.zeros_like(units.labels)
     order = np.lexsort((np.arange(len(classes)), units.positions, classes))
     sizes, classes = units.sizes[order], classes[order]
@@ -184,7 +184,7 @@ def _spread(units: _Units, *, by_label: bool) -> None:
 
 
 def _top_up(units: _Units, shares: _Shares) -> None:
-    """Moves, class by class, the unit that lies closest to a side on which the class does not stand yet.
+    """Moves, class by class, the unit that is closest to a side on which the class is not yet.
 
     A unit counts for the label most of its rows carry, so classes do not compete for units. Training
     may take the last unit of a side; the other sides take only where one remains.

@@ -20,7 +20,7 @@ _FILENAME_CHARACTERS = 255
 
 
 def new_dataset_id() -> str:
-    """`ds_` and 22 random characters (113 bits). Drawn before the upload, whose files stand under it."""
+    """`ds_` and 22 random characters (113 bits). Drawn before the upload, whose files go by it."""
     return "ds_" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(22))
 
 
@@ -155,6 +155,6 @@ def _record(row: sa.Row[Any]) -> DatasetRecord:
 
 
 def _storable(filename: str) -> str:
-    """The name without control characters, its end kept where it is too long, for the suffix stands there."""
+    """The name without control characters, its end kept where it is too long, for the suffix is there."""
     printable = "".join(character if character.isprintable() else "?" for character in filename)
     return printable[-_FILENAME_CHARACTERS:]

@@ -88,7 +88,7 @@ def risk_coverage(logits: FloatArray, labels: IntArray, *, temperature: float) -
 def abstention(logits: FloatArray, labels: IntArray, *, temperature: float, target_accuracy: float) -> dict[str, Any]:
     """The lowest confidence from which answers reach `target_accuracy`; `threshold` None where none is found.
 
-    It lies between two rows' confidences, so that a served probability that differs in its last digits
+    It is between two rows' confidences, so that a served probability that differs in its last digits
     falls on the same side. At least 20 rows must be answered.
     """
     confidence, accuracy = _selective(logits, labels, temperature)

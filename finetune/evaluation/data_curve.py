@@ -15,7 +15,7 @@ from finetune.evaluation.intervals import paired_difference
 from modeling.weights import FloatArray, IntArray
 
 FRACTIONS = (0.125, 0.25, 0.5)
-_LEAST_PART = 40  # below so many rows a point says more about the draw than about the data
+_LEAST_PART = 40  # below this many rows a point says more about the draw than about the data
 
 Fit = Callable[[IntArray], FloatArray]
 
@@ -58,7 +58,7 @@ def nested_parts(labels: IntArray, *, seed: int) -> list[IntArray]:
 
 def extrapolated(rows: Sequence[int], accuracy: Sequence[float], *, validation_rows: int) -> dict[str, Any]:
     """Accuracy expected with twice the rows, with the range that the fit's residuals leave open."""
-    # Half a wrong row stands for none: the logarithm of no error at all would decide the fit alone.
+    # Half a wrong row counts for none: the logarithm of no error at all would decide the fit alone.
     errors = np.maximum(1 - np.asarray(accuracy), 0.5 / validation_rows)
     x, y = np.log(np.asarray(rows, dtype=np.float64)), np.log(errors)
     slope, intercept = (float(value) for value in np.polyfit(x, y, 1))

@@ -1,7 +1,7 @@
 """May a version take the champion's place? Each gate is a pure function from figures to passed, failed or skipped.
 
 A gate that cannot be judged for want of rows fails and says so: nothing is promoted on a guess. A skipped
-gate does not apply here, and does not stand in the way.
+gate does not apply here, and is not in the way.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def shared_rows(
 ) -> tuple[IntArray, dict[str, int]]:
     """Positions of the rows that neither version has seen, equal inputs once, and how many of each kind went.
 
-    `champion_seen` None: nobody knows what the champion was trained on, so no row qualifies.
+    `champion_seen` None: it is unknown what the champion was trained on, so no row qualifies.
     """
     kept: dict[str, int] = {}
     dropped = {"equal": 0, "seen_by_candidate": 0, "seen_by_champion": 0}

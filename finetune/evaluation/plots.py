@@ -137,7 +137,7 @@ def precision_recall(curves: Sequence[Mapping[str, Any]], side: str) -> Any:
 
 
 def _steps(curve: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """From recall 0, where the first answers stand."""
+    """From recall 0, where the first answers are."""
     return [0.0, *curve["recall"]], [curve["precision"][0], *curve["precision"]]
 
 

@@ -26,7 +26,7 @@ def slices(
 ) -> list[dict[str, Any]]:
     """Per column: the values with at least 20 rows, at most 50 of them, and how many rows that leaves out.
 
-    The most frequent values are kept; they stand in order of `metric`, the lowest first.
+    The most frequent values are kept; they are in order of `metric`, the lowest first.
     """
 
     def figure(inside: Inside) -> tuple[float, list[float]]:

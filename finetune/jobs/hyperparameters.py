@@ -19,7 +19,7 @@ Scheduler = Literal["cosine", "linear", "constant", "plateau", "cyclic"]
 Loss = Literal["cross_entropy", "bce", "mse", "huber", "focal", "contrastive", "triplet", "mnrl", "cosent"]
 # They compare the vectors of a pass's rows with each other, so a pass is never divided.
 EMBEDDING_LOSSES: frozenset[str] = frozenset({"contrastive", "triplet", "mnrl", "cosent"})
-# In the contract but not built yet: refused by name, so that nobody believes they took effect.
+# In the contract but not built yet: refused by name, so that no caller believes that they took effect.
 NOT_YET = {"augment"}
 # Methods of earlier releases, and what to use instead.
 REMOVED_METHODS = {"ia3": "lora or bottleneck"}

@@ -26,7 +26,7 @@ from finetune.jobs.search_space import Space, default_space
 from modeling.tasks import DEFAULT_TASK
 
 COST_ORDER: tuple[SingleMethod, ...] = ("baseline", "linear_probe", "lora", "full")
-FEW_ROWS_PER_CLASS = 32  # up to so many, on average, `auto` also tries `setfit`, after the probe
+FEW_ROWS_PER_CLASS = 32  # up to this many, on average, `auto` also tries `setfit`, after the probe
 _STEPPED = frozenset({"prompt_tuning", "bottleneck", "lora", "qlora", "full"})
 _ROWS_PER_DEVICE = 8  # of a step, at least, for a further GPU to be taken by itself
 _PAIRS_PER_STEP = 32 * 31 // 2

@@ -27,7 +27,7 @@ from model_registry.db import Database
 from model_registry.tables import idempotency_keys, job_events, jobs, workers
 
 _HELD = (JobStatus.RUNNING, JobStatus.CANCELLING)
-# A worker may still write to a job that was paused under it, until it lets go; nobody else claims such a job.
+# A worker may still write to a job that was paused under it, until it lets go; no other worker claims such a job.
 _WRITABLE = (*_HELD, JobStatus.PAUSED)
 IDEMPOTENCY_HOURS = 72
 

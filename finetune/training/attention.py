@@ -1,6 +1,6 @@
 """Attention in bf16 on a CPU, forward and backward, without torch's fused kernel.
 
-That kernel's backward pass is slow in bf16 on a CPU, so scores and weights are computed as they stand in the
+That kernel's backward pass is slow in bf16 on a CPU, so scores and weights are computed as they are in the
 formula. They are the largest tensors of a pass by far, so a few rows at a time are taken through it: their scores
 stay in the processor's cache from the product to the softmax, and the gradients of their weights likewise
 (docs/log.md).
@@ -112,7 +112,7 @@ def _parts(query: torch.Tensor, key: torch.Tensor) -> list[slice]:
 
 
 def _empty_like(states: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, length, size] that lies in memory as the layer below wants it: by rows and positions."""
+    """[rows, heads, length, size] that is in memory as the layer below wants it: by rows and positions."""
     rows, heads, length, size = states.shape
     return states.new_empty(rows, length, heads, size).transpose(1, 2)
 

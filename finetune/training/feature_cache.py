@@ -34,13 +34,13 @@ _UNFINISHED_S = 3600.0
 
 
 def content_key(content: bytes, *, cut_at: int | None = None) -> bytes:
-    """16 bytes that stand for what the backbone is given: an example's content, whole or cut to `cut_at` units."""
+    """16 bytes that identify what the backbone is given: an example's content, whole or cut to `cut_at` units."""
     cut = b"" if cut_at is None else str(cut_at).encode()
     return blake2b(content, digest_size=KEY_BYTES, person=cut).digest()
 
 
 def space_name(backbone_digest: str, engine: str, libraries: Sequence[str]) -> str:
-    """The folder of all vectors that may stand for each other; `engine` is written `runtime/precision`, and
+    """The folder of all vectors that may replace each other; `engine` is written `runtime/precision`, and
     `libraries` are those of the modality."""
     runtime = engine.partition("/")[0]
     names = (*libraries, *_LIBRARIES.get(runtime, (runtime.removesuffix("-compile"),)))

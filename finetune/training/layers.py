@@ -15,7 +15,7 @@ KEEP_BYTES = 512 << 20
 
 
 def layer_depths(encoder: nn.Module) -> dict[str, int]:
-    """Depth of each parameter by name: 0 for the embeddings, 1 for the lowest layer and so on. What stands in no layer,
+    """Depth of each parameter by name: 0 for the embeddings, 1 for the lowest layer and so on. What is in no layer,
     but is no embedding, counts for the topmost. Layers that share their weights (ALBERT) count as one."""
     place = _layers(encoder)
     if place is None:

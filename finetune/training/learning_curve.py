@@ -31,7 +31,7 @@ FEATURES: Final[dict[str, Callable[[Sequence[Example], Sequence[Example]], tuple
 def measure_growth(run: Run) -> dict[str, Any] | None:
     """The curve of a linear model on the backbone's vectors if they are computed, else on features of the modality.
 
-    None if it has none, if there are too few rows, or so many that four fits would take longer than they are worth.
+    None if it has none, if there are too few rows, or too many for four fits.
     """
     has_vectors = run.has_features("train")
     if run.is_winding_down or len(run.train) > _MOST_ROWS or not len(run.validation):

@@ -60,7 +60,7 @@ def _optimizer(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.optim.
 
 
 def _layers_above(model: Any) -> dict[str, int]:
-    """How many layers stand above a parameter; 1 for the uppermost layer of the backbone, since the head is above."""
+    """How many layers are above a parameter; 1 for the uppermost layer of the backbone, since the head is above."""
     depths = layer_depths(model.encoder)
     top = max(depths.values(), default=0)
     inside = {f"encoder.{name}": top - depth + 1 for name, depth in depths.items()}

@@ -63,7 +63,7 @@ def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
     cache = feature_cache(job)
     suspects = find_suspects(train, link, seed=wanted.seed, cache=cache) if train.target.has_suspects else []
     release_free_memory()
-    # Where near duplicates differ in their labels, a rare one may stand on a later side alone; it is then never given.
+    # Where near duplicates differ in their labels, a rare one may be on a later side alone; it is then never given.
     labels = tuple(sorted(train.names() | validation.names() | test.names()))
     check_class_weights(wanted, labels)
     backbone = Backbone.open(job.backbone_folder)

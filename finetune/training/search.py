@@ -1,6 +1,6 @@
 """Trials of one method inside a job, one after the other: Optuna proposes, the loop trains, weak trials end early.
 
-Every trial has a folder of its own below the job's, and every finished one stands in `trials.json`. A run
+Every trial has a folder of its own below the job's, and every finished one is in `trials.json`. A run
 that goes on after a kill reads that file, proposes what it would have proposed, and goes on inside the
 trial that was cut. The best trial's model comes from its own checkpoint, so it need not stay in memory.
 """
@@ -29,7 +29,7 @@ Replan = Callable[[Mapping[str, Any]], TrainingPlan]
 
 
 class TrialPruned(Exception):
-    """The trial stands behind the others at this evaluation, and ends."""
+    """The trial is behind the others at this evaluation, and ends."""
 
 
 @dataclass(slots=True)
@@ -150,7 +150,7 @@ class _Trials:
         self._end(asked, trial)
 
     def _as_asked(self) -> dict[str, Any]:
-        """The first trial is the plan without a search, as far as it lies within the space."""
+        """The first trial is the plan without a search, as far as it is within the space."""
         plan = self.run.plan
         current = {**plan.model_dump(), **self.run.plan_of(self.method).model_dump()}
         values = {name: _nested(current, name) for name in self.distributions}

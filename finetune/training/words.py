@@ -50,7 +50,7 @@ def _weighted(counts: FloatArray, idf: FloatArray, sizes: IntArray) -> FloatArra
 
 
 def _counts(texts: Sequence[TextInput]) -> tuple[FloatArray, npt.NDArray[np.int32], IntArray]:
-    """How often each feature stands in each text: counts and columns, text by text, and how many each text has."""
+    """How often each feature occurs in each text: counts and columns, text by text, and how many each text has."""
     rows, words = word_hashes(texts)
     is_pair = rows[1:] == rows[:-1]
     pairs = words[:-1] * np.uint64(0x9E3779B97F4A7C15) + words[1:]

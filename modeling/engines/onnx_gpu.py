@@ -40,7 +40,7 @@ def cuda_engine(
 ) -> GraphEngine:
     """The graphs of `files`, which are in `precision` already, on the CUDA provider.
 
-    With `ladder`, its shapes are captured as CUDA graphs. For processes in which nobody else uses the GPU: ONNX Runtime
+    With `ladder`, its shapes are captured as CUDA graphs. For processes that have the GPU alone: ONNX Runtime
     captures in CUDA's global mode, in which an allocation by any other thread fails and spoils the capture.
     """
     open_session = partial(cuda_session, padding=preprocessor.padding, precision=precision, device_id=device_id(device))

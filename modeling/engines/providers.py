@@ -1,6 +1,6 @@
 """What ONNX Runtime is asked for: providers with their options, shapes to prepare for, names of engine caches. Pure.
 
-Nothing here imports onnxruntime or looks at the machine. Every name of an option stands in the binaries of
+Nothing here imports onnxruntime or looks at the machine. Every name of an option is in the binaries of
 onnxruntime-gpu 1.31.1; they are explained in
 
 - onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html and `cuda_provider_options.h`,
@@ -29,7 +29,7 @@ Bucket = tuple[int, int]  # rows, length
 class SessionPlan:
     """One session: `providers` in order of preference, and what is set on its SessionOptions.
 
-    Its buffers lie on `device` (`cpu` or `cuda`) number `device_id`.
+    Its buffers are on `device` (`cpu` or `cuda`) number `device_id`.
     """
 
     providers: tuple[tuple[str, Options], ...]
@@ -40,7 +40,7 @@ class SessionPlan:
 
 
 def cpu(*, threads: int = 0) -> SessionPlan:
-    """On the CPU with so many threads, 0 for one per core."""
+    """On the CPU with this many threads, 0 for one per core."""
     return SessionPlan(((CPU, {}),), _attributes(threads), _ENTRIES)
 
 
@@ -128,7 +128,7 @@ class Ladder:
         return len(self.rows) * len(self.lengths)
 
     def bucket_for(self, rows: int, length: int) -> Bucket | None:
-        """The smallest that takes so many rows of such a length; None where there is none."""
+        """The smallest that takes these rows of this length; None if there is none."""
         steps = _step(self.rows, rows), _step(self.lengths, length)
         return None if steps[0] is None or steps[1] is None else (steps[0], steps[1])
 

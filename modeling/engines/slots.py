@@ -166,7 +166,7 @@ class AdapterStacks:
         return sum(group.a.nbytes + sum(b.nbytes for b in group.b) for group in self._groups)
 
     def _bytes(self, slots: int, adapters: Sequence[Adapter]) -> int:
-        """What the stacks would take with so many slots and room for the ranks of `adapters`."""
+        """What the stacks would take with this many slots and room for the ranks of `adapters`."""
         return sum(
             (slots + 1)
             * max([group.rank, 1, *(_rank_of(group.layout, adapter) for adapter in adapters)])
@@ -241,7 +241,7 @@ def adapters_first(batch: EngineBatch, *, capacity: int) -> Iterator[Part]:
     rows: list[int] = []
     keys: list[str] = []
     distinct: set[str] = set()
-    # Rows of one adapter stand together, so that a split brings each adapter in once.
+    # Rows of one adapter are next to each other, so that a split brings each adapter in once.
     for row, key in sorted(((r, k) for r, k in enumerate(adapters) if k is not None), key=lambda item: item[1]):
         if key not in distinct and len(distinct) == capacity:
             yield rows, keys

@@ -54,7 +54,7 @@ class EnginePlan:
 def build_tensorrt(files: GraphFiles, *, digest: str, max_length: int, precision: str, device: str = "cuda") -> float:
     """Compiles what is not there yet and returns the seconds it took. `digest` is that of the weights.
 
-    Minutes of a busy GPU and a busy core: for a process of its own, or at least a thread that answers nobody.
+    Minutes of a busy GPU and a busy core: for a process of its own, or at least a thread that answers no request.
     Raises `EngineFailed`, with what to install where something is missing.
     """
     plans = _plans(files, digest=digest, max_length=max_length, precision=precision, device=device)

@@ -143,7 +143,7 @@ def _pooling(folder: Path, settings: dict[str, Any]) -> tuple[Pooling, bool]:
         raise _unserved("modules.json", types, f"{', '.join(_MODULES)} of sentence_transformers, in this order,")
     paths = dict(zip(names, (str(module.get("path", "")) for module in modules), strict=True))
     if paths.get("Transformer", "") not in {"", "."}:
-        raise _unserved("modules.json", paths["Transformer"], "a Transformer whose files lie beside modules.json")
+        raise _unserved("modules.json", paths["Transformer"], "a Transformer whose files are beside modules.json")
     odd = {key: value for key, value in settings.items() if value and value != _SETTINGS.get(key)}
     if odd.keys() - _FREE_SETTINGS:
         raise _unserved("sentence_bert_config.json", odd, "an encoder without settings of its own")

@@ -131,7 +131,7 @@ class Modality(Protocol):
         """Return what the example holds: equal if and only if its features are."""
 
     def digest(self, example: Example) -> bytes:
-        """Return 16 bytes that stand for the example, the same on every machine and in every version. Examples with
+        """Return 16 bytes that identify the example, the same on every machine and in every version. Examples with
         equal digests count as the same: they stay on one side of a split."""
 
     def size(self, example: Example) -> int:

@@ -51,7 +51,7 @@ class Interrupt:
 
 
 async def unless_gone(scope: Scope, work: Coroutine[Any, Any, Result]) -> Result:
-    """Await `work`, but cancel it when the client disconnects: what nobody waits for is not computed.
+    """Await `work`, but cancel it when the client disconnects: what no client waits for is not computed.
 
     Raises 499 once `work` has ended by the cancellation.
     """

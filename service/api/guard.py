@@ -30,7 +30,7 @@ PROBE_PATHS = HEALTH_PATHS | {"/metrics", "/info"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _JSON_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]},]', re.DOTALL)
 OFF_LOOP_BYTES = 64 * 1024
-# What curl and others send when nobody told them a type is parsed as JSON by some routes too.
+# What curl and others send when they were told no type is parsed as JSON by some routes too.
 _TYPES_TAKEN_FOR_JSON = (b"", b"text/plain", b"application/x-www-form-urlencoded")
 
 
@@ -224,7 +224,7 @@ def json_fault(content: bytes, *, max_depth: int, max_tokens: int) -> str | None
 
 
 class _ClientGone(Exception):
-    """The client left before its request was complete; nobody waits for an answer."""
+    """The client left before its request was complete and waits for no answer."""
 
 
 class _BodyMeter:

@@ -69,7 +69,7 @@ async def info(services: ServicesDep) -> dict[str, Any]:
         for name, model in services.pool.backbones().items()
     }
     settings = services.settings.public()
-    hidden = {"data_dir", "import_root", "backbones", "host", "port"}  # paths of this host are nobody's business
+    hidden = {"data_dir", "import_root", "backbones", "host", "port"}  # paths of this host stay on it
     return {
         "name": "polyhead",
         "version": importlib.metadata.version("polyhead"),

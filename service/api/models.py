@@ -90,7 +90,7 @@ def get_file(name: str, version: int, path: str, services: ServicesDep, principa
     "/models/{name}/aliases/{alias}",
     dependencies=[JsonBody],
     responses=_PENDING,
-    summary="Move an alias if nobody moved it meanwhile",
+    summary="Move an alias unless it has moved meanwhile",
 )
 async def put_alias(
     name: str, alias: str, body: AliasRequest, services: ServicesDep, principal: Promoting

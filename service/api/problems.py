@@ -146,7 +146,7 @@ def problem_response(problem: Problem, *, path: str, request_id: str) -> Respons
 
 
 def problem_for(error: Exception) -> Problem | None:
-    """The refusal an error stands for, by its nearest listed class; None where no class is listed."""
+    """The refusal that an error means, by its nearest listed class; None where no class is listed."""
     if isinstance(error, Problem):
         return error
     for cls in type(error).__mro__:
@@ -156,7 +156,7 @@ def problem_for(error: Exception) -> Problem | None:
 
 
 def refusal(error: Exception, scope: Mapping[str, Any]) -> Response | None:
-    """The answer to an error that stands for a refusal; None for a fault of ours. Logs what mapped errors hide."""
+    """The answer to an error that means a refusal; None for a fault of ours. Logs what mapped errors hide."""
     problem = problem_for(error)
     if problem is None:
         return None
@@ -212,7 +212,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 
 async def _answer_disconnect(request: Request, error: Exception) -> Response:
-    # Nobody reads this; without it every client that goes away mid-upload would be logged as our fault.
+    # No client reads this; without it every client that goes away mid-upload would be logged as our fault.
     return _respond(request.scope, Problem(400, "malformed_request", "The client went away before the body ended."))
 
 
@@ -238,7 +238,7 @@ def internal_problem() -> Problem:
 
 
 def request_id_of(scope: Mapping[str, Any]) -> str:
-    """The id the guard gave the request; empty where no guard stands before the app."""
+    """The id the guard gave the request; empty if no guard is before the app."""
     return str(scope.get("state", {}).get("request_id", ""))
 
 

@@ -29,7 +29,7 @@ Input = str | tuple[str, str]
 
 
 class PredictParameters(Struct, frozen=True, forbid_unknown_fields=True):
-    top_k: Annotated[TopK | None, Meta(description="return only the best so many scores; not for regression")] = None
+    top_k: Annotated[TopK | None, Meta(description="at most this many scores, the best; not for regression")] = None
     threshold: Annotated[
         Share | None,
         Meta(description="one label: below it the label is null; several: from it on a label is given"),

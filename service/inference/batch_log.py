@@ -19,7 +19,7 @@ class BatchLog:
         self._file.close()
 
     def __call__(self, name: tuple[str, str], batch: Batch) -> None:
-        """`lengths` and `adapters` stand in the order of the rows."""
+        """`lengths` and `adapters` are in the order of the rows."""
         line = {
             "backbone": name[0],
             "engine": batch.engine,

@@ -22,7 +22,7 @@ Point = tuple[int, float]
 
 _MIN_FIXED_S, _MIN_PER_TOKEN_S = 1e-6, 1e-9  # above 0, so that both can grow again
 _ROUNDS = 25
-_HUBER = 1.345  # residuals beyond so many deviations count less (Huber 1964)
+_HUBER = 1.345  # residuals beyond this many deviations count less (Huber 1964)
 _NOISE = 0.01  # relative deviation below which points agree
 _GAIN = 0.05
 _CLIP = 0.5
@@ -57,7 +57,7 @@ class AdmissionController:
         """Admits a client's batch as a whole or not at all; whatever was admitted must be released once.
 
         Raises `QueueFull` with a time to come back, and `DeadlineExceeded` where the answer would come too late: what
-        nobody will wait for is not computed.
+        no client will wait for is not computed.
         """
         self._refuse_if_full(inputs, forecast)
         if time_left_s <= 0 or forecast.done_s > time_left_s:

@@ -12,7 +12,7 @@ MIN_GAIN = 1.05
 
 @dataclass(frozen=True, slots=True)
 class ParityBound:
-    """How far an engine's answers may stand from torch in fp32. The largest change of a probability is not bounded:
+    """How far an engine's answers may differ from torch in fp32. The largest change of a probability is not bounded:
 
     bf16 moves one by 0.02 without a single other answer.
     """

@@ -17,7 +17,7 @@ class PoolStatus:
         """Tenant and name of models whose name a backbone answers for."""
 
     def version(self, key: Key) -> tuple[str, str | None]:
-        """State of a version here and, if its last load failed, the reason; `unloaded` if nobody asked for it."""
+        """State of a version here and, if its last load failed, the reason; `unloaded` if it was never asked for."""
         model, failure = self._residency.get(key), self._loader.failure(key)
         if model is not None:
             return model.state, None

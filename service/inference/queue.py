@@ -21,7 +21,7 @@ _WINDOW_ROWS = 512  # sorting more costs more than it saves
 class Model(Protocol):
     """What rows are computed by, besides the lane's engine. Two objects are two models.
 
-    `margins` stands for backbone and head in a model without them: examples to logits float32[rows, labels].
+    `margins` takes the place of backbone and head in a model without them: examples to logits float32[rows, labels].
     """
 
     @property
@@ -257,12 +257,12 @@ class EntryQueue:
 def pack(
     widths: Sequence[int], *, max_tokens: int, max_rows: int, fixed_tokens: float = 0.0, overdue: int = 0
 ) -> list[int]:
-    """Positions of the next batch in `widths`, which stand oldest first. Padded tokens are rows times the widest.
+    """Positions of the next batch in `widths`, which are oldest first. Padded tokens are rows times the widest.
 
     The oldest is always in. Then the one nearest in width joins, as long as that raises the share of useful tokens in
     what the batch costs, `fixed_tokens` (a run's fixed cost, in tokens) included: beside a dear start padding is cheap,
     in a batch that is large already it is not. The first `overdue` choose before all others do, so that they are
-    overtaken by nobody but each other. An entry wider than `max_tokens` runs alone.
+    overtaken only by each other. An entry wider than `max_tokens` runs alone.
     """
     chosen = [0]
     widest = useful = widths[0]

@@ -78,7 +78,7 @@ class EngineSupervisor:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look_into(self, reason: str) -> None:
-        """Others wait in the same queue as the bad inputs: until the check has failed, nobody is sent away."""
+        """Others wait in the same queue as the bad inputs: until the check has failed, no request is sent away."""
         if await self._passes():
             self.failed_in_a_row = 0
         elif self.failure is None:

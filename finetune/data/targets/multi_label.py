@@ -125,7 +125,7 @@ def _rare(rows: LabelledRows, inputs: dict[str, set[int]], needed: int) -> list[
     smallest_first = sorted(sizes, key=lambda name: (sizes[name], name))
     named = listed([f"{name!r} ({sizes[name]})" for name in smallest_first])
     absent = sum(size < needed for size in sizes.values())
-    consequence = f"; {absent:,} of them cannot stand on every side of the split" if absent else ""
+    consequence = f"; {absent:,} of them cannot be on every side of the split" if absent else ""
     return [
         row_finding(
             code="class_too_small",

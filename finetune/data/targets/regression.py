@@ -85,7 +85,7 @@ class NumberTarget(Target):
         return []
 
     def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
-        """Equal inputs whose targets lie further apart than one standard deviation of all."""
+        """Equal inputs whose targets are further apart than one standard deviation of all."""
         values = np.array([float(label) for label in rows.labels])
         _, one = np.unique(np.asarray(keys), return_inverse=True)
         low, high = np.full(one.max() + 1, np.inf), np.full(one.max() + 1, -np.inf)

@@ -69,7 +69,7 @@ def _class_sizes(rows: LabelledRows, keys: Keys, needed: int) -> list[Finding]:
     small = {label: len(own) for label, own in inputs.items() if needed <= len(own) < FEW_ROWS}
     fix = "add rows, merge these classes into others, or remove them"
     what = rows.modality.plural
-    error = f"fewer than {needed} different {what} (near duplicates count once), so they cannot stand in every split"
+    error = f"fewer than {needed} different {what} (near duplicates count once), so they cannot be in every split"
     warning = f"fewer than {FEW_ROWS} different {what}; expect poor results for them"
     return [
         *_too_small(rows, too_small, "error", error, fix + _number_hint(rows, inputs)),

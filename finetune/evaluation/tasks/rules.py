@@ -103,7 +103,7 @@ class TaskRules(Protocol):
     grows: bool = False
 
     def encode(self, labels: Sequence[Sequence[str]], numbers: Sequence[str], names: Sequence[str]) -> Targets:
-        """`labels` are the names that each row's label gives, `numbers` the labels as they stand."""
+        """`labels` are the names that each row's label gives, `numbers` the labels as they are."""
 
     def scale(self, targets: Targets) -> Scale:
         return Scale()

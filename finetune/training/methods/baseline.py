@@ -1,4 +1,4 @@
-"""Tf-idf and a linear model: trained first, so that nobody deploys a deep net that it beats."""
+"""Tf-idf and a linear model: trained first, so that no deep net that it beats is deployed."""
 
 from __future__ import annotations
 
