@@ -79,8 +79,9 @@ class Score(msgspec.Struct, gc=False):
 class Task(Protocol):
     """`kind` is what training goes by: the same kind serves several modalities. `needs` says what of the backbone's
     output the head takes: a vector for the row, or a state for each of its positions, which are then the rows of
-    `scores`, `answers` and `same`. `options` are the request parameters that mean something; `observes` names the
-    histograms that describe answers, in the order in which `observed` gives their values."""
+    `scores`, `answers` and `same`. `expands`: an input becomes other rows than itself. `options` are the request
+    parameters that mean something; `observes` names the histograms that describe answers, in the order in which
+    `observed` gives their values."""
 
     name: str
     modality: str
@@ -89,6 +90,7 @@ class Task(Protocol):
     options: ClassVar[frozenset[str]]
     observes: ClassVar[tuple[str, ...]]
     has_answers: ClassVar[bool] = True
+    expands: ClassVar[bool] = False
     answer_type: ClassVar[type[Answer]]
 
     def outputs(self, labels: Sequence[str]) -> int:

@@ -90,7 +90,7 @@ class Predictor:
         """
         started = self._clock()
         check_inputs(inputs, self._max_inputs)
-        expanded = [model.task.expand(item, options) for item in inputs]
+        expanded = [model.task.expand(item, options) if model.task.expands else [item] for item in inputs]
         refuse_empty(model.task, expanded)
         with model.lease():
             if needs_labels and not model.task.has_answers and not options.return_embedding:

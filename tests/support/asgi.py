@@ -123,7 +123,7 @@ class RecordingApp:
 
         pool: Any = SimpleNamespace(
             find=find,
-            lanes=lambda: [],
+            engines=SimpleNamespace(lanes=lambda: []),
             backbones=lambda: {},
             is_started=True,
             has_failed=False,

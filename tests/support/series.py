@@ -233,6 +233,7 @@ class Ranking(SingleLabel):
 
     kind: ClassVar[str] = "ranking"
     observes: ClassVar[tuple[str, ...]] = ()
+    expands: ClassVar[bool] = True
     answer_type: ClassVar[type[Answer]] = Ranks
 
     def expand(self, item: tuple[Series, Sequence[Series]], options: Options) -> list[Series]:

@@ -55,6 +55,7 @@ class Ranking:
     options: ClassVar[frozenset[str]] = frozenset()
     observes: ClassVar[tuple[str, ...]] = ()
     has_answers: ClassVar[bool] = True
+    expands: ClassVar[bool] = True
     answer_type: ClassVar[type[Struct]] = Ranked
 
     def expand(self, item: Query, options: Options) -> list[str]:
