@@ -242,7 +242,7 @@ class Registry:
     # Looking up
 
     def check_task(self, *, tenant: str, name: str, task: str) -> None:
-        """A name means one task: whoever calls it need not expect another kind of answer. Raises
+        """A name means one task, so that every request to it gets the same kind of answer. Raises
         `InvalidReference` where `name` has a version for another one."""
         with self._database.read() as connection:
             self._require_task(connection, tenant, name, task)

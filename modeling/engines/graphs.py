@@ -129,13 +129,18 @@ class GraphFiles:
         for source, target in ((self.bare, made.bare), (self.lora, made.lora)):
             if source.is_file() and not target.is_file():
                 with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as folder:
-                    for path in (source, weights_file(source)):
-                        if path.is_file():
-                            shutil.copyfile(path, Path(folder, path.name))
                     try:
+                        for path in (source, weights_file(source)):
+                            if path.is_file():
+                                shutil.copyfile(path, Path(folder, path.name))
                         convert(Path(folder, source.name), Path(folder, target.name))
-                    except Exception as error:  # the libraries raise many kinds
-                        raise EngineFailed(f"{source.name} could not be converted to {suffix}: {error}") from error
+                    except (
+                        Exception
+                    ) as error:  # the libraries raise many kinds, whose texts may hold paths of this host
+                        raise EngineFailed(
+                            f"{source.name} could not be converted to {suffix} "
+                            f"({error if isinstance(error, EngineFailed) else type(error).__name__})"
+                        ) from error
                     Path(folder, target.name).replace(target)
         return made
 

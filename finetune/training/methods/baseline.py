@@ -110,7 +110,7 @@ _MODELS: dict[str, Callable[[Run, Any, Targets, float], tuple[FloatArray, FloatA
 
 def by_index(run: Run, labels: IntArray) -> dict[int, float] | None:
     """Weights of classes as scikit-learn takes them."""
-    # A method that is solved has no epochs: to weigh a class's rows is to repeat them.
+    # A method that is solved has no epochs, so weights take the place of repeated rows.
     weights = class_weights("balanced" if run.plan.oversample else run.plan.class_weights, labels, run.labels)
     return None if weights is None else dict(enumerate(weights.tolist()))
 

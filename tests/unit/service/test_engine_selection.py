@@ -73,7 +73,7 @@ def test_an_engine_that_hangs_is_ended() -> None:
     assert "no sign of life" in str(errors["hang/fp32"]) and errors["good/fp32"] is None
 
 
-# Says that it has begun, and no more for so many seconds.
+# Says that it has begun, then nothing for the given number of seconds.
 _SILENT = """
 import json, sys, time
 sys.stdin.readline()
