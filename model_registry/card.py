@@ -9,6 +9,7 @@ from typing import Any
 from model_registry.manifest import ModelManifest
 
 _MOST_SLICES = 5
+_MOST_NAMED = 200
 _PICTURES = {
     "eval/learning_curves.svg": "Learning curves",
     "eval/confusion_matrix.svg": "Confusion matrix",
@@ -127,7 +128,8 @@ def _per_class(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if has_thresholds:
         lines = [f"{lines[0]} threshold |", f"{lines[1]}---|"]
     for row in rows:
-        line = f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} "
+        shown = (_figure(row[name], ".3f") for name in ("precision", "recall", "f1"))
+        line = f"| {_cell(row['label'])} | {' | '.join(shown)} "
         lines.append(line + f"| {row['rows']} |" + (f" {row['threshold']:.3f} |" if has_thresholds else ""))
     return [*lines, ""]
 
@@ -192,11 +194,12 @@ def _methods(evaluation: Mapping[str, Any], terms: TaskTerms) -> list[str]:
             for item in evaluation["methods"]
         ),
         "",
+        *(f"{item['method']} failed: {_cell(item['reason'])}\n" for item in evaluation.get("failed_methods") or []),
     ]
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _promotion(judged: Mapping[str, Any] | None) -> list[str]:
@@ -247,6 +250,10 @@ def _limits(evaluation: Mapping[str, Any], side: str, terms: TaskTerms) -> list[
         f"The figures hold for inputs like those it was tested on. {terms.limit} "
         "The backbone's licence and its training data apply to this version too.",
     ]
+    absent = [one["label"] for one in evaluation.get("not_judged") or []]
+    if absent:
+        named = ", ".join(_cell(label) for label in absent[:_MOST_NAMED]) + (", …" if len(absent) > _MOST_NAMED else "")
+        lines.append(f"Nothing is known of how these classes are answered, for no {side} row has them: {named}.")
     if side == "validation":
         lines.append("The method and its settings were chosen on these same rows, so the figures flatter it.")
     if (evaluation.get("abstention") or {}).get("threshold") is not None:

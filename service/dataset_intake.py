@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import logging
 import os
 import secrets
 import shutil
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from finetune.data.check import check_upload
-from finetune.data.errors import DatasetCheckFailed, DatasetUnreadable
+from finetune.data.errors import CheckGaveUp, DatasetCheckFailed, DatasetUnreadable
 from finetune.data.readers import detect_format, unrecognised
 from finetune.data.records import DatasetRecord, DatasetReport, DatasetStatus
 from finetune.data.store import DatasetStore, new_dataset_id
@@ -22,6 +25,8 @@ _log = logging.getLogger("service.dataset_intake")
 RAW_FILE = "raw"
 _INCOMING = ".incoming-"
 _SWEEP_S = 60.0
+_SMALL_BYTES, _SMALL_AT_ONCE = 8 << 20, 3
+_SMALL_MEMORY_BYTES, _SMALL_TIMEOUT_S = 1 << 30, 60.0
 _ABANDONED_S = 3600.0  # since the last byte of an upload arrived; servers that share the folder may be receiving
 
 
@@ -32,7 +37,7 @@ class DatasetIntake:
         self._store, self._root = store, root
         self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
         self._checks: dict[str, asyncio.Task[None]] = {}
-        self._one_at_a_time = asyncio.Semaphore(1)
+        self._small, self._large = Turns(_SMALL_AT_ONCE), Turns(1)
 
     def staging(self) -> Path:
         """A fresh folder to receive an upload in, beside the datasets so that moving it is a rename."""
@@ -105,22 +110,83 @@ class DatasetIntake:
             task.add_done_callback(lambda _: self._checks.pop(record.id, None))
 
     async def _check(self, record: DatasetRecord) -> None:
-        async with self._one_at_a_time:
-            try:
-                if not await asyncio.to_thread(self._store.set_validating, record.id):
-                    return
-                report = await asyncio.to_thread(self._run_check, record)
+        try:
+            report = await self._report(record)
+            if report is not None:
                 status = DatasetStatus.READY if report.is_valid else DatasetStatus.INVALID
                 await asyncio.to_thread(self._store.finish, record.id, report, status)
-            except (DatasetCheckFailed, DatabaseUnavailable) as error:
-                # The machine's fault, not the file's: it stays `validating`, and the sweep tries again.
-                _log.error(f"check of {record.id} failed: {error}", extra={"action": "check_failed"})
+        except (DatasetCheckFailed, DatabaseUnavailable) as error:
+            # The machine's fault, not the file's: it stays `validating`, and the sweep tries again.
+            _log.error(f"check of {record.id} failed: {error}", extra={"action": "check_failed"})
 
-    def _run_check(self, record: DatasetRecord) -> DatasetReport:
+    async def _report(self, record: DatasetRecord) -> DatasetReport | None:
+        """What the check finds, None if the record is gone. Small files do not wait for large ones; one that turns out
+        to need more than a small one may take waits with those."""
+        if record.bytes <= _SMALL_BYTES:
+            with contextlib.suppress(CheckGaveUp):
+                async with self._small.turn(record.bytes):
+                    return await self._run_check(
+                        record,
+                        timeout_s=min(_SMALL_TIMEOUT_S, self._timeout_s),
+                        memory_bytes=min(_SMALL_MEMORY_BYTES, self._memory_bytes),
+                        is_last=False,
+                    )
+        async with self._large.turn(record.bytes):
+            return await self._run_check(record, timeout_s=self._timeout_s, memory_bytes=self._memory_bytes)
+
+    async def _run_check(
+        self, record: DatasetRecord, *, timeout_s: float, memory_bytes: int, is_last: bool = True
+    ) -> DatasetReport | None:
+        if not await asyncio.to_thread(self._store.set_validating, record.id):
+            return None
         folder = self.folder(record.tenant, record.id)
-        return check_upload(
-            folder / RAW_FILE, record.format, folder, timeout_s=self._timeout_s, memory_bytes=self._memory_bytes
+        return await asyncio.to_thread(
+            lambda: check_upload(
+                folder / RAW_FILE,
+                record.format,
+                folder,
+                timeout_s=timeout_s,
+                memory_bytes=memory_bytes,
+                is_last=is_last,
+            )
         )
+
+
+class Turns:
+    """Lets so many through at once; of those that wait the smallest is next."""
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, size: int) -> AsyncIterator[None]:
+        await self._take(size)
+        try:
+            yield
+        finally:
+            self._give()
+
+    async def _take(self, size: int) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        mine = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (size, next(self._numbers), mine))
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self._give()  # it was given in the same moment
+            raise
+
+    def _give(self) -> None:
+        while self._waiting:
+            *_, following = heapq.heappop(self._waiting)
+            if not following.done():
+                return following.set_result(None)
+        self._free += 1
 
 
 def _head(path: Path) -> bytes:

@@ -68,6 +68,17 @@ def open_archive(path: Path, kind: ArchiveFormat, log: FindingLog, limits: Limit
         yield _Zip(stream, budget) if kind == "zip" else _Tar(stream, budget)
 
 
+def is_bounded_zip(path: Path, log: FindingLog, limits: Limits) -> bool:
+    """Whether a zip that another library reads unpacks to no more than an archive may, by sizes that `zipfile` does not
+    read beyond. If not, the finding is in the log."""
+    with refusals(log), path.open("rb") as stream:
+        budget = _Budget(path.stat().st_size, log, limits)
+        for name, size in _Zip(stream, budget).sizes():
+            budget.spend(name, size)
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def refusals(log: FindingLog) -> Iterator[None]:
     """Ends quietly where the archive is refused or damaged; its finding is in the log then."""
@@ -187,6 +198,10 @@ class _Zip:
     def names(self) -> Iterator[Entry]:
         yield from (entry for entry, _ in self._entries.values())
 
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """The bytes that each entry declares, of which no more are ever read."""
+        yield from ((name, info.file_size) for name, (_, info) in self._entries.items())
+
     def contents(self) -> Iterator[tuple[Entry, IO[bytes]]]:
         self._budget.restart()
         for entry, info in self._entries.values():
@@ -213,12 +228,28 @@ def _check_directory(stream: BinaryIO, budget: _Budget) -> None:
     place = tail.rfind(b"PK\x05\x06")
     if place < 0 or len(tail) - place < 22:
         raise zipfile.BadZipFile("its table of contents is missing; the file is cut off")
-    directory = int(struct.unpack_from("<L", tail, place + 12)[0])
-    locator = tail.rfind(b"PK\x06\x06", 0, place)
-    if directory == 0xFFFFFFFF and locator >= 0 and len(tail) - locator >= 56:
-        directory = int(struct.unpack_from("<Q", tail, locator + 40)[0])
+    directory, end = int(struct.unpack_from("<L", tail, place + 12)[0]), place
+    if tail[max(0, place - 20) :].startswith(b"PK\x06\x07") and tail[max(0, place - 76) :].startswith(b"PK\x06\x06"):
+        end = place - 76  # `zipfile` takes the sizes of a zip64 that are here, whatever the others say
+        directory = int(struct.unpack_from("<Q", tail, end + 40)[0])
     if directory > budget.limits.directory_bytes:
         raise budget.refuse("(all)", f"has {directory:,} bytes of names", fix="pack fewer files")
+    stream.seek(max(0, start + end - directory))
+    # Before its end, whatever place it states: there `zipfile` looks for it too.
+    entries = _count_entries(stream.read(directory), budget.limits.zip_entries)
+    if entries > budget.limits.zip_entries:
+        what = f"hold more than {budget.limits.zip_entries:,} entries, which is too many for a zip"
+        raise budget.refuse("(all)", what, fix="pack them as .tar.gz, or put the texts into one csv or jsonl file")
+    stream.seek(0)
+
+
+def _count_entries(directory: bytes, most: int) -> int:
+    """Entries of a table of contents, counted without making an object for each, up to one more than `most`."""
+    place = count = 0
+    while count <= most and directory[place : place + 4] == b"PK\x01\x02" and place + 46 <= len(directory):
+        place += 46 + sum(struct.unpack_from("<3H", directory, place + 28))
+        count += 1
+    return count
 
 
 class _Tar:

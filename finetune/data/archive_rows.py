@@ -31,7 +31,7 @@ from finetune.data.record_batches import (
     batched,
     note_cell_problem,
 )
-from finetune.data.text_lines import note_bad_byte, wide_encoding
+from finetune.data.text_lines import decoded, note_bad_byte, note_read_as
 from modeling.inputs import MODALITIES, Modality
 
 _Place = tuple[int, Sequence[str | None]] | str
@@ -87,7 +87,9 @@ def _source(
     files = [entry for entry in entries if entry.path.suffix.lower() not in _TABLES and not _is_remark(entry.path)]
     if any(entry.name == "[Content_Types].xml" for entry in entries):
         log.note(
-            "office", "the file is a document of an office program", fix="save the sheet as CSV UTF-8 and upload it"
+            "office",
+            "the file is a document of an office program",
+            fix="save the sheet as .xlsx or CSV UTF-8 and upload it",
         )
     elif not tables and not files:
         log.note("no files", "the archive holds no file to read", fix=_LAYOUT)
@@ -272,17 +274,15 @@ def read_text(entry: Entry, content: IO[bytes], row: int, log: FindingLog, limit
         message = f"{entry.name[:200]!r} is not a text file"
         log.note("not text", message, row=row, fix="pack .txt files only; other kinds cannot be trained on yet")
         return None
-    raw = content.read(limits.cell_bytes + 1).removeprefix(b"\xef\xbb\xbf")
-    if (encoding := wide_encoding(raw)) is not None:
-        message = f"the file {entry.name[:200]!r} is {encoding}, not UTF-8"
-        log.note("encoding", message, code="encoding", row=row, column=TEXT_COLUMN, fix="save the file as UTF-8")
-        return None
+    raw = content.read(limits.cell_bytes + 1)
     if len(raw) > limits.cell_bytes:
         note_cell_problem(log, f"a cell larger than {limits.cell_bytes:,} bytes", row=row, column=TEXT_COLUMN)
         return None
     try:
-        text = raw.decode("utf-8")
+        text, encoding = decoded(raw)
     except UnicodeDecodeError as error:
         note_bad_byte(log, f"the file {entry.name[:200]!r}", error, row=row, column=TEXT_COLUMN)
         return None
+    if encoding != "utf-8":
+        note_read_as(log, encoding, row=row, column=TEXT_COLUMN)
     return text if are_cells_sound(row, [(TEXT_COLUMN, text)], log, limits) else None

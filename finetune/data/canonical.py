@@ -65,15 +65,20 @@ def file_columns(path: Path) -> frozenset[str]:
         return frozenset(field.name for field in file.schema_arrow if _KIND in (field.metadata or {}))
 
 
-def read_batches(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:
-    """Batches of the chosen columns. Raises `ColumnMissing`."""
+def read_batches(path: Path, columns: Sequence[str], *, offset: int = 0) -> Iterator[RowBatch]:
+    """Batches of the chosen columns, without the first `offset` rows. Raises `ColumnMissing`."""
     with pq.ParquetFile(path) as file:
         available = [name for name in file.schema_arrow.names if name != ROW_COLUMN]
         for name in columns:
             if name not in available:
                 raise ColumnMissing(name, available=available)
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=[ROW_COLUMN, *columns], use_threads=False)
+            rows = file.metadata.row_group(group).num_rows
+            if offset >= rows:
+                offset -= rows
+                continue
+            table = file.read_row_group(group, columns=[ROW_COLUMN, *columns], use_threads=False).slice(offset)
+            offset = 0
             yield RowBatch(table.column(ROW_COLUMN).to_pylist(), [table.column(name).to_pylist() for name in columns])
             del table
     pa.default_memory_pool().release_unused()  # of 50,000 rows of 130 words it would keep 100 MB

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from finetune.data.archive_rows import UNPACKED_PREFIX
 from finetune.data.canonical import canonical_writer, sync, sync_folder
-from finetune.data.errors import DatasetCheckFailed
+from finetune.data.errors import CheckGaveUp, DatasetCheckFailed
 from finetune.data.profile import ColumnProfile
 from finetune.data.readers import open_rows
 from finetune.data.record_batches import FindingLog, Limits
@@ -37,9 +37,10 @@ _log = logging.getLogger(__name__)
 
 
 def check_upload(
-    raw: Path, file_format: FileFormat, out_dir: Path, *, timeout_s: float, memory_bytes: int
+    raw: Path, file_format: FileFormat, out_dir: Path, *, timeout_s: float, memory_bytes: int, is_last: bool = True
 ) -> DatasetReport:
-    """Runs the check in a child process and returns its report.
+    """Runs the check in a child process and returns its report. If these limits are not the last, what would be for
+    want of time or memory raises `CheckGaveUp` instead.
 
     `memory_bytes` bounds the child's address space, of which interpreter and Arrow alone take some 400 MB.
     A crash, a timeout or lack of memory becomes a report with one `parse_error`. Raises
@@ -48,23 +49,27 @@ def check_upload(
     command = [sys.executable, "-m", "finetune.data.check", str(raw.resolve()), file_format, str(out_dir.resolve())]
     command += ["--memory-bytes", str(memory_bytes), "--cpu-seconds", str(math.ceil(timeout_s) + 1)]
     try:
-        return _checked(command, out_dir, timeout_s=timeout_s, memory_bytes=memory_bytes)
+        return _checked(command, out_dir, timeout_s=timeout_s, memory_bytes=memory_bytes, is_last=is_last)
     finally:
         for leftover in raw.parent.glob(f"{UNPACKED_PREFIX}*"):  # of a child that was killed
             leftover.unlink(missing_ok=True)
 
 
-def _checked(command: list[str], out_dir: Path, *, timeout_s: float, memory_bytes: int) -> DatasetReport:
+def _checked(command: list[str], out_dir: Path, *, timeout_s: float, memory_bytes: int, is_last: bool) -> DatasetReport:
     try:
         # `-m` looks in the working directory first, which makes a checkout work without installing it.
         child = subprocess.run(
             command, timeout=timeout_s, cwd=_PACKAGE_ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
+        if not is_last:
+            raise CheckGaveUp(f"no end within {timeout_s:g} s") from error
         message = f"reading the file took longer than {timeout_s:g} s"
         return _failed(message, fix="upload fewer rows, or raise the time limit of the check")
     if child.returncode == 0:
         return DatasetReport.model_validate_json((out_dir / REPORT_FILE).read_bytes())
+    if not is_last and child.returncode != _EXIT_MACHINE_FAILED:
+        raise CheckGaveUp(f"exit code {child.returncode} within {memory_bytes:,} bytes")
     _log.warning("dataset check exited with %d: %s", child.returncode, child.stderr[-2000:].decode(errors="replace"))
     return _outcome(child.returncode, memory_bytes)
 
@@ -96,7 +101,7 @@ def write_checked(raw: Path, file_format: FileFormat, out_dir: Path, limits: Lim
                 rows += len(batch.row_numbers)
                 for profile, values in zip(profiles, batch.columns, strict=True):
                     profile.add(values)
-    findings = log.findings()
+    findings = [*log.findings(), *(finding for profile in profiles for finding in profile.spellings())]
     if rows == 0 and not has_errors(findings):
         findings.append(_no_rows())
     report = DatasetReport(rows=rows, columns=[profile.report() for profile in profiles], findings=findings)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from finetune.data.record_batches import (
@@ -21,19 +23,25 @@ from finetune.data.record_batches import (
     batched,
     note_too_many_rows,
 )
-from finetune.data.text_lines import Utf8Lines
+from finetune.data.text_lines import TextFile, Utf8Lines
 
-_OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs"}
+_OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_SAMPLE_BYTES, _SAMPLE_RECORDS = 256 * 1024, 100
 
 
 @contextlib.contextmanager
 def open_csv(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSource]:
     csv.field_size_limit(limits.cell_bytes)  # in characters; process-wide, and the default is below our limit
-    delimiter = _delimiter(path, limits)
+    text = TextFile.look(path, log)
+    if text is None:
+        yield NOTHING
+        return
+    with text.open() as stream:
+        delimiter = _delimiter(stream.read(_SAMPLE_BYTES))
     if delimiter in _OTHER_DELIMITERS:
         message = f"the columns are separated by {_OTHER_DELIMITERS[delimiter]}"
         log.note("delimiter", message, severity="info", fix="nothing to do, or save with commas")
-    with path.open("rb") as stream:
+    with text.open() as stream:
         reader = _CsvRows(Utf8Lines(stream, log, limits), delimiter, log, limits)
         header = reader.header()
         yield NOTHING if header is None else RowSource(header, batched(reader.rows(header), len(header), limits))
@@ -115,10 +123,21 @@ def _fields(count: int) -> str:
     return "1 field" if count == 1 else f"{count} fields"
 
 
-def _delimiter(path: Path, limits: Limits) -> str:
-    """A comma, unless the header holds none and does hold a semicolon or a tab."""
-    with path.open("rb") as stream:
-        first = next(Utf8Lines(stream, FindingLog(), limits), "")
-    if "," in first:
-        return ","
-    return next((delimiter for delimiter in _OTHER_DELIMITERS if delimiter in first), ",")
+def _delimiter(sample: bytes) -> str:
+    """The one that divides the header, and the most records into as many fields; a comma if several do, or none."""
+    text = sample.decode("utf-8", "replace").removeprefix("\ufeff")
+    if len(sample) == _SAMPLE_BYTES:
+        text = text[: text.rfind("\n") + 1] or text  # without the record that the sample ends in
+    agreeing = {delimiter: _agreeing(text, delimiter) for delimiter in (",", *_OTHER_DELIMITERS)}
+    return max(agreeing, key=lambda delimiter: agreeing[delimiter])
+
+
+def _agreeing(text: str, delimiter: str) -> int:
+    """How many records, the header among them, have as many fields as it; 0 if it has one field."""
+    parser = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    sizes = []
+    with contextlib.suppress(csv.Error):
+        for fields in islice(parser, _SAMPLE_RECORDS):
+            if fields:
+                sizes.append(len(fields))
+    return sum(size == sizes[0] for size in sizes) if sizes and sizes[0] > 1 else 0

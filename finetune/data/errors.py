@@ -4,6 +4,7 @@ DatasetError
 ├── DatasetNotFound      no such dataset for this tenant, or it was deleted
 ├── DatasetUnreadable    the data has findings of severity `error`; carries them
 ├── ColumnMissing        a named column is not in the data; names the nearest one
+├── CheckGaveUp          the check came to no end within limits that are not the last
 └── DatasetCheckFailed   the check itself failed: no space, no permission; says nothing about the data
 """
 
@@ -50,6 +51,10 @@ class ColumnMissing(DatasetError):
 
 class DatasetCheckFailed(DatasetError):
     """The check could not run to its end on this machine. The data may be sound: try again."""
+
+
+class CheckGaveUp(DatasetError):
+    """The check came to no end within its time and memory, of which it may get more."""
 
 
 def _nearest(column: str, available: Sequence[str]) -> str | None:

@@ -6,7 +6,7 @@ Pure: rows in, findings out. Knows no file and no model.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -27,12 +27,14 @@ def inspect_rows(
     *,
     min_rows_per_class: int = 3,
     duplicates: Duplicates | None = None,
+    cut: Collection[str] = (),
 ) -> list[Finding]:
     """Findings for the task of `train`, errors first.
 
-    `train` holds everything that is still to be split. `min_rows_per_class` is the number of sides each
-    class must be on: 3, or fewer where validation or test data is given. `duplicates` are those among
-    the rows of train, validation and test, in this order; they are found where they are not given.
+    `train` holds everything that is still to be split. A class with fewer than `min_rows_per_class` different inputs
+    is not held out. `duplicates` are those among the rows of train, validation and test, in this order; they are
+    found where they are not given. Sides in `cut` were cut off the training rows: a label that only they have is no
+    mistake of the data.
     """
     if len(train) == 0:
         return [_no_rows()]
@@ -49,7 +51,7 @@ def inspect_rows(
     ]
     start = len(train)
     for name, rows in held_out.items():
-        findings += _unknown_labels(name, rows, known=train.names())
+        findings += _unknown_labels(name, rows, known=train.names(), is_cut=name in cut)
         findings += _overlap(name, rows, found, slice(start, start + len(rows)), trained=slice(0, len(train)))
         start += len(rows)
     return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
@@ -138,15 +140,19 @@ def _inputs_per_group(groups: Indices, inputs: Indices) -> Indices:
     return np.bincount(groups[firsts], minlength=int(groups.max()) + 1)
 
 
-def _unknown_labels(split: str, rows: LabelledRows, *, known: set[str]) -> list[Finding]:
+def _unknown_labels(split: str, rows: LabelledRows, *, known: set[str], is_cut: bool) -> list[Finding]:
     unknown = rows.names() - known
     if not unknown:
         return []
     named = listed([repr(label) for label in sorted(unknown)])
     message = f"the {split} data has labels that the training data lacks: {named}"
     fix = f"add such rows to the training data, or remove them from the {split} data"
+    severity: Severity = "error"
+    if is_cut:
+        severity, message = "warning", f"{message}; they are never answered, so their rows count as wrong"
+        fix = "add such rows to the training side, or choose another split.strategy"
     return [
-        row_finding(code="unknown_label", severity="error", message=message, rows=rows.numbers_with(unknown), fix=fix)
+        row_finding(code="unknown_label", severity=severity, message=message, rows=rows.numbers_with(unknown), fix=fix)
     ]
 
 

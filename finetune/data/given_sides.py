@@ -15,7 +15,7 @@ import numpy.typing as npt
 from finetune.data.labelled import LabelledRows
 from finetune.data.options import SIDE_NAMES, TEST, TRAIN, VALIDATION
 from finetune.data.records import Finding, row_finding
-from finetune.data.targets.base import NUMBER
+from finetune.data.spellings import NUMBER
 
 Sides = npt.NDArray[np.int8]
 

@@ -22,7 +22,7 @@ from finetune.data.record_batches import (
     batched,
     note_too_many_rows,
 )
-from finetune.data.text_lines import Utf8Lines
+from finetune.data.text_lines import TextFile, Utf8Lines
 
 Row = dict[str, str | None]
 
@@ -38,19 +38,23 @@ class _Refused(ValueError):
 
 @contextlib.contextmanager
 def open_jsonl(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSource]:
-    columns = _column_names(path, limits)
+    text = TextFile.look(path, log)
+    if text is None:
+        yield NOTHING
+        return
+    columns = _column_names(text, limits)
     if not are_names_sound(columns, log, limits):
         yield NOTHING
         return
-    with path.open("rb") as stream:
+    with text.open() as stream:
         found = _rows(Utf8Lines(stream, log, limits), log, limits)
         rows = ((number, [row.get(name) for name in columns]) for number, row in found)
         yield RowSource(columns, batched(rows, len(columns), limits))
 
 
-def _column_names(path: Path, limits: Limits) -> tuple[str, ...]:
+def _column_names(text: TextFile, limits: Limits) -> tuple[str, ...]:
     names: dict[str, None] = {}
-    with path.open("rb") as stream:
+    with text.open() as stream:
         log = FindingLog()  # the second reading reports
         for _, row in _rows(Utf8Lines(stream, log, limits), log, limits):
             names.update(dict.fromkeys(row))
@@ -108,9 +112,9 @@ def _as_cell(name: str, cell: Any) -> str | None:
         return "true" if cell else "false"
     if cell is None or isinstance(cell, str):
         return cell
-    if isinstance(cell, list) and all(isinstance(item, str) for item in cell):
-        return json.dumps(cell, ensure_ascii=False)
-    what = f"has an object or a nested list under {name[:80]!r}; a cell must be a single value or a list of strings"
+    if isinstance(cell, list) and all(isinstance(item, str | bool) for item in cell):
+        return json.dumps([item if isinstance(item, str) else str(item).lower() for item in cell], ensure_ascii=False)
+    what = f"has an object or a nested list under {name[:80]!r}; a cell must be a single value or a list of values"
     raise _Refused("nested", what, _FLATTEN)
 
 
@@ -118,7 +122,7 @@ def _refuse_constant(constant: str) -> None:
     raise _Refused("not a number", f"holds {constant}, which is not JSON", "write null, or leave the key out")
 
 
-_FLATTEN = "give every key one string, number, boolean or null, or a list of strings"
+_FLATTEN = "give every key one string, number, boolean or null, or a list of them"
 _DECODER = json.JSONDecoder(
     object_pairs_hook=tuple, parse_float=str, parse_int=str, parse_constant=_refuse_constant, strict=True
 )

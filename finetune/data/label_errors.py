@@ -79,19 +79,19 @@ def _estimated_errors(
     return np.asarray(estimated)
 
 
-def suspect_finding(train: LabelledRows, suspects: Suspects, names: Sequence[str]) -> Finding:
+def suspect_finding(rows: LabelledRows, suspects: Suspects, names: Sequence[str]) -> Finding:
     """What to tell of them; `names` are the classes' labels."""
-    numbers = train.row_numbers[suspects.rows].tolist()
+    numbers = rows.row_numbers[suspects.rows].tolist()
     first = "; ".join(
         f"row {number}: {names[given][:100]!r}, rather {names[suggested][:100]!r}"
         for number, given, suggested in zip(numbers[:_SHOWN], suspects.given, suspects.suggested, strict=False)
     )
     return row_finding(
         code="suspected_label_error",
-        severity="warning" if len(suspects) > _MANY * len(train) else "info",
-        message=f"{len(suspects):,} training rows may have a wrong label ({first})",
+        severity="warning" if len(suspects) > _MANY * len(rows) else "info",
+        message=f"{len(suspects):,} rows may have a wrong label ({first})",
         rows=numbers,
-        fix="look at these rows, the most suspect first, and correct those that are wrong; the evaluation lists more",
+        fix="look at these rows, the most suspect first; correct those that are wrong, or name them in exclude_rows",
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.data.canonical import file_columns, read_batches
-from finetune.data.options import Columns, modality_of
+from finetune.data.options import JOINTS, Columns, modality_of
 from finetune.data.record_batches import FindingLog
 from finetune.data.records import Finding
 from finetune.data.targets import DEFAULT_TARGET, Target
@@ -103,31 +103,52 @@ def load_labelled(
 class _Cells:
     """Reads the input and the label of each row, and notes the rows that cannot be used."""
 
-    def __init__(self, inputs: Mapping[str, str], label: str, rows_parquet: Path, target: Target) -> None:
+    def __init__(self, inputs: Mapping[str, Sequence[str]], label: str, rows_parquet: Path, target: Target) -> None:
         self.log = FindingLog()
         self._folder, self._files = rows_parquet.parent, file_columns(rows_parquet)
-        self.columns = (*inputs.values(), label)
-        self._codes = (*["empty_value"] * len(inputs), target.empty_code)
-        self._roles, self._target = tuple(inputs), target
-        self._read = modality_of(target.task).read
+        self.columns = (*(name for names in inputs.values() for name in names), label)
+        self._inputs, self._target = inputs, target
+        modality = modality_of(target.task)
+        self._read, self._joint = modality.read, JOINTS.get(modality.name, "")
 
     def read(self, row: int, cells: Sequence[str | None]) -> tuple[Example, str] | None:
         """None where the row has no input, no label, or one that cannot be read."""
-        filled: list[Cell] = []
-        for column, cell, code in zip(self.columns, cells, self._codes, strict=True):
-            if cell is None or not cell.strip():
-                self._note_empty(row, column, code)
+        filled: dict[str, Cell] = {}
+        found = iter(cells)
+        for role, names in self._inputs.items():
+            own = [(name, cell) for name, cell in zip(names, found, strict=False) if cell is not None and cell.strip()]
+            if not own:
+                self._note_empty(row, " and ".join(names), "empty_value")
                 return None
-            filled.append(FileReference(self._folder, cell) if column in self._files else cell)
+            filled[role] = self._cell(own)
+        if not (cells[-1] or "").strip():
+            self._note_empty(row, self.columns[-1], self._target.empty_code)
+            return None
         column = self.columns[0]
         try:
-            example = self._read(dict(zip(self._roles, filled, strict=False)))
+            example = self._read(filled)
             column = self.columns[-1]
-            return example, self._target.read(cells[-1] or "")
+            label = self._target.read(cells[-1] or "")
+            self._note_name(row, column, cells[-1] or "", label)
+            return example, label
         except BadCell as error:
             message = f"row {row}, column {column!r} {error}"
             self.log.note("misfit", message, code=error.code, row=row, column=column, fix=error.fix)
             return None
+
+    def _cell(self, own: Sequence[tuple[str, str]]) -> Cell:
+        """The cell of a role: that of its column, or those of several that are filled, joined."""
+        name, cell = own[0]
+        if name in self._files:
+            return FileReference(self._folder, cell)
+        return cell if len(own) == 1 else self._joint.join(cell for _, cell in own)
+
+    def _note_name(self, row: int, column: str, cell: str, label: str) -> None:
+        """Of a class that is not called as it is written, so that it has one name in every format."""
+        if self._target.kind == "single_label" and label != cell.strip():
+            message = f"labels such as {cell.strip()[:60]!r} are called {label[:60]!r}, as in every other format"
+            fix = "nothing to do"
+            self.log.note("name", message, code="label_name", severity="info", row=row, column=column, fix=fix)
 
     def _note_empty(self, row: int, column: str, code: str) -> None:
         message = f"rows without a value in column {column!r} are left out"

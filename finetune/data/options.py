@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
@@ -19,6 +20,9 @@ SIDE_NAMES = {
 
 
 AUTO: Final = "auto"
+_MOST_JOINED = 10
+JOINTS: Final[dict[str, str]] = {"text": "\n"}
+"""What stands between the cells of several columns that make up one role; a modality without has one column each."""
 
 
 def _known_task(name: str) -> str:
@@ -40,10 +44,11 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _with_roles(schema: dict[str, Any]) -> None:
-    column = {"type": "string", "minLength": 1, "maxLength": 200}
+def _with_roles(schema: dict[str, Any], _: type[BaseModel], *, is_default: bool) -> None:
+    name = {"type": "string", "minLength": 1, "maxLength": 200}
+    column = {"anyOf": [name, {"type": "array", "items": name, "minItems": 1, "maxItems": _MOST_JOINED}]}
     defaults = {
-        role: {"default": role} if role in modality.roles[:1] else {}
+        role: {"default": role} if is_default and role in modality.roles[:1] else {}
         for modality in MODALITIES.values()
         for role in modality.roles
     }
@@ -52,39 +57,89 @@ def _with_roles(schema: dict[str, Any]) -> None:
 
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
+RoleColumns = ColumnName | Annotated[tuple[ColumnName, ...], Field(min_length=1, max_length=_MOST_JOINED)]
+"""The column of a role, or several whose cells are joined."""
 
 
-class Columns(BaseModel):
-    """Which columns of the dataset hold what, by role: those of the task's modality, `label`, and `slices`, which name
-    groups of rows to evaluate apart."""
+class _ByRole(BaseModel):
+    """Columns of examples by role, as further fields."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", json_schema_extra=_with_roles)
-    __pydantic_extra__: dict[str, ColumnName] = Field(init=False)
-    label: ColumnName = "label"
-    slices: tuple[ColumnName, ...] = Field((), max_length=5)
+    model_config = ConfigDict(frozen=True, extra="allow", json_schema_extra=partial(_with_roles, is_default=True))
+    __pydantic_extra__: dict[str, RoleColumns] = Field(init=False)
 
-    def inputs(self, modality: Modality) -> dict[str, str]:
-        """The column of each role that makes up an example. Raises `ValueError` for a role that the modality lacks."""
-        for role in self.named:
+    def check(self, modality: Modality) -> None:
+        """Raises `ValueError` for a role that the modality lacks, or columns that it cannot join."""
+        for role, columns in self.named.items():
             if role not in modality.roles:
                 raise ValueError(
                     f"{role[:60]!r} is no role of {modality.plural}; known are {', '.join(modality.roles)}"
                 )
-        return {modality.roles[0]: modality.roles[0], **self.named}
+            if not isinstance(columns, str) and len(columns) > 1 and modality.name not in JOINTS:
+                raise ValueError(f"{role}: {modality.plural} cannot be joined; name one column")
 
     @property
-    def named(self) -> dict[str, str]:
+    def named(self) -> dict[str, str | tuple[str, ...]]:
         """The columns of examples as far as they were named."""
         return self.model_extra or {}
 
 
+class SideColumns(_ByRole):
+    """What is called otherwise in the dataset of a side; the other names are those of the training data."""
+
+    model_config = ConfigDict(json_schema_extra=partial(_with_roles, is_default=False))
+    label: ColumnName | None = None
+
+
+class Columns(_ByRole):
+    """Which columns of the dataset hold what, by role: those of the task's modality, `label`, and `slices`, which name
+    groups of rows to evaluate apart."""
+
+    label: ColumnName = "label"
+    slices: tuple[ColumnName, ...] = Field((), max_length=5)
+
+    def inputs(self, modality: Modality) -> dict[str, tuple[str, ...]]:
+        """The columns of each role that makes up an example. Raises `ValueError` as `check` does."""
+        self.check(modality)
+        named = {modality.roles[0]: modality.roles[0], **self.named}
+        return {role: (columns,) if isinstance(columns, str) else columns for role, columns in named.items()}
+
+    @property
+    def all_named(self) -> tuple[str, ...]:
+        """Every column that was named for examples and their labels."""
+        named = ((columns,) if isinstance(columns, str) else columns for columns in self.named.values())
+        return (*(name for columns in named for name in columns), self.label)
+
+    def of_side(self, other: SideColumns | None) -> Columns:
+        """The columns in the dataset of a side."""
+        if other is None:
+            return self
+        return self.model_copy(update=other.named | ({} if other.label is None else {"label": other.label}))
+
+
 def _of_task(columns: Columns, info: ValidationInfo) -> Columns:
     """The columns with the role that the field `task` needs, named or not."""
-    return columns.model_copy(update=columns.inputs(modality_of(info.data.get("task", AUTO))))
+    modality = modality_of(info.data.get("task", AUTO))
+    columns.check(modality)
+    return columns.model_copy(update={modality.roles[0]: modality.roles[0], **columns.named})
+
+
+def _known_to_task(columns: SideColumns | None, info: ValidationInfo) -> SideColumns | None:
+    if columns is not None:
+        columns.check(modality_of(info.data.get("task", AUTO)))
+    return columns
 
 
 TaskColumns = Annotated[Columns, AfterValidator(_of_task)]
 """Columns beside a task, in a field behind it."""
+TaskSideColumns = Annotated[SideColumns | None, AfterValidator(_known_to_task)]
+"""The same of a side."""
+
+
+class RareClasses(FrozenModel):
+    """What becomes of classes with fewer than `least` different inputs."""
+
+    policy: Literal["keep", "drop", "other"] = "keep"
+    least: int = 3
 
 
 class SplitOptions(FrozenModel):

@@ -1,4 +1,4 @@
-"""Rows of an uploaded parquet file, as strings; a list of strings becomes its JSON.
+"""Rows of an uploaded parquet file, as strings; a list of single values becomes the JSON of its strings.
 
 Knows Arrow's types; nothing it reads is trusted.
 """
@@ -64,7 +64,7 @@ def _open(path: Path, log: FindingLog) -> Any:
 def _columns(schema: Any, log: FindingLog, limits: Limits) -> tuple[str, ...]:
     if not are_names_sound(schema.names, log, limits):
         return ()
-    usable = tuple(field.name for field in schema if _is_scalar(field.type) or _is_list_of_text(field.type))
+    usable = tuple(field.name for field in schema if _is_scalar(field.type) or _is_list(field.type))
     for field in schema:
         if field.name not in usable:
             message = f"column {field.name!r} holds {field.type}, not single values; it is left out"
@@ -81,9 +81,9 @@ def _is_scalar(data_type: Any) -> bool:
     return any(is_type(data_type) for is_type in _SCALAR_TYPES)
 
 
-def _is_list_of_text(data_type: Any) -> bool:
-    is_list = any(is_type(data_type) for is_type in _LIST_TYPES)
-    return is_list and any(is_type(data_type.value_type) for is_type in _TEXT_TYPES)
+def _is_list(data_type: Any) -> bool:
+    """A list of single values."""
+    return any(is_type(data_type) for is_type in _LIST_TYPES) and _is_scalar(data_type.value_type)
 
 
 def _batches(file: Any, columns: tuple[str, ...], log: FindingLog, limits: Limits) -> Iterator[RowBatch]:
@@ -116,7 +116,7 @@ def _batch_rows(file: Any, limits: Limits) -> int:
 
 
 def _as_strings(array: Any, name: str, first_row: int, log: FindingLog) -> list[str | None]:
-    if _is_list_of_text(array.type):
+    if _is_list(array.type):
         return _as_json(array, name, first_row, log)
     if pa.types.is_floating(array.type):
         array = pc.if_else(pc.is_nan(array), None, array)  # data frames write a missing number as NaN
@@ -126,6 +126,8 @@ def _as_strings(array: Any, name: str, first_row: int, log: FindingLog) -> list[
 
 def _as_json(array: Any, name: str, first_row: int, log: FindingLog) -> list[str | None]:
     cells: list[str | None] = []
+    if not any(is_type(array.type.value_type) for is_type in _TEXT_TYPES):
+        array = array.cast(pa.large_list(pa.large_string()))
     for row, value in enumerate(array.cast(pa.large_list(pa.large_binary())).to_pylist(), first_row):
         items = None if value is None else [_decode(item, name, row, log) or "" for item in value]
         cells.append(None if items is None else json.dumps(items, ensure_ascii=False))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune.data.errors import ColumnMissing
-from finetune.data.records import ColumnReport, ColumnType
-from finetune.data.targets.base import NUMBER, parse_list
+from finetune.data.records import ColumnReport, ColumnType, Finding
+from finetune.data.spellings import NUMBER, label_name
+from finetune.data.targets.base import parse_list
+from modeling.inputs.text_identity import normalise
 
 _DISTINCT_AT_MOST = 1000
 _EXAMPLE_CHARACTERS = 200
@@ -30,6 +32,7 @@ class ColumnProfile:
         # Hashes, since a thousand values of a megabyte would not fit; None above the limit.
         self._distinct: set[int] | None = set()
         self._counts: Counter[str] | None = Counter()  # None above the limit, or where a value is no class name
+        self._padded: set[str] = set()  # values with blanks around them, as far as values are counted
 
     def add(self, values: list[str | None]) -> None:
         filled = [stripped for value in values if value is not None and (stripped := value.strip())]
@@ -42,6 +45,8 @@ class ColumnProfile:
         self._may_be_boolean = self._may_be_boolean and all(value.lower() in _BOOLEANS for value in filled)
         lists = [parse_list(value) for value in filled]
         self._may_be_list = self._may_be_list and None not in lists
+        if self._counts is not None and len(self._padded) <= _COUNTED_AT_MOST:
+            self._padded.update(value for value in values if value is not None and value.strip() != value)
         self._count_distinct(filled)
         self._count_values(
             item for value, found in zip(filled, lists, strict=True) for item in ([value] if found is None else found)
@@ -60,6 +65,30 @@ class ColumnProfile:
         self._counts.update(values)
         if len(self._counts) > _COUNTED_AT_MOST or any(len(value) > _EXAMPLE_CHARACTERS for value in self._counts):
             self._counts = None
+
+    def spellings(self) -> list[Finding]:
+        """Values that differ in case or blanks alone, if the column is called like a label and has few values."""
+        if self._name.casefold() not in _LABEL_NAMES or self._counts is None:
+            return []
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for value in [value for value, _ in self._counts.most_common()] + sorted(self._padded):
+            if value.strip():
+                found[normalise(value)].append(value)
+        pairs = [" / ".join(map(repr, values)) for values in found.values() if len(values) > 1]
+        if not pairs:
+            return []
+        message = f"values of {self._name!r} that differ only in case or blanks: {', '.join(pairs)}"[:2000]
+        fix = "write each label in one way: a job refuses labels that differ in case; blanks around them do not count"
+        return [
+            Finding(
+                code="label_case_collision",
+                severity="warning",
+                message=message,
+                column=self._name,
+                count=len(pairs),
+                fix=fix,
+            )
+        ]
 
     def report(self) -> ColumnReport:
         return ColumnReport(
@@ -91,4 +120,16 @@ def class_counts(columns: Sequence[ColumnReport], label: str | None) -> dict[str
         raise ColumnMissing(label, available=list(by_name))
     folded = {name.casefold(): name for name in reversed(by_name)}
     name = label or next((folded[guess] for guess in _LABEL_NAMES if guess in folded), None)
-    return None if name is None else {"column": name, "is_guess": label is None, "rows": by_name[name].counts}
+    if name is None:
+        return None
+    return {"column": name, "is_guess": label is None, "rows": _by_class(by_name[name].counts)}
+
+
+def _by_class(counts: Mapping[str, int] | None) -> dict[str, int] | None:
+    """The rows of each value under the name that a class of it has, the most frequent first."""
+    if counts is None:
+        return None
+    found: Counter[str] = Counter()
+    for value, rows in counts.items():
+        found[label_name(value.strip())] += rows
+    return dict(found.most_common())

@@ -18,7 +18,8 @@ from finetune.data.jsonl_rows import open_jsonl
 from finetune.data.parquet_rows import open_parquet
 from finetune.data.record_batches import NOTHING, FindingLog, Limits, RowSource
 from finetune.data.records import FileFormat, Finding
-from finetune.data.text_lines import note_wide_encoding, wide_encoding
+from finetune.data.text_lines import wide_encoding
+from finetune.data.xlsx_rows import open_xlsx
 
 Opener = Callable[[Path, FindingLog, Limits], contextlib.AbstractContextManager[RowSource]]
 
@@ -27,6 +28,8 @@ _PARQUET_MAGIC = b"PAR1"
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
 _TAR_MARK, _TAR_MARK_AT = b"ustar", 257
 _ARCHIVE_MAGICS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_OLE_MAGIC = b"\xd0\xcf\x11\xe0"
+_WORKBOOKS = {".xlsx", ".xlsm"}
 _SUFFIXES: dict[str, FileFormat] = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -35,7 +38,7 @@ _SUFFIXES: dict[str, FileFormat] = {
     ".parquet": "parquet",
     ".tar": "tar",
 }
-_TABLES: dict[str, Opener] = {"csv": open_csv, "jsonl": open_jsonl, "parquet": open_parquet}
+_TABLES: dict[str, Opener] = {"csv": open_csv, "jsonl": open_jsonl, "parquet": open_parquet, "xlsx": open_xlsx}
 
 
 def detect_format(filename: str, first_bytes: bytes) -> FileFormat | None:
@@ -43,10 +46,11 @@ def detect_format(filename: str, first_bytes: bytes) -> FileFormat | None:
     if first_bytes.startswith(_PARQUET_MAGIC):
         return "parquet"
     if first_bytes.startswith(_ZIP_MAGICS):
-        return "zip"
+        is_workbook = PurePath(filename).suffix.lower() in _WORKBOOKS or b"xl/workbook.xml" in first_bytes
+        return "xlsx" if is_workbook else "zip"
     if _is_tar(_unzipped_head(first_bytes)):
         return "tar"
-    if _compression(first_bytes) is not None:
+    if _compression(first_bytes) is not None or first_bytes.startswith(_OLE_MAGIC):
         return None
     return _SUFFIXES.get(PurePath(filename).suffix.lower()) or _by_content(first_bytes)
 
@@ -56,9 +60,12 @@ def unrecognised(filename: str, first_bytes: bytes) -> Finding:
     compression = _compression(first_bytes)
     if compression is not None:
         message, fix = f"{filename!r} is compressed with {compression}", "uncompress it first"
+    elif first_bytes.startswith(_OLE_MAGIC):
+        message = f"{filename!r} is a workbook of an old format, or has a password"
+        fix = "save it as .xlsx without a password, or the sheet as CSV UTF-8"
     else:
         message = f"the format of {filename!r} is not known"
-        fix = "upload a .csv, .jsonl or .parquet file, or a .zip or .tar.gz of text files"
+        fix = "upload a .csv, .jsonl, .parquet or .xlsx file, or a .zip or .tar.gz of text files"
     return Finding(code="parse_error", severity="error", message=message, fix=fix)
 
 
@@ -72,7 +79,8 @@ def open_rows(
     """
     with path.open("rb") as stream:
         first_bytes = stream.read(8)
-    if not (file_format in ARCHIVES and first_bytes) and _is_refused(first_bytes, log):
+    is_zip = file_format in (*ARCHIVES, "xlsx") and bool(first_bytes)
+    if not is_zip and _is_refused(first_bytes, log):
         yield NOTHING
         return
     if file_format in _TABLES:
@@ -99,13 +107,11 @@ def _open_table(path: Path, filename: str, log: FindingLog, limits: Limits) -> I
 
 
 def _is_refused(first_bytes: bytes, log: FindingLog) -> bool:
-    compression, encoding = _compression(first_bytes), wide_encoding(first_bytes)
+    compression = _compression(first_bytes)
     if not first_bytes:
         log.note("empty", "the file is empty", fix="upload a file with a header and rows")
     elif compression is not None:
         log.note("compressed", f"the file is compressed with {compression}", fix="uncompress it first")
-    elif encoding is not None:
-        note_wide_encoding(log, encoding)
     else:
         return False
     return True
@@ -130,10 +136,10 @@ def _is_tar(head: bytes) -> bool:
 
 
 def _by_content(first_bytes: bytes) -> FileFormat | None:
-    text = first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"{"):
+    text = first_bytes.decode(wide_encoding(first_bytes) or "utf-8", "replace").removeprefix("\ufeff").lstrip()
+    if text.startswith("{"):
         return "jsonl"
-    first_line = text.split(b"\n", 1)[0]
-    is_table = any(delimiter in first_line for delimiter in (b",", b";", b"\t"))
-    is_csv = is_table and b"\0" not in first_bytes and not text.startswith((b"[", b"<"))
+    first_line = next(iter(text.splitlines()), "")
+    is_table = any(delimiter in first_line for delimiter in ",;\t|")
+    is_csv = is_table and "\0" not in text and not text.startswith(("[", "<"))
     return "csv" if is_csv else None

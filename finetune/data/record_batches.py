@@ -18,8 +18,9 @@ _NAME_CHARACTERS = 256
 class Limits:
     """How much of a file is accepted. `row_bytes` bounds one line; `batch_*` bound what is in memory.
 
-    An archive may have this many `entries`, bytes of names, and bytes in a file that a cell names, and unpack to
-    `unpacked_ratio` times its size plus `unpacked_slack_bytes`, at most to `unpacked_bytes`.
+    An archive may have this many `entries` (a zip `zip_entries`: its table of contents is held in memory), bytes of
+    names, and bytes in a file that a cell names, and unpack to `unpacked_ratio` times its size plus
+    `unpacked_slack_bytes`, at most to `unpacked_bytes`.
     """
 
     rows: int = 10_000_000
@@ -30,6 +31,7 @@ class Limits:
     batch_cells: int = 1_000_000
     batch_characters: int = 16 * 1024 * 1024
     entries: int = 500_000
+    zip_entries: int = 150_000
     directory_bytes: int = 64 * 1024 * 1024
     unpacked_bytes: int = 16 * 1024**3
     unpacked_ratio: int = 100

@@ -6,6 +6,10 @@ A leak is a training (or validation) row whose input, or a near duplicate of it,
 Where inputs decide the side (`hash`, `stratified`, `random`) there is none. Where a column decides (`group`,
 `time`), the earlier row is left out. Sides that the request gave are only reported on, for their figures are to
 compare with those of others. `split.leaks` may say otherwise.
+
+A class with too few inputs to be on every side trains, where inputs decide, and none of its rows is held out. If all
+classes are so rare, those with two inputs are divided after all; if none has two, the training rows stand in for
+validation rows, which is told.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from finetune.data.duplicates import Duplicates, find_duplicates
 from finetune.data.findings import inspect_rows
 from finetune.data.given_sides import predefined_sides, time_sides
 from finetune.data.labelled import LabelledRows
-from finetune.data.options import TEST, TRAIN, VALIDATION, SplitOptions
+from finetune.data.options import TEST, TRAIN, VALIDATION, RareClasses, SplitOptions
+from finetune.data.rare import inputs_by_name, rare_names, settle
 from finetune.data.records import Finding, has_errors, row_finding
 from finetune.data.splits import Split, split_rows
 
@@ -39,17 +44,25 @@ class Sides:
 
 
 def divide(
-    train: LabelledRows, validation: LabelledRows | None, test: LabelledRows | None, *, options: SplitOptions, seed: int
+    train: LabelledRows,
+    validation: LabelledRows | None,
+    test: LabelledRows | None,
+    *,
+    options: SplitOptions,
+    seed: int,
+    rare: RareClasses = RareClasses(),
 ) -> Sides:
     """The three sides of a job; what the request did not bring is cut off the training rows."""
     options = options.resolved()
     parts = [train, validation, test]
     given = [part if part is not None else train.take(_NONE) for part in parts]
     duplicates = find_duplicates([example for part in given for example in part.examples], train.modality)
+    given, duplicates, findings = settle(given, duplicates, rare)
     pool = _Pool(given, duplicates, [part is not None for part in parts])
+    pool.findings += findings
     if options.strategy in {"group", "time", "predefined"} and len(train) > 0:
         return _by_column(pool, options, seed)
-    return _by_input(pool, options, seed)
+    return _by_input(pool, options, seed, rare.least)
 
 
 _NONE = np.zeros(0, np.int64)
@@ -87,8 +100,26 @@ class _Pool:
         order = np.concatenate(self.rows)
         sides = [self.side(side) for side in range(3)]
         self.findings += inspect_rows(
-            *sides, min_rows_per_class=min_rows_per_class, duplicates=self.duplicates.take(order)
+            *sides,
+            min_rows_per_class=min_rows_per_class,
+            duplicates=self.duplicates.take(order),
+            cut=[_SIDES[side] for side in (VALIDATION, TEST) if not self.is_given[side]],
         )
+
+    def train_groups(self) -> list[int]:
+        """The group of near duplicates of each training row."""
+        groups: list[int] = self.duplicates.group_of[self.rows[TRAIN]].tolist()
+        return groups
+
+    def hold_out_something(self) -> None:
+        """Gives validation the rows of test, or else those of training, if it has none."""
+        if len(self.rows[VALIDATION]) or self.is_given[VALIDATION] or not len(self.rows[TRAIN]):
+            return
+        if len(self.rows[TEST]) and not self.is_given[TEST]:
+            self.rows[VALIDATION], self.rows[TEST] = self.rows[TEST], _NONE
+            return
+        self.rows[VALIDATION] = self.rows[TRAIN].copy()
+        self.findings.append(_nothing_held_out(self.side(TRAIN)))
 
     def result(self) -> Sides:
         order = ("error", "warning", "info")
@@ -96,11 +127,12 @@ class _Pool:
         return Sides(self.side(TRAIN), self.side(VALIDATION), self.side(TEST), findings)
 
 
-def _by_input(pool: _Pool, options: SplitOptions, seed: int) -> Sides:
+def _by_input(pool: _Pool, options: SplitOptions, seed: int, least: int) -> Sides:
     if options.leaks == "drop":
         _drop(pool, [side for side in (VALIDATION, TEST) if pool.is_given[side]])
     shares = _shares(pool, options)
-    pool.inspect(min_rows_per_class=1 + sum(share > 0 for share in shares))
+    needed = _needed(pool, 1 + sum(share > 0 for share in shares), least)
+    pool.inspect(min_rows_per_class=needed)
     if has_errors(pool.findings):
         return pool.result()
     assert options.strategy in {"hash", "stratified", "random"}
@@ -112,9 +144,32 @@ def _by_input(pool: _Pool, options: SplitOptions, seed: int) -> Sides:
             test=shares[1],
             seed=seed,
             duplicates=pool.duplicates.take(pool.rows[TRAIN]),
+            rare=rare_names(pool.side(TRAIN), pool.train_groups(), needed),
         )
     )
+    pool.hold_out_something()
     return pool.result()
+
+
+def _needed(pool: _Pool, sides: int, least: int) -> int:
+    """How many inputs a class must have for its rows to be held out: `least`, but 2 or 1 if no class has more. For
+    numbers, and if nothing is cut off, the sides."""
+    sizes = [len(own) for own in inputs_by_name(pool.side(TRAIN), pool.train_groups()).values()]
+    if sides == 1 or not sizes:
+        return sides
+    return next(needed for needed in (least, 2, 1) if needed == 1 or max(sizes) >= needed)
+
+
+def _nothing_held_out(rows: LabelledRows) -> Finding:
+    return row_finding(
+        code="nothing_held_out",
+        severity="warning",
+        rows=[],
+        count=len(rows),
+        message=f"no class has two different {rows.modality.plural}, so none can be held out: the training rows stand "
+        "in for validation rows, and the figures are those of rows that were trained on",
+        fix="add rows of the same classes, or bring a validation_dataset",
+    )
 
 
 def _shares(pool: _Pool, options: SplitOptions) -> tuple[float, float]:
@@ -137,6 +192,7 @@ def _by_column(pool: _Pool, options: SplitOptions, seed: int) -> Sides:
         _drop(pool, [VALIDATION, TEST])
     pool.inspect(min_rows_per_class=1)
     pool.findings += _absent_classes(pool)
+    pool.hold_out_something()
     return pool.result()
 
 

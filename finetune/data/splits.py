@@ -8,7 +8,7 @@ nor the clock matters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, assert_never
@@ -40,7 +40,8 @@ class Split:
 
 @dataclass(slots=True)
 class _Units:
-    """What never parts, by number: its rows, the label most of them carry, its position and its side.
+    """What never parts, by number: its rows, the label most of them carry, its position, its side, and whether that may
+    change.
 
     Units are numbered in the order of their smallest digest, which breaks ties.
     """
@@ -50,6 +51,7 @@ class _Units:
     labels: Indices
     positions: npt.NDArray[np.float64]
     sides: npt.NDArray[np.int8]
+    is_fixed: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def split_rows(
     seed: int,
     duplicates: Duplicates | None = None,
     groups: Sequence[str | None] | None = None,
+    rare: Collection[str] = (),
 ) -> Split:
     """Splits by `strategy`; shares are of all rows, the rest trains.
 
@@ -102,9 +105,12 @@ def split_rows(
     - `stratified`: the same within each class; for other targets, within each of their strata.
     - `group`: by a stable hash of each row's value in `groups`; a row without one goes by its input.
 
-    Then each class is topped up, so that it is on every side with a share as far as it has
-    different inputs: first on training, then validation, then test. `duplicates` are found where they are
-    not given. Raises `ValueError` for shares that are negative or leave nothing to train on.
+    Rows of a class in `rare`, and their near duplicates, train. Every other class is topped up, so that it is on every
+    side with a share as far as it has different inputs: first on training, then validation, then test. A class whose
+    rows are all among the near duplicates of others' gets one of these units for training.
+
+    `duplicates` are found where they are not given. Raises `ValueError` for shares that are
+    negative or leave nothing to train on.
     """
     shares = _Shares(validation, test)
     if strategy == "group":
@@ -112,7 +118,10 @@ def split_rows(
     else:
         units = _units_of_inputs(rows, duplicates or find_duplicates(rows.examples, rows.modality), strategy, seed)
     units.sides = shares.sides_of(units.positions)
+    units.is_fixed[units.of_row[_has_name(rows, frozenset(rare))]] = True
+    units.sides[units.is_fixed] = TRAIN
     _top_up(units, shares)
+    _train_every_class(units, rows, shares)
     return Split.of(units.sides[units.of_row])
 
 
@@ -156,7 +165,8 @@ def _units(rows: LabelledRows, of_row: Indices, positions: npt.NDArray[np.float6
     count = len(positions)
     sizes = np.bincount(of_row, minlength=count)
     kinds = rows.target.strata(rows.labels)
-    return _Units(of_row, sizes, _most_common(kinds, of_row), positions, np.zeros(count, np.int8))
+    sides, is_fixed = np.zeros(count, np.int8), np.zeros(count, np.bool_)
+    return _Units(of_row, sizes, _most_common(kinds, of_row), positions, sides, is_fixed)
 
 
 def _most_common(labels: list[str], of_row: Indices) -> Indices:
@@ -193,7 +203,24 @@ def _top_up(units: _Units, shares: _Shares) -> None:
     for members in np.split(order, np.flatnonzero(np.diff(units.labels[order])) + 1):
         for side in shares.wanted():
             held = np.bincount(units.sides[members], minlength=3)
-            spare = members[held[units.sides[members]] > (0 if side == TRAIN else 1)]
+            is_spare = (held[units.sides[members]] > (0 if side == TRAIN else 1)) & ~units.is_fixed[members]
+            spare = members[is_spare]
             if held[side] == 0 and len(spare):
                 distances = shares.distances(units.positions[spare], side)
                 units.sides[spare[int(np.argmin(distances))]] = side
+
+
+def _has_name(rows: LabelledRows, names: frozenset[str]) -> npt.NDArray[np.bool_]:
+    """Which rows have any of these classes or labels."""
+    having = {label for label in set(rows.labels) if not names.isdisjoint(rows.target.names_of(label))}
+    return np.fromiter((label in having for label in rows.labels), bool, len(rows))
+
+
+def _train_every_class(units: _Units, rows: LabelledRows, shares: _Shares) -> None:
+    """Moves the nearest unit of each class that has no row to train on. Only a class whose rows are near duplicates of
+    more rows of others lacks one here: its units count for their labels."""
+    trained = rows.take(np.flatnonzero(units.sides[units.of_row] == TRAIN))
+    for name in sorted(rows.names() - trained.names()):
+        holding = np.unique(units.of_row[_has_name(rows, frozenset({name}))])
+        if not (units.sides[holding] == TRAIN).any():
+            units.sides[holding[int(np.argmin(shares.distances(units.positions[holding], TRAIN)))]] = TRAIN

@@ -41,7 +41,10 @@ def summary(logits: FloatArray, labels: IntArray) -> dict[str, float]:
 def report(
     logits: FloatArray, labels: IntArray, names: Sequence[str], *, temperature: float, seed: int = 0
 ) -> dict[str, Any]:
-    """One split in full: per class, confusion matrix (rows true, columns answered), intervals, calibration."""
+    """One split in full: per class, confusion matrix (rows true, columns answered), intervals, calibration.
+
+    A class without a row here has None for its figures: it cannot be judged.
+    """
     answers = logits.argmax(1)
     index = list(range(len(names)))
     found = intervals(labels, answers, seed=seed)
@@ -51,9 +54,9 @@ def report(
         "per_class": [
             {
                 "label": name,
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
+                "precision": float(precision[i]) if support[i] else None,
+                "recall": float(recall[i]) if support[i] else None,
+                "f1": float(f1[i]) if support[i] else None,
                 "rows": int(support[i]),
             }
             for i, name in enumerate(names)

@@ -98,6 +98,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], side: str)
     import numpy as np
 
     counts = np.asarray(matrix, dtype=np.int64)
+    has_rows = counts.any(1)
     kept = np.sort(np.argsort(-(counts.sum(1) + counts.sum(0)), kind="stable")[:_MOST_CLASSES])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     counts, shares = counts[np.ix_(kept, kept)], shares[np.ix_(kept, kept)]
@@ -106,8 +107,9 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], side: str)
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [_short(labels[index]) for index in kept]
+    marked = [name if has_rows[index] else f"{name} (no row)" for index, name in zip(kept, names, strict=True)]
     axis.set_xticks(range(len(kept)), names, rotation=90)
-    axis.set_yticks(range(len(kept)), names)
+    axis.set_yticks(range(len(kept)), marked)
     if len(kept) <= _MOST_NUMBERED:
         for row, column in np.argwhere(counts > 0):
             color = "white" if shares[row, column] > 0.5 else "black"

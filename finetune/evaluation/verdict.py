@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.data.targets import metric_of
+from finetune.data.targets.base import all_named
 
 Severity = Literal["good", "info", "warning"]
 
@@ -51,6 +52,7 @@ class Figures:
     data_curve: Mapping[str, Any] | None = None
     fit_metric: str = ""
     least_fit: float = 0.8
+    is_on_training_rows: bool = False
 
 
 def verdict(figures: Figures) -> list[Judgement]:
@@ -60,6 +62,7 @@ def verdict(figures: Figures) -> list[Judgement]:
         *_overfitting(figures),
         *_baseline(figures),
         *_more_data(figures),
+        *_unjudged_classes(figures),
         *_small_classes(figures),
         *_calibration(figures),
         *_held_out(figures),
@@ -203,8 +206,20 @@ def _more_data(figures: Figures) -> list[Judgement]:
     return [Judgement("more_data_unclear", "info", message, curve)]
 
 
+def _unjudged_classes(figures: Figures) -> list[Judgement]:
+    names = [row["label"] for row in figures.side.get("per_class", []) if not row["rows"]]
+    if not names:
+        return []
+    verb = "has" if len(names) == 1 else "have"
+    message = (
+        f"{len(names)} of {len(figures.side['per_class'])} classes {verb} no {figures.side_name} row, so nothing is "
+        f"known of how they are answered: {all_named(names)}."
+    )
+    return [Judgement("classes_not_judged", "warning", message, {"classes": names})]
+
+
 def _small_classes(figures: Figures) -> list[Judgement]:
-    small = {row["label"]: row["rows"] for row in figures.side.get("per_class", []) if row["rows"] < _FEW_ROWS}
+    small = {row["label"]: row["rows"] for row in figures.side.get("per_class", []) if 0 < row["rows"] < _FEW_ROWS}
     if not small:
         return []
     rarest = sorted(small.items(), key=lambda item: item[1])
@@ -236,5 +251,10 @@ def _calibration(figures: Figures) -> list[Judgement]:
 def _held_out(figures: Figures) -> list[Judgement]:
     if figures.side_name == "test":
         return []
+    if figures.is_on_training_rows:
+        message = (
+            "No row is held out: the figures are those of the rows that were trained on, and say nothing of others."
+        )
+        return [Judgement("nothing_held_out", "warning", message, {"rows": figures.side["rows"]})]
     message = "There are no test rows: the figures are those of the rows that the choice was made on, and flatter it."
     return [Judgement("no_test_rows", "warning", message, {"rows": figures.side["rows"]})]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from finetune.data.options import FrozenModel, SplitOptions, modality_of
+from finetune.data.options import FrozenModel, RareClasses, SplitOptions, modality_of
 from finetune.data.targets import MetricName, metric_of, target_type
 from finetune.jobs.search_space import FIXED, MOST_CHOICES, Choices, Range, Space, SpaceField, samples, with_values
 
@@ -91,6 +91,8 @@ class TrainingOptions(FrozenModel):
     focal_gamma: float = Field(2.0, ge=0, le=10)
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     oversample: bool = False
+    rare_classes: Literal["keep", "drop", "other"] = "keep"
+    min_rows_per_class: int = Field(3, ge=1, le=1000)
 
     unfreeze_layers: Literal["all"] | int = "all"
     lora: LoraOptions = LoraOptions()
@@ -109,6 +111,10 @@ class TrainingOptions(FrozenModel):
     trials: int = Field(0, ge=0, le=1000)
     space: Space = SpaceField
     pruner: Literal["asha", "none"] = "asha"
+
+    @property
+    def rare(self) -> RareClasses:
+        return RareClasses(policy=self.rare_classes, least=self.min_rows_per_class)
 
 
 class Hyperparameters(TrainingOptions):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
-from finetune.data.options import AUTO, Columns, FrozenModel, TaskColumns, WantedTask
+from finetune.data.options import AUTO, Columns, FrozenModel, TaskColumns, TaskSideColumns, WantedTask
 from model_registry.refs import NAME_PATTERN
 from modeling.tasks import DEFAULT_TASK
 
@@ -67,12 +67,28 @@ class JobRequest(FrozenModel):
     backbone: str | None = Field(None, pattern=NAME_PATTERN)
     task: WantedTask = AUTO
     columns: TaskColumns = Field(Columns(), validate_default=True)
+    exclude_rows: list[Annotated[int, Field(ge=1, le=10_000_000)]] = Field([], max_length=10_000)
+    validation_columns: TaskSideColumns = None
+    test_columns: TaskSideColumns = None
     register_as: str = Field(pattern=NAME_PATTERN)
     promote: Literal["manual", "if_better"] = "manual"
     hyperparameters: dict[str, Any] = Field({})
     metadata: dict[
         Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
     ] = Field({}, max_length=16)
+
+    @model_validator(mode="after")
+    def _names_columns_of_given_datasets(self) -> Self:
+        for side in ("validation", "test"):
+            if getattr(self, f"{side}_columns") is not None and getattr(self, f"{side}_dataset") is None:
+                raise ValueError(f"{side}_columns has no effect without {side}_dataset")
+        return self
+
+    @property
+    def columns_by_side(self) -> dict[str, Columns]:
+        """The columns in the datasets of `train`, `validation` and `test`."""
+        others = {"train": None, "validation": self.validation_columns, "test": self.test_columns}
+        return {side: self.columns.of_side(other) for side, other in others.items()}
 
 
 class JobSpec(JobRequest):

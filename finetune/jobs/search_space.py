@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Scalar = str | int | float | bool | None
 MOST_CHOICES = 100
 FIXED = frozenset(
-    "method task seed max_seconds metric eval_every restore_best refit split max_length calibration abstain gate "
-    "trials space pruner devices processes".split()
+    "method task seed max_seconds metric eval_every restore_best refit split rare_classes min_rows_per_class "
+    "max_length calibration abstain gate trials space pruner devices processes".split()
 )
 
 

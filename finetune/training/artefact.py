@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.data.options import JOINTS
 from finetune.evaluation.plots import draw
 from finetune.jobs.link import ChildJob
 from finetune.training.methods.candidate import Candidate, Servable
@@ -77,7 +78,7 @@ def write_artefact(
         thresholds=answering.thresholds or None,
     )
     documents = {
-        "eval/report.json": evaluation,
+        "eval/report.json": evaluation | {"suspects": [_without_text(one) for one in evaluation.get("suspects") or []]},
         "train/params.json": run.plan.model_dump(mode="json"),
         "train/environment.json": environment(run),
         "data/fingerprint.json": fingerprint(job, run),
@@ -96,6 +97,11 @@ def write_artefact(
     )
     for name, rows in run.rules.tables(evaluation["test"] or evaluation["validation"], run.labels).items():
         (folder / "eval" / f"{name}.csv").write_text(_csv(rows))
+
+
+def _without_text(suspect: Mapping[str, Any]) -> dict[str, Any]:
+    """More people may read a version than the data."""
+    return {name: value for name, value in suspect.items() if name != "text"}
 
 
 def write_judgement(
@@ -176,6 +182,7 @@ def fingerprint(job: ChildJob, run: Run) -> dict[str, Any]:
         "datasets": {side: {"id": given.id, "sha256": given.sha256} for side, given in inputs.items() if given},
         "split": run.plan.split.model_dump(mode="json"),
         "columns": job.spec.columns.model_dump(mode="json"),
+        "joint": JOINTS.get(run.modality.name),  # between the cells of several columns of one role
         "rows": {side: len(rows) for side, rows in sides.items()},
         "label_counts" if run.rules.has_labels else "targets": {
             side: run.rules.counts(rows.labels, run.labels) for side, rows in sides.items()

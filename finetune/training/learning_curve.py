@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import RidgeClassifier
 from sklearn.svm import LinearSVC
 
 from finetune.evaluation.data_curve import data_curve
+from finetune.training.methods.baseline import quiet_solvers
 from finetune.training.run_context import Run
 from finetune.training.words import weighted_words
 from modeling.inputs import Example
@@ -68,7 +68,7 @@ def _on_words(run: Run) -> tuple[str, Callable[[IntArray], FloatArray]]:
 def _fitted(run: Run, model: Any, features: Any, labels: IntArray, validation: Any) -> FloatArray:
     """Validation scores float32[rows, labels]; every class has a row in every part."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is good enough to compare
+        quiet_solvers()
         model.fit(features, labels)
     scores = np.asarray(model.decision_function(validation), dtype=np.float32)
     scores = np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import resource
 import tempfile
@@ -22,7 +23,7 @@ from finetune.data.findings import too_long
 from finetune.data.labelled import LabelledRows
 from finetune.data.records import has_errors
 from finetune.evaluation.tasks import rules_of
-from finetune.jobs.failures import Cancelled, DatasetInvalid, RunError
+from finetune.jobs.failures import Cancelled, DatasetInvalid, RunError, Stopped
 from finetune.jobs.hyperparameters import Hyperparameters, parse_hyperparameters
 from finetune.jobs.link import ChildJob, Journal, Link, tell
 from finetune.jobs.plan import DatasetProfile, TrainingPlan, resolve
@@ -37,12 +38,14 @@ from finetune.training.promotion import Contender, judge
 from finetune.training.report import Outcome, assess
 from finetune.training.run_context import Rows, Run
 from finetune.training.search import Replan, search
-from finetune.training.suspects import find_suspects
+from finetune.training.suspects import all_rows, find_suspects
 from model_registry.store import FileStore
 from modeling.backbone import Backbone
 
 if TYPE_CHECKING:
     from finetune.training.parallel import Ranks
+
+_log = logging.getLogger("finetune.training.recipe")
 
 
 def run_job(job: ChildJob, link: Link) -> None:
@@ -61,9 +64,11 @@ def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, wanted, link)
     cache = feature_cache(job)
-    suspects = find_suspects(train, link, seed=wanted.seed, cache=cache) if train.target.has_suspects else []
+    suspects = []
+    if train.target.has_suspects:
+        suspects = find_suspects(all_rows(train, validation, test), link, seed=wanted.seed, cache=cache)
     release_free_memory()
-    # Where near duplicates differ in their labels, a rare one may be on a later side alone; it is then never given.
+    # A class that a column or a given dataset puts on a later side alone is never answered.
     labels = tuple(sorted(train.names() | validation.names() | test.names()))
     check_class_weights(wanted, labels)
     backbone = Backbone.open(job.backbone_folder)
@@ -134,7 +139,13 @@ def load_sides(job: ChildJob, wanted: Hyperparameters, link: Link) -> tuple[Labe
     inputs = {"train": job.train, "validation": job.validation, "test": job.test}
     files = {side: given.rows_file for side, given in inputs.items() if given is not None}
     sides = datasets.load_sides(
-        files, columns=job.spec.columns, options=wanted.split, seed=wanted.seed, task=job.spec.task
+        files,
+        columns=job.spec.columns_by_side,
+        options=wanted.split,
+        seed=wanted.seed,
+        task=job.spec.task,
+        rare=wanted.rare,
+        exclude=job.spec.exclude_rows,
     )
     tell(link, sides.findings)
     if has_errors(sides.findings):
@@ -248,12 +259,14 @@ def train_methods(run: Run) -> list[Candidate]:
             run.link.event("data_warning", message, {"code": "budget", "method": planned.method}, level="warn")
             continue
         try:
-            candidate = METHODS[planned.method](run)
+            candidate = _attempt(run, planned.method)
         except Cancelled as request:
             if not request.keep_best or not candidates:
                 raise
             run.is_winding_down = True
             break
+        if candidate is None:
+            continue
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process, so far
         candidate.details["peak_mb"] = round(peak_kib * 1024 / 1e6)
         candidates.append(candidate)
@@ -261,6 +274,26 @@ def train_methods(run: Run) -> list[Candidate]:
         if run.is_winding_down:
             break
     return candidates
+
+
+def _attempt(run: Run, method: str) -> Candidate | None:
+    """Train by one method. None, which is told, if it fails and another may still give a model; what may pass, or hits
+    every method alike, is raised, as is the last failure of all."""
+    try:
+        return METHODS[method](run)
+    except (Cancelled, Stopped, OSError):
+        raise
+    except Exception as error:
+        if len(run.failed_methods) + 1 == len(run.plan.methods):
+            raise
+        if isinstance(error, RunError) and error.failure.retryable:
+            raise
+        _log.exception(f"{method} failed", extra={"action": "method_failed"})
+        reason = str(error) if isinstance(error, RunError) else f"the log has the details ({type(error).__name__})"
+        run.failed_methods.append({"method": method, "reason": reason[:500]})
+        message = f"{method} failed, the other methods go on: {reason}"[:500]
+        run.link.event("data_warning", message, {"code": "method_failed", "method": method}, level="warn")
+        return None
 
 
 def _must_skip(run: Run, needed_s: float | None) -> bool:

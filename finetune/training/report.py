@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,9 +39,11 @@ def assess(run: Run, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
         "chosen": best.method,
         "temperature": outcome.answering.temperature,
         "methods": [_method(run, candidate) for candidate in outcome.candidates],
+        "failed_methods": run.failed_methods,
         "validation": None,
         "test": None,
         "rows": {"train": len(run.train), "validation": len(run.validation), "test": len(run.test)},
+        "not_judged": _not_judged(run),
     } | {name: rules.report(side) for name, side in sides.items()}
     curves = {name: rules.curves(side) for name, side in sides.items()}
     evaluation["abstention"] = _abstention(run, outcome, curves["validation"])
@@ -48,6 +51,17 @@ def assess(run: Run, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
     evaluation["verdict"] = [asdict(judgement) for judgement in verdict(_figures(run, outcome, evaluation))]
     curves["history"] = {"method": best.method, "metric": run.plan.metric, **_history(best)}
     return evaluation, curves
+
+
+def _not_judged(run: Run) -> list[dict[str, Any]]:
+    """The classes or labels without a row on the side that the figures are of, with their rows on every side."""
+    if not run.rules.has_labels:
+        return []
+    sides = {"train": run.train, "validation": run.validation, "test": run.test}
+    counts = {name: run.rules.counts(rows.labels, run.labels) for name, rows in sides.items()}
+    deciding = counts["test" if len(run.test) else "validation"]
+    absent = [name for name in run.labels if not deciding[name]]
+    return [{"label": name, **{side: counts[side][name] for side in sides}} for name in absent]
 
 
 def _method(run: Run, candidate: Candidate) -> dict[str, Any]:
@@ -108,6 +122,8 @@ def _figures(run: Run, outcome: Outcome, evaluation: dict[str, Any]) -> Figures:
         data_curve=evaluation["data_curve"],
         fit_metric=fit_metric,
         least_fit=run.rules.least_fit,
+        is_on_training_rows=len(run.train) == len(run.validation)
+        and all(map(operator.is_, run.train.examples, run.validation.examples)),
     )
 
 

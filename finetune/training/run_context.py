@@ -64,7 +64,8 @@ class Run:
 
     `on_evaluation` hears of each evaluation's number (from 1) and value, and may raise to end the training. Where the
     run does not hold out the validation rows, as in a refit, they are among the training rows and nothing is evaluated.
-    `suspects` are the training rows whose label is probably wrong, as the evaluation lists them.
+    `suspects` are the rows whose label is probably wrong, and `failed_methods` those that came to no model, as
+    the evaluation lists them.
     `ranks` are the other processes that train with this one. Those have `orders` instead, the factor on the learning
     rates of each step to take, and `tokens` for their rows.
     """
@@ -84,6 +85,7 @@ class Run:
     holds_out: bool = True
     vectors: FrozenVectors | None = None
     suspects: list[dict[str, Any]] = field(default_factory=list)
+    failed_methods: list[dict[str, str]] = field(default_factory=list)
     on_evaluation: Callable[[int, float], None] | None = None
     ranks: Ranks | None = None
     orders: Iterator[float] | None = None

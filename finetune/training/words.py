@@ -13,6 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from finetune.data.hash_sets import batches
 from finetune.data.text_shingles import word_hashes
 from modeling.inputs.text import TextInput, as_one
+from modeling.linear_text import new_character_vectorizer
 from modeling.weights import FloatArray, IntArray
 
 _FEATURE_BITS = 17
@@ -21,8 +22,12 @@ _READ_CHARACTERS = 600
 
 
 def weighted_words(train: Sequence[TextInput], others: Sequence[TextInput]) -> tuple[Any, Any]:
-    """Tf-idf of words alone, counted once: the baseline's own vectorizer takes longer than several fits."""
+    """Tf-idf of words alone, counted once: the baseline's own vectorizer takes longer than several fits. Where no text
+    has a word, of runs of characters."""
     vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
+    analyze = vectorizer.build_analyzer()
+    if not any(analyze(as_one(text)) for text in train):
+        vectorizer = new_character_vectorizer()
     return vectorizer.fit_transform(map(as_one, train)), vectorizer.transform(map(as_one, others))
 
 

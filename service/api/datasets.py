@@ -105,14 +105,19 @@ def get_report(
 
 @router.get("/datasets/{dataset_id}/preview", summary="The first rows as they were read")
 def get_preview(
-    dataset_id: str, services: ServicesDep, principal: Uploading, limit: int = Query(20, ge=1, le=200)
+    dataset_id: str,
+    services: ServicesDep,
+    principal: Uploading,
+    limit: int = Query(20, ge=1, le=200),
+    offset: int = Query(0, ge=0, le=10_000_000, description="leave out so many rows"),
 ) -> dict[str, Any]:
     record = services.datasets.get(principal.tenant, dataset_id)
     if record.status is not DatasetStatus.READY or record.columns is None:
         raise Problem(409, "dataset_not_ready", f"{record.id} is {record.status}; only a ready dataset has a preview")
     names = [column.name for column in record.columns]
     rows: list[dict[str, Any]] = []
-    for batch in read_batches(services.intake.folder(principal.tenant, record.id) / ROWS_FILE, names):
+    file = services.intake.folder(principal.tenant, record.id) / ROWS_FILE
+    for batch in read_batches(file, names, offset=offset):
         cells = zip(batch.row_numbers, *batch.columns, strict=True)
         rows += [
             {"row": row, "values": dict(zip(names, values, strict=True))}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import hashlib
+import io
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -36,6 +38,9 @@ from service.inference.errors import ModelNotReady
 router = APIRouter(tags=["fine-tuning"])
 _EVENT_POLL_S = 0.3
 _CHARACTERS_PER_TOKEN = 4
+_JSON_FIELDS = frozenset(
+    {"columns", "exclude_rows", "validation_columns", "test_columns", "hyperparameters", "metadata"}
+)
 _INSPECTED_ROWS = 50_000  # some 5 s of a thread; a job inspects any number
 _BODY_SCHEMA = {
     "requestBody": {
@@ -73,7 +78,7 @@ async def _read(request: Request, services: Services, principal: Principal) -> t
         record, fields = await take_upload(request, services, principal.tenant)
         values: dict[str, Any] = {}
         for name, text in fields.items():
-            values[name] = _json_field(name, text) if name in {"columns", "hyperparameters", "metadata"} else text
+            values[name] = _json_field(name, text) if name in _JSON_FIELDS else text
         canonical = json.dumps({**values, "file": record.sha256}, sort_keys=True)
         return _validated({**values, "dataset": record.id}), hashlib.sha256(canonical.encode()).hexdigest()
     json_body(request)
@@ -159,7 +164,9 @@ def _check_dataset(record: DatasetRecord, spec: JobSpec, *, split_column: str | 
         return  # still being checked: the worker looks again
     names = [column.name for column in record.columns]
     further = [*spec.columns.slices, *([split_column] if split_column else [])] if record.id == spec.dataset else []
-    for wanted in (*spec.columns.named.values(), spec.columns.label, *further):
+    sides = {"train": spec.dataset, "validation": spec.validation_dataset, "test": spec.test_dataset}
+    needed = [name for side, id_ in sides.items() if id_ == record.id for name in spec.columns_by_side[side].all_named]
+    for wanted in (*needed, *further):
         if wanted not in names:
             error = ColumnMissing(wanted, available=names)
             raise DatasetUnreadable(f"{record.id}: {error}", findings=[error.as_finding()])
@@ -174,7 +181,7 @@ def _dry_run(
         raise Problem(409, "dataset_not_ready", f"{record.id} is still {record.status}; ask again in a moment")
     folders = {id_: services.intake.folder(principal.tenant, id_) for id_ in records}
     rows_file = folders[record.id] / ROWS_FILE
-    target = find_target({"train": rows_file}, spec.columns, spec.task)
+    target = find_target({"train": rows_file}, spec.columns_by_side, spec.task)
     rows, findings = load_labelled(rows_file, spec.columns, target=target)
     lengths = sorted(rows.modality.size(example) // _CHARACTERS_PER_TOKEN + 2 for example in rows.examples)
     total, split = len(rows), wanted.split
@@ -185,7 +192,15 @@ def _dry_run(
     if is_ready and sum(other.rows or 0 for other in records.values()) <= _INSPECTED_ROWS:
         named = {"train": spec.dataset, "validation": spec.validation_dataset, "test": spec.test_dataset}
         files = {side: folders[id_] / ROWS_FILE for side, id_ in named.items() if id_ is not None}
-        findings = load_sides(files, columns=spec.columns, options=split, seed=wanted.seed, task=spec.task).findings
+        findings = load_sides(
+            files,
+            columns=spec.columns_by_side,
+            options=split,
+            seed=wanted.seed,
+            task=spec.task,
+            rare=wanted.rare,
+            exclude=spec.exclude_rows,
+        ).findings
     profile = services.jobs.live_worker_profile()
     if spec.backbone not in services.backbones:
         raise ModelNotReady(f"the backbone {spec.backbone} is being loaded", retry_after_s=1.0)
@@ -240,6 +255,18 @@ def get_evaluation(job_id: str, services: ServicesDep, principal: Training) -> d
     if job.evaluation is None:
         raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
     return {"object": "finetune.evaluation", "job_id": job.id, **job.evaluation}
+
+
+@router.get("/finetune/{job_id}/suspects", summary="Rows whose label is probably wrong, as csv")
+def get_suspects(job_id: str, services: ServicesDep, principal: Training) -> Response:
+    job = services.jobs.get(principal.tenant, job_id)
+    if job.evaluation is None:
+        raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, ["row", "side", "given", "suggested", "margin", "text"], lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows({"side": "train", "text": "", **suspect} for suspect in job.evaluation.get("suspects") or [])
+    return Response(sink.getvalue(), media_type="text/csv; charset=utf-8")
 
 
 @router.get("/finetune/{job_id}/events", summary="Events of a job, as JSON or as a stream")
@@ -308,6 +335,9 @@ def document(job: FineTuneJob, services: Services) -> dict[str, Any]:
         "backbone": spec.backbone,
         "task": (job.plan or {}).get("task", spec.task),
         "columns": spec.columns.model_dump(),
+        "exclude_rows": spec.exclude_rows,
+        "validation_columns": spec.validation_columns and spec.validation_columns.model_dump(exclude_none=True),
+        "test_columns": spec.test_columns and spec.test_columns.model_dump(exclude_none=True),
         "promote": spec.promote,
         "hyperparameters": spec.hyperparameters,
         "plan": job.plan,

@@ -175,6 +175,6 @@ def test_a_dry_run_tells_what_is_wrong_with_the_rows_before_anything_is_spent(lo
         (finding["code"], finding["severity"]): finding["rows"]
         for finding in until(ask, within_s=60, what="the plan")["findings"]
     }
-    assert found["class_too_small", "error"] == [41]
+    assert found["class_too_small", "warning"] == [41]
     assert found["unknown_label", "error"] == [2]
     assert found["split_overlap", "warning"] == [1]

@@ -43,12 +43,13 @@ def target_type(task: str) -> type[Target]:
 def target_of(task: str, cells: Iterable[str | None], *, modality: str = DEFAULT_MODALITY) -> Target:
     """Build the target of a task from the cells of its label column.
 
-    `auto` is the task for several labels if every cell that is not empty holds a list, else the one for one label.
+    `auto` is the task for several labels if every cell that is not empty holds a list, else the one for one label;
+    `cells` are then read twice.
     """
     if task != AUTO:
         return target_type(task).of(task, cells)
     kind = "multi_label" if _are_lists(cells) else "single_label"
-    return TARGETS[kind].of(task_of_kind(modality, kind).name, ())
+    return TARGETS[kind].of(task_of_kind(modality, kind).name, cells)
 
 
 def metric_of(name: str) -> Metric:

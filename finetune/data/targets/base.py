@@ -6,14 +6,14 @@ JSON list, or the number. Pure; knows no file.
 
 from __future__ import annotations
 
-import json
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from itertools import zip_longest
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from finetune.data.records import Finding, row_finding
+from finetune.data.spellings import read_list
 from finetune.data.targets.metric import Metric
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 10  # fewer rows of a label can hardly be learnt or measured
 _NAMES_SHOWN = 5
-_LIST_START = re.compile(r"\s*\[")
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_MOST_NAMED, _NAME_CHARACTERS = 200, 60
 
 Keys = Sequence[int]
 """A number for each row's input, or for its near duplicates."""
@@ -55,6 +54,11 @@ class Target(Protocol):
     def names_of(self, label: str) -> tuple[str, ...]:
         """Return the classes or labels that a label names; none for a number."""
 
+    def relabelled(self, label: str, names: Mapping[str, str | None]) -> str | None:
+        """Return the label with classes or labels renamed, or left out if their new name is None; None if nothing is
+        left of it."""
+        return label
+
     def strata(self, labels: Sequence[str]) -> list[str]:
         """Return for each row the kind of which every side of a split should have its share."""
 
@@ -63,7 +67,8 @@ class Target(Protocol):
         return []
 
     def findings(self, rows: LabelledRows, groups: Keys, needed: int) -> list[Finding]:
-        """Say what keeps these rows from being trained on. `needed` counts the sides of the split."""
+        """Say what keeps these rows from being trained on. `needed` is how many different inputs a class must have to
+        be held out at all, or the sides of the split if there are no classes."""
 
     def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
         """Report equal inputs with different labels."""
@@ -71,15 +76,14 @@ class Target(Protocol):
 
 
 def parse_list(cell: str) -> list[str] | None:
-    """Return the strings of a JSON list of strings, None for anything else."""
-    if not _LIST_START.match(cell):
-        return None
-    try:
-        value: Any = json.loads(cell)
-    except (ValueError, RecursionError):
-        return None
-    is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return value if is_list else None
+    """Return the items of a list as strings, None for anything else."""
+    found = read_list(cell)
+    return None if found is None else found.items
+
+
+def looks_like_list(cell: str) -> bool:
+    """Say whether a cell that is no list has its brackets."""
+    return cell.startswith("[") and cell.endswith("]") and read_list(cell) is None
 
 
 def conflicting_labels(rows: LabelledRows, keys: Keys) -> list[Finding]:
@@ -100,6 +104,22 @@ def conflicting_labels(rows: LabelledRows, keys: Keys) -> list[Finding]:
     affected = [numbers[position] for position in positions]
     fix = f"keep one label per {rows.modality.name}"
     return [row_finding(code="conflicting_labels", severity="warning", message=message, rows=affected, fix=fix)]
+
+
+def with_sizes(sizes: Mapping[str, int]) -> str:
+    """List names with their sizes, the smallest first."""
+    smallest_first = sorted(sizes, key=lambda name: (sizes[name], name))
+    return all_named(smallest_first, [f" ({sizes[name]})" for name in smallest_first])
+
+
+def all_named(names: Sequence[str], remarks: Sequence[str] = ()) -> str:
+    """List all names, each with its remark, so that none is hidden: 200 of them, long ones cut."""
+    told = [
+        f"{name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 1] + '…'!r}{remark}"
+        for name, remark in zip_longest(names[:_MOST_NAMED], remarks[:_MOST_NAMED], fillvalue="")
+    ]
+    more = len(names) - _MOST_NAMED
+    return ", ".join(told) + (f" and {more:,} more" if more > 0 else "")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from finetune.data.records import Finding, row_finding
-from finetune.data.targets.base import FEW_ROWS, Keys, Target, listed, parse_list
+from finetune.data.spellings import ListSpelling, label_name, read_list
+from finetune.data.targets.base import FEW_ROWS, Keys, Target, listed, looks_like_list, with_sizes
 from finetune.data.targets.metric import Metric
+from modeling.inputs import BadCell
 
 if TYPE_CHECKING:
     from finetune.data.labelled import LabelledRows
@@ -21,9 +23,10 @@ NO_LABEL = "(none)"
 
 @dataclass(frozen=True, slots=True)
 class LabelSetTarget(Target):
-    """A cell is a JSON list of strings, or labels with `separator` between them."""
+    """A cell is a list, or labels with `separator` between them; `spelling` is that of the lists."""
 
     separator: str | None = None
+    spelling: ListSpelling | None = None
     kind: ClassVar[str] = "multi_label"
     losses: ClassVar[tuple[str, ...]] = ("bce", "focal")
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -37,16 +40,25 @@ class LabelSetTarget(Target):
 
     @classmethod
     def of(cls, task: str, cells: Iterable[str | None]) -> Self:
-        return cls(task, _separator(cells))
+        return cls(task, *_separator(cells))
 
     def read(self, cell: str) -> str:
-        names = parse_list(cell)
-        if names is None:
-            names = cell.split(self.separator) if self.separator else [cell]
-        return json.dumps(sorted({name for part in names if (name := part.strip())}), ensure_ascii=False)
+        found = read_list(cell)
+        if found is None and self.separator is None and looks_like_list(cell.strip()):
+            fix = 'write a JSON list, ["price", "battery"], or labels with | between them'
+            raise BadCell(f"holds {cell.strip()[:60]!r}, a list that cannot be read", code="unexpected_list", fix=fix)
+        names = found.items if found else cell.split(self.separator) if self.separator else [cell]
+        named = {label_name(name) for part in names if (name := part.strip())}
+        return json.dumps(sorted(named), ensure_ascii=False)
 
     def names_of(self, label: str) -> tuple[str, ...]:
         return tuple(json.loads(label))
+
+    def relabelled(self, label: str, names: Mapping[str, str | None]) -> str | None:
+        """A row that has other labels keeps those; one that never had any stays without."""
+        own = self.names_of(label)
+        left = {new for name in own if (new := names.get(name, name)) is not None}
+        return None if own and not left else json.dumps(sorted(left), ensure_ascii=False)
 
     def strata(self, labels: Sequence[str]) -> list[str]:
         """The order of iterative stratification (Sechidis, Tsoumakas and Vlahavas, On the stratification of
@@ -68,6 +80,10 @@ class LabelSetTarget(Target):
         return strata
 
     def told(self, column: str) -> list[Finding]:
+        if self.spelling == "python":
+            message = f"the labels in column {column!r} are lists as Python prints them, and were read as lists"
+            fix = "nothing to do; JSON, jsonl and parquet have lists of their own"
+            return [Finding(code="label_list", severity="info", message=message, column=column, fix=fix)]
         if self.separator is None:
             return []
         message = f"the labels in column {column!r} are separated by {self.separator!r}"
@@ -106,26 +122,25 @@ class LabelSetTarget(Target):
         return found
 
 
-def _separator(cells: Iterable[str | None]) -> str | None:
-    """`|` where any cell has one, else `;` where any has; none where a cell holds a list, which needs none."""
+def _separator(cells: Iterable[str | None]) -> tuple[str | None, ListSpelling | None]:
+    """`|` where any cell has one, else `;` where any has; none where a cell holds a list, which needs none, but has a
+    spelling."""
     found: set[str] = set()
     for cell in cells:
         if cell is None:
             continue
-        if parse_list(cell) is not None:
-            return None
+        if (items := read_list(cell)) is not None:
+            return None, items.spelling
         found.update(separator for separator in SEPARATORS if separator in cell)
-    return next((separator for separator in SEPARATORS if separator in found), None)
+    return next((separator for separator in SEPARATORS if separator in found), None), None
 
 
 def _rare(rows: LabelledRows, inputs: dict[str, set[int]], needed: int) -> list[Finding]:
     sizes = {name: len(own) for name, own in inputs.items() if len(own) < FEW_ROWS}
     if not sizes:
         return []
-    smallest_first = sorted(sizes, key=lambda name: (sizes[name], name))
-    named = listed([f"{name!r} ({sizes[name]})" for name in smallest_first])
     absent = sum(size < needed for size in sizes.values())
-    consequence = f"; {absent:,} of them cannot be on every side of the split" if absent else ""
+    consequence = f"; {absent:,} of them train and are not held out, so they cannot be judged" if absent else ""
     return [
         row_finding(
             code="class_too_small",
@@ -133,8 +148,9 @@ def _rare(rows: LabelledRows, inputs: dict[str, set[int]], needed: int) -> list[
             rows=rows.numbers_with(set(sizes)),
             count=len(sizes),
             message=f"{len(sizes):,} of {len(inputs):,} labels have fewer than {FEW_ROWS} different "
-            f"{rows.modality.plural} (near duplicates count once); expect poor results for them{consequence}: {named}",
-            fix="add rows, merge these labels into others, or remove them",
+            f"{rows.modality.plural} (near duplicates count once); expect poor results for them{consequence}: "
+            f"{with_sizes(sizes)}",
+            fix="add rows; or set rare_classes to drop, which leaves them out, or to other, which merges them",
         )
     ]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
 from finetune.data.records import Finding, row_finding
-from finetune.data.targets.base import NUMBER, Keys, Target
+from finetune.data.spellings import NUMBER, NumberSpelling, number_spelling, plain_number
+from finetune.data.targets.base import Keys, Target
 from finetune.data.targets.metric import Metric
 from modeling.inputs import BadCell
 
@@ -22,8 +23,10 @@ _MOST_BINS, _ROWS_PER_BIN = 10, 10
 
 @dataclass(frozen=True, slots=True)
 class NumberTarget(Target):
-    """A number is written with a point and without separators of thousands."""
+    """A number has a decimal point or, where the column shows it, a decimal comma, and thousands may be apart."""
 
+    spelling: NumberSpelling | None = None
+    example: str = ""
     kind: ClassVar[str] = "regression"
     empty_code: ClassVar[str] = "non_numeric_target"
     losses: ClassVar[tuple[str, ...]] = ("mse", "huber")
@@ -34,11 +37,32 @@ class NumberTarget(Target):
     )
     refuses: ClassVar[dict[str, str]] = {
         name: f"{name} needs classes, and the target is a number; leave it out"
-        for name in ("class_weights", "oversample", "label_smoothing", "abstain")
+        for name in (
+            *("class_weights", "oversample", "label_smoothing", "abstain"),
+            *("rare_classes", "min_rows_per_class"),
+        )
     }
 
+    @classmethod
+    def of(cls, task: str, cells: Iterable[str | None]) -> Self:
+        return cls(task, *number_spelling(cells))
+
+    def told(self, column: str) -> list[Finding]:
+        if self.spelling not in {"point", "comma"}:
+            return []
+        mark = "comma" if self.spelling == "comma" else "point"
+        message = f"numbers in column {column!r} have a decimal {mark} or thousands apart: {self.example!r} is read as "
+        message += f"{float(self.read(self.example)):g}"
+        fix = "nothing to do, or write numbers with a point and without separators of thousands"
+        return [Finding(code="number_format", severity="info", message=message, column=column, fix=fix)]
+
     def read(self, cell: str) -> str:
-        text = cell.strip()
+        text = plain_number(cell.strip(), self.spelling)
+        if self.spelling == "unclear" and "," in text:
+            what = f"holds {text[:60]!r}, which could be read with a decimal comma or a comma of thousands: the column "
+            what += "mixes both, or shows neither"
+            how = "write 1234.5 in every row, with a point and without separators of thousands"
+            raise BadCell(what, code="non_numeric_target", fix=how)
         fix = "write a finite number, such as 3.5 or -1e3, in every row; for words choose a classification task"
         if not NUMBER.fullmatch(text) or not math.isfinite(float(text)):
             raise BadCell(f"holds {text[:60]!r}, which is no finite number", code="non_numeric_target", fix=fix)

@@ -18,7 +18,7 @@ def class_weights(wanted: Any, labels: IntArray, names: Sequence[str]) -> FloatA
         return None
     counts: FloatArray = np.bincount(labels, minlength=len(names)).astype(np.float32)
     if wanted == "balanced":
-        return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
+        return (len(labels) / (int((counts > 0).sum()) * np.maximum(counts, 1))).astype(np.float32)
     chosen = np.asarray([float(wanted.get(name, 1.0)) for name in names], dtype=np.float32)
     return np.asarray(chosen * (len(labels) / float((chosen * counts).sum())), dtype=np.float32)
 

@@ -91,9 +91,9 @@ class LabelSetRules(Summed):
         return [
             {
                 "label": name,
-                "precision": float(hits[i] / max(1, given[i])),
-                "recall": float(hits[i] / max(1, rows[i])),
-                "f1": float(2 * hits[i] / max(1, given[i] + rows[i])),
+                "precision": float(hits[i] / max(1, given[i])) if rows[i] else None,
+                "recall": float(hits[i] / rows[i]) if rows[i] else None,
+                "f1": float(2 * hits[i] / (given[i] + rows[i])) if rows[i] else None,
                 "rows": int(rows[i]),
                 "threshold": thresholds[i],
             }

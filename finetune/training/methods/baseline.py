@@ -1,4 +1,5 @@
-"""Tf-idf and a linear model: trained first, so that no deep net that it beats is deployed."""
+"""Tf-idf of words, of runs of characters or of both, and a linear model: trained first, so that no deep net that it
+beats is deployed."""
 
 from __future__ import annotations
 
@@ -9,71 +10,156 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import hstack
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 
 from finetune.evaluation.tasks.class_weights import class_weights, positive_weights
-from finetune.evaluation.tasks.rules import Targets
+from finetune.evaluation.tasks.rules import Side, Targets
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run
 from modeling.inputs.text import TextInput, as_one
-from modeling.linear_text import LinearText, new_vectorizer
+from modeling.linear_text import MOST_READ, LinearText, new_character_vectorizer, new_vectorizer
+from modeling.tasks import Calibration
 from modeling.weights import FloatArray, IntArray
 
 _HALF_A_ROW = 0.5
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularisation C, tried from strong to weak
+_WORDS, _CHARACTERS, _BOTH = "words", "characters", "words and characters"
+_KINDS: dict[str, tuple[str, ...]] = {
+    _WORDS: (_WORDS,),
+    _CHARACTERS: (_CHARACTERS,),
+    _BOTH: (_WORDS, _CHARACTERS),
+}
+_CHARACTERS_IN_ALL = 20_000_000  # of the training rows, whose runs take some 25 bytes each
+_LEAST_READ = 50  # characters of a text, if the rows are many
+_MOST_WORK = 2_000_000_000  # entries × outputs of a fit on characters that is tried beside one on words
+_VOCABULARY_ROWS = 20_000  # whose runs of characters are counted
+_BY_CHANCE = 0.05
 
 
 def train(run: Run) -> Candidate:
+    """Words first, along a path of strengths. With characters beside them they are tried at the strength that suited
+    words best; only if that is better beyond chance, characters are tried alone, too. Without any word in the texts
+    characters walk the path."""
     started = time.monotonic()
-    words = _Words.of(run.train.examples)
-    fitted = []
-    for strength in _STRENGTHS:
+    space = _Space.of(run.train.examples, outputs=run.outputs)
+    held_out = {part: space.transformed(part, run.validation.examples) for part in space.features}
+    tried: list[tuple[float, str, float, FloatArray]] = []
+
+    def attempt(kind: str, strength: float) -> None:
         run.link.check_cancelled()
-        logits = words.fit(run, run.train.labels, strength).margins(run.validation.examples)
-        fitted.append((run.score(logits), logits))
-    best = run.plan.deciding.best([value for value, _ in fitted])
+        weight, bias = _solved(run, space.of_kind(kind), run.train.labels, strength)
+        logits = np.asarray(_stacked([held_out[part] for part in _KINDS[kind]]) @ weight.T + bias, np.float32)
+        tried.append((run.score(logits), kind, strength, logits))
+
+    first = _WORDS if _WORDS in space.features else _CHARACTERS
+    for strength in _STRENGTHS:
+        attempt(first, strength)
+    best = tried[run.plan.deciding.best([value for value, *_ in tried])]
+    if first == _WORDS and _CHARACTERS in space.features:
+        attempt(_BOTH, best[2])
+        if _is_better(run, tried[-1][3], than=best[3]):
+            attempt(_CHARACTERS, best[2])
+            further = [tried[-1], tried[-2]]  # of equals the smaller
+            best = further[run.plan.deciding.best([value for value, *_ in further])]
+    _, kind, strength, logits = best
 
     def finish() -> Servable:
         labels = np.concatenate([run.train.labels, run.validation.labels])
-        model = _Words.of([*run.train.examples, *run.validation.examples]).fit(run, labels, _STRENGTHS[best])
+        whole = _Space.of([*run.train.examples, *run.validation.examples], only=_KINDS[kind], outputs=run.outputs)
+        model = whole.model(kind, *_solved(run, whole.of_kind(kind), labels, strength))
         return Servable(logits=model.margins, linear=model)
 
     return Candidate(
         method="baseline",
         kind="baseline",
-        validation_logits=fitted[best][1],
+        validation_logits=logits,
         finish=finish,
         seconds=time.monotonic() - started,
-        details={"c": _STRENGTHS[best]},
+        details={"c": strength, "features": kind},
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """The words of some texts, weighted: sparse `features` [texts, terms]."""
+def _is_better(run: Run, outputs: FloatArray, *, than: FloatArray) -> bool:
+    """Whether outputs for the validation rows are better than others beyond chance."""
+    rows, plan = run.validation, run.plan
+    side = Side(outputs, rows.labels, run.labels, {}, Calibration(), plan.deciding, plan.seed)
+    figures = run.rules.compare(side, than)
+    return bool(figures["gain"] > 0 and figures["p_value"] <= _BY_CHANCE)
 
-    vectorizer: Any
-    features: Any
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """The weighted words and runs of characters of some texts: sparse `features` [texts, terms] by part, a part only if
+    it has a term. Of characters the first `read` of a text count."""
+
+    vectorizers: dict[str, Any]
+    features: dict[str, Any]
+    read: int
 
     @classmethod
-    def of(cls, texts: Sequence[TextInput]) -> _Words:
-        vectorizer = new_vectorizer()
-        return cls(vectorizer, vectorizer.fit_transform(map(as_one, texts)))
+    def of(cls, texts: Sequence[TextInput], *, only: Sequence[str] = (), outputs: int) -> _Space:
+        """Both parts, or those in `only`. Characters are left out beside words if they would take too long."""
+        read = min(MOST_READ, max(_LEAST_READ, _CHARACTERS_IN_ALL // max(1, len(texts))))
+        space = cls({}, {}, read)
+        if not only or _WORDS in only:
+            space._add_words(texts)
+        work = sum(min(len(as_one(text)), read) for text in texts) * 3
+        is_little = work <= 3 * _CHARACTERS_IN_ALL and work * outputs <= _MOST_WORK
+        if _CHARACTERS in only or not space.features or (not only and is_little):
+            space._add_characters(texts)
+        return space
 
-    def fit(self, run: Run, targets: Targets, strength: float) -> LinearText:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is good enough to compare
-            weight, bias = _MODELS[run.kind](run, self.features, targets, strength)
-        terms = tuple(self.vectorizer.get_feature_names_out().tolist())
-        return LinearText(terms, self.vectorizer.idf_.astype(np.float32), weight, bias)
+    def _add_words(self, texts: Sequence[TextInput]) -> None:
+        vectorizer = new_vectorizer()
+        analyze = vectorizer.build_analyzer()
+        if any(analyze(as_one(text)) for text in texts):  # it refuses texts without a word
+            self.features[_WORDS] = vectorizer.fit_transform(map(as_one, texts))
+            self.vectorizers[_WORDS] = vectorizer
+
+    def _add_characters(self, texts: Sequence[TextInput]) -> None:
+        """The vocabulary is that of evenly spread rows: of all there may be tens of millions of runs."""
+        cut = [as_one(text)[: self.read] for text in texts]
+        counted = new_character_vectorizer().fit(cut[:: -(-len(cut) // _VOCABULARY_ROWS)])
+        vectorizer = new_character_vectorizer(counted.get_feature_names_out().tolist())
+        self.features[_CHARACTERS] = vectorizer.fit_transform(cut)
+        self.vectorizers[_CHARACTERS] = vectorizer
+
+    def transformed(self, part: str, texts: Sequence[TextInput]) -> Any:
+        read = None if part == _WORDS else self.read
+        return self.vectorizers[part].transform(as_one(text)[:read] for text in texts)
+
+    def of_kind(self, kind: str) -> Any:
+        return _stacked([self.features[part] for part in _KINDS[kind]])
+
+    def model(self, kind: str, weight: FloatArray, bias: FloatArray) -> LinearText:
+        terms = {part: tuple(self.vectorizers[part].get_feature_names_out().tolist()) for part in _KINDS[kind]}
+        idf = np.concatenate([self.vectorizers[part].idf_ for part in _KINDS[kind]]).astype(np.float32)
+        return LinearText(terms.get(_WORDS, ()), idf, weight, bias, terms.get(_CHARACTERS, ()), self.read)
+
+
+def _stacked(parts: Sequence[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else hstack(parts, format="csr", dtype=np.float32)
+
+
+def _solved(run: Run, features: Any, targets: Targets, strength: float) -> tuple[FloatArray, FloatArray]:
+    with warnings.catch_warnings():
+        quiet_solvers()
+        return _MODELS[run.kind](run, features, targets, strength)
+
+
+def quiet_solvers() -> None:
+    """Inside `warnings.catch_warnings`: the last iterate is good enough to compare, and classes may be many."""
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    warnings.filterwarnings("ignore", "The number of unique classes is greater", UserWarning)
 
 
 def _of_classes(run: Run, features: Any, labels: IntArray, strength: float) -> tuple[FloatArray, FloatArray]:
     classifier = LinearSVC(C=strength, class_weight=by_index(run, labels), random_state=run.plan.seed)
     classifier.fit(features, labels)
-    return both_sides(classifier.coef_, classifier.intercept_)
+    return of_all_classes(classifier, features, len(run.labels))
 
 
 def _of_labels(run: Run, features: Any, targets: FloatArray, strength: float) -> tuple[FloatArray, FloatArray]:
@@ -113,6 +199,19 @@ def by_index(run: Run, labels: IntArray) -> dict[int, float] | None:
     # A method that is solved has no epochs, so weights take the place of repeated rows.
     weights = class_weights("balanced" if run.plan.oversample else run.plan.class_weights, labels, run.labels)
     return None if weights is None else dict(enumerate(weights.tolist()))
+
+
+def of_all_classes(model: Any, features: Any, classes: int) -> tuple[FloatArray, FloatArray]:
+    """Weights [classes, features] and biases [classes] of a model fitted on `features` [rows, features]. A class
+    without a row has a margin below all others, and not so far below that it would rule the temperature."""
+    weight, bias = both_sides(model.coef_, model.intercept_)
+    if len(model.classes_) == classes:
+        return weight, bias
+    lowest = np.float32(min((features @ weight.T + bias).min(), bias.min()) - 1)
+    every_weight = np.zeros((classes, weight.shape[1]), np.float32)
+    every_bias = np.full(classes, lowest, np.float32)
+    every_weight[model.classes_], every_bias[model.classes_] = weight, bias
+    return every_weight, every_bias
 
 
 def both_sides(coefficients: Any, intercepts: Any) -> tuple[FloatArray, FloatArray]:

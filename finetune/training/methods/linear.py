@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from threadpoolctl import threadpool_limits
 
 from finetune.evaluation.tasks.class_weights import positive_weights
-from finetune.training.methods.baseline import both_sides, by_index, constant_bias
+from finetune.training.methods.baseline import by_index, constant_bias, of_all_classes, quiet_solvers
 from finetune.training.run_context import Run
 from modeling.heads import DenseLayer, TaskHead, sigmoid
 from modeling.weights import FloatArray, IntArray
@@ -39,12 +38,13 @@ _PATIENCE = 3  # strengths without a gain until weaker ones are not tried any mo
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A head on raw vectors, the strength it was fitted with, and where the solver ended."""
+    """A head on raw vectors, the strength it was fitted with, where the solver ended, and for which classes."""
 
     head: TaskHead
     strength: float
     coefficients: Any
     intercepts: Any
+    classes: Any = None
 
 
 def fit_logistic(
@@ -58,6 +58,8 @@ def fit_logistic(
 ) -> Fit:
     """Multinomial logistic regression on standardised vectors; the standardisation is folded into the head."""
     mean, scale = standardisation(features)
+    if start is not None and not np.array_equal(start.classes, np.unique(labels)):
+        start = None  # validation rows may add a class, for which there are no coefficients to start from
     model = LogisticRegression(
         C=strength,
         class_weight=by_index(run, labels),
@@ -65,14 +67,16 @@ def fit_logistic(
         tol=tolerance,
         warm_start=start is not None,
     )
+    standard = (features - mean) / scale
     if start is not None:
         model.coef_, model.intercept_ = start.coefficients, start.intercepts
     # Products this small gain nothing from a second thread, and lose a lot where another process wants the core.
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is good enough to compare
-        model.fit((features - mean) / scale, labels)
-    weight, bias = both_sides(model.coef_, model.intercept_)
-    return Fit(folded_head(weight, bias, mean, scale), strength, model.coef_.copy(), model.intercept_.copy())
+        quiet_solvers()
+        model.fit(standard, labels)
+    weight, bias = of_all_classes(model, standard, len(run.labels))
+    head = folded_head(weight, bias, mean, scale)
+    return Fit(head, strength, model.coef_.copy(), model.intercept_.copy(), model.classes_.copy())
 
 
 def fit_one_vs_rest(

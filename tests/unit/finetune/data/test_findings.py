@@ -38,17 +38,19 @@ def test_single_class() -> None:
     assert (finding.severity, finding.count, len(finding.rows)) == ("error", 50, 20) and "'x'" in finding.message
 
 
-def test_class_too_small_is_an_error_below_the_minimum_and_a_warning_below_ten() -> None:
+def test_small_classes_are_told_below_the_minimum_as_not_judged_and_below_ten_as_poor() -> None:
     rows = rows_of(*many("big", 12), *many("tiny", 2), *many("small", 3))
-    error, warning = [finding for finding in inspect_rows(rows) if finding.code == "class_too_small"]
-    assert (error.severity, error.rows, error.count) == ("error", [13, 14], 1) and "'tiny' (2)" in error.message
-    assert (warning.severity, warning.rows) == ("warning", [15, 16, 17]) and "'small' (3)" in warning.message
-    assert all(f.severity != "error" for f in inspect_rows(rows, min_rows_per_class=2))
+    rare, small = [finding for finding in inspect_rows(rows) if finding.code == "class_too_small"]
+    assert (rare.severity, rare.rows, rare.count) == ("warning", [13, 14], 1) and "'tiny' (2)" in rare.message
+    assert "cannot be judged" in rare.message and "rare_classes" in rare.fix
+    assert (small.severity, small.rows) == ("warning", [15, 16, 17]) and "'small' (3)" in small.message
+    (told,) = [f for f in inspect_rows(rows, min_rows_per_class=2) if f.code == "class_too_small"]
+    assert "cannot be judged" not in told.message
 
 
 def test_copies_do_not_make_a_class_larger() -> None:
     finding = named(inspect_rows(rows_of(*many("a", 10), *[("same", "b")] * 10)), "class_too_small")
-    assert finding.severity == "error" and "'b' (1)" in finding.message
+    assert "cannot be judged" in finding.message and "'b' (1)" in finding.message
 
 
 def test_a_quantity_as_label_is_pointed_to_regression() -> None:
@@ -92,3 +94,6 @@ def test_unknown_label_and_overlap_name_the_split() -> None:
     assert (unknown.severity, unknown.rows) == ("error", [5]) and "validation" in unknown.message
     assert (overlap.severity, overlap.rows) == ("warning", [1]) and "test" in overlap.message
     assert [finding.severity for finding in findings] == ["error", "warning"]
+    of_a_cut = inspect_rows(train, rows_of(("fresh", "c"), first_row=5), cut=["validation"])
+    told = named(of_a_cut, "unknown_label")
+    assert told.severity == "warning" and "never answered" in told.message

@@ -148,8 +148,8 @@ FILES: list[tuple[str, str, bytes | Callable[[], bytes], str, int | None]] = [
     ("nothing at all", "a.csv", b"", "parse_error", None),
     ("a header alone", "a.csv", csv(), "parse_error", None),
     ("blank lines alone", "a.jsonl", b"\n\n \n", "parse_error", None),
-    ("Latin-1", "a.csv", csv(b"fine,a", b"caf\xe9,b"), "encoding", 2),
-    ("UTF-16", "a.csv", "text,label\nfine,a\n".encode("utf-16"), "encoding", None),
+    ("UTF-8 and Latin-1", "a.csv", csv("grün,a".encode(), b"caf\xe9,b"), "encoding", 2),
+    ("UTF-16 cut off", "a.csv", "text,label\nfine,a\n".encode("utf-16")[:-1], "encoding", None),
     ("half a character", "a.csv", csv(b"fine,a", b"fine,a", b"cut \xe2\x82,b"), "encoding", 3),
     ("too few fields", "a.csv", csv(b"a,b", b"c"), "parse_error", 2),
     ("too many fields", "a.csv", csv(b"a,b", b"c,d,e"), "parse_error", 2),
@@ -180,7 +180,7 @@ FILES: list[tuple[str, str, bytes | Callable[[], bytes], str, int | None]] = [
         "encoding",
         2,
     ),
-    ("parquet of lists of numbers", "a.parquet", table({"text": [[1], [2]]}), "parse_error", None),
+    ("parquet of nested lists", "a.parquet", table({"text": [[[1]], [[2]]]}), "parse_error", None),
     ("gzip of a table", "a.csv.gz", gzip.compress(csv(b"a,b")), "parse_error", None),
     ("a program", "a.bin", b"\x7fELF\0\0\0\0", "parse_error", None),
     ("zip cut off", "a.zip", zipped(*TEXTS)[:-30], "parse_error", None),
@@ -245,8 +245,8 @@ FILES: list[tuple[str, str, bytes | Callable[[], bytes], str, int | None]] = [
         "missing_column",
         None,
     ),
-    ("a Latin-1 file in a folder", "a.zip", zipped(*TEXTS, ("pos/2.txt", b"caf\xe9")), "encoding", 3),
-    ("a UTF-16 file in a folder", "a.zip", zipped(*TEXTS, ("pos/2.txt", "words".encode("utf-16"))), "encoding", 3),
+    ("a damaged file in a folder", "a.zip", zipped(*TEXTS, ("pos/2.txt", b"caf\xc3\xa9 \xe9")), "encoding", 3),
+    ("a UTF-16 file cut off", "a.zip", zipped(*TEXTS, ("pos/2.txt", "words".encode("utf-16")[:-1])), "encoding", 3),
     ("a huge file in a folder", "a.zip", zipped(*TEXTS, ("pos/2.txt", b"word " * 900)), "parse_error", 3),
 ]
 
@@ -326,19 +326,12 @@ JOBS = [
     Job("no label anywhere", csv(*[b"text,"] * 12), "empty_value", 1),
     Job("one class", csv(*many("a", 12)), "single_class", 1),
     Job("one row", csv(b"text,a"), "single_class", 1),
-    Job("a class too small", csv(*many("a", 12), *many("b", 12), b"only one,c"), "class_too_small", 25),
-    Job("a class of copies", csv(*many("a", 12), *[b"the same text,b"] * 12), "class_too_small", 13),
     Job(
-        "a class of near copies",
-        csv(
-            *many("a", 12),
-            *[
-                b"it is a very long letter that says the same each time no matter who wrote it or why %d,b" % n
-                for n in range(12)
-            ],
-        ),
-        "class_too_small",
-        13,
+        "nothing but rare classes, all dropped",
+        csv(*many("a", 12), *many("b", 2), b"only one,c"),
+        "single_class",
+        1,
+        hyperparameters={"rare_classes": "drop"},
     ),
     Job("labels apart by case", csv(*many("a", 12), *many("b", 12), b"odd one,A"), "label_case_collision", 25),
     Job("a quantity as label", csv(*[b"text number %d,%d.5" % (n, n) for n in range(30)]), "class_too_small", 1),

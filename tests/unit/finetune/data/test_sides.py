@@ -237,11 +237,11 @@ def test_a_group_in_a_dataset_given_apart_is_told() -> None:
     assert named(sides.findings, "split_overlap").rows == [5]
 
 
-def test_a_class_that_only_the_future_has_is_an_error() -> None:
+def test_a_class_that_only_the_future_has_is_told() -> None:
     rows = rows_of(60, {"t": [str(number) for number in range(60)]})
     rows = LabelledRows(rows.row_numbers, rows.examples, [*rows.labels[:-1], "new"], rows.extras)
     finding = named(cut(rows, strategy="time", time_column="t").findings, "unknown_label")
-    assert (finding.severity, finding.rows) == ("error", [60])
+    assert (finding.severity, finding.rows) == ("warning", [60])
 
 
 @pytest.mark.parametrize(

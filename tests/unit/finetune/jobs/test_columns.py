@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from finetune.data.canonical import canonical_writer
 from finetune.data.labelled import load_labelled
-from finetune.data.options import Columns
+from finetune.data.options import Columns, SideColumns
 from finetune.data.record_batches import RowBatch
 from finetune.jobs.records import JobSpec
 from service.api.schemas import FinetuneRequest
@@ -45,7 +45,10 @@ def test_the_role_that_is_needed_is_written_down(columns: dict[str, Any]) -> Non
         ({"image": "file"}, "'image' is no role of texts"),
         ({"text": ""}, "at least 1 character"),
         ({"text": "x" * 201}, "at most 200 characters"),
-        ({"text": ["a", "b"]}, "valid string"),
+        ({"text": []}, "at least 1 item"),
+        ({"text": ["a"] * 11}, "at most 10 items"),
+        ({"text": ["a", ""]}, "at least 1 character"),
+        ({"text": [["a"]]}, "valid string"),
         ({"text_pair": None}, "valid string"),
         ({"label": 3}, "valid string"),
     ],
@@ -60,7 +63,25 @@ def test_what_is_no_role_or_no_name_is_refused(task: str, columns: dict[str, Any
 def test_the_schema_names_every_role() -> None:
     found = Columns.model_json_schema()
     assert list(found["properties"]) == ["label", "slices", "text", "text_pair"] and not found["additionalProperties"]
-    assert found["properties"]["text"] == {"default": "text", "type": "string", "minLength": 1, "maxLength": 200}
+    name, several = found["properties"]["text"]["anyOf"]
+    assert name == {"type": "string", "minLength": 1, "maxLength": 200} and several["items"] == name
+    assert found["properties"]["text"]["default"] == "text"
+    of_a_side = SideColumns.model_json_schema()["properties"]
+    assert list(of_a_side) == ["label", "text", "text_pair"] and "default" not in of_a_side["text"]
+
+
+def test_names_of_a_side_need_its_dataset_and_a_role_that_there_is() -> None:
+    names = {"text": ["title", "body"], "label": "gold"}
+    given = spec(test_dataset="ds_2", test_columns=names, columns=STORED)
+    assert given.columns_by_side["test"].all_named == ("title", "body", "gold")
+    assert given.columns_by_side["validation"] == given.columns_by_side["train"] == given.columns
+    assert JobSpec.model_validate_json(given.model_dump_json()) == given
+    for values, message in (
+        ({"test_columns": names}, "no effect without test_dataset"),
+        ({"validation_dataset": "ds_2", "validation_columns": {"txt": "a"}}, "no role of texts"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            spec(**values)
 
 
 def test_two_columns_make_pairs_and_both_must_be_filled(tmp_path: Path) -> None:
