@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from finetune.data.store import DatasetStore
@@ -26,7 +26,7 @@ from model_registry.errors import DatabaseUnavailable
 from model_registry.logs import set_up
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
-from model_registry.settings import retired_settings
+from model_registry.settings import refuse_to_start, retired_settings
 from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate
 
@@ -38,11 +38,12 @@ def main() -> int:
     set_up(settings.log_level)
     for warning in retired_settings():
         _log.warning(warning, extra={"action": "retired_setting"})
+    metrics = WorkerMetrics()
+    stop_metrics = _serve(metrics, settings)  # at once: what cannot start says so before anything is loaded
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     database = Database(settings.resolved_database_url, busy_timeout_s=settings.database_timeout_s)
     _migrate_when_there(database)
     store = FileStore(settings.data_dir / "store")
-    metrics = WorkerMetrics()
     backbones = _backbones(settings, store)
     worker = Worker(
         settings.resolved_worker_id,
@@ -60,16 +61,25 @@ def main() -> int:
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
-    port = settings.worker_metrics_port
-    stop_metrics = metrics.serve(settings.worker_metrics_host, port) if port else None
     _log.info("worker ready", extra={"action": "worker_ready", "worker": settings.resolved_worker_id})
     try:
         worker.run_forever()
     finally:
-        if stop_metrics is not None:
-            stop_metrics()
+        stop_metrics()
         database.dispose()
     return 0
+
+
+def _serve(metrics: WorkerMetrics, settings: WorkerSettings) -> Callable[[], None]:
+    """Answer `/metrics`; returns what stops it. Raises `SystemExit` if nothing can listen there."""
+    host, port = settings.worker_metrics_host, settings.worker_metrics_port
+    if not port:
+        return lambda: None
+    try:
+        return metrics.serve(host, port)
+    except OSError as error:
+        message = f"POLYHEAD_WORKER_METRICS_PORT: port {port} on {host} cannot be used: {error.strerror or error}."
+        refuse_to_start(f"{message} Another worker may use it: set another port, or 0 to serve no metrics.")
 
 
 def _sink(settings: WorkerSettings) -> MlflowSink | None:

@@ -114,9 +114,14 @@ def _calibration(numbers: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
         return []
     return [
         f"Calibration error {numbers['ece_after']:.4f} after temperature {evaluation['temperature']:.3f}, "
-        f"{numbers['ece_before']:.4f} before.",
+        f"{numbers['ece_before']:.4f} before." + _by_chance(numbers),
         "",
     ]
+
+
+def _by_chance(numbers: Mapping[str, Any]) -> str:
+    chance = numbers.get("ece_by_chance")
+    return "" if chance is None else f" Faultless probabilities would show up to {chance:.4f} on so many rows."
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> list[str]:

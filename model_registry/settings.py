@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, NoReturn, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
 
 PREFIX: Final = "POLYHEAD_"
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -61,7 +65,7 @@ def read_settings(
 ) -> Settings:
     """`settings` from the environment. `others` are the names, without the prefix, that other processes read.
 
-    Raises `SystemExit` that lists every error at once, misspelt variables included.
+    Raises `SystemExit` with status 2 that lists every error at once, misspelt variables included.
     """
     environment = os.environ if environment is None else environment
     known = {name.upper() for name in settings.model_fields}.union(others, RETIRED)
@@ -72,13 +76,37 @@ def read_settings(
     ]
     try:
         found = settings()
+    except SettingsError as error:
+        errors.append(_not_json(str(error), environment))
     except ValidationError as error:
         for item in error.errors(include_url=False, include_input=False):
-            place = "__".join(str(part) for part in item["loc"]).upper()
-            errors.append(f"{PREFIX}{place}: {item['msg']}" if place else item["msg"])
+            place, told = (
+                "__".join(str(part) for part in item["loc"]).upper(),
+                item["msg"].removeprefix("Value error, "),
+            )
+            errors.append(f"{PREFIX}{place}: {told}" if place else told)
     if errors:
-        raise SystemExit("the settings are not usable:\n  " + "\n  ".join(errors))
+        refuse_to_start("the settings are not usable:" + ("\n  " if len(errors) > 1 else " ") + "\n  ".join(errors))
     return found
+
+
+def _not_json(told: str, environment: Mapping[str, str]) -> str:
+    """Why a setting that is written as JSON cannot be read."""
+    found = re.search(r'field "(\w+)"', told)
+    name = f"{PREFIX}{found[1].upper()}" if found else PREFIX
+    try:
+        json.loads(environment.get(name, ""))
+    except ValueError as error:
+        return f"{name}: it must be JSON, and is not: {error}"
+    return f"{name}: it must be JSON, and is not"
+
+
+def refuse_to_start(message: str) -> NoReturn:
+    """End the process with status 2 and one message for people. Raises `SystemExit`."""
+    sys.stderr.write(f"{message}\n")
+    error = SystemExit(message)
+    error.code = 2
+    raise error
 
 
 def retired_settings(environment: Mapping[str, str] | None = None) -> list[str]:

@@ -20,6 +20,7 @@ from polyhead.client import DEFAULT_URL, FINAL, Client, Json, PolyheadError
 from polyhead.supervise import Program, Supervisor, port_problem
 
 DEFAULT_BACKBONE = "minilm"
+WORKER_METRICS_PORT = 9109
 SAMPLE_NAME = "demo"
 SAMPLE_FILE = "sample.csv"
 SAMPLE = """text,label
@@ -88,6 +89,12 @@ def up(
     host = os.environ.get("POLYHEAD_HOST", "127.0.0.1")
     if problem := port_problem(host, port):
         _fail(f"port {port} on {host} cannot be used: {problem}. Choose another with --port.")
+    metrics_host, metrics_port = worker_metrics(os.environ)
+    if metrics_port and (problem := port_problem(metrics_host, metrics_port)):
+        _fail(
+            f"POLYHEAD_WORKER_METRICS_PORT: port {metrics_port} on {metrics_host} cannot be used: {problem}. Another "
+            "worker may use it: set another port, or 0 to serve no metrics of the worker."
+        )
     data_dir = data_dir.absolute()
     url = f"http://{_reachable(host)}:{port}"
     try:
@@ -108,6 +115,13 @@ def up(
         greeting=lambda: greeting(url, sample, backbone=_backbone(url), has_keys="POLYHEAD_API_KEYS" in os.environ),
     )
     raise typer.Exit(supervisor.run())
+
+
+def worker_metrics(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where the worker will serve its metrics; port 0 if nowhere, or if the worker will have to say what is wrong."""
+    port = environment.get("POLYHEAD_WORKER_METRICS_PORT") or str(WORKER_METRICS_PORT)
+    host = environment.get("POLYHEAD_WORKER_METRICS_HOST") or "127.0.0.1"
+    return host, int(port) if port.isdecimal() and int(port) < 1 << 16 else 0
 
 
 def child_environment(environment: Mapping[str, str], *, port: int, data_dir: Path) -> dict[str, str]:

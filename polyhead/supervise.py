@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+REFUSED = 2  # the exit status of a process whose settings cannot be used
 TAIL_LINES = 20
 TAIL_BYTES = 64 * 1024
 
@@ -178,7 +179,10 @@ class Supervisor:
             await child.wait()
             deaths = 1 if child.ran_for_s > self._times.steady_s else deaths + 1
             delay_s = restart_delay_s(deaths, self._times)
-            self._say(f"{child.name}: {child.ending}; starting it again in {delay_s:g} s (see {child.program.log})")
+            why = f": {child.tail().splitlines()[-1]}" if child.refused_to_start else ""
+            self._say(
+                f"{child.name}: {child.ending}{why}; starting it again in {delay_s:g} s (see {child.program.log})"
+            )
             await asyncio.sleep(delay_s)
             try:
                 await child.start()
@@ -235,6 +239,11 @@ class _Child:
         assert self._process is not None and self._process.returncode is not None
         status = self._process.returncode
         return f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+
+    @property
+    def refused_to_start(self) -> bool:
+        """Whether it ended with a last line that says what is wrong with its settings."""
+        return self._process is not None and self._process.returncode == REFUSED
 
     async def start(self) -> None:
         with self.program.log.open("ab") as log:

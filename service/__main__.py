@@ -7,7 +7,7 @@ import logging
 import sys
 
 from model_registry.logs import set_up
-from model_registry.settings import retired_settings
+from model_registry.settings import refuse_to_start, retired_settings
 from modeling.engines.onnx import refuse_both_wheels
 from modeling.errors import EngineFailed
 from service.api.guard import DrainState
@@ -27,7 +27,7 @@ def main() -> int:
     try:
         refuse_both_wheels()
     except EngineFailed as error:
-        raise SystemExit(str(error)) from error
+        refuse_to_start(str(error))
     logging.getLogger("service").info(
         f"effective settings: {json.dumps(settings.public())}", extra={"action": "settings"}
     )

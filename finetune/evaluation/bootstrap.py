@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.data.targets import Metric
-from finetune.evaluation.intervals import SAMPLES, percentiles
+from finetune.evaluation.intervals import SAMPLES, around, percentiles
 
 Values = npt.NDArray[np.float64]
 Figures = Callable[[Values], Mapping[str, Values]]
@@ -24,11 +24,16 @@ def measured(parts: Values, figures: Figures) -> dict[str, float]:
     return {name: float(values[0]) for name, values in figures(parts.sum(0, keepdims=True)).items()}
 
 
-def intervals(parts: Values, figures: Figures, *, seed: int, samples: int = SAMPLES) -> dict[str, list[float]]:
-    """95 % percentile intervals [low, high] of every figure; empty without rows."""
+def intervals(
+    parts: Values, figures: Figures, *, seed: int, samples: int = SAMPLES, added: Values | None = None
+) -> dict[str, list[float]]:
+    """95 % percentile intervals [low, high] of every figure; empty without rows. `added` rows are drawn, too, as in
+    `intervals.resampled`."""
     if not len(parts):
         return {}
-    return {name: percentiles(values) for name, values in figures(_sums(parts, seed, samples)).items()}
+    drawn = parts if added is None else np.concatenate([parts, added])
+    values, found = measured(parts, figures), figures(_sums(drawn, seed, samples))
+    return {name: around(values[name], percentiles(found[name])) for name in found}
 
 
 def paired(
@@ -41,13 +46,15 @@ def paired(
     drawn = figures(both[:, :width])[metric.name] - figures(both[:, width:])[metric.name]
     difference = measured(parts, figures)[metric.name] - measured(others, figures)[metric.name]
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    # Few rows that differ show nothing, however much alike they are: as if each were the toss of a coin.
+    least = 2 * 0.5 ** min(1000, int((parts != others).any(1).sum()))
     return {
         "metric": metric.name,
         "rows": len(parts),
         "difference": difference,
         "gain": metric.gain(difference),
         "interval_95": percentiles(drawn),
-        "p_value": min(1.0, 2 * (tail + 1) / (samples + 1)),
+        "p_value": min(1.0, max(least, 2 * (tail + 1) / (samples + 1))),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from finetune.evaluation.calibration import expected_calibration_error, negative_log_likelihood
+from finetune.evaluation.calibration import error_by_chance, expected_calibration_error, negative_log_likelihood
 from finetune.evaluation.intervals import intervals
 from modeling.weights import FloatArray, IntArray
 
@@ -66,4 +66,5 @@ def report(
         "accuracy_interval_95": found.get("accuracy"),
         "ece_before": expected_calibration_error(logits, labels),
         "ece_after": expected_calibration_error(logits, labels, temperature=temperature),
+        "ece_by_chance": error_by_chance(logits, temperature=temperature),
     }

@@ -1,11 +1,12 @@
 """May a version take the champion's place? Each gate is a pure function from figures to passed, failed or skipped.
 
-A gate that cannot be judged for want of rows fails and says so: nothing is promoted on a guess. A skipped
-gate does not apply here, and is not in the way.
+A gate that lacks rows fails and says how many would do: nothing is promoted on a guess. A skipped gate does not apply
+here, and is not in the way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.data.targets import metric_of
-from finetune.evaluation.intervals import least_discordant, mcnemar
+from finetune.evaluation.intervals import least_discordant, mcnemar, rows_that_would_show
 from modeling.weights import IntArray
 
 LEAST_CLASS_ROWS = 20
@@ -68,13 +69,26 @@ def better(duel: Duel, *, significance: float) -> Gate:
     if only_candidate > only_champion and figures["p_value"] <= significance:
         return Gate("mcnemar", "passed", f"better than the champion: {tally}", figures)
     if discordant < least:
-        message = f"too few rows tell the two apart: {tally}; at least {least} must differ for p {significance:g}"
+        message = f"too few rows tell the two apart: {tally}; at least {least} must differ for p {significance:g}, so "
+        message += "bring a test_dataset with more rows that neither version has seen"
         return Gate("mcnemar", "failed", message, figures | {"least_discordant": least})
-    return Gate("mcnemar", "failed", f"not shown to be better than the champion: {tally}", figures)
+    z = (only_candidate - only_champion) / math.sqrt(discordant)
+    return not_shown("mcnemar", tally, figures, rows=figures["rows"], z=z, significance=significance)
+
+
+def not_shown(name: str, told: str, figures: dict[str, Any], *, rows: int, z: float, significance: float) -> Gate:
+    """The candidate is not better beyond chance; if it is ahead (by `z` standard errors), with what would show it."""
+    needed = rows_that_would_show(rows, z, significance=significance)
+    if needed is None:
+        advice = "it is not ahead on these rows"
+    else:
+        advice = f"if it stays as far ahead, some {max(needed, rows + 1)} shared rows would show it"
+    message = f"not shown to be better than the champion: {told}; {advice}"
+    return Gate(name, "failed", message, figures | {"rows_needed": needed})
 
 
 def class_drop(duel: Duel, *, most: float) -> Gate:
-    """No class with enough rows loses more than `most` of recall or of F1 against the champion."""
+    """No class loses more than `most` of recall or of F1 against the champion; those with few rows count together."""
     classes = np.arange(len(duel.names))
     labels, candidate, champion = (
         answers[:, None] == classes for answers in (duel.labels, duel.candidate, duel.champion)
@@ -83,16 +97,15 @@ def class_drop(duel: Duel, *, most: float) -> Gate:
 
 
 def label_drop(duel: Duel, *, most: float) -> Gate:
-    """The same of several labels a row: no label that enough rows are due."""
-    known = set(duel.champion_names)
-    rows = {index: int(duel.labels[:, index].sum()) for index, name in enumerate(duel.names) if name in known}
-    judged = [index for index in rows if rows[index] >= LEAST_CLASS_ROWS]
-    unjudged = {duel.names[index]: rows[index] for index in rows if index not in judged}
+    """The same of several labels a row."""
+    groups, unjudged = _judged_groups(duel)
     figures: dict[str, Any] = {"max_class_drop": most, "least_rows": LEAST_CLASS_ROWS, "not_judged": unjudged}
-    if not judged:
-        message = f"no class has {LEAST_CLASS_ROWS} rows that neither version was trained on"
+    if not groups:
+        message = (
+            "no row of a class that the champion knows is new to both versions: bring a test_dataset with such rows"
+        )
         return Gate("class_drop", "failed", message, figures)
-    drops = _drops(duel, judged)
+    drops = [_drop(duel, name, group) for name, group in groups.items()]
     worst = max(drops, key=lambda drop: max(drop["recall_drop"], drop["f1_drop"]))
     figures["classes"] = drops
     by = max(worst["recall_drop"], worst["f1_drop"])
@@ -100,27 +113,39 @@ def label_drop(duel: Duel, *, most: float) -> Gate:
     told = f"{worst['label']} loses {by:.4f} of {of} on {worst['rows']} rows"
     # A difference of two ratios may pass the limit by its last bit alone.
     if by > most + 1e-9:
-        return Gate("class_drop", "failed", f"{told}, more than max_class_drop {most:g}", figures)
+        message = f"{told}, more than max_class_drop {most:g}"
+        if (share := 1 / worst["rows"]) > most:
+            message += f"; a single one of these rows counts {share:.2g}, so more test rows of this kind would help"
+        return Gate("class_drop", "failed", message, figures)
     verb = f"at worst {told}" if by > 0 else "no class loses anything"
-    return Gate("class_drop", "passed", f"{verb}; {len(judged)} classes judged, limit {most:g}", figures)
+    return Gate("class_drop", "passed", f"{verb}; {len(drops)} judged, limit {most:g}", figures)
 
 
-def _drops(duel: Duel, judged: Sequence[int]) -> list[dict[str, Any]]:
-    due = duel.labels.sum(0)
+def _judged_groups(duel: Duel) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Classes to judge by what they are called: each with enough rows alone, the others together. And those that are
+    not judged alone, with their rows."""
+    known = set(duel.champion_names)
+    rows = {index: int(duel.labels[:, index].sum()) for index, name in enumerate(duel.names) if name in known}
+    groups = {duel.names[index]: [index] for index in rows if rows[index] >= LEAST_CLASS_ROWS}
+    few = [index for index in rows if 0 < rows[index] < LEAST_CLASS_ROWS]
+    together = sum(rows[index] for index in few)
+    # Where no class has enough rows, what there is must do: McNemar's test says whether it does.
+    if together >= LEAST_CLASS_ROWS or (together and not groups):
+        named = "the class" if len(few) == 1 else f"the {len(few)} classes together"
+        groups[f"{named} with fewer than {LEAST_CLASS_ROWS} rows"] = few
+    return groups, {duel.names[index]: count for index, count in rows.items() if count < LEAST_CLASS_ROWS}
+
+
+def _drop(duel: Duel, name: str, group: Sequence[int]) -> dict[str, Any]:
+    """What a class, or several taken together, lose against the champion."""
+    own = duel.labels[:, group]
+    due = int(own.sum())
     recall, f1 = [], []
-    for said in (duel.candidate, duel.champion):
-        hits = (said & duel.labels).sum(0)
-        recall.append(hits / np.maximum(due, 1))
-        f1.append(2 * hits / np.maximum(said.sum(0) + due, 1))
-    return [
-        {
-            "label": duel.names[index],
-            "rows": int(due[index]),
-            "recall_drop": float(recall[1][index] - recall[0][index]),
-            "f1_drop": float(f1[1][index] - f1[0][index]),
-        }
-        for index in judged
-    ]
+    for said in (duel.candidate[:, group], duel.champion[:, group]):
+        hits = int((said & own).sum())
+        recall.append(hits / max(due, 1))
+        f1.append(2 * hits / max(int(said.sum()) + due, 1))
+    return {"label": name, "rows": due, "recall_drop": recall[1] - recall[0], "f1_drop": f1[1] - f1[0]}
 
 
 def parity(engine: str, *, rows: int, flips: int, least_cosine: float) -> Gate:

@@ -5,6 +5,7 @@ Each judgement has a code for programs, a severity, one sentence with its figure
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +16,12 @@ from finetune.data.targets.base import all_named
 Severity = Literal["good", "info", "warning"]
 
 _FEW_ROWS = 30
+_LEAST_JUDGED = 20  # validation rows
+_LEAST_CALIBRATED = 100  # rows
 _WELL_CALIBRATED = 0.03
 _POORLY_CALIBRATED = 0.08
 _WORTH_HALF_A_POINT = 0.005
+_KNOWN_WELL = 0.06
 _LEAST_LOSS_RISE = 0.05  # of the validation loss, relative to its lowest
 _SIGNIFICANT = 0.05
 
@@ -36,7 +40,8 @@ class Figures:
 
     `history` is the chosen method's evaluations; `against_baseline` compares both on validation and is
     None where the baseline was not trained or won; `data_curve` is of `judgement.data_curve`. `train_score` and
-    `validation_score` are of `fit_metric` (the metric where that is empty), which should reach `least_fit`.
+    `validation_score` are of `fit_metric` (the metric where that is empty), which should reach `least_fit`. `cut_short`
+    and `left_out` are of the evaluation; `validation_rows` None: they are enough.
     """
 
     method: str
@@ -53,11 +58,16 @@ class Figures:
     fit_metric: str = ""
     least_fit: float = 0.8
     is_on_training_rows: bool = False
+    validation_rows: int | None = None
+    cut_short: Mapping[str, Any] | None = None
+    left_out: Sequence[Mapping[str, str]] = ()
 
 
 def verdict(figures: Figures) -> list[Judgement]:
-    """Every judgement that the figures support, warnings first."""
+    """Every judgement that the figures support, warnings first. Few rows support few of them."""
     found = [
+        *_cut_short(figures),
+        *_left_out(figures),
         *_underfitting(figures),
         *_overfitting(figures),
         *_baseline(figures),
@@ -69,6 +79,41 @@ def verdict(figures: Figures) -> list[Judgement]:
     ]
     order = {"warning": 0, "info": 1, "good": 2}
     return sorted(found, key=lambda judgement: order[judgement.severity])
+
+
+def _cut_short(figures: Figures) -> list[Judgement]:
+    cut = figures.cut_short
+    if cut is None:
+        return []
+    why = "The job was cancelled" if cut["by"] == "cancel" else "max_seconds was used up"
+    steps, total = cut.get("steps"), cut.get("total_steps")
+    parts = [f"{cut['method']} was trained for {steps} of {total} steps"] if total and (steps or 0) < total else []
+    if cut["not_trained"]:
+        parts.append(f"{', '.join(cut['not_trained'])} {'was' if len(cut['not_trained']) == 1 else 'were'} not trained")
+    told = f"{why} before the end" + (f": {'; '.join(parts)}" if parts else "")
+    return [Judgement("cut_short", "warning", f"{told}. The figures are of what there was by then.", cut)]
+
+
+def _left_out(figures: Figures) -> list[Judgement]:
+    """Methods that `auto` did not train, but for those that a cancel cut off."""
+    found = [one for one in figures.left_out if one["reason"] != "cancelled"]
+    if not found:
+        return []
+    message = " ".join(f"{one['message']}." for one in found)
+    return [Judgement("methods_left_out", "info", message[0].upper() + message[1:], {"left_out": found})]
+
+
+def of_rerun(found: Mapping[str, Any]) -> Judgement:
+    """What a comparison of weights comes to."""
+    if found["is_equal"]:
+        return Judgement("rerun_is_equal", "good", found["message"], found)
+    code, severity = ("rerun_not_compared", "info") if found["is_equal"] is None else ("rerun_differs", "warning")
+    return Judgement(code, severity, found["message"], found)
+
+
+def _has_few_rows(figures: Figures) -> bool:
+    """Whether the validation rows are too few to see more than chance in them."""
+    return figures.validation_rows is not None and figures.validation_rows < _LEAST_JUDGED
 
 
 def onset(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -96,7 +141,7 @@ def onset(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _overfitting(figures: Figures) -> list[Judgement]:
-    found = onset(figures.history)
+    found = None if _has_few_rows(figures) else onset(figures.history)
     if found is None:
         return _memorised(figures)
     message = (
@@ -113,6 +158,8 @@ def _memorised(figures: Figures) -> list[Judgement]:
     train, validation = figures.train_score, figures.validation_score
     if figures.history or train is None or validation is None or train - validation < 0.1:
         return []
+    if _has_few_rows(figures) or train - validation < _chance_of(validation, figures.validation_rows):
+        return []
     message = (
         f"{figures.fit_metric or figures.metric} is {train:.3f} on the training rows and {validation:.3f} on "
         f"validation, a gap of {train - validation:.3f}: the method fits its rows better than the task. More rows or "
@@ -122,8 +169,15 @@ def _memorised(figures: Figures) -> list[Judgement]:
     return [Judgement("overfitting", "warning", message, evidence)]
 
 
+def _chance_of(share: float, rows: int | None) -> float:
+    """Two standard errors of a share of so many rows."""
+    return 0.0 if not rows else 2 * math.sqrt(max(0.0, share * (1 - share)) / rows)
+
+
 def _underfitting(figures: Figures) -> list[Judgement]:
     history = figures.history
+    if _has_few_rows(figures):
+        return []
     if len(history) >= 2 and figures.stopped in {"all epochs are done", "max_seconds is used up"}:
         return _still_improving(figures)
     train, validation = figures.train_score, figures.validation_score
@@ -161,7 +215,9 @@ def _still_improving(figures: Figures) -> list[Judgement]:
 
 def _baseline(figures: Figures) -> list[Judgement]:
     if figures.is_baseline_best:
-        message = "The baseline (tf-idf and a linear model) was the best on validation; no backbone is needed."
+        of = "" if figures.validation_rows is None else f"{figures.validation_rows} "
+        message = f"The baseline (tf-idf and a linear model) was the best on the {of}validation rows: no method that "
+        message += "needs a backbone did better there."
         return [Judgement("baseline_is_best", "info", message, {"method": figures.method})]
     against = figures.against_baseline
     if against is None:
@@ -193,13 +249,16 @@ def _more_data(figures: Figures) -> list[Judgement]:
         f"by {last['gain']:+.4f} (95 % interval {last['interval_95'][0]:+.4f} to {last['interval_95'][1]:+.4f})"
     )
     expected = following["accuracy"] - now
-    if last["interval_95"][0] > 0 and expected >= _WORTH_HALF_A_POINT:
+    if not _has_few_rows(figures) and last["interval_95"][0] > 0 and expected >= _WORTH_HALF_A_POINT:
         message = (
             f"More data would help: {past}; with {following['rows']} rows some {following['accuracy']:.3f} "
             f"({low:.3f} to {high:.3f}) can be expected after {now:.3f} now."
         )
         return [Judgement("more_data_would_help", "info", message, curve)]
-    if last["interval_95"][1] < _WORTH_HALF_A_POINT or expected < _WORTH_HALF_A_POINT:
+    # That it would hardly help can be said only of a change that is known well.
+    if last["interval_95"][1] < _WORTH_HALF_A_POINT or (
+        expected < _WORTH_HALF_A_POINT and last["interval_95"][1] - last["interval_95"][0] < _KNOWN_WELL
+    ):
         message = f"More data of this kind would hardly help: {past}."
         return [Judgement("more_data_would_hardly_help", "info", message, curve)]
     message = f"Whether more data would help cannot be told from these rows: {past}."
@@ -235,14 +294,17 @@ def _small_classes(figures: Figures) -> list[Judgement]:
 def _calibration(figures: Figures) -> list[Judgement]:
     if "ece_after" not in figures.side:
         return []
-    before, after = figures.side["ece_before"], figures.side["ece_after"]
-    evidence = {"ece_before": before, "ece_after": after, "rows": figures.side["rows"]}
-    shown = (
-        f"calibration error {after:.3f} on {figures.side['rows']:.0f} {figures.side_name} rows ({before:.3f} before)"
-    )
+    before, after, rows = figures.side["ece_before"], figures.side["ece_after"], figures.side["rows"]
+    chance = figures.side.get("ece_by_chance", 0.0)
+    evidence = {"ece_before": before, "ece_after": after, "rows": rows, "ece_by_chance": chance}
+    shown = f"calibration error {after:.3f} on {rows:.0f} {figures.side_name} rows ({before:.3f} before)"
+    is_chance = after <= chance
+    if rows < _LEAST_CALIBRATED or (is_chance and chance >= _POORLY_CALIBRATED):
+        message = f"These rows are too few to tell how far probabilities can be trusted: {shown}; perfect ones would "
+        return [Judgement("calibration_unknown", "info", f"{message}show up to {chance:.3f} by chance.", evidence)]
     if after <= _WELL_CALIBRATED:
         return [Judgement("calibrated", "good", f"Probabilities can be taken at their word: {shown}.", evidence)]
-    if after >= _POORLY_CALIBRATED and figures.side["rows"] >= 100:
+    if after >= _POORLY_CALIBRATED and not is_chance:
         message = f"Probabilities cannot be taken at their word: {shown}."
         return [Judgement("poorly_calibrated", "warning", message, evidence)]
     return [Judgement("roughly_calibrated", "info", f"Probabilities are roughly right: {shown}.", evidence)]

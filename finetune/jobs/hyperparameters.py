@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Any, Literal
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
 from finetune.data.options import FrozenModel, RareClasses, SplitOptions, modality_of
 from finetune.data.targets import MetricName, metric_of, target_type
-from finetune.jobs.search_space import FIXED, MOST_CHOICES, Choices, Range, Space, SpaceField, samples, with_values
+from finetune.jobs.search_space import (
+    FIXED,
+    MOST_CHOICES,
+    Choices,
+    Range,
+    Space,
+    SpaceField,
+    nested,
+    samples,
+    with_values,
+)
 
 SingleMethod = Literal["baseline", "linear_probe", "setfit", "prompt_tuning", "bottleneck", "lora", "qlora", "full"]
 Method = Literal["auto"] | SingleMethod
@@ -24,6 +36,21 @@ NOT_YET = {"augment"}
 # Methods of earlier releases, and what to use instead.
 REMOVED_METHODS = {"ia3": "lora or bottleneck"}
 _NOT_SEARCHED = frozenset({"auto", "baseline", "linear_probe"})  # several methods, or ones without steps
+
+
+# Of hyperparameters that are a number or a word.
+BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
+    "epochs": (0.01, 1000),
+    "learning_rate": (1e-7, 1.0),
+    "batch_size": (1, 4096),
+    "gradient_accumulation": (1, 1024),
+    "dropout": (0.0, 0.9),
+    "max_length": (8, 8192),
+    "label_smoothing": (0.0, 0.9),
+    "unfreeze_layers": (1, 1000),
+    "momentum": (0.0, 0.999),
+    "devices": (1, 64),
+}
 
 
 class PlanError(Exception):
@@ -141,19 +168,7 @@ class Hyperparameters(TrainingOptions):
 
     @model_validator(mode="after")
     def _numbers_in_bounds(self) -> Hyperparameters:
-        bounds: dict[str, tuple[float, float]] = {
-            "epochs": (0.01, 1000),
-            "learning_rate": (1e-7, 1.0),
-            "batch_size": (1, 4096),
-            "gradient_accumulation": (1, 1024),
-            "dropout": (0.0, 0.9),
-            "max_length": (8, 8192),
-            "label_smoothing": (0.0, 0.9),
-            "unfreeze_layers": (1, 1000),
-            "momentum": (0.0, 0.999),
-            "devices": (1, 64),
-        }
-        for name, (low, high) in bounds.items():
+        for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             if not isinstance(value, str) and not low <= value <= high:
                 word = type(self).model_fields[name].default
@@ -175,41 +190,192 @@ class Hyperparameters(TrainingOptions):
         return self
 
 
-def parse_hyperparameters(values: dict[str, Any]) -> Hyperparameters:
-    """Raises `PlanError`, which names the nearest known hyperparameter for an unknown one."""
-    known = Hyperparameters.model_fields
-    errors = []
-    for name in values:
-        if name in NOT_YET:
-            errors.append({"loc": ["hyperparameters", name], "message": f"{name} is not available yet; leave it out"})
-        elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            errors.append(
-                {"loc": ["hyperparameters", name], "message": f"unknown hyperparameter {name[:60]!r}; {advice}"}
-            )
+NESTED: Final[Mapping[str, type[FrozenModel]]] = {
+    name: type(field.default)
+    for name, field in Hyperparameters.model_fields.items()
+    if isinstance(field.default, FrozenModel)
+}
+NAMES: Final = (
+    *Hyperparameters.model_fields,
+    *(f"{name}.{inner}" for name, model in NESTED.items() for inner in model.model_fields),
+)
+# What other libraries call them.
+OTHER_NAMES: Final[Mapping[str, str]] = {
+    "lr": "learning_rate",
+    "base_lr": "learning_rate",
+    "n_epochs": "epochs",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_epochs": "epochs",
+    "bs": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "max_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "optim": "optimizer",
+    "lr_scheduler": "scheduler",
+    "lr_scheduler_type": "scheduler",
+    "warmup": "warmup_ratio",
+    "warmup_steps": "warmup_ratio",
+    "wd": "weight_decay",
+    "l2": "weight_decay",
+    "clip_norm": "max_grad_norm",
+    "random_state": "seed",
+    "random_seed": "seed",
+    "time_limit": "max_seconds",
+    "max_time": "max_seconds",
+    "timeout": "max_seconds",
+    "max_runtime_secs": "max_seconds",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "early_stopping_patience": "early_stopping.patience",
+    "eval_steps": "eval_every",
+    "test_size": "split.test",
+    "validation_split": "split.validation",
+    "val_size": "split.validation",
+    "class_weight": "class_weights",
+    "n_trials": "trials",
+    "model": "method",
+    "algorithm": "method",
+}
+_NEAR = 0.6  # of difflib, from which a name is taken for a misspelt one
+_SHOWN_CHARS = 60
+
+
+def parse_hyperparameters(values: Mapping[str, Any]) -> Hyperparameters:
+    """Read hyperparameters as a request has them; `lora.r` means `r` of `lora`.
+
+    Raises `PlanError`, which says of each what it must be, and names the nearest known one for an unknown one.
+    """
+    errors = [error for name in values for error in _misnamed(name, values)]
     method = values.get("method")
     if isinstance(method, str) and method in REMOVED_METHODS:
-        message = f"method {method} was removed; use {REMOVED_METHODS[method]}"
-        errors.append({"loc": ["hyperparameters", "method"], "message": message})
+        errors.append(_fault(["method"], f"method {method} was removed; use {REMOVED_METHODS[method]}"))
     if errors:
         raise PlanError(errors)
+    values = nested(values)
     try:
         wanted = Hyperparameters.model_validate(values)
     except ValidationError as error:
-        raise PlanError(
-            [
-                {
-                    "loc": ["hyperparameters", *(str(part) for part in item["loc"])],
-                    "message": f"{_place(item)}{item['msg'].removeprefix('Value error, ')}",
-                }
-                for item in error.errors(include_url=False, include_input=False)
-            ]
-        ) from error
+        raise PlanError(list(_faults(error.errors(include_url=False), values))) from error
     errors = list(_search_errors(wanted, values))
     if errors:
         raise PlanError(errors)
     return wanted
+
+
+def _fault(place: Sequence[str], message: str) -> dict[str, Any]:
+    return {"loc": ["hyperparameters", *place], "message": message}
+
+
+def _misnamed(name: str, values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is wrong with the name of a hyperparameter."""
+    head, dot, inner = name.partition(".")
+    if name in NOT_YET:
+        yield _fault([name], f"{name} is not available yet; leave it out")
+    elif name not in Hyperparameters.model_fields and not (dot and head in NESTED):
+        yield _fault([name], f"unknown hyperparameter {name[:60]!r}; {advice(name)}")
+    elif dot and head in values and not isinstance(values[head], Mapping):
+        yield _fault([name], f"{name} and {head} are both given, and {head} is no object; give one of them")
+    elif dot and values.get(head, {}).get(inner, values[name]) != values[name]:
+        yield _fault([name], f"{name} is given twice, with two values; give one")
+
+
+def _faults(errors: Iterable[Any], values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One sentence for each hyperparameter that does not fit, whatever alternatives it was tried as."""
+    told = set()
+    for item in errors:
+        path = _path(item["loc"])
+        if path in told:
+            continue
+        told.add(path)
+        name = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            yield _fault(path, f"unknown hyperparameter {name[:60]!r}; {advice(name)}")
+        elif item["type"] == "value_error":
+            yield _fault(path, (f"{name}: " if path else "") + item["msg"].removeprefix("Value error, "))
+        else:
+            yield _fault(path, f"{name} must be {expected(path)}, not {_shown(path, values)}")
+
+
+def _path(place: Sequence[str | int]) -> tuple[str, ...]:
+    """The hyperparameter that an error is about: the rest of its place are the types that were tried."""
+    names = [str(part) for part in place]
+    if len(names) > 1 and (names[0] in NESTED or names[0] == "space"):
+        return names[0], names[1][:60]
+    return tuple(names[:1])
+
+
+def _shown(path: Sequence[str], values: Mapping[str, Any]) -> str:
+    """What was given there, as JSON."""
+    value: Any = values
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else value
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"
+
+
+def expected(path: Sequence[str]) -> str:
+    """What a hyperparameter must be, in words."""
+    if path[0] == "space":
+        return 'a range such as {"low": 1e-5, "high": 1e-3, "log": true}, or a list of choices'
+    model, name = (NESTED[path[0]], path[1]) if len(path) > 1 else (Hyperparameters, path[0])
+    field = model.model_fields[name]
+    return _words(field.annotation, field.metadata, BOUNDS.get(name))
+
+
+def _words(kind: Any, metadata: Sequence[Any], bounds: tuple[float, float] | None) -> str:
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        return ("one of " if len(options) > 2 else "") + (", " if len(options) > 2 else " or ").join(map(str, options))
+    if get_origin(kind) in {Union, UnionType}:
+        return " or ".join(_words(option, metadata, bounds) for option in options)
+    if get_origin(kind) is list:
+        return f"a list of {_words(options[0], (), None)}"
+    if kind in {int, float}:
+        return _bounded(kind, metadata, bounds)
+    if isinstance(kind, type) and issubclass(kind, FrozenModel):
+        return f"an object with {', '.join(kind.model_fields)}"
+    return {bool: "true or false", str: "a text", NoneType: "null"}.get(kind, "an object of names and numbers")
+
+
+def _bounded(kind: type, metadata: Sequence[Any], bounds: tuple[float, float] | None) -> str:
+    found = {name: getattr(one, name) for one in metadata for name in ("ge", "gt", "le", "lt") if hasattr(one, name)}
+    if kind is int and "lt" in found:
+        found["le"] = found.pop("lt") - 1
+    low, high = bounds or (found.get("ge"), found.get("le"))
+    least = f" above {found['gt']:.10g}" if "gt" in found else "" if low is None else f" from {low:.10g}"
+    most = f" below {found['lt']:.10g}" if "lt" in found else "" if high is None else f" to {high:.10g}"
+    return f"{'a whole number' if kind is int else 'a number'}{least}{' and' if least and 'lt' in found else ''}{most}"
+
+
+def advice(name: str) -> str:
+    """The known hyperparameter that was probably meant, or all of them."""
+    plain = name.lower().replace("-", "_")
+    head, dot, inner = plain.partition(".")
+    known = [one for one in NAMES if one.startswith(f"{head}.")] if dot and head in NESTED else list(NAMES)
+    meant = OTHER_NAMES.get(plain) or (OTHER_NAMES.get(inner) if dot else None)
+    if meant is None and plain in {one.rpartition(".")[2] for one in known}:
+        meant = next(one for one in known if one.rpartition(".")[2] == plain)
+    if meant is None:
+        near = difflib.get_close_matches(plain, known, n=1, cutoff=_NEAR)
+        meant = near[0] if near else None
+    return f"did you mean {meant}?" if meant else f"known are {', '.join(sorted(known))}"
+
+
+def check_labels(wanted: Hyperparameters, labels: Collection[str]) -> None:
+    """Raises `PlanError` for a weight on a label that the data does not have: a misspelling would do nothing."""
+    unknown = sorted(set(wanted.class_weights) - set(labels)) if isinstance(wanted.class_weights, dict) else []
+    if unknown:
+        known = ", ".join(sorted(labels))[:300]
+        message = f"class_weights names the label {unknown[0][:100]!r}, which the data does not have; it has {known}"
+        raise PlanError([_fault(["class_weights"], message)])
 
 
 def _search_errors(wanted: Hyperparameters, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -241,10 +407,6 @@ def _invalid_samples(
         except PlanError as error:
             yield {"loc": place, "message": f"{name} {value!r}: {error}"[:300]}
             return
-
-
-def _place(item: Any) -> str:
-    return f"{'.'.join(str(part) for part in item['loc'])}: " if item["loc"] else ""
 
 
 def check_task(wanted: Hyperparameters, task: str) -> None:

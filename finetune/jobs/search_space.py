@@ -57,9 +57,18 @@ def default_space(method: str, learning_rate: float, *, given: frozenset[str]) -
     return {name: spec for name, spec in space.items() if name.partition(".")[0] not in given}
 
 
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters with dotted names put into their object: `lora.r` is `r` of `lora`."""
+    return with_values({name: value for name, value in values.items() if "." not in name}, _dotted(values))
+
+
+def _dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if "." in name}
+
+
 def with_values(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Hyperparameters as a request has them, with the chosen ones put in; dotted names go into their object."""
-    merged = dict(values)
+    merged = nested(values) if _dotted(values) else dict(values)
     for name, value in chosen.items():
         head, _, inner = name.partition(".")
         merged[head] = {**dict(merged.get(head) or {}), inner: value} if inner else value

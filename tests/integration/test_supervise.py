@@ -225,3 +225,16 @@ def test_a_taken_port_is_seen() -> None:
 
 def test_a_host_that_is_not_ours() -> None:
     assert port_problem("192.0.2.1", 8000) is not None
+
+
+def test_one_that_refuses_its_settings_says_why_whenever_it_does(start: Callable[..., Up]) -> None:
+    told = "POLYHEAD_WORKER_METRICS_PORT: port 9109 cannot be used"
+    up = start(worker=f"import sys; print({told!r}, flush=True); sys.exit(2)")
+    assert up.ended() == 1
+    assert "worker: ended with status 2" in up.said() and told in up.said()
+    later = IDLE.replace("while True: time.sleep(0.05)", f"time.sleep(0.3); print({told!r}, flush=True); sys.exit(2)")
+    up = start(worker=later)
+    up.until(lambda: f"worker: ended with status 2: {told}; starting it again" in up.said() or up.process.poll())
+    if up.process.poll() is None:
+        up.process.terminate()
+    assert up.ended() in (0, 1)

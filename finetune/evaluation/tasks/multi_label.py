@@ -9,9 +9,17 @@ import numpy as np
 
 from finetune.evaluation import gates
 from finetune.evaluation.bootstrap import Values
-from finetune.evaluation.calibration import binary_calibration_error, fit_binary_temperature, mean_binary_log_loss
+from finetune.evaluation.calibration import (
+    binary_calibration_error,
+    binary_row_losses,
+    error_by_chance,
+    fit_binary_temperature,
+    if_it_helps,
+    mean_binary_log_loss,
+)
 from finetune.evaluation.curves import one_against_rest
 from finetune.evaluation.gates import Duel, Gate
+from finetune.evaluation.intervals import ADDED, wilson
 from finetune.evaluation.tasks.class_weights import positive_weights
 from finetune.evaluation.tasks.rules import Contest, Side
 from finetune.evaluation.tasks.summed import Summed
@@ -42,6 +50,9 @@ class LabelSetRules(Summed):
     def weights(self, wanted: Any, targets: FloatArray, names: Sequence[str]) -> FloatArray | None:
         return positive_weights(wanted, targets, names)
 
+    def misses(self, outputs: FloatArray, targets: FloatArray) -> int:
+        return int((self._answers(outputs, Calibration()) != (targets > 0)).any(1).sum())
+
     def loss(self, outputs: FloatArray, targets: FloatArray) -> float:
         return mean_binary_log_loss(outputs, targets)
 
@@ -66,12 +77,25 @@ class LabelSetRules(Summed):
             "hamming_loss": wrong / (rows * max(1, labels)),
         }
 
+    def added(self, parts: Values) -> Values:
+        """Rows that are right in all, and rows that lack all that is due, each with the labels of a mean row."""
+        labels = (parts.shape[1] - 3) // 3
+        due, none = parts[:, 2 * labels : 3 * labels].mean(0), np.zeros(labels)
+        right = np.concatenate([due, due, due, [1.0, 0.0, 1.0]])
+        wrong = np.concatenate([none, none, due, [0.0, max(1.0, due.sum()), 1.0]])
+        return np.stack([right] * ADDED + [wrong] * ADDED)
+
+    def shares(self, parts: Values) -> dict[str, list[float]]:
+        return {"subset_accuracy": wilson(int(parts[:, -3].sum()), len(parts))}
+
     def _answers(self, outputs: FloatArray, answering: Calibration) -> Any:
         return _TASK.answers(_TASK.scores(outputs, answering), answering)
 
     def calibrate(self, outputs: FloatArray, targets: FloatArray, *, with_temperature: bool) -> Calibration:
         """The temperature first, then the thresholds of its probabilities."""
-        temperature = fit_binary_temperature(outputs, targets) if with_temperature else 1.0
+        temperature = 1.0
+        if with_temperature:
+            temperature = if_it_helps(fit_binary_temperature, binary_row_losses, outputs, targets)
         probabilities = _TASK.scores(outputs, Calibration(temperature))
         return Calibration(temperature, fit_thresholds(probabilities, targets))
 
@@ -82,6 +106,7 @@ class LabelSetRules(Summed):
             "per_class": self._per_label(side),
             "ece_before": binary_calibration_error(side.outputs, side.targets),
             "ece_after": binary_calibration_error(side.outputs, side.targets, temperature=temperature),
+            "ece_by_chance": error_by_chance(side.outputs, temperature=temperature, is_binary=True),
         }
 
     def _per_label(self, side: Side) -> list[dict[str, Any]]:

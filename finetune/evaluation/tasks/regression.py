@@ -40,6 +40,10 @@ class NumberRules(Summed):
         deviation = float(targets.std(dtype=np.float64))
         return Scale(float(targets.mean(dtype=np.float64)), deviation if deviation > 0 else 1.0)
 
+    def misses(self, outputs: FloatArray, targets: FloatArray) -> int:
+        """No number is hit exactly."""
+        return len(targets)
+
     def loss(self, outputs: FloatArray, targets: FloatArray) -> float:
         """Mean squared error over the variance of these rows: as large as a loss of standardised targets."""
         residuals = outputs[:, 0].astype(np.float64) - targets

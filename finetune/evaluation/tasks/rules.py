@@ -113,6 +113,9 @@ class TaskRules(Protocol):
         return None
 
     def score(self, metric: str, outputs: FloatArray, targets: Targets) -> float: ...
+    def misses(self, outputs: FloatArray, targets: Targets) -> int:
+        """On how many rows a perfect model would answer differently."""
+
     def loss(self, outputs: FloatArray, targets: Targets) -> float: ...
 
     def summary(self, outputs: FloatArray, targets: Targets) -> dict[str, float]:

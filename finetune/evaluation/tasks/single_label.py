@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation import classification, curves, gates
-from finetune.evaluation.calibration import fit_temperature, negative_log_likelihood
+from finetune.evaluation.calibration import fit_temperature, if_it_helps, negative_log_likelihood, row_losses
 from finetune.evaluation.gates import Duel, Gate
 from finetune.evaluation.intervals import mcnemar, paired_difference
 from finetune.evaluation.slices import slices
@@ -38,6 +38,9 @@ class ClassRules(TaskRules):
     def score(self, metric: str, outputs: FloatArray, targets: IntArray) -> float:
         return classification.score(metric, outputs, targets)
 
+    def misses(self, outputs: FloatArray, targets: IntArray) -> int:
+        return int((outputs.argmax(1) != targets).sum())
+
     def loss(self, outputs: FloatArray, targets: IntArray) -> float:
         return negative_log_likelihood(outputs, targets)
 
@@ -45,7 +48,7 @@ class ClassRules(TaskRules):
         return classification.summary(outputs, targets)
 
     def calibrate(self, outputs: FloatArray, targets: IntArray, *, with_temperature: bool) -> Calibration:
-        return Calibration(fit_temperature(outputs, targets) if with_temperature else 1.0)
+        return Calibration(if_it_helps(fit_temperature, row_losses, outputs, targets) if with_temperature else 1.0)
 
     def report(self, side: Side) -> dict[str, Any]:
         temperature = side.answering.temperature

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import norm
 
-from finetune.evaluation import bootstrap
+from finetune.evaluation import bootstrap, gates
 from finetune.evaluation.bootstrap import Values
 from finetune.evaluation.gates import Gate
 from finetune.evaluation.slices import slices_by
@@ -18,6 +19,7 @@ from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
 LEAST_ROWS = 20  # below, a bootstrap's interval is a guess
+LEAST_INTERVAL_ROWS = 10  # of figures that are not shares: below, none is given
 
 
 class Summed(TaskRules):
@@ -30,6 +32,23 @@ class Summed(TaskRules):
     @abstractmethod
     def of_sums(self, sums: Values) -> Mapping[str, Values]:
         """Each metric float64[samples] of sums float64[samples, sums]."""
+
+    def added(self, parts: Values) -> Values | None:
+        """Rows to draw beside those that were seen, without which a model that is never wrong always would be right;
+        None if figures are not shares."""
+        return None
+
+    def shares(self, parts: Values) -> dict[str, list[float]]:
+        """Intervals of the figures that are shares of the rows."""
+        return {}
+
+    def intervals(self, parts: Values, *, seed: int, samples: int = bootstrap.SAMPLES) -> dict[str, list[float]]:
+        """95 % intervals [low, high] of the figures that the rows suffice for."""
+        added = self.added(parts) if len(parts) else None
+        if added is None and len(parts) < LEAST_INTERVAL_ROWS:
+            return {}
+        found = bootstrap.intervals(parts, self.of_sums, seed=seed, samples=samples, added=added)
+        return found | self.shares(parts) if found else found
 
     def score(self, metric: str, outputs: FloatArray, targets: Targets) -> float:
         return self.summary(outputs, targets)[metric]
@@ -45,7 +64,7 @@ class Summed(TaskRules):
         parts = self.parts(side.outputs, side.targets, side.answering)
         return {
             **self.summary(side.outputs, side.targets, side.answering),
-            "intervals_95": bootstrap.intervals(parts, self.of_sums, seed=side.seed),
+            "intervals_95": self.intervals(parts, seed=side.seed),
             "slices": self._slices(side, parts),
         }
 
@@ -55,7 +74,7 @@ class Summed(TaskRules):
         def figure(inside: npt.NDArray[np.bool_]) -> tuple[float, list[float]]:
             own = parts[inside]
             value = bootstrap.measured(own, self.of_sums)[name]
-            return value, bootstrap.intervals(own, self.of_sums, seed=side.seed, samples=200)[name]
+            return value, self.intervals(own, seed=side.seed, samples=200)[name]
 
         return slices_by(side.extras, len(parts), figure, metric=side.metric)
 
@@ -69,7 +88,10 @@ class Summed(TaskRules):
         """The candidate's metric is better on the shared rows, and chance does not explain it (paired bootstrap)."""
         rows, limit = len(contest.targets), contest.options.p_value
         if rows < LEAST_ROWS:
-            message = f"{rows} shared rows are too few to compare on; {LEAST_ROWS} are needed"
+            message = (
+                f"{rows} shared rows are too few to compare on; {LEAST_ROWS} are needed: bring a test_dataset with "
+            )
+            message += f"{LEAST_ROWS - rows} more rows that neither version has seen"
             return Gate(self.contest_gate, "failed", message, {"rows": rows, "least_rows": LEAST_ROWS})
         own = self.parts(contest.outputs, contest.targets, contest.answering)
         others = self.parts(champion_outputs, contest.targets, champion_answering)
@@ -80,6 +102,7 @@ class Summed(TaskRules):
             f"{contest.metric.name} differs by {figures['difference']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, "
             f"p {figures['p_value']:.4g}) on {rows} shared rows"
         )
-        is_better = figures["gain"] > 0 and figures["p_value"] <= limit
-        verb = "better than the champion" if is_better else "not shown to be better than the champion"
-        return Gate(self.contest_gate, "passed" if is_better else "failed", f"{verb}: {told}", figures)
+        if figures["gain"] > 0 and figures["p_value"] <= limit:
+            return Gate(self.contest_gate, "passed", f"better than the champion: {told}", figures)
+        z = float(norm.isf(figures["p_value"] / 2)) if figures["gain"] > 0 else 0.0
+        return gates.not_shown(self.contest_gate, told, figures, rows=rows, z=z, significance=limit)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from finetune.worker.settings import WorkerSettings
 from polyhead import __version__
-from polyhead.cli import SAMPLE, app, child_environment, greeting
+from polyhead.cli import SAMPLE, app, child_environment, greeting, worker_metrics
 from tests.unit.polyhead.conftest import Service
 
 CHANGE = {"model": "reviews", "alias": "champion", "from_version": 1, "version": 2}
@@ -238,3 +239,23 @@ def test_the_sample_is_labelled_evenly() -> None:
     rows = list(csv.DictReader(io.StringIO(SAMPLE)))
     assert [sum(row["label"] == label for row in rows) for label in ("good", "bad")] == [12, 12]
     assert all(row["text"] for row in rows)
+
+
+def test_up_names_the_setting_where_the_workers_port_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as other, socket.socket() as free:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        free.bind(("127.0.0.1", 0))
+        taken, port = other.getsockname()[1], free.getsockname()[1]
+        free.close()
+        variables = {"POLYHEAD_WORKER_METRICS_PORT": str(taken)}
+        result = CliRunner(env=variables).invoke(app, ["up", "--port", str(port), "--data-dir", str(tmp_path / "data")])
+    assert result.exit_code == 1
+    assert "POLYHEAD_WORKER_METRICS_PORT" in result.stderr and str(taken) in result.stderr
+    assert not (tmp_path / "data").exists(), "nothing was started"
+
+
+def test_the_workers_port_is_the_one_of_its_settings() -> None:
+    assert worker_metrics({}) == ("127.0.0.1", WorkerSettings.model_fields["worker_metrics_port"].default)
+    assert worker_metrics({"POLYHEAD_WORKER_METRICS_PORT": "0"})[1] == 0
+    assert worker_metrics({"POLYHEAD_WORKER_METRICS_PORT": "many"})[1] == 0, "the worker says what is wrong"

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import socket
+from typing import Any
 
 import pytest
 
+from finetune.__main__ import _serve
 from finetune.worker import settings as worker
+from finetune.worker.metrics import WorkerMetrics
 from model_registry.settings import RETIRED, retired_settings
 from service import settings as serving
 from service.settings import load_settings
@@ -76,3 +80,41 @@ def test_the_worker_s_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     worker.load_worker_settings({f"POLYHEAD_{name}": "" for name in serving_names | worker_names})
     with pytest.raises(SystemExit, match="POLYHEAD_LEASE: unknown"):
         worker.load_worker_settings({"POLYHEAD_LEASE": "5"})
+
+
+@pytest.mark.parametrize("load", [serving.load_settings, worker.load_worker_settings])
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("BACKBONES", '{"tiny": ', "it must be JSON"), ("BACKBONES", "[1]", ""), ("DATABASE_TIMEOUT_S", "soon", "")],
+)
+def test_a_setting_that_cannot_be_read_is_one_clear_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], load: Any, name: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(f"POLYHEAD_{name}", value)
+    with pytest.raises(SystemExit) as refused:
+        load({f"POLYHEAD_{name}": value})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"POLYHEAD_{name}" in line and told in line
+    assert refused.value.code == 2
+    assert "Traceback" not in line and "EnvSettingsSource" not in line
+
+
+def test_contradicting_settings_are_told_in_our_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYHEAD_LEASE_S", "10")
+    with pytest.raises(SystemExit, match="heartbeat_s must be at most half") as refused:
+        worker.load_worker_settings({"POLYHEAD_LEASE_S": "10"})
+    assert "Value error" not in str(refused.value)
+
+
+def test_a_worker_whose_metrics_port_is_taken_names_the_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        settings = worker.WorkerSettings(worker_metrics_port=port)
+        with pytest.raises(SystemExit) as refused:
+            _serve(WorkerMetrics(), settings)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("POLYHEAD_WORKER_METRICS_PORT: ") and str(port) in line and "in use" in line
+    assert refused.value.code == 2
+    _serve(WorkerMetrics(), worker.WorkerSettings(worker_metrics_port=0))()

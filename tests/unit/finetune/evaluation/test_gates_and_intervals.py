@@ -17,7 +17,14 @@ from finetune.evaluation.classification import report, score_answers
 from finetune.evaluation.curves import abstention, at_threshold, precision_recall, reliability, risk_coverage, thinned
 from finetune.evaluation.data_curve import data_curve, extrapolated, nested_parts
 from finetune.evaluation.gates import Duel, Gate
-from finetune.evaluation.intervals import intervals, least_discordant, p_value, paired_difference, resampled
+from finetune.evaluation.intervals import (
+    intervals,
+    least_discordant,
+    p_value,
+    paired_difference,
+    resampled,
+    wilson,
+)
 from finetune.evaluation.slices import LEAST_ROWS, MOST_VALUES, slices
 from modeling.heads import softmax
 
@@ -50,9 +57,39 @@ def test_a_resample_has_the_metrics_that_its_rows_would_have(pairs: list[tuple[i
     assert set(values) == {"accuracy", "macro_f1", "weighted_f1"}
     for name, found in values.items():
         assert ((found >= 0) & (found <= 1)).all(), name
-    same = resampled(np.repeat(labels[:1], 9), np.repeat(answers[:1], 9), seed=0, samples=5)
-    for name, found in same.items():
-        assert found == pytest.approx(score_answers(name, answers[:1], labels[:1]))
+    measured = {name: score_answers(name, answers, labels) for name in values}
+    for name, (low, high) in intervals(labels, answers, samples=50).items():
+        assert low - 1e-12 <= measured[name] <= high + 1e-12, name
+
+
+@pytest.mark.parametrize(("hits", "rows"), [(0, 1), (2, 2), (20, 20), (7, 9), (480, 500), (0, 300)])
+def test_a_share_has_wilsons_interval(hits: int, rows: int) -> None:
+    wanted = binomtest(hits, rows).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(wilson(hits, rows), [wanted.low, wanted.high], atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 20])
+def test_few_rows_without_an_error_prove_little(rows: int) -> None:
+    """Nor do few without a right answer."""
+    labels = np.arange(rows) % 2
+    for answers, is_right in ((labels, True), (1 - labels, False)):
+        for low, high in intervals(labels, answers).values():
+            assert high - low > 1 / (rows + 3)
+            assert (high == 1.0) if is_right else (low == 0.0)
+
+
+@pytest.mark.parametrize(("rows", "right"), [(10, 0.9), (30, 0.97), (100, 0.8)])
+def test_nineteen_of_twenty_intervals_hold_the_truth(rows: int, right: float) -> None:
+    """Of models that err alike on two classes, so that accuracy and weighted F1 are the same in truth."""
+    held = {"accuracy": 0, "weighted_f1": 0}
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        labels = random.integers(0, 2, rows)
+        answers = np.where(random.random(rows) < right, labels, 1 - labels)
+        for name in held:
+            low, high = intervals(labels, answers, samples=200)[name]
+            held[name] += low <= right <= high
+    assert min(held.values()) >= 0.92 * 400, held
 
 
 def test_intervals_agree_with_drawing_the_rows_themselves() -> None:
@@ -82,11 +119,16 @@ def test_no_rows_have_no_interval() -> None:
 def test_a_paired_difference_knows_that_both_err_on_the_same_rows() -> None:
     right = np.arange(200) % 4 != 0
     better = right.copy()
-    better[[0, 4, 8, 12]] = True
+    better[0:32:4] = True
     difference, (low, high) = paired_difference(better, right)
-    assert difference == pytest.approx(0.02)
-    assert 0 < low < difference < high < 0.05  # two independent intervals of 200 rows would be six times as wide
-    assert paired_difference(right, right) == (0.0, [0.0, 0.0])
+    assert difference == pytest.approx(0.04)
+    assert 0 < low < difference < high < 0.08  # two independent intervals of 200 rows would be six times as wide
+    better[8:32:4] = False
+    assert paired_difference(better, right)[1][0] <= 0, "two rows that differ show nothing"
+    same, (low, high) = paired_difference(right, right)
+    assert same == 0.0 and -0.02 < low < 0 < high < 0.02
+    _, (low, high) = paired_difference(right[:4], right[:4])
+    assert low < -0.1 and high > 0.1, "four rows that both answer right show nothing"
 
 
 # Curves
@@ -247,6 +289,14 @@ def test_a_clearly_better_candidate_passes() -> None:
 def test_an_equal_a_worse_or_a_perhaps_better_one_does_not(own: int, theirs: int) -> None:
     gate = gates.better(duel(own, theirs), significance=0.05)
     assert gate.status == "failed" and "not shown" in gate.message
+    needed = gate.figures["rows_needed"]
+    if own <= theirs:
+        assert needed is None and "not ahead" in gate.message
+    else:
+        assert f"some {needed} shared rows would show it" in gate.message
+        factor = needed / gate.figures["rows"]
+        longer = gates.better(duel(round(own * factor) + 1, round(theirs * factor)), significance=0.06)
+        assert longer.status == "passed"
 
 
 def test_too_few_discordant_rows_fail_and_say_so() -> None:
@@ -272,8 +322,25 @@ def test_classes_with_few_rows_are_named_but_not_judged() -> None:
     candidate[100:] = 0
     found = gates.class_drop(Duel(labels, candidate, labels, ["big", "small"], ["big", "small"]), most=0.05)
     assert found.status == "passed" and found.figures["not_judged"] == {"small": 5}
-    few = gates.class_drop(Duel(labels[98:], labels[98:], labels[98:], ["big", "small"], ["big", "small"]), most=0.05)
-    assert few.status == "failed" and "no class has 20 rows" in few.message
+
+
+def test_classes_with_few_rows_are_judged_together() -> None:
+    """Sixty rows of four classes: none has twenty, and a candidate that is better on them can be promoted."""
+    names = ["a", "b", "c", "d"]
+    labels = np.repeat(np.arange(4), 15)
+    champion = labels.copy()
+    champion[::5] = (labels[::5] + 1) % 4
+    better = gates.class_drop(Duel(labels, labels, champion, names, names), most=0.05)
+    (group,) = better.figures["classes"]
+    assert better.status == "passed"
+    assert (group["label"], group["rows"]) == ("the 4 classes together with fewer than 20 rows", 60)
+    assert better.figures["not_judged"] == dict.fromkeys(names, 15)
+    worse = gates.class_drop(Duel(labels, champion, labels, names, names), most=0.05)
+    assert worse.status == "failed" and "loses 0.2000" in worse.message
+    few = gates.class_drop(Duel(labels[:4], champion[:4], labels[:4], names, names), most=0.05)
+    assert few.status == "failed" and "a single one of these rows counts 0.25" in few.message
+    none = gates.class_drop(Duel(labels, labels, labels, names, ["other"]), most=0.05)
+    assert none.status == "failed" and "bring a test_dataset" in none.message
 
 
 def test_a_class_new_to_the_champion_is_not_held_against_anybody() -> None:

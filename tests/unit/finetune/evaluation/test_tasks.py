@@ -25,6 +25,7 @@ from sklearn.metrics import (
 from finetune.data.targets import TARGETS, metric_of
 from finetune.evaluation import bootstrap
 from finetune.evaluation.calibration import fit_binary_temperature, mean_binary_log_loss
+from finetune.evaluation.intervals import wilson
 from finetune.evaluation.tasks import rules_of
 from finetune.evaluation.tasks.class_weights import positive_weights
 from finetune.evaluation.tasks.multi_label import LabelSetRules
@@ -348,3 +349,39 @@ def test_the_p_value_of_equal_models_is_spread_evenly() -> None:
         found = bootstrap.paired(parts, others, NumberRules().of_sums, metric=metric_of("rmse"), seed=seed, samples=200)
         small += found["p_value"] < 0.1
     assert small <= 15
+
+
+# Few rows
+
+
+@pytest.mark.parametrize("rows", [2, 6, 20])
+def test_few_rows_of_labels_without_an_error_prove_little(rows: int) -> None:
+    _, targets = drawn(rows)
+    report = LabelSetRules().report(side(20 * (2 * targets - 1), targets, "micro_f1"))
+    for name, (low, high) in report["intervals_95"].items():
+        assert high - low > 0.5 / (rows + 4), name
+        assert (low == 0.0) if name == "hamming_loss" else (high == 1.0)
+    assert report["intervals_95"]["subset_accuracy"] == wilson(rows, rows)
+
+
+def test_too_few_numbers_have_no_interval() -> None:
+    for rows, has_any in ((9, False), (10, True)):
+        report = NumberRules().report(side(*numbers(rows), "rmse"))
+        assert bool(report["intervals_95"]) is has_any
+
+
+def test_few_rows_that_differ_are_no_more_than_tosses_of_a_coin() -> None:
+    for rows, is_shown in ((3, False), (5, False), (6, True)):
+        targets = np.arange(rows, dtype=np.float32)
+        right, wrong = targets[:, None], targets[:, None] + 1
+        found = NumberRules().compare(side(right, targets, "rmse"), wrong)
+        assert found["gain"] > 0 and (found["p_value"] <= 0.05) is is_shown
+
+
+def test_the_rows_that_a_perfect_model_would_answer_differently() -> None:
+    logits, targets = drawn()
+    assert LabelSetRules().misses(logits, targets) == ((logits >= 0) != (targets > 0)).any(1).sum()
+    values, wanted = numbers()
+    assert NumberRules().misses(values, wanted) == len(wanted)
+    outputs = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
+    assert rules_of("text-classification").misses(outputs, np.asarray([0, 1, 1, 2])) == 2

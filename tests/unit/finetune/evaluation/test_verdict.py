@@ -139,17 +139,48 @@ def test_small_classes_are_named_rarest_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "rows", "code"),
+    ("error", "chance", "rows", "code"),
     [
-        (0.02, 500, "calibrated"),
-        (0.05, 500, "roughly_calibrated"),
-        (0.12, 500, "poorly_calibrated"),
-        (0.12, 40, "roughly_calibrated"),  # on so few rows an error of this size is chance
+        (0.02, 0.04, 500, "calibrated"),
+        (0.05, 0.04, 500, "roughly_calibrated"),
+        (0.12, 0.04, 500, "poorly_calibrated"),
+        (0.12, 0.15, 120, "calibration_unknown"),  # on so few rows an error of this size is chance
+        (0.02, 0.15, 40, "calibration_unknown"),
+        (0.48, 0.3, 5, "calibration_unknown"),
     ],
 )
-def test_calibration(error: float, rows: int, code: str) -> None:
-    side = {"rows": float(rows), "ece_before": 0.2, "ece_after": error, "per_class": []}
-    assert [name for name in said(figures(side=side)) if "calibrated" in name] == [code]
+def test_calibration(error: float, chance: float, rows: int, code: str) -> None:
+    side = {"rows": float(rows), "ece_before": 0.2, "ece_after": error, "ece_by_chance": chance, "per_class": []}
+    found = said(figures(side=side))
+    assert [name for name in found if "calibrat" in name] == [code]
+    assert ("right" in found[code].message) == (code == "roughly_calibrated")
+
+
+def test_few_validation_rows_support_no_claim_on_the_fit() -> None:
+    rising = history([0.9, 0.5, 0.55, 0.7], [0.8, 0.4, 0.2, 0.05])
+    falling = history([0.9, 0.7, 0.5], [0.8, 0.6, 0.4], [0.5, 0.6, 0.7])
+    probe: dict[str, Any] = {"method": "linear_probe", "train_score": 0.99, "validation_score": 0.8}
+    for changed in ({"history": rising}, {"history": falling, "stopped": "all epochs are done"}, probe):
+        many, few = (said(figures(validation_rows=rows, **changed)) for rows in (400, 12))
+        assert {"overfitting", "underfitting"} & set(many)
+        assert not {"overfitting", "underfitting"} & set(few)
+    probe["train_score"] = 0.92
+    assert "overfitting" not in said(figures(validation_rows=25, **probe)), "a gap that chance explains"
+    assert "overfitting" in said(figures(validation_rows=400, **probe))
+
+
+def test_what_was_cut_short_or_left_out_is_said() -> None:
+    cut = {"by": "cancel", "method": "lora", "steps": 1, "total_steps": 18, "not_trained": ["full"]}
+    found = said(figures(cut_short=cut))["cut_short"]
+    assert found.severity == "warning"
+    for part in ("cancelled", "1 of 18 steps", "full was not trained"):
+        assert part in found.message
+    left = [
+        {"method": "full", "reason": "cannot_be_told_apart", "message": "full is left out: why"},
+        {"method": "lora", "reason": "cancelled", "message": "lora is left out: the job was cancelled"},
+    ]
+    assert said(figures(left_out=left))["methods_left_out"].message == "Full is left out: why."
+    assert "cut_short" not in said(figures()) and "methods_left_out" not in said(figures())
 
 
 def test_figures_of_validation_alone_come_with_a_warning() -> None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.jobs.hyperparameters import NOT_YET, Hyperparameters, PlanError, check_task, parse_hyperparameters
+from finetune.jobs.hyperparameters import (
+    NAMES,
+    NESTED,
+    NOT_YET,
+    OTHER_NAMES,
+    Hyperparameters,
+    PlanError,
+    check_labels,
+    check_task,
+    parse_hyperparameters,
+)
 from finetune.jobs.plan import COST_ORDER, DatasetProfile, TrainingPlan, WorkerProfile, refuse_unavailable, resolve
+from finetune.jobs.search_space import with_values
 from modeling.inputs import MODALITIES
 
 DATA = DatasetProfile(train_rows=1000, validation_rows=150, test_rows=150, labels=4, max_length_p99=101)
@@ -79,6 +91,87 @@ def test_values_out_of_bounds_are_refused_with_their_place(values: dict[str, Any
         parse_hyperparameters(values)
     assert refused.value.errors[0]["loc"][0] == "hyperparameters"
     assert next(iter(values)) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "magic"}, 'method must be auto or one of baseline, linear_probe, setfit, .*, not "magic"'),
+        ({"epochs": "many"}, 'epochs must be auto or a number from 0.01 to 1000, not "many"'),
+        ({"batch_size": 16.5}, "batch_size must be auto or a whole number from 1 to 4096, not 16.5"),
+        ({"lora": {"r": 9999}}, "lora.r must be a whole number from 1 to 256, not 9999"),
+        ({"lora.r": "auto"}, 'lora.r must be a whole number from 1 to 256, not "auto"'),
+        ({"gate.p_value": 0}, "gate.p_value must be a number above 0 to 1, not 0"),
+        ({"lora": {"dropout": 1}}, "lora.dropout must be a number from 0 and below 1, not 1"),
+        ({"seed": 1 << 40}, "seed must be a whole number from 0 to 2147483647, not 1099511627776"),
+        ({"oversample": "maybe"}, 'oversample must be true or false, not "maybe"'),
+        ({"max_seconds": "long"}, 'max_seconds must be a number above 0 to 604800 or null, not "long"'),
+        ({"lora": 3}, "lora must be an object with r, alpha, dropout, .*, not 3"),
+        ({"export": ["x"]}, r'export must be a list of onnx, not \["x"\]'),
+        ({"class_weights": {"a": "x"}}, "class_weights must be none or balanced or an object of names and numbers"),
+        ({"split": {"strategy": "group"}}, "split: strategy group needs group_column"),
+        ({"space": {"lr": 3}, "trials": 2, "method": "lora"}, "space.lr must be a range such as .*, not 3"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_in_one_sentence(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=f"^{message}") as refused:
+        parse_hyperparameters(values)
+    (error,) = refused.value.errors
+    assert not set(".".join(error["loc"])) & set("[]'"), "a place names hyperparameters alone"
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_no_words_of_the_validator_reach_a_caller(name: str) -> None:
+    """Every hyperparameter, given an object where none fits and a text that means nothing."""
+    for value in ({"no": {"such": "thing"}}, "\u2603", [[]]):
+        with pytest.raises(PlanError) as refused:
+            parse_hyperparameters({name: value})
+        told = json.dumps(refused.value.errors)
+        for word in ("Input should", "literal[", "validation error", "function-", "valid ", "dict[", "Extra inputs"):
+            assert word not in told, told
+
+
+def test_dotted_names_mean_the_object() -> None:
+    plain = parse_hyperparameters({"lora": {"r": 4, "alpha": 8}, "early_stopping": {"patience": 7}})
+    assert parse_hyperparameters({"lora.r": 4, "lora": {"alpha": 8}, "early_stopping.patience": 7}) == plain
+    assert parse_hyperparameters({"lora.r": 4, "lora.alpha": 8, "early_stopping": {"patience": 7}}) == plain
+    assert with_values({"lora.r": 4, "lora.alpha": 8}, {"lora.r": 32}) == {"lora": {"r": 32, "alpha": 8}}
+    with pytest.raises(PlanError, match=r"lora\.r is given twice, with two values"):
+        parse_hyperparameters({"lora.r": 4, "lora": {"r": 8}})
+    with pytest.raises(PlanError, match="lora is no object"):
+        parse_hyperparameters({"lora.r": 4, "lora": 8})
+
+
+def test_every_documented_name_is_taken() -> None:
+    for name, model in NESTED.items():
+        for inner, field in model.model_fields.items():
+            if name != "split":
+                assert parse_hyperparameters({f"{name}.{inner}": field.default})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lr", "learning_rate"),
+        ("Learning-Rate", "learning_rate"),
+        ("num_train_epochs", "epochs"),
+        ("epochz", "epochs"),
+        ("rank", "lora.r"),
+        ("lora.rank", "lora.r"),
+        ("lora.alhpa", "lora.alpha"),
+        ("patience", "early_stopping.patience"),
+        ("test_size", "split.test"),
+        ("metrics", "metric"),
+    ],
+)
+def test_an_unknown_name_gets_the_one_that_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(PlanError, match=f"unknown hyperparameter '{name}'; did you mean {meant}\\?"):
+        parse_hyperparameters({name: 1})
+
+
+def test_other_libraries_names_lead_to_known_ones_and_are_none() -> None:
+    assert set(OTHER_NAMES.values()) <= set(NAMES)
+    assert not set(OTHER_NAMES) & set(NAMES)
 
 
 def test_several_mistakes_are_told_at_once() -> None:
@@ -265,3 +358,10 @@ def test_a_modality_without_a_baseline_is_planned_without_one(monkeypatch: pytes
     assert [method.method for method in plan().methods] == ["linear_probe", "lora", "full"]
     with pytest.raises(PlanError, match="there is no baseline for texts; use auto or linear_probe"):
         plan(method="baseline")
+
+
+def test_weights_on_labels_that_the_data_lacks_are_refused() -> None:
+    check_labels(parse_hyperparameters({"class_weights": {"good": 2.0}}), {"good", "bad"})
+    check_labels(parse_hyperparameters({"class_weights": "balanced"}), set())
+    with pytest.raises(PlanError, match="'goood', which the data does not have; it has bad, good"):
+        check_labels(parse_hyperparameters({"class_weights": {"goood": 2.0}}), {"good", "bad"})
