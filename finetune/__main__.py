@@ -28,7 +28,8 @@ from model_registry.migrations import migrate
 from model_registry.registry import Registry
 from model_registry.settings import refuse_to_start, retired_settings
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, ingest, locate
+from modeling.backbone import Backbone
+from modeling.intake import IntakeLimits, ingest
 
 _log = logging.getLogger("finetune")
 
@@ -101,11 +102,11 @@ def _migrate_when_there(database: Database) -> None:
 
 
 def _backbones(settings: WorkerSettings, store: FileStore) -> dict[str, Backbone]:
-    found = {}
-    for name, source in settings.backbones.items():
-        folder = locate(source, offline=settings.is_offline, cache_dir=None)
-        found[name] = ingest(store, folder, name=name, source=source)
-    return found
+    limits = IntakeLimits(settings.import_memory_bytes, settings.import_timeout_s)
+    return {
+        name: ingest(store, source, name=name, offline=settings.is_offline, limits=limits)
+        for name, source in settings.backbones.items()
+    }
 
 
 def _spare(backbones: Mapping[str, Backbone]) -> SpareChild:

@@ -7,6 +7,7 @@ not exist. Nothing here opens a model.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,7 +16,11 @@ from model_registry.errors import ManifestUnsupported
 from model_registry.refs import NAME_PATTERN
 
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 1_000_000
+MAX_MANIFEST_BYTES = 4_000_000
+# Of one model. They are in its manifest, its card and its database row, and its golden rows hold a number for each.
+MAX_LABELS = 10_000
+MAX_LABEL_CHARACTERS = 1000
+MAX_LABELS_BYTES = 256_000
 _RETIRED = frozenset({"problem", "parent"})
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -80,7 +85,12 @@ class ModelManifest(_Model):
         return version_prefix(self.tenant, self.name, self.version)
 
     def to_bytes(self) -> bytes:
-        return self.model_dump_json(indent=2).encode()
+        """Raises `ManifestUnsupported` for one that `from_bytes` could not read again."""
+        content = self.model_dump_json(indent=2).encode()
+        if len(content) > MAX_MANIFEST_BYTES:
+            size = f"{len(content):,} bytes, more than {MAX_MANIFEST_BYTES:,}"
+            raise ManifestUnsupported(f"manifest.json would have {size}")
+        return content
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ModelManifest:
@@ -91,6 +101,20 @@ class ModelManifest(_Model):
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "document"
             raise ManifestUnsupported(f"manifest.json: {place}: {first['msg']}") from error
+
+
+def too_many_labels(labels: Iterable[str]) -> str | None:
+    """Say in what labels exceed what a version can hold; None if they do not. Reads no further than it must."""
+    count = total = 0
+    for label in labels:
+        count, total = count + 1, total + len(label.encode("utf-8", "surrogatepass"))
+        if len(label) > MAX_LABEL_CHARACTERS:
+            return f"the label {label[:40]!r}… has {len(label):,} characters, more than {MAX_LABEL_CHARACTERS:,}"
+        if count > MAX_LABELS:
+            return f"there are more than {MAX_LABELS:,} labels"
+        if total > MAX_LABELS_BYTES:
+            return f"the labels' names have more than {MAX_LABELS_BYTES:,} bytes"
+    return None
 
 
 def version_prefix(tenant: str, name: str, version: int) -> str:

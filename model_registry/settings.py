@@ -51,6 +51,11 @@ class CommonSettings(BaseSettings):
     )
     offline: bool = Field(False, description="never contact the hub; also set by HF_HUB_OFFLINE")
 
+    import_memory_bytes: int = Field(
+        8 << 30, ge=1 << 31, description="memory of the process that reads a checkpoint; a small one gets less"
+    )
+    import_timeout_s: float = Field(600.0, gt=0, le=86400, description="seconds that reading a checkpoint may take")
+
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'polyhead.db'}"

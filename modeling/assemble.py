@@ -28,7 +28,7 @@ from modeling.weights import FloatArray
 
 GOLDEN_ROWS = 8
 REFERENCE_STATS = "reference_stats.json"
-_MAX_JSON_BYTES = 4 << 20
+_MAX_JSON_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,10 @@ def write_version_files(
         "golden.json": {"rows": [{key: to_json(row.example), "logits": row.logits} for row in golden]},
     }
     for name, document in documents.items():
-        (folder / name).write_text(json.dumps(document, indent=1))
+        content = json.dumps(document, indent=1)
+        if len(content) > _MAX_JSON_BYTES:  # it could never be read again
+            raise ValueError(f"{name} would have {len(content):,} bytes, more than {_MAX_JSON_BYTES:,}")
+        (folder / name).write_text(content)
 
 
 def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:

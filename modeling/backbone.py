@@ -15,6 +15,7 @@ import json
 import math
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ COMPOSITION_WEIGHTS = "composition.safetensors"
 
 _HUB_SOURCE = re.compile(r"(?P<repo>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?)@(?P<revision>[0-9a-f]{40})")
 _HUB_FILES = ["*.json", "*.safetensors"]
+_HUB_ANSWERS_S = 5.0
 # Raise it when the same files are to be read otherwise: every source is then ingested anew. A backbone whose answers
 # stay keeps its digest, and versions keep the one that they were trained on.
 _SCHEMA = 2
@@ -119,36 +121,52 @@ def _from_hub(rest: str, *, offline: bool, cache_dir: Path | None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    def snapshot(*, is_local: bool) -> Path:
+        options = {"allow_patterns": _HUB_FILES, "local_files_only": is_local, "cache_dir": cache_dir}
+        return Path(snapshot_download(match["repo"], revision=match["revision"], **options))
+
     try:
-        return Path(
-            snapshot_download(
-                match["repo"],
-                revision=match["revision"],
-                allow_patterns=_HUB_FILES,
-                local_files_only=offline,
-                cache_dir=cache_dir,
-            )
-        )
+        folder = snapshot(is_local=True)  # a commit never changes
+        if offline or all(path.is_file() for path in weight_files(folder)):
+            return folder
     except Exception as error:  # the hub client raises a dozen unrelated classes for "not there"
-        where = "in the local cache (offline)" if offline else "on the hub"
-        raise BackboneUnavailable(f"hub:{rest} could not be found {where} ({type(error).__name__})") from error
+        if offline:
+            name = type(error).__name__
+            raise BackboneUnavailable(f"hub:{rest} is not in the local cache, and offline is set ({name})") from error
+    _check_reachable(rest)
+    try:
+        return snapshot(is_local=False)
+    except Exception as error:
+        raise BackboneUnavailable(f"hub:{rest} could not be found on the hub ({type(error).__name__})") from error
+
+
+def _check_reachable(rest: str) -> None:
+    """Raise at once if the hub does not answer: its client tries again for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_ANSWERS_S)
+    except Exception as error:
+        raise BackboneUnavailable(
+            f"hub:{rest}: the hub cannot be reached from here ({type(error).__name__}); allow the connection, or copy "
+            "the checkpoint to a folder and name that"
+        ) from error
 
 
 def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Backbone:
     """Copies a checkpoint's encoder into the store, once per content. Returns it as stored.
 
-    Raises `BackboneUnavailable`, `ConfigRefused`, `UnsupportedArchitecture`.
+    Raises `BackboneUnavailable`, `CheckpointRefused`, `ConfigRefused`, `UnsupportedArchitecture`.
     """
-    note = f"backbones/sources/{_source_digest(folder)}"
-    if store.exists(note):
-        stored = Backbone.open(store.local_path(backbone_prefix(store.get_bytes(note, max_bytes=64).decode())))
-        return replace(stored, info=replace(stored.info, name=name, source=source))
+    note = _note(folder)
+    if (known := _ingested(store, note, name=name, source=source)) is not None:
+        return known
     config = read_config(folder)
     modality = modality_of(config)
     checkpoint = READERS[modality].read(folder, config)
     with tempfile.TemporaryDirectory(prefix="polyhead-ingest-") as temporary:
         info, files = describe(checkpoint, folder, Path(temporary), name=name, source=source)
-        READERS[modality].check_weights(folder)
+        READERS[modality].check(folder, _as_stored(info, files, Path(temporary)))
         prefix = backbone_prefix(info.digest)
         if not store.exists(f"{prefix}/{BACKBONE_FILE}"):
             for file_name, path in files.items():
@@ -159,6 +177,31 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
     with contextlib.suppress(ArtifactExists):
         store.put_bytes(note, info.digest.encode(), create_only=True)
     return Backbone(info, store.local_path(prefix))
+
+
+def find_ingested(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Backbone | None:
+    """What `ingest` made of the same content before, without a look into it. Raises `BackboneUnavailable`."""
+    return _ingested(store, _note(folder), name=name, source=source)
+
+
+def _note(folder: Path) -> str:
+    return f"backbones/sources/{_source_digest(folder)}"
+
+
+def _ingested(store: ArtifactStore, note: str, *, name: str, source: str) -> Backbone | None:
+    if not store.exists(note):
+        return None
+    stored = Backbone.open(store.local_path(backbone_prefix(store.get_bytes(note, max_bytes=64).decode())))
+    return replace(stored, info=replace(stored.info, name=name, source=source))
+
+
+def _as_stored(info: BackboneInfo, files: Mapping[str, Path], folder: Path) -> Backbone:
+    """The backbone in `folder`, which holds what was written for it, before it is copied."""
+    for file_name, path in files.items():
+        if path.parent != folder:
+            (folder / file_name).symlink_to(path.absolute())
+    (folder / BACKBONE_FILE).write_bytes(info_bytes(info))
+    return Backbone(info, folder)
 
 
 def _source_digest(folder: Path) -> str:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from model_registry.manifest import too_many_labels
 from modeling.adapters_in_encoder import Composition, plain_weights, write_composition
 from modeling.backbone import BACKBONE_FILE, Backbone, describe, info_bytes
 from modeling.encoder import load_pretrained
-from modeling.engines.protocol import EngineBatch
-from modeling.engines.torch import TorchEngine
-from modeling.errors import GoldenRowsDiffer, UnsupportedArchitecture
+from modeling.errors import CheckpointRefused, UnsupportedArchitecture
 from modeling.heads import Activation, DenseLayer, TaskHead
 from modeling.ingestion import READERS, Pooling, modality_of, read_config
-from modeling.inputs import open_preprocessor, single
+from modeling.ingestion.text_audit import PROBES
+from modeling.proof import check_logits
 from modeling.tasks import DEFAULT_MODALITY, Task, task_of_kind
 
 # Where a sequence classifier of each model type keeps the layers between token state and logits.
@@ -36,8 +36,6 @@ _HEAD_LAYERS: dict[str, tuple[tuple[str, Activation], ...]] = {
     "roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
     "xlm-roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
 }
-_PROBE = "Another, rather longer text: it has numbers (42), punctuation; and ends here. "
-_PROBES = ("a short text", _PROBE, _PROBE * 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> 
     """Takes a Hugging Face sequence classifier apart into an encoder (written to `target`) and a head.
 
     The parts must reproduce the original's logits on probe rows, or nothing is imported. `problem_type` says the task.
-    Raises `BackboneUnavailable`, `ConfigRefused`, `UnsupportedArchitecture`, `GoldenRowsDiffer`.
+    Raises `BackboneUnavailable`, `CheckpointRefused`, `ConfigRefused`, `UnsupportedArchitecture`, `GoldenRowsDiffer`.
     """
     original = _load_classifier(folder)
     task = _task(original.config)
@@ -103,7 +101,9 @@ def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> 
         pooling="cls",
         normalize=False,
     )
-    _check_reproduces(_load_classifier(folder), backbone, head)
+    del original
+    READERS[backbone.info.modality].check(folder, backbone)
+    check_logits(_load_classifier(folder), backbone, head, PROBES)
     return ImportedClassifier(backbone, head, task, labels)
 
 
@@ -136,13 +136,21 @@ def _task(config: Any) -> Task:
 def _labels(config: Any, task: Task) -> tuple[str, ...]:
     if task.kind == "regression":
         return ()
-    labels = tuple(str(config.id2label.get(index, "")) for index in range(config.num_labels))
-    if "" in labels or len(set(labels)) < len(labels):
-        raise UnsupportedArchitecture(
-            f"config.json: id2label must give each output, 0 to {len(labels) - 1}, a name of its own; it gives "
+    if (excess := too_many_labels(str(name) for name in config.id2label.values())) is not None:
+        raise CheckpointRefused(f"config.json: {excess}; a model may have no more")
+    names = [config.id2label.get(index) for index in range(config.num_labels)]
+    labels = tuple(str(name) for name in names if isinstance(name, str | int | float))
+    if len(labels) < len(names) or len(set(labels)) < len(labels) or not all(map(_is_name, labels)):
+        raise CheckpointRefused(
+            f"config.json: id2label must give each output, 0 to {len(names) - 1}, a name of its own; it gives "
             f"{str(config.id2label)[:200]}"
         )
     return labels
+
+
+def _is_name(label: str) -> bool:
+    """Something to see, and text that JSON, SQL and a page can hold."""
+    return bool(label.strip()) and "\0" not in label and not any("\ud800" <= letter <= "\udfff" for letter in label)
 
 
 def _extract_head(model: Any, model_type: str) -> TaskHead:
@@ -157,18 +165,3 @@ def _extract_head(model: Any, model_type: str) -> TaskHead:
 
 def _numpy(parameter: torch.Tensor) -> Any:
     return np.array(parameter.detach().cpu().numpy(), dtype=np.float32)
-
-
-@torch.inference_mode()
-def _check_reproduces(original: Any, backbone: Backbone, head: TaskHead) -> None:
-    preprocessor = open_preprocessor(backbone)
-    rows = single(preprocessor.encode(_PROBES))
-    pooled = TorchEngine(backbone).run(EngineBatch(rows)).pooled
-    for place, row in enumerate(rows):
-        arrays = preprocessor.collate([row], row.cost)
-        wanted = original(**{name: torch.from_numpy(array) for name, array in arrays.items()}).logits[0].numpy()
-        error = np.abs(head.logits(pooled[place : place + 1])[0] - wanted).max()
-        if not error <= 1e-4 * max(1.0, np.abs(wanted).max()):  # not a number fails too
-            raise GoldenRowsDiffer(
-                "taken apart into encoder and head, the checkpoint gives other logits than as a whole"
-            )

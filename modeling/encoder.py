@@ -9,7 +9,7 @@ import torch
 
 from modeling.adapters_in_encoder import read_composed
 from modeling.backbone import weight_files
-from modeling.errors import BackboneUnavailable
+from modeling.errors import BackboneUnavailable, CheckpointRefused
 from modeling.ingestion import read_config
 from modeling.ingestion.text import known_keys, transformers_config
 
@@ -45,7 +45,8 @@ def load_pretrained(
 
     transformers fills tensors that the file lacks with random numbers, leaves out those that no module takes, and only
     logs it. Here the first is an error, but for the module `may_lack`. `is_whole` is for folders as they arrive: the
-    second is an error too, but for heads, and every key of the configuration is taken. Raises `BackboneUnavailable`.
+    second is an error too, but for heads, and every key of the configuration is taken; and so is a number that is not
+    finite. Raises `BackboneUnavailable`, `CheckpointRefused`, and `MemoryError` if there is too little.
     """
     import transformers
 
@@ -64,8 +65,11 @@ def load_pretrained(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
         )
     except Exception as error:  # OSError, ValueError, RuntimeError and safetensors' own, by kind of damage
+        if "allocate memory" in str(error):  # torch has no class for it
+            raise MemoryError(str(error)) from error
         raise BackboneUnavailable(f"the weights in {folder.name} cannot be loaded ({type(error).__name__})") from error
     modules = {
         key: key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
@@ -80,4 +84,16 @@ def load_pretrained(
                 f"the weights in {folder.name} and its config.json do not fit: they {what} {len(keys)} tensors, "
                 f"{', '.join(keys[:3])}; save model and configuration together with transformers' save_pretrained"
             )
+    if is_whole:
+        _check_finite(model, folder)
     return model.eval()
+
+
+def _check_finite(model: torch.nn.Module, folder: Path) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointRefused(
+                f"the weights in {folder.name}: {count:,} values of {name} are not finite (NaN or infinite); save the "
+                "checkpoint of a training that has not diverged"
+            )

@@ -3,10 +3,12 @@
 ModelingError
 ├── BackboneUnavailable      the source cannot be found or is incomplete
 ├── ConfigRefused            a checkpoint's configuration asks for what is never allowed
+├── CheckpointRefused        a checkpoint would harm the process that reads it, or answer nothing
 ├── UnsupportedArchitecture  a model type or head that is not known here
 ├── AdapterMismatch          an adapter's modules or shapes do not fit the backbone
 ├── WeightsInvalid           a weights file is truncated, misshaped or not finite
 ├── InputTooLong             an input exceeds the limit and may not be cut
+├── PreprocessorFailed       the checkpoint's own preprocessor could not read an input
 ├── GoldenRowsDiffer         a loaded version does not reproduce its stored answers
 └── EngineFailed             the engine could not compute a batch
     └── NonFiniteOutput      a row came out as NaN or infinity
@@ -27,6 +29,10 @@ class ConfigRefused(ModelingError):
     """A checkpoint's configuration names code or settings that are never taken from a checkpoint."""
 
 
+class CheckpointRefused(ModelingError):
+    """A checkpoint that takes more time, memory or files than it may, or whose numbers or tokenizer cannot serve."""
+
+
 class UnsupportedArchitecture(ModelingError):
     """A model type or a classification head that is not known here."""
 
@@ -45,6 +51,10 @@ class InputTooLong(ModelingError):
     def __init__(self, message: str, *, index: int) -> None:
         super().__init__(message)
         self.index = index
+
+
+class PreprocessorFailed(ModelingError):
+    """The checkpoint's own preprocessor, its tokenizer for texts, could not read an input."""
 
 
 class GoldenRowsDiffer(ModelingError):

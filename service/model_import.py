@@ -1,109 +1,135 @@
-"""Registers a Hugging Face sequence classifier that exists already: taken apart, proven equal, then published."""
+"""Registers a Hugging Face sequence classifier that exists already: read in a process of its own, then published."""
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from model_registry.errors import InvalidReference, RegistryError
 from model_registry.manifest import MANIFEST_NAME, ModelManifest
 from model_registry.registry import Registry
 from model_registry.store import ArtifactStore, put_tree
-from modeling.assemble import GoldenRow, write_version_files
-from modeling.backbone import locate
-from modeling.engines.protocol import EngineBatch
-from modeling.inputs import open_preprocessor, single
+from modeling.child_process import ChildFailed
+from modeling.intake import Imported, IntakeLimits, import_classifier
+from service.inference.errors import ModelNotReady
 
-_GOLDEN_TEXTS = (
-    "It works.",
-    "This is not what I expected at all.",
-    "The quick brown fox jumps over the lazy dog.",
-    "Shares rose 3.5 % after the company reported its results.",
-    "Where can I find the manual?",
-    "I would recommend it to anyone who asks.",
-    "a",
-    "One two three four five six seven eight nine ten.",
-)
+_WAITING = 8
 
 
 class ImportRefused(RegistryError):
     """Imports are off, or the source is outside the import root."""
 
 
-def import_checkpoint(
-    name: str,
-    source: str,
-    *,
-    tenant: str,
-    actor: str,
-    registry: Registry,
-    store: ArtifactStore,
-    import_root: Path | None,
-    offline: bool,
-) -> int:
-    """Returns the new version's number. Blocking.
+class ImportsBusy(RegistryError):
+    """As many imports wait as may."""
 
-    Raises `ImportRefused`, `InvalidReference`, and `modeling.errors` where the checkpoint does not fit.
-    """
-    # torch takes seconds and 200 MB, and a server on another engine needs it for nothing else.
-    from modeling.checkpoints import import_classifier
-    from modeling.engines.torch import TorchEngine
+    retry_after_s = 30.0
 
-    folder = _folder(source, import_root, offline=offline)
-    with tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
-        staged = Path(temporary)
-        parts = import_classifier(folder, staged / "full", name=name, source=source)
-        registry.check_task(tenant=tenant, name=name, task=parts.task.name)
-        pooled = (
-            TorchEngine(parts.backbone)
-            .run(EngineBatch(single(open_preprocessor(parts.backbone).encode(_GOLDEN_TEXTS))))
-            .pooled
-        )
-        golden = [
-            GoldenRow(text, row.tolist()) for text, row in zip(_GOLDEN_TEXTS, parts.head.logits(pooled), strict=True)
-        ]
-        write_version_files(
-            staged,
-            head=parts.head,
-            labels=parts.labels,
-            max_length=parts.backbone.info.max_length,
-            temperature=1.0,
-            golden=golden,
-            task=parts.task.name,
-        )
-        (staged / "MODEL_CARD.md").write_text(f"# {name}\n\nImported from {source}; not evaluated here.\n")
-        with registry.transaction() as connection:
-            version = registry.reserve(
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One import. `folder` is None for a source on the hub."""
+
+    tenant: str
+    name: str
+    source: str
+    folder: Path | None
+
+
+class ModelImports:
+    """One checkpoint at a time; a few more may wait."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: ArtifactStore,
+        *,
+        import_root: Path | None,
+        is_offline: bool,
+        limits: IntakeLimits,
+        stop: threading.Event,
+    ) -> None:
+        """What is read when `stop` is set is given up."""
+        self._registry, self._store, self._root = registry, store, import_root
+        self._is_offline, self._limits, self._stop = is_offline, limits, stop
+        self._one_at_a_time = asyncio.Semaphore(1)
+        self._running: set[asyncio.Task[int]] = set()
+
+    async def run(self, name: str, source: str, *, tenant: str, actor: str) -> int:
+        """Returns the new version's number.
+
+        Raises `ImportRefused`, `ImportsBusy`, `InvalidReference`, and `modeling.errors` if the checkpoint does not fit.
+        """
+        wanted = Wanted(tenant, name, source, await asyncio.to_thread(_folder, source, self._root))
+        if len(self._running) > _WAITING:
+            raise ImportsBusy(f"an import is running and {_WAITING} wait; repeat this one later")
+        task = asyncio.create_task(self._in_turn(wanted, actor), name=f"import-{name}")
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)  # a thread goes on if its caller leaves, and so does its turn
+
+    async def _in_turn(self, wanted: Wanted, actor: str) -> int:
+        async with self._one_at_a_time:
+            try:
+                return await asyncio.to_thread(self._import, wanted, actor)
+            except ChildFailed as error:
+                raise ModelNotReady("the service is shutting down", retry_after_s=1.0) from error
+
+    def _import(self, wanted: Wanted, actor: str) -> int:
+        with tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
+            staged = Path(temporary) / "version"
+            imported = import_classifier(
+                wanted.folder,
+                staged,
+                name=wanted.name,
+                source=wanted.source,
+                root=self._root,
+                offline=self._is_offline,
+                limits=self._limits,
+                stop=self._stop,
+            )
+            self._registry.check_task(tenant=wanted.tenant, name=wanted.name, task=imported.task)
+            card = f"# {wanted.name}\n\nImported from {wanted.source}; not evaluated here.\n"
+            (staged / "MODEL_CARD.md").write_text(card)
+            manifest = self._stored(wanted, imported, staged)
+        self._store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
+        with self._registry.transaction() as connection:
+            self._registry.publish(connection, manifest, actor=actor)
+        return manifest.version
+
+    def _stored(self, wanted: Wanted, imported: Imported, staged: Path) -> ModelManifest:
+        with self._registry.transaction() as connection:
+            version = self._registry.reserve(
                 connection,
-                tenant=tenant,
-                name=name,
-                task=parts.task.name,
+                tenant=wanted.tenant,
+                name=wanted.name,
+                task=imported.task,
                 kind="full",
                 method="import",
                 job_id=None,
             )
         draft = ModelManifest(
-            tenant=tenant,
-            name=name,
+            tenant=wanted.tenant,
+            name=wanted.name,
             version=version,
             kind="full",
-            task=parts.task.name,
+            task=imported.task,
             method="import",
-            labels=parts.labels,
+            labels=imported.labels,
             created_at=time.time(),
             files=(),
         )
-        manifest = draft.model_copy(update={"files": put_tree(store, draft.prefix, staged)})
-    store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
-    with registry.transaction() as connection:
-        registry.publish(connection, manifest, actor=actor)
-    return version
+        return draft.model_copy(update={"files": put_tree(self._store, draft.prefix, staged)})
 
 
-def _folder(source: str, import_root: Path | None, *, offline: bool) -> Path:
+def _folder(source: str, import_root: Path | None) -> Path | None:
+    """The folder that a source means, None if it is on the hub. Raises `ImportRefused`, `InvalidReference`."""
     if source.startswith("hub:"):
-        return locate(source, offline=offline)
+        return None
     if import_root is None:
         raise ImportRefused("imports from a folder are off; the operator can set import_root")
     relative = Path(source.removeprefix("file:"))

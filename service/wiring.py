@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -18,8 +19,9 @@ from model_registry.errors import DatabaseUnavailable
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, ingest, locate
+from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
+from modeling.intake import IntakeLimits, ingest
 from service.api.deps import Services
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
@@ -31,6 +33,7 @@ from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
+from service.model_import import ModelImports
 from service.settings import ServingSettings
 
 _log = logging.getLogger("service.wiring")
@@ -46,6 +49,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
     store = FileStore(settings.data_dir / "store")
     registry, jobs, datasets = Registry(database), JobStore(database), DatasetStore(database)
     backbones: dict[str, Backbone] = {}
+    stopping = threading.Event()  # for the threads that wait for a process
     async with AsyncExitStack() as stack:
         stack.callback(database.dispose)
         pool = ModelPool(
@@ -93,6 +97,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             jobs=jobs,
             datasets=datasets,
             intake=intake,
+            imports=_imports(settings, registry, store, stopping),
             store=store,
             metrics=metrics,
             drain=drain,
@@ -101,12 +106,30 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         stack.push_async_callback(
             _cancelled,
             [
-                asyncio.create_task(_load(settings, store, pool, watcher, backbones), name="load"),
+                asyncio.create_task(_load(settings, store, pool, watcher, backbones, stopping), name="load"),
                 asyncio.create_task(intake.sweep(), name="dataset-sweep"),
                 asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),
             ],
         )
+        stack.callback(stopping.set)
         yield services
+
+
+def _imports(
+    settings: ServingSettings, registry: Registry, store: FileStore, stopping: threading.Event
+) -> ModelImports:
+    return ModelImports(
+        registry,
+        store,
+        import_root=settings.import_root,
+        is_offline=settings.is_offline,
+        limits=_intake_limits(settings),
+        stop=stopping,
+    )
+
+
+def _intake_limits(settings: ServingSettings) -> IntakeLimits:
+    return IntakeLimits(settings.import_memory_bytes, settings.import_timeout_s)
 
 
 def _selector(settings: ServingSettings, database: Database, metrics: ServingMetrics) -> EngineSelector:
@@ -169,13 +192,21 @@ async def _load(
     pool: ModelPool,
     watcher: RegistryWatcher,
     backbones: dict[str, Backbone],
+    stopping: threading.Event,
 ) -> None:
     """Brings the backbones up, then follows the registry. A backbone that cannot load keeps the process unready."""
     try:
         await _read_when_there(watcher)  # from here on the names of models are known
         for name, source in settings.backbones.items():
-            folder = await asyncio.to_thread(locate, source, offline=settings.is_offline)
-            backbones[name] = await asyncio.to_thread(ingest, store, folder, name=name, source=source)
+            backbones[name] = await asyncio.to_thread(
+                ingest,
+                store,
+                source,
+                name=name,
+                offline=settings.is_offline,
+                limits=_intake_limits(settings),
+                stop=stopping,
+            )
             await pool.add_backbone(name, backbones[name])
         await pool.settled()
         # Full collections stop every thread; those to come need not look at all that was imported. What loading left in

@@ -30,6 +30,7 @@ from finetune.data.records import DatasetReport, FileFormat, Finding, has_errors
 ROWS_FILE = "rows.parquet"
 REPORT_FILE = "report.json"
 
+_MOST_LABEL_COLUMNS = 100  # of wider files a job looks at the column that it names
 _EXIT_OUT_OF_MEMORY = 3
 _EXIT_MACHINE_FAILED = 4
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,8 @@ def write_checked(raw: Path, file_format: FileFormat, out_dir: Path, limits: Lim
     log = FindingLog()
     rows = 0
     with open_rows(raw, file_format, log, limits, folder=out_dir) as source:
-        profiles = [ColumnProfile(name) for name in source.columns]
+        may_be_label = len(source.columns) <= _MOST_LABEL_COLUMNS
+        profiles = [ColumnProfile(name, may_be_label=may_be_label) for name in source.columns]
         with canonical_writer(out_dir / ROWS_FILE, source.columns, source.files) as writer:
             for batch in source.batches:
                 writer.write(batch)

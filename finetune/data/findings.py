@@ -6,7 +6,7 @@ Pure: rows in, findings out. Knows no file and no model.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from finetune.data.duplicates import SHINGLINGS, Duplicates, Indices, find_dupli
 from finetune.data.labelled import LabelledRows
 from finetune.data.records import Finding, Severity, row_finding
 from finetune.data.targets.base import Keys, listed
+from model_registry.manifest import too_many_labels
 from modeling.inputs.text_identity import normalise
 
 _MANY_DUPLICATES = 0.1
@@ -43,6 +44,7 @@ def inspect_rows(
     found = duplicates or find_duplicates([example for rows in everything for example in rows.examples], train.modality)
     keys = found.input_of[: len(train)].tolist()
     findings = [
+        *too_many(train.names()),
         *_label_case_collision(train, held_out),
         *train.target.findings(train, found.group_of[: len(train)].tolist(), min_rows_per_class),
         *_duplicates(train, keys),
@@ -69,6 +71,22 @@ def too_long(rows: LabelledRows, lengths: Sequence[int], max_length: int) -> lis
     return [
         row_finding(code="too_long", severity=severity, message=message, rows=rows.row_numbers[cut].tolist(), fix=fix)
     ]
+
+
+def too_many(names: Iterable[str]) -> list[Finding]:
+    """An error if a version could not hold these labels."""
+    return [excessive(excess)] if (excess := too_many_labels(names)) is not None else []
+
+
+def excessive(excess: str, *, column: str | None = None) -> Finding:
+    return Finding(
+        code="too_many_labels",
+        severity="error",
+        message=f"{excess}; a model may have no more",
+        column=column,
+        count=1,
+        fix="choose another label column, merge rare labels, or shorten their names; numbers are for text-regression",
+    )
 
 
 def _no_rows() -> Finding:

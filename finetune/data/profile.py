@@ -10,6 +10,7 @@ from finetune.data.errors import ColumnMissing
 from finetune.data.records import ColumnReport, ColumnType, Finding
 from finetune.data.spellings import NUMBER, label_name
 from finetune.data.targets.base import parse_list
+from model_registry.manifest import too_many_labels
 from modeling.inputs.text_identity import normalise
 
 _DISTINCT_AT_MOST = 1000
@@ -22,8 +23,11 @@ _BOOLEANS = frozenset({"true", "false"})
 class ColumnProfile:
     """Counts one column's values; `report` may be asked for at any time."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, may_be_label: bool = True) -> None:
+        """Without `may_be_label` it is not looked at as labels, which may take a megabyte."""
         self._name = name
+        self._names: set[str] | None = set() if may_be_label else None
+        self._excess: str | None = None
         self._empty = 0
         self._example: str | None = None
         self._may_be_number = True
@@ -48,9 +52,9 @@ class ColumnProfile:
         if self._counts is not None and len(self._padded) <= _COUNTED_AT_MOST:
             self._padded.update(value for value in values if value is not None and value.strip() != value)
         self._count_distinct(filled)
-        self._count_values(
-            item for value, found in zip(filled, lists, strict=True) for item in ([value] if found is None else found)
-        )
+        items = [item for value, own in zip(filled, lists, strict=True) for item in ([value] if own is None else own)]
+        self._count_values(items)
+        self._count_names(items)
 
     def _count_distinct(self, filled: list[str]) -> None:
         if self._distinct is None:
@@ -90,6 +94,13 @@ class ColumnProfile:
             )
         ]
 
+    def _count_names(self, values: Iterable[str]) -> None:
+        if self._names is not None:
+            self._names.update(values)
+            self._excess = too_many_labels(self._names)
+            if self._excess is not None:
+                self._names = None
+
     def report(self) -> ColumnReport:
         return ColumnReport(
             name=self._name,
@@ -98,6 +109,7 @@ class ColumnProfile:
             distinct=None if self._distinct is None else len(self._distinct),
             example=self._example,
             counts=None if self._counts is None else dict(self._counts.most_common()),
+            excess_as_labels=self._excess,
         )
 
     def _type(self) -> ColumnType:

@@ -52,6 +52,7 @@ class ColumnReport(BaseModel):
 
     `empty` counts nulls and values of whitespace only; `distinct` is None above a thousand values. `counts` holds
     the rows of each value, of lists of each item, the most frequent first, up to 100; None where there are more.
+    `excess_as_labels` says why its values are too many or too long for labels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +63,7 @@ class ColumnReport(BaseModel):
     distinct: int | None
     example: str | None
     counts: dict[str, int] | None = None
+    excess_as_labels: str | None = None
 
 
 class DatasetReport(BaseModel):

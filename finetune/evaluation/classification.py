@@ -12,6 +12,8 @@ from finetune.evaluation.calibration import error_by_chance, expected_calibratio
 from finetune.evaluation.intervals import intervals
 from modeling.weights import FloatArray, IntArray
 
+_MOST_IN_MATRIX = 1000  # classes; its numbers grow with their square
+
 
 def score(metric: str, logits: FloatArray, labels: IntArray) -> float:
     """The named metric of the largest logits: accuracy, macro_f1 or weighted_f1. Higher is better."""
@@ -41,12 +43,13 @@ def summary(logits: FloatArray, labels: IntArray) -> dict[str, float]:
 def report(
     logits: FloatArray, labels: IntArray, names: Sequence[str], *, temperature: float, seed: int = 0
 ) -> dict[str, Any]:
-    """One split in full: per class, confusion matrix (rows true, columns answered), intervals, calibration.
+    """One split in full: per class, confusion matrix (rows true, columns answered; up to a thousand classes),
+    intervals, calibration.
 
     A class without a row here has None for its figures: it cannot be judged.
     """
     answers = logits.argmax(1)
-    index = list(range(len(names)))
+    index, is_small = list(range(len(names))), len(names) <= _MOST_IN_MATRIX
     found = intervals(labels, answers, seed=seed)
     precision, recall, f1, support = precision_recall_fscore_support(labels, answers, labels=index, zero_division=0.0)
     return {
@@ -61,7 +64,7 @@ def report(
             }
             for i, name in enumerate(names)
         ],
-        "confusion_matrix": confusion_matrix(labels, answers, labels=index).tolist(),
+        **({"confusion_matrix": confusion_matrix(labels, answers, labels=index).tolist()} if is_small else {}),
         "intervals_95": found,
         "accuracy_interval_95": found.get("accuracy"),
         "ece_before": expected_calibration_error(logits, labels),

@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from modeling.inputs import Example
 from modeling.tasks import Calibration
 
 _log = logging.getLogger("finetune.training.artefact")
+_GOLDEN_BYTES = 100_000  # of one row; as JSON it may be six times as long
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "safetensors")
 
 
@@ -192,11 +194,13 @@ def fingerprint(job: ChildJob, run: Run) -> dict[str, Any]:
 
 
 def _golden_examples(run: Run) -> list[Example]:
-    """Rows of every kind first, then more, from those held out."""
+    """Rows of every kind first, then more, from those held out; none so long that servers could not read them back."""
     rows = run.validation
     firsts = run.rules.golden(rows.labels)
     rest = [row for row in range(len(rows)) if row not in set(firsts)]
-    return [rows.examples[row] for row in [*firsts, *rest][:GOLDEN_ROWS]]
+    ordered = (rows.examples[row] for row in [*firsts, *rest])
+    short = (example for example in ordered if len(run.modality.content(example)) <= _GOLDEN_BYTES)
+    return list(islice(short, GOLDEN_ROWS)) or run.modality.probe_set(GOLDEN_ROWS)[0]
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

@@ -4,12 +4,16 @@ rest. No torch."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from modeling.errors import BackboneUnavailable, ConfigRefused
+from modeling.errors import BackboneUnavailable, CheckpointRefused, ConfigRefused
+
+if TYPE_CHECKING:
+    from modeling.backbone import Backbone
 
 Pooling = Literal["mean", "cls"]
 Value = TypeVar("Value", dict[str, Any], list[Any])
@@ -18,6 +22,14 @@ _REFUSED_KEYS = frozenset(
     {"auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "quantization_config"}
 )
 _HARMLESS_PRIVATE_KEYS = frozenset({"_name_or_path", "_commit_hash", "_num_labels"})
+MAX_JSON_BYTES = 64 << 20  # of one file; the largest published tokenizer.json have some 35 MB
+# Far beyond any encoder; what exceeds them would only fill memory before it fails.
+_MOST: Mapping[str, int] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_attention_heads", "n_heads"), 1024),
+    **dict.fromkeys(("hidden_size", "dim", "d_model", "embedding_size"), 1 << 16),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "d_ff", "type_vocab_size"), 1 << 20),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "position_buckets"), 1 << 23),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +61,11 @@ class Reader(Protocol):
         Raises `BackboneUnavailable`, `UnsupportedArchitecture`.
         """
 
-    def check_weights(self, folder: Path) -> None:
-        """Raise `BackboneUnavailable` unless the folder's tensors are those of its encoder."""
+    def check(self, folder: Path, taken: Backbone) -> None:
+        """Raise unless what was taken of a folder is fit to serve and computes what the folder's own files compute.
+
+        Raises `BackboneUnavailable`, `CheckpointRefused`.
+        """
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -58,6 +73,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     raw = read_json(folder / "config.json", {})
     if "model_type" not in raw:
         raise BackboneUnavailable(f"{folder.name}: config.json is missing or names no model_type")
+    _check_numbers(raw)
+    if isinstance(raw.get("id2label"), list):  # which transformers cannot read, and means the same
+        raw["id2label"] = dict(enumerate(raw["id2label"]))
     refused = sorted(key for key, value in raw.items() if _names_code(key, value))
     if refused:
         raise ConfigRefused(f"config.json sets {', '.join(refused)}, which is never taken from a checkpoint; remove it")
@@ -71,13 +89,42 @@ def _names_code(key: str, value: Any) -> bool:
     return key in _REFUSED_KEYS or is_kernel or (is_private and not is_plain)
 
 
+def _check_numbers(config: dict[str, Any]) -> None:
+    """Raise `CheckpointRefused` for numbers that no encoder can be built with."""
+    for key, number in _numbers(config):
+        if not math.isfinite(number):
+            raise CheckpointRefused(f"config.json: {key[:60]} is {number}; write a finite number, or remove the key")
+    for key, value in config.items():
+        if key.endswith(("_eps", "_epsilon")) and not (isinstance(value, int | float) and 0 < value < 1):
+            raise CheckpointRefused(f"config.json: {key} is {str(value)[:40]}; write a number above 0 and below 1")
+        most = _MOST.get(key)
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise CheckpointRefused(f"config.json: {key} is {str(value)[:40]}, more than {most:,}; correct it")
+
+
+def _numbers(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every fraction with the key that it is under; without recursion, since the document may be nested deep."""
+    waiting: list[tuple[str, Any]] = list(document.items())
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, float):
+            yield place, value
+        elif isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((place, item) for item in value)
+
+
 def read_json(path: Path, default: Value) -> Value:
-    """A document of `default`'s kind, or `default` if there is no such file. Raises `BackboneUnavailable`."""
+    """A document of `default`'s kind, or `default` if there is no such file. Raises `BackboneUnavailable`, and
+    `CheckpointRefused` if it is too large."""
     if not path.is_file():
         return default
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointRefused(f"{path.name} has more than {MAX_JSON_BYTES:,} bytes; save the checkpoint again")
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneUnavailable(f"{path.name} is not JSON ({str(error)[:100]}); save the checkpoint again") from error
     if not isinstance(value, type(default)):
         raise BackboneUnavailable(f"{path.name} holds no {'object' if isinstance(default, dict) else 'list'}")

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modeling.errors import BackboneUnavailable, UnsupportedArchitecture
-from modeling.ingestion.base import Checkpoint, Pooling, read_json
+from modeling.ingestion.base import Checkpoint, Pooling, read_config, read_json
+
+if TYPE_CHECKING:
+    from modeling.backbone import Backbone
 
 _OWN_FILE = "backbone.json"  # of a folder that was ingested before
 # Keys that a model's code reads by `getattr` and its configuration class does not know, and what it takes without them.
@@ -95,10 +98,18 @@ class TextReader:
             identity=(pooling, normalize, length),
         )
 
-    def check_weights(self, folder: Path) -> None:
-        from modeling.encoder import load_encoder
+    def check(self, folder: Path, taken: Backbone) -> None:
+        from modeling.ingestion import text_audit
+        from modeling.proof import check_states
 
-        load_encoder(folder, is_whole=True)
+        config = transformers_config(read_config(taken.folder))
+        text_audit.audit(
+            taken.folder,
+            limit=taken.info.max_length,
+            vocabulary=int(config.vocab_size),
+            types=int(getattr(config, "type_vocab_size", 0) or 0),
+        )
+        check_states(folder, taken, text_audit.PROBES)
 
 
 def known_keys(config: dict[str, Any]) -> dict[str, Any]:

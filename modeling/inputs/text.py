@@ -6,7 +6,8 @@ import itertools
 import json
 import sys
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from modeling.errors import BackboneUnavailable, InputTooLong, UnsupportedArchitecture
+from modeling.errors import BackboneUnavailable, InputTooLong, PreprocessorFailed, UnsupportedArchitecture
 from modeling.inputs import text_probe_set
 from modeling.inputs.base import Arrays, BadCell, Cell, Features, FileReference, padded
 from modeling.inputs.text_identity import normalise
@@ -148,6 +149,30 @@ class TextPreprocessor:
         ((row,),) = self.encode(["warm up"])
         return self._features(np.resize(row.arrays["input_ids"], cost), np.zeros(cost, dtype=np.int64))
 
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of a whole text, with nothing cut off or added."""
+        (encoding,) = self._encode([text])
+        ids: list[int] = encoding.ids
+        return ids
+
+    def normalised(self, text: str) -> str:
+        """Return what the tokenizer's normaliser makes of a text."""
+        with _told():
+            return str(self._tokenizer.normalizer.normalize_str(text)) if self._tokenizer.normalizer else text
+
+    def last_token(self) -> tuple[str, int]:
+        """Return the token with the largest id, and that id."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """Return the ids of all special tokens that a single text or a pair gets, and the types of all positions."""
+        ids, types = [], []
+        for layout in self._layouts.values():
+            ids += [id_ for edge, _ in layout.around for id_ in edge]
+            types += [*layout.types, *(type_ for _, edge in layout.around for type_ in edge)]
+        return ids, types
+
     def _features(
         self, ids: npt.NDArray[np.int64], types: npt.NDArray[np.int64], *, is_truncated: bool = False
     ) -> Features:
@@ -160,7 +185,7 @@ class TextPreprocessor:
         pieces: dict[int, _Piece] = {}
         waiting: Sequence[int] = range(len(texts))
         while waiting:
-            encodings = self._tokenizer.encode_batch([texts[row][:size] for row in waiting], add_special_tokens=False)
+            encodings = self._encode([texts[row][:size] for row in waiting])
             for row, encoding in zip(waiting, encodings, strict=True):
                 is_whole = len(texts[row]) <= size
                 tokens = len(encoding) if is_whole else self._known_tokens(encoding, texts[row])
@@ -169,6 +194,11 @@ class TextPreprocessor:
             waiting = [row for row in waiting if row not in pieces]
             size *= _GROWTH
         return [pieces[row] for row in range(len(texts))]
+
+    def _encode(self, texts: Sequence[str]) -> Sequence[Encoding]:
+        with _told():
+            encodings: Sequence[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return encodings
 
     def _known_tokens(self, encoding: Encoding, text: str) -> int:
         """How many tokens of a slice the whole `text` begins with too."""
@@ -206,12 +236,32 @@ def _tokenizer(document: str) -> Tokenizer:
 
     try:
         tokenizer = Tokenizer.from_str(document)
-    except Exception as error:  # the library has no class of its own
+    except BaseException as error:
+        if not _is_of_the_library(error):
+            raise
         raise BackboneUnavailable(f"tokenizer.json cannot be read: {str(error)[:200]}") from error
     # Exports bake in padding and truncation of their own; ours are explicit.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raise `PreprocessorFailed` in place of what the library raises for an input."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_of_the_library(error):
+            raise
+        how = "failed" if isinstance(error, Exception) else "panicked"
+        raise PreprocessorFailed(f"the model's tokenizer {how} on this input") from error
+
+
+def _is_of_the_library(error: BaseException) -> bool:
+    """It has no class of its own, and a panic of its native code is no `Exception`."""
+    is_ours = isinstance(error, MemoryError) or not isinstance(error, Exception)
+    return not is_ours or type(error).__name__ == "PanicException"
 
 
 @dataclass(frozen=True, slots=True)

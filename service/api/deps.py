@@ -21,6 +21,7 @@ from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
+from service.model_import import ModelImports
 from service.settings import ServingSettings
 
 
@@ -36,6 +37,7 @@ class Services:
     jobs: JobStore
     datasets: DatasetStore
     intake: DatasetIntake
+    imports: ModelImports
     store: ArtifactStore
     metrics: ServingMetrics
     drain: DrainState

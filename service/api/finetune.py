@@ -18,10 +18,12 @@ from sse_starlette.sse import EventSourceResponse
 
 from finetune.data.check import ROWS_FILE
 from finetune.data.errors import ColumnMissing, DatasetUnreadable
+from finetune.data.findings import excessive
 from finetune.data.labelled import load_labelled
 from finetune.data.load import find_target, load_sides
 from finetune.data.options import AUTO
-from finetune.data.records import DatasetRecord, DatasetStatus
+from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus
+from finetune.data.targets import target_type
 from finetune.jobs.hyperparameters import Hyperparameters, check_task, parse_hyperparameters
 from finetune.jobs.plan import DatasetProfile, WorkerProfile, refuse_unavailable, resolve
 from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
@@ -170,6 +172,17 @@ def _check_dataset(record: DatasetRecord, spec: JobSpec, *, split_column: str | 
         if wanted not in names:
             error = ColumnMissing(wanted, available=names)
             raise DatasetUnreadable(f"{record.id}: {error}", findings=[error.as_finding()])
+    _check_labels(record, next(column for column in record.columns if column.name == spec.columns.label), spec.task)
+
+
+def _check_labels(record: DatasetRecord, column: ColumnReport, task: str) -> None:
+    # Of labels with a separator between them the report counts the sets; the job counts the labels.
+    if column.excess_as_labels is None or task == AUTO:
+        return
+    kind = target_type(task).kind
+    if kind == "single_label" or (kind == "multi_label" and column.type == "list"):
+        finding = excessive(column.excess_as_labels, column=column.name)
+        raise DatasetUnreadable(f"{record.id}: {finding.message}; {finding.fix}", findings=[finding])
 
 
 def _dry_run(

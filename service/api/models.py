@@ -19,7 +19,6 @@ from service.api.auth import Principal
 from service.api.deps import Administering, JsonBody, Promoting, Reading, Services, ServicesDep
 from service.api.problems import Problem
 from service.api.schemas import AliasPending, AliasRequest, ImportRequest, RollbackRequest
-from service.model_import import import_checkpoint
 
 router = APIRouter(tags=["models"])
 _MAX_FILE_BYTES = 16 << 20
@@ -154,18 +153,7 @@ async def rollback(
 async def import_model(body: ImportRequest, services: ServicesDep, principal: Administering) -> Response:
     if body.name in services.settings.backbones:
         raise Problem(422, "invalid_request", f"name: {body.name!r} is the name of a backbone")
-    version = await asyncio.to_thread(
-        lambda: import_checkpoint(
-            body.name,
-            body.source,
-            tenant=principal.tenant,
-            actor=principal.name,
-            registry=services.registry,
-            store=services.store,
-            import_root=services.settings.import_root,
-            offline=services.settings.is_offline,
-        )
-    )
+    version = await services.imports.run(body.name, body.source, tenant=principal.tenant, actor=principal.name)
     await services.watcher.refresh()
     await services.pool.serves((principal.tenant, body.name, CHAMPION), version, within_s=_SERVED_S)
     model = await asyncio.to_thread(services.registry.model, principal.tenant, body.name)

@@ -26,7 +26,7 @@ from finetune.jobs.hyperparameters import PlanError
 from model_registry import errors as registry
 from modeling import errors as modeling
 from service.inference import errors as inference
-from service.model_import import ImportRefused
+from service.model_import import ImportRefused, ImportsBusy
 
 logger = logging.getLogger("service")
 
@@ -54,11 +54,14 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     modeling.InputTooLong: (422, "input_too_long"),
     modeling.BackboneUnavailable: (422, "checkpoint_invalid"),
     modeling.ConfigRefused: (422, "checkpoint_invalid"),
+    modeling.CheckpointRefused: (422, "checkpoint_invalid"),
     modeling.UnsupportedArchitecture: (422, "checkpoint_invalid"),
+    modeling.PreprocessorFailed: (500, "inference_failed"),
     modeling.WeightsInvalid: (409, "artifact_invalid"),
     modeling.AdapterMismatch: (409, "artifact_invalid"),
     modeling.GoldenRowsDiffer: (409, "golden_rows_differ"),
     ImportRefused: (403, "forbidden"),
+    ImportsBusy: (429, "queue_full"),
     data.DatasetNotFound: (404, "dataset_not_found"),
     data.DatasetUnreadable: (422, "dataset_invalid"),
     data.ColumnMissing: (422, "dataset_invalid"),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from modeling.testing import write_tiny_checkpoint
 from tests.acceptance.conftest import Service, Table
-from tests.acceptance.processes import problem
+from tests.acceptance.processes import Client, problem
+from tests.support import hostile
 
 LABELS = ["bad", "good", "mixed"]
 
@@ -89,9 +96,75 @@ def test_a_damaged_checkpoint_is_refused(service: Service, import_root: Path) ->
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     response = service.client.http.post("/models/import", json={"name": "cut-short", "source": "damaged"})
-    assert response.status_code in {409, 422}, response.text
-    assert response.json()["code"] in {"checkpoint_invalid", "artifact_invalid"}
+    problem(response, 422, "checkpoint_invalid")
     problem(service.client.http.get("/models/cut-short"), 404, "model_not_found")
+
+
+def spoil_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def point_outside(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/etc/hosts")
+
+
+def make_pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "bomb": (lambda folder: hostile.change_tokenizer(folder, hostile.bomb), "more memory than"),
+    "pattern": (lambda folder: hostile.change_tokenizer(folder, hostile.splitting("(a+)+$")), "retry-limit"),
+    "nan": (spoil_weights, "not finite"),
+    "outside": (point_outside, "outside of the import root"),
+    "pipe": (make_pipe, "no regular file"),
+}
+
+
+def test_hostile_checkpoints_are_refused_and_requests_in_flight_are_unharmed(
+    service: Service, import_root: Path
+) -> None:
+    for name, (spoil, _) in HOSTILE.items():
+        spoil(write_tiny_checkpoint(import_root / f"hostile-{name}", labels=LABELS))
+    many = [f"label {number}" for number in range(30_000)]
+    write_tiny_checkpoint(import_root / "hostile-labels", labels=many)
+    says = {name: words for name, (_, words) in HOSTILE.items()} | {"labels": "more than 10,000 labels"}
+    before, is_over = peak_bytes(service.server.pid), threading.Event()
+
+    def ask_on() -> list[int]:
+        found: list[int] = []
+        with Client(service.server.url) as client:
+            while not is_over.is_set():
+                found.append(client.predict("tiny", ["a good film"], return_embedding=True).status_code)
+        return found
+
+    def import_it(name: str) -> httpx.Response:
+        body = {"name": f"hostile-{name}", "source": f"hostile-{name}"}
+        return service.client.http.post("/models/import", json=body, timeout=250)
+
+    with ThreadPoolExecutor() as threads:
+        asking = [threads.submit(ask_on) for _ in range(2)]
+        try:
+            answers = dict(zip(says, threads.map(import_it, says), strict=True))
+        finally:
+            is_over.set()
+        statuses = [status for client in asking for status in client.result()]
+    for name, answer in answers.items():
+        detail = problem(answer, 422, "checkpoint_invalid")["detail"]
+        assert says[name] in detail and str(import_root) not in detail
+        problem(service.client.http.get(f"/models/hostile-{name}"), 404, "model_not_found")
+    assert len(statuses) > 20 and set(statuses) == {200}
+    assert peak_bytes(service.server.pid) - before < 256 << 20, "the process that serves read none of it"
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process has had."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 @torch.inference_mode()

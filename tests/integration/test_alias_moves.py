@@ -49,6 +49,7 @@ class Replica(AppUnderTest):
                 jobs=unused,
                 datasets=unused,
                 intake=unused,
+                imports=unused,
                 store=self._world.store,
                 metrics=self.metrics,
                 drain=self.drain,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing
@@ -28,6 +29,7 @@ from modeling.backbone import ingest
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.heads import TaskHead
+from modeling.intake import IntakeLimits
 from modeling.linear_text import LinearText
 from modeling.tasks import Options
 from modeling.testing import write_tiny_checkpoint
@@ -35,7 +37,7 @@ from modeling.weights import FloatArray
 from service.api.deps import Services
 from service.inference.capacity import AdmissionController
 from service.inference.predictor import Predictor
-from service.model_import import import_checkpoint
+from service.model_import import ModelImports
 from tests.support.asgi import Answered, AppUnderTest
 from tests.support.rows import encoded_texts
 from tests.support.world import World
@@ -72,6 +74,7 @@ class ServedWorld(AppUnderTest):
                     jobs=unused,
                     datasets=unused,
                     intake=unused,
+                    imports=unused,
                     store=self.world.store,
                     metrics=self.metrics,
                     drain=self.drain,
@@ -254,16 +257,16 @@ def test_a_name_stands_for_one_task(world: World) -> None:
 
 
 def imported(world: World, name: str, checkpoint: Path) -> None:
-    import_checkpoint(
-        name,
-        checkpoint.name,
-        tenant="default",
-        actor="test",
-        registry=world.registry,
-        store=world.store,
+    limits = IntakeLimits(memory_bytes=4 << 30, timeout_s=120)
+    imports = ModelImports(
+        world.registry,
+        world.store,
         import_root=checkpoint.parent,
-        offline=True,
+        is_offline=True,
+        limits=limits,
+        stop=threading.Event(),
     )
+    asyncio.run(imports.run(name, checkpoint.name, tenant="default", actor="test"))
 
 
 @pytest.mark.parametrize(

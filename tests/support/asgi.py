@@ -138,6 +138,7 @@ class RecordingApp:
             jobs=unused,
             datasets=unused,
             intake=unused,
+            imports=unused,
             store=unused,
             metrics=self.metrics,
             drain=self.drain,

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from modeling.backbone import Backbone
 from modeling.errors import BackboneUnavailable, InputTooLong
 from modeling.ingestion import READERS, Checkpoint
 from modeling.ingestion.base import read_json
@@ -182,8 +183,8 @@ class SeriesReader:
             identity="mean",
         )
 
-    def check_weights(self, folder: Path) -> None:
-        SeriesNetwork().load(folder)
+    def check(self, folder: Path, taken: Backbone) -> None:
+        SeriesNetwork().load(taken.folder)
 
 
 def write_checkpoint(folder: Path) -> Path:

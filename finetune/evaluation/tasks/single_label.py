@@ -74,6 +74,8 @@ class ClassRules(TaskRules):
         }
 
     def tables(self, document: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[list[Any]]]:
+        if "confusion_matrix" not in document:
+            return {}
         rows = [[name, *row] for name, row in zip(names, document["confusion_matrix"], strict=True)]
         return {"confusion_matrix": [["", *names], *rows]}
 

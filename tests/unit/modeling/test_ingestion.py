@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,16 @@ from modeling.checkpoints import import_classifier
 from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
-from modeling.errors import BackboneUnavailable, ConfigRefused, ModelingError, UnsupportedArchitecture
-from modeling.ingestion import READERS
-from modeling.ingestion.text import known_keys
+from modeling.errors import (
+    BackboneUnavailable,
+    CheckpointRefused,
+    ConfigRefused,
+    GoldenRowsDiffer,
+    ModelingError,
+    UnsupportedArchitecture,
+)
+from modeling.ingestion import READERS, Checkpoint
+from modeling.ingestion.text import TextReader, known_keys
 from modeling.inputs import open_preprocessor, single
 from modeling.testing import write_tiny_checkpoint
 
@@ -165,7 +173,16 @@ def test_private_keys_that_name_no_code_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (["a", "b", "c"], "config.json"),
+        ({"a": "a", "b": "b", "c": "c"}, "config.json"),
+        ({"0": "a", "1": ["b"], "2": "c"}, "id2label"),
+        ({"0": "a", "1": None, "2": "c"}, "id2label"),
+        ({"0": "a", "1": "\ud800", "2": "c"}, "id2label"),
+        ({"0": "a", "1": "b\0", "2": "c"}, "id2label"),
+        ({"0": "a", "1": " ", "2": "c"}, "id2label"),
+        ({"0": "a", "1": "b", "2": "c" * 1001}, "1,001 characters"),
+        (["a", "a", "b"], "id2label"),
+        (["a", "b"], "do not fit"),
+        ("abc", "config.json"),
         ({"1": "a", "2": "b", "3": "c"}, "id2label"),
         ({"0": "a", "1": "a", "2": "b"}, "id2label"),
         ({"0": "a", "1": "", "2": "b"}, "id2label"),
@@ -175,6 +192,88 @@ def test_labels_without_a_name_for_each_output_are_refused(tmp_path: Path, label
     folder = edit(write_tiny_checkpoint(tmp_path / "w", labels=LABELS), id2label=labels)
     with pytest.raises(ModelingError, match=says):
         import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+
+
+def test_another_number_of_labels_than_outputs_is_refused_by_the_tensors(tmp_path: Path) -> None:
+    folder = edit(write_tiny_checkpoint(tmp_path / "w", labels=LABELS), num_labels=7)
+    with pytest.raises(BackboneUnavailable, match=r"misshape 2 tensors, classifier\.bias"):
+        import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels"),
+    [
+        ({"id2label": ["x", "y", "z"]}, ("x", "y", "z")),
+        ({"id2label": {"2": "z", "0": "x", "1": "y"}}, ("x", "y", "z")),
+        ({"id2label": {"0": 1, "1": 2.5, "2": "3"}}, ("1", "2.5", "3")),
+        ({"id2label": None, "num_labels": 3}, ("LABEL_0", "LABEL_1", "LABEL_2")),
+    ],
+)
+def test_labels_are_read_as_transformers_reads_them(tmp_path: Path, keys: Any, labels: tuple[str, ...]) -> None:
+    folder = edit(write_tiny_checkpoint(tmp_path / "w", labels=LABELS), **keys)
+    assert import_classifier(folder, tmp_path / "parts", name="m", source="file:m").labels == labels
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps is inf"),
+        ({"layer_norm_eps": -1e-12}, "layer_norm_eps is -1e-12"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps is 0"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps is 1e-12"),
+        ({"hidden_dropout_prob": float("-inf")}, "hidden_dropout_prob is -inf"),
+        ({"extra": {"deep": [1, {"er": float("nan")}]}}, "er is nan"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than 1,024"),
+        ({"max_position_embeddings": 1 << 40}, "max_position_embeddings"),
+        ({"hidden_size": 1e300}, "hidden_size"),
+    ],
+)
+def test_numbers_that_no_encoder_can_have_are_refused_by_their_key(plain: Path, keys: Any, says: str) -> None:
+    with pytest.raises(CheckpointRefused, match=re.escape(f"config.json: {says}")):
+        taken(edit(plain, **keys))
+
+
+def test_json_nested_too_deep_is_refused(plain: Path) -> None:
+    (plain / "config.json").write_text('{"model_type": "bert", "x": ' + "[" * 900 + "1e999" + "]" * 900 + "}")
+    with pytest.raises(CheckpointRefused, match="x is inf"):
+        taken(plain)
+    (plain / "config.json").write_text('{"model_type": "bert", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(BackboneUnavailable, match=r"config\.json is not JSON"):
+        taken(plain)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tensor", ["embeddings.word_embeddings.weight", "encoder.layer.1.output.LayerNorm.bias"])
+def test_weights_that_are_not_finite_are_refused_by_their_tensor(plain: Path, tensor: str, value: float) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors[tensor].view(-1)[7] = value
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointRefused, match=f"1 values of {re.escape(tensor)} are not finite"):
+        taken(plain)
+
+
+def test_finite_weights_whose_answers_are_not_are_refused(plain: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors["encoder.layer.0.intermediate.dense.weight"].fill_(3e38)
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointRefused, match="states of a plain text are not finite"):
+        taken(plain)
+
+
+def test_what_is_taken_must_compute_what_the_files_compute(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = TextReader._read
+
+    def forgetful(self: TextReader, folder: Path, config: dict[str, Any], has_head: bool) -> Checkpoint:
+        kept = wrong(self, folder, config, has_head)
+        return replace(kept, config=kept.config | {"hidden_act": "relu"})
+
+    monkeypatch.setattr(TextReader, "_read", forgetful)
+    with pytest.raises(GoldenRowsDiffer, match="other states than transformers"):
+        taken(plain)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------

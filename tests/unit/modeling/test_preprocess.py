@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from modeling.backbone import Backbone
-from modeling.errors import InputTooLong
+from modeling.errors import InputTooLong, PreprocessorFailed
 from modeling.inputs import Features, single
 from modeling.inputs.text import TextInput, TextPreprocessor, _shares
 from modeling.testing import write_tokenizer
@@ -237,3 +237,14 @@ def test_batches_equal_single_texts(tokenizer: TextPreprocessor) -> None:
         (rows_of(tokenizer, [text])[0] for text in texts), rows_of(tokenizer, texts), strict=True
     ):
         np.testing.assert_array_equal(alone.arrays["input_ids"], together.arrays["input_ids"])
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_of_ours_and_the_next_text_is_read(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reader = TextPreprocessor(described(tmp_path), limit=16)
+    with pytest.raises(PreprocessorFailed, match="panicked") as told:
+        reader.encode(["fine", "a" * 40 + "!"])
+    assert not isinstance(told.value.__cause__, Exception), "pyo3's panics are no exceptions"
+    assert rows_of(reader, ["fine"])[0].cost == 1

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from modeling.errors import InputTooLong
+import pytest
+
+from modeling.errors import InputTooLong, PreprocessorFailed
 from service.inference.engine_worker import BatchLimits, Runtime
 from service.inference.errors import InferenceFailed, ModelNotReady
 from service.inference.preprocessing import PreprocessorStage
@@ -14,6 +16,10 @@ from service.inference.queue import Ticket
 from tests.support.lanes import WordLane, WordModel, Words, ticket_for
 from tests.support.turns import settled
 from tests.support.virtual import elapse, run_virtually, virtual_runtime
+
+
+class Panic(BaseException):
+    """As pyo3 raises one: no `Exception`."""
 
 
 class Recording(WordLane):
@@ -27,6 +33,8 @@ class Recording(WordLane):
         self.calls.append(list(inputs))
         if "surrogate" in inputs:
             raise UnicodeError("a lone surrogate")
+        if "panic" in inputs:
+            raise Panic("a native library gave up")
         return super().preprocess(inputs, truncate=truncate, max_length=max_length)
 
 
@@ -188,3 +196,69 @@ def test_a_closed_stage_fails_what_comes() -> None:
         return await outcomes(tickets)
 
     assert asyncio.run(scenario()) == [ModelNotReady]
+
+
+def test_a_panic_fails_the_request_that_caused_it_and_no_other() -> None:
+    async def scenario() -> list[Any]:
+        lane, preprocessors = stage(threads=1)
+        tickets = [ticket(lane, text) for text in ("a", "panic", "b")]
+        for item in tickets:
+            preprocessors.submit(lane, item)
+        found = await outcomes(tickets)
+        tickets.append(ticket(lane, "c"))
+        preprocessors.submit(lane, tickets[-1])
+        found += await outcomes(tickets[-1:])
+        await lane.worker.stop()
+        return found
+
+    assert run_virtually(scenario()) == [None, InferenceFailed, None, None]
+
+
+def test_a_call_that_does_not_return_is_given_up_and_holds_up_no_other_model() -> None:
+    async def scenario() -> list[Any]:
+        runtime = virtual_runtime(preprocessor_s=lambda call: 1e3 if call.burst[0][1].inputs == ["hang"] else 0.0)
+        hanging, other = Recording(runtime=runtime), Recording(runtime=runtime)
+        for lane in (hanging, other):
+            lane.worker.start()
+        preprocessors = PreprocessorStage(1, runtime)
+        asked = [(hanging, ticket(hanging, "hang")), (other, ticket(other, "a")), (hanging, ticket(hanging, "b"))]
+        for lane, item in asked:
+            preprocessors.submit(lane, item)
+        found = await outcomes([item for _, item in asked])
+        assert asyncio.get_running_loop().time() == pytest.approx(10.0)
+        refused, fine = ticket(hanging, "c"), ticket(other, "d")
+        preprocessors.submit(hanging, refused)
+        preprocessors.submit(other, fine)
+        found += await outcomes([refused, fine])
+        await elapse(1e3)  # in the end it returns
+        again = ticket(hanging, "e")
+        preprocessors.submit(hanging, again)
+        found += await outcomes([again])
+        for lane in (hanging, other):
+            await lane.worker.stop()
+        return found
+
+    failed = PreprocessorFailed
+    assert run_virtually(scenario()) == [failed, None, failed, ModelNotReady, None, None]
+
+
+def test_only_so_many_calls_are_given_up() -> None:
+    async def scenario() -> list[Any]:
+        runtime = virtual_runtime(preprocessor_s=lambda call: 1e3)
+        lanes = [Recording(runtime=runtime) for _ in range(12)]
+        for lane in lanes:
+            lane.worker.start()
+        preprocessors = PreprocessorStage(1, runtime)
+        tickets = [ticket(lane, "hang") for lane in lanes]
+        for lane, item in zip(lanes, tickets, strict=True):
+            preprocessors.submit(lane, item)
+            await elapse(20.0)
+        given_up = [item.is_over for item in tickets]
+        for item in tickets:
+            item.expire()
+        await outcomes(tickets)
+        for lane in lanes:
+            await lane.worker.stop()
+        return given_up
+
+    assert run_virtually(scenario()) == [True] * 8 + [False] * 4

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,31 @@ def test_a_crash_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_failing_machine_is_not_the_files_fault(tmp_path: Path) -> None:
     with pytest.raises(DatasetCheckFailed):
         run(tmp_path / "absent", "csv", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("cells", "excess"),
+    [
+        ([f"label {number}" for number in range(10_001)], "there are more than 10,000 labels"),
+        ([f"label {number}" for number in range(10_000)], None),
+        (["x" * 1001, "y"], "1,001 characters"),
+        (["x", "y"] * 20_000, None),
+        ([json.dumps([f"a{number}", "b"]) for number in range(10_001)], "there are more than 10,000 labels"),
+    ],
+)
+def test_the_report_says_why_a_column_cannot_be_the_labels(
+    tmp_path: Path, cells: list[str], excess: str | None
+) -> None:
+    rows = "".join(json.dumps({"text": "t", "label": cell}) + "\n" for cell in cells)
+    (tmp_path / "raw").write_text(rows)
+    text, label = write_checked(tmp_path / "raw", "jsonl", tmp_path).columns
+    assert text.excess_as_labels is None
+    assert (label.excess_as_labels is None) is (excess is None)
+    assert (excess or "") in (label.excess_as_labels or "")
+
+
+def test_a_wide_file_is_checked_for_labels_by_the_job(tmp_path: Path) -> None:
+    header = ",".join(f"c{number}" for number in range(101))
+    lines = [",".join([str(row)] * 101) for row in range(10_001)]
+    (tmp_path / "raw").write_text("\n".join([header, *lines]))
+    assert all(column.excess_as_labels is None for column in write_checked(tmp_path / "raw", "csv", tmp_path).columns)

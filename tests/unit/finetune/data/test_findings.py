@@ -97,3 +97,21 @@ def test_unknown_label_and_overlap_name_the_split() -> None:
     of_a_cut = inspect_rows(train, rows_of(("fresh", "c"), first_row=5), cut=["validation"])
     told = named(of_a_cut, "unknown_label")
     assert told.severity == "warning" and "never answered" in told.message
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([str(number) for number in range(10_001)], "more than 10,000 labels"),
+        (["x" * 900 + str(number) for number in range(300)], "names have more than 256,000 bytes"),
+        (["a", "ü" * 1001], "1,001 characters"),
+    ],
+)
+def test_labels_that_no_version_could_hold_are_an_error(labels: list[str], says: str) -> None:
+    finding = named(inspect_rows(rows_of(*((f"text {label}", label) for label in labels))), "too_many_labels")
+    assert finding.severity == "error" and says in finding.message
+
+
+def test_as_many_labels_as_a_version_can_hold_are_none() -> None:
+    rows = rows_of(*((f"text {number}", str(number)) for number in range(10_000)))
+    assert "too_many_labels" not in {finding.code for finding in inspect_rows(rows)}

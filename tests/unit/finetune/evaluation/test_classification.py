@@ -5,6 +5,7 @@ import pytest
 
 from finetune.evaluation.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
 from finetune.evaluation.classification import report, score
+from finetune.evaluation.tasks import RULES
 from finetune.evaluation.tasks.class_weights import class_weights
 from finetune.jobs.hyperparameters import Scheduler
 from finetune.training.optimizers import schedule
@@ -77,3 +78,12 @@ def test_schedules_warm_up_and_end_where_they_should(name: Scheduler) -> None:
     assert values[:10] == sorted(values[:10])
     assert values[10:] == sorted(values[10:], reverse=True)
     assert values[-1] == (1.0 if name == "constant" else pytest.approx(0.0, abs=0.02))
+
+
+def test_the_matrix_of_very_many_classes_is_left_out() -> None:
+    for classes, has_matrix in ((1000, True), (1001, False)):
+        labels, names = np.arange(20) % classes, [str(number) for number in range(classes)]
+        document = report(np.eye(classes, dtype=np.float32)[labels], labels, names, temperature=1.0)
+        assert ("confusion_matrix" in document) is has_matrix
+        assert len(document["per_class"]) == classes
+        assert bool(RULES["single_label"].tables(document, names)) is has_matrix

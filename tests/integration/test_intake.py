@@ -1,0 +1,138 @@
+"""A checkpoint is read in a process of its own: whatever it does there, the caller gets an error that says what."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from model_registry.store import FileStore
+from modeling import intake
+from modeling.backbone import Backbone
+from modeling.errors import BackboneUnavailable, CheckpointRefused, ModelingError
+from modeling.intake import IntakeLimits, import_classifier, ingest
+from modeling.testing import write_tiny_checkpoint
+from tests.support import hostile
+from tests.support.hostile import LABELS
+
+LIMITS = IntakeLimits(memory_bytes=3 << 30, timeout_s=120)
+
+
+def take(folder: Path, *, limits: IntakeLimits = LIMITS) -> intake.Imported:
+    target = folder.parent / "version"
+    return import_classifier(
+        folder, target, name="m", source=f"file:{folder.name}", root=folder.parent, offline=True, limits=limits
+    )
+
+
+def test_what_is_written_is_a_version_whose_files_are_ours(tmp_path: Path) -> None:
+    imported = take(write_tiny_checkpoint(tmp_path / "fine", labels=LABELS))
+    assert (imported.task, imported.labels) == ("text-classification", tuple(LABELS))
+    files = {path.relative_to(tmp_path / "version").as_posix() for path in (tmp_path / "version").rglob("*")}
+    assert {"full/model.safetensors", "full/tokenizer.json", "head.safetensors", "golden.json", "labels.json"} <= files
+    assert Backbone.open(tmp_path / "version" / "full").info.source == "file:fine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fine", "version"], "what was taken is gone"
+
+
+def test_a_bomb_ends_at_the_limit_of_memory(tmp_path: Path) -> None:
+    folder = hostile.write(tmp_path / "bomb", hostile.bomb)
+    started = time.monotonic()
+    with pytest.raises(CheckpointRefused, match="takes more memory than"):
+        take(folder)
+    assert time.monotonic() - started < LIMITS.timeout_s
+
+
+def test_reading_ends_at_the_limit_of_time(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "fine", labels=LABELS)
+    with pytest.raises(CheckpointRefused, match=r"took more than 0\.5 s.*import_timeout_s"):
+        take(folder, limits=IntakeLimits(memory_bytes=3 << 30, timeout_s=0.5))
+
+
+def test_a_checkpoint_too_large_for_the_limit_is_refused_with_the_setting(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "large", labels=LABELS)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1 << 38)
+    with pytest.raises(CheckpointRefused, match="import_memory_bytes"):
+        take(folder)
+
+
+def spoil_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["bert.encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
+    tensors["bert.encoder.layer.1.output.dense.weight"][0, 0] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "nan": (spoil_weights, r"2 values of bert\.encoder\.layer\.1\.output\.dense\.weight are not finite"),
+    "eps": (lambda folder: hostile.change_config(folder, layer_norm_eps=float("nan")), "layer_norm_eps is nan"),
+    "code": (lambda folder: hostile.change_config(folder, auto_map={"AutoModel": "evil.Evil"}), "auto_map"),
+    "link": (lambda folder: (folder / "x.json").symlink_to("/etc/passwd"), "outside of the import root"),
+    "pattern": (lambda folder: hostile.change_tokenizer(folder, hostile.splitting("(a+)+$")), "retry-limit"),
+    "tokens": (
+        lambda folder: hostile.change_tokenizer(folder, hostile.adding("<new>", first_id=500)),
+        r"'<new>' the id \d+, but config\.json's vocab_size is",
+    ),
+    "labels": (
+        lambda folder: hostile.change_config(folder, id2label={str(i): f"l{i}" for i in range(30_000)}),
+        "more than 10,000 labels|do not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_refusal_comes_back_by_its_class_and_in_its_words(tmp_path: Path, case: str) -> None:
+    spoil, says = CASES[case]
+    spoil(folder := write_tiny_checkpoint(tmp_path / "w", labels=LABELS))
+    with pytest.raises(ModelingError, match=says) as told:
+        take(folder)
+    assert str(tmp_path) not in str(told.value), "a message names no path of the host"
+    assert not (tmp_path / "version" / "head.safetensors").exists()
+
+
+def test_thirty_thousand_labels_are_refused_by_their_number(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "many", labels=[f"label {number}" for number in range(30_000)])
+    with pytest.raises(CheckpointRefused, match="more than 10,000 labels"):
+        take(folder)
+
+
+def test_a_backbone_is_read_once_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, store = write_tiny_checkpoint(tmp_path / "tiny"), FileStore(tmp_path / "store")
+    first = ingest(store, f"file:{folder}", name="tiny", offline=True, limits=LIMITS)
+    assert first.folder.is_relative_to(store.root)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("it is known, and read again")
+
+    monkeypatch.setattr(intake, "ask", refuse)
+    again = ingest(store, f"file:{folder}", name="other", offline=True, limits=LIMITS)
+    assert (again.info.digest, again.info.name) == (first.info.digest, "other")
+
+
+def test_a_hostile_backbone_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = hostile.change_tokenizer(write_tiny_checkpoint(tmp_path / "tiny"), hostile.bomb)
+    store = FileStore(tmp_path / "store")
+    with pytest.raises(CheckpointRefused, match="takes more memory than"):
+        ingest(store, f"file:{folder}", name="tiny", offline=True, limits=LIMITS)
+    assert not (store.root / "backbones").exists()
+
+
+def test_a_source_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    hub = f"hub:nobody/nothing@{'0' * 40}"
+    with pytest.raises(BackboneUnavailable, match="not in the local cache, and offline is set"):
+        import_classifier(None, tmp_path / "v", name="m", source=hub, root=None, offline=True, limits=LIMITS)
+
+
+def test_half_precision_is_compared_as_it_is_served(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "half", labels=LABELS)
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    take(folder)
+    golden = json.loads((tmp_path / "version" / "golden.json").read_text())["rows"]
+    assert np.isfinite([row["logits"] for row in golden]).all()

@@ -1,0 +1,126 @@
+"""How many checkpoints are read at once, and what becomes of those that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling.child_process import ChildFailed
+from modeling.errors import CheckpointRefused
+from modeling.intake import Imported, IntakeLimits
+from service import model_import
+from service.inference.errors import ModelNotReady
+from service.model_import import ImportRefused, ImportsBusy, ModelImports
+from tests.support.turns import settled
+
+LIMITS = IntakeLimits(memory_bytes=1 << 31, timeout_s=60)
+
+
+class Reader:
+    """Takes the place of the process: says when it is entered, and ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.entered, self.most, self.end = 0, 0, threading.Event()
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __call__(self, *_: Any, stop: threading.Event, **__: Any) -> Imported:
+        with self._lock:
+            self.entered, self._inside = self.entered + 1, self._inside + 1
+            self.most = max(self.most, self._inside)
+        while not self.end.wait(0.01):
+            if stop.is_set():
+                raise ChildFailed("stopped", "the process that asked is ending")
+        with self._lock:
+            self._inside -= 1
+        raise CheckpointRefused("read to its end")
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    reader = Reader()
+    monkeypatch.setattr(model_import, "import_classifier", reader)
+    return reader
+
+
+def imports(root: Path | None, stop: threading.Event | None = None) -> ModelImports:
+    unused: Any = None
+    return ModelImports(
+        unused, unused, import_root=root, is_offline=True, limits=LIMITS, stop=stop or threading.Event()
+    )
+
+
+async def run(made: ModelImports, source: str = "folder") -> int:
+    return await made.run("m", source, tenant="t", actor="test")
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await settled(1)
+
+
+def kinds(outcomes: list[Any]) -> list[type]:
+    return [type(outcome) for outcome in outcomes]
+
+
+def test_one_is_read_at_a_time_and_so_many_wait(tmp_path: Path, reader: Reader) -> None:
+    (tmp_path / "folder").mkdir()
+
+    async def scenario() -> list[Any]:
+        made = imports(tmp_path)
+        tasks = [asyncio.create_task(run(made)) for _ in range(9)]
+        await until(lambda: len(made._running) == 9 and reader.entered == 1)
+        with pytest.raises(ImportsBusy) as refused:
+            await run(made)
+        assert refused.value.retry_after_s == 30
+        reader.end.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert kinds(asyncio.run(scenario())) == [CheckpointRefused] * 9
+    assert (reader.entered, reader.most) == (9, 1)
+
+
+def test_a_caller_that_leaves_does_not_let_another_in(tmp_path: Path, reader: Reader) -> None:
+    (tmp_path / "folder").mkdir()
+
+    async def scenario() -> list[Any]:
+        made = imports(tmp_path)
+        gone, waiting = (asyncio.create_task(run(made)) for _ in range(2))
+        await until(lambda: len(made._running) == 2 and reader.entered == 1)
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert len(made._running) == 2
+        reader.end.set()
+        return await asyncio.gather(gone, waiting, return_exceptions=True)
+
+    assert kinds(asyncio.run(scenario())) == [asyncio.CancelledError, CheckpointRefused]
+    assert reader.most == 1
+
+
+def test_what_is_read_when_the_service_ends_is_given_up(tmp_path: Path, reader: Reader) -> None:
+    (tmp_path / "folder").mkdir()
+    stop = threading.Event()
+
+    async def scenario() -> list[Any]:
+        task = asyncio.create_task(run(imports(tmp_path, stop)))
+        await until(lambda: reader.entered == 1)
+        stop.set()
+        return await asyncio.gather(task, return_exceptions=True)
+
+    assert kinds(asyncio.run(scenario())) == [ModelNotReady]
+
+
+def test_a_source_outside_of_the_root_reaches_no_process(tmp_path: Path, reader: Reader) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    for source in ("../outside", "link", str(tmp_path / "outside"), "file:/etc"):
+        with pytest.raises(ImportRefused):
+            asyncio.run(run(imports(tmp_path / "root"), source))
+    with pytest.raises(ImportRefused, match="import_root"):
+        asyncio.run(run(imports(None)))
+    assert reader.entered == 0
