@@ -35,40 +35,36 @@ _KINDS: dict[str, tuple[str, ...]] = {
 _CHARACTERS_IN_ALL = 20_000_000  # of the training rows, whose runs take some 25 bytes each
 _LEAST_READ = 50  # characters of a text, if the rows are many
 _MOST_WORK = 2_000_000_000  # entries × outputs of a fit on characters that is tried beside one on words
+_LOOKED_AT = 1_500  # training rows by which it is seen whether characters help
 _VOCABULARY_ROWS = 20_000  # whose runs of characters are counted
 _BY_CHANCE = 0.05
 
 
 def train(run: Run) -> Candidate:
-    """Words first, along a path of strengths. With characters beside them they are tried at the strength that suited
-    words best; only if that is better beyond chance, characters are tried alone, too. Without any word in the texts
-    characters walk the path."""
+    """Words along a path of strengths. Characters beside them are tried if a look at some rows shows that they help,
+    at the strength that suited words best. Without any word in the texts characters walk the path."""
     started = time.monotonic()
-    space = _Space.of(run.train.examples, outputs=run.outputs)
-    held_out = {part: space.transformed(part, run.validation.examples) for part in space.features}
+    space = _Space.of(run.train.examples)
     tried: list[tuple[float, str, float, FloatArray]] = []
 
     def attempt(kind: str, strength: float) -> None:
-        run.link.check_cancelled()
-        weight, bias = _solved(run, space.of_kind(kind), run.train.labels, strength)
-        logits = np.asarray(_stacked([held_out[part] for part in _KINDS[kind]]) @ weight.T + bias, np.float32)
+        logits = space.outputs(run, kind, run.train.labels, strength)
         tried.append((run.score(logits), kind, strength, logits))
 
     first = _WORDS if _WORDS in space.features else _CHARACTERS
     for strength in _STRENGTHS:
         attempt(first, strength)
     best = tried[run.plan.deciding.best([value for value, *_ in tried])]
-    if first == _WORDS and _CHARACTERS in space.features:
+    if first == _WORDS and _characters_help(run, best[2]):
+        space.add(_CHARACTERS, run.train.examples)
+        attempt(_CHARACTERS, best[2])
         attempt(_BOTH, best[2])
-        if _is_better(run, tried[-1][3], than=best[3]):
-            attempt(_CHARACTERS, best[2])
-            further = [tried[-1], tried[-2]]  # of equals the smaller
-            best = further[run.plan.deciding.best([value for value, *_ in further])]
+        best = tried[run.plan.deciding.best([value for value, *_ in tried])]
     _, kind, strength, logits = best
 
     def finish() -> Servable:
         labels = np.concatenate([run.train.labels, run.validation.labels])
-        whole = _Space.of([*run.train.examples, *run.validation.examples], only=_KINDS[kind], outputs=run.outputs)
+        whole = _Space.of([*run.train.examples, *run.validation.examples], _KINDS[kind])
         model = whole.model(kind, *_solved(run, whole.of_kind(kind), labels, strength))
         return Servable(logits=model.margins, linear=model)
 
@@ -82,12 +78,29 @@ def train(run: Run) -> Candidate:
     )
 
 
-def _is_better(run: Run, outputs: FloatArray, *, than: FloatArray) -> bool:
-    """Whether outputs for the validation rows are better than others beyond chance."""
+def _characters_help(run: Run, strength: float) -> bool:
+    """Whether words and characters are better on validation than words, beyond chance, after training on some rows."""
+    texts = run.train.examples
+    read = sum(min(len(as_one(text)), _read(len(texts))) for text in texts)
+    if read > _CHARACTERS_IN_ALL or 3 * read * run.outputs > _MOST_WORK:
+        return False
+    some = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), _LOOKED_AT)).astype(np.int64))
+    targets = run.train.labels[some]
+    if run.kind == "single_label" and len(np.unique(targets)) < 2:
+        return False
+    space = _Space.of([texts[row] for row in some.tolist()], (_WORDS, _CHARACTERS))
+    if _WORDS not in space.features:
+        return True
+    words, both = (space.outputs(run, kind, targets, strength) for kind in (_WORDS, _BOTH))
     rows, plan = run.validation, run.plan
-    side = Side(outputs, rows.labels, run.labels, {}, Calibration(), plan.deciding, plan.seed)
-    figures = run.rules.compare(side, than)
+    side = Side(both, rows.labels, run.labels, {}, Calibration(), plan.deciding, plan.seed)
+    figures = run.rules.compare(side, words)
     return bool(figures["gain"] > 0 and figures["p_value"] <= _BY_CHANCE)
+
+
+def _read(rows: int) -> int:
+    """How many characters of each of so many texts are made runs of."""
+    return min(MOST_READ, max(_LEAST_READ, _CHARACTERS_IN_ALL // max(1, rows)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +113,27 @@ class _Space:
     read: int
 
     @classmethod
-    def of(cls, texts: Sequence[TextInput], *, only: Sequence[str] = (), outputs: int) -> _Space:
-        """Both parts, or those in `only`. Characters are left out beside words if they would take too long."""
-        read = min(MOST_READ, max(_LEAST_READ, _CHARACTERS_IN_ALL // max(1, len(texts))))
-        space = cls({}, {}, read)
-        if not only or _WORDS in only:
-            space._add_words(texts)
-        work = sum(min(len(as_one(text)), read) for text in texts) * 3
-        is_little = work <= 3 * _CHARACTERS_IN_ALL and work * outputs <= _MOST_WORK
-        if _CHARACTERS in only or not space.features or (not only and is_little):
-            space._add_characters(texts)
+    def of(cls, texts: Sequence[TextInput], parts: Sequence[str] = (_WORDS,)) -> _Space:
+        """These parts; of texts without a word their characters."""
+        space = cls({}, {}, _read(len(texts)))
+        for part in parts:
+            space.add(part, texts)
+        if not space.features:
+            space.add(_CHARACTERS, texts)
         return space
+
+    def add(self, part: str, texts: Sequence[TextInput]) -> None:
+        if part == _WORDS:
+            self._add_words(texts)
+        else:
+            self._add_characters(texts)
+
+    def outputs(self, run: Run, kind: str, targets: Targets, strength: float) -> FloatArray:
+        """Of the validation rows, after training on these texts."""
+        run.link.check_cancelled()
+        weight, bias = _solved(run, self.of_kind(kind), targets, strength)
+        held_out = _stacked([self.transformed(part, run.validation.examples) for part in _KINDS[kind]])
+        return np.asarray(held_out @ weight.T + bias, np.float32)
 
     def _add_words(self, texts: Sequence[TextInput]) -> None:
         vectorizer = new_vectorizer()
@@ -122,8 +145,10 @@ class _Space:
     def _add_characters(self, texts: Sequence[TextInput]) -> None:
         """The vocabulary is that of evenly spread rows: of all there may be tens of millions of runs."""
         cut = [as_one(text)[: self.read] for text in texts]
-        counted = new_character_vectorizer().fit(cut[:: -(-len(cut) // _VOCABULARY_ROWS)])
-        vectorizer = new_character_vectorizer(counted.get_feature_names_out().tolist())
+        vectorizer = new_character_vectorizer()
+        if len(cut) > _VOCABULARY_ROWS:
+            counted = vectorizer.fit(cut[:: -(-len(cut) // _VOCABULARY_ROWS)])
+            vectorizer = new_character_vectorizer(counted.get_feature_names_out().tolist())
         self.features[_CHARACTERS] = vectorizer.fit_transform(cut)
         self.vectorizers[_CHARACTERS] = vectorizer
 

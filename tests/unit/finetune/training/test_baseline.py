@@ -75,7 +75,7 @@ def test_texts_without_a_word_have_characters_alone(tmp_path: Path, texts: list[
 def test_what_is_stored_answers_as_what_was_trained(tmp_path: Path, kind: str) -> None:
     texts, labels = spaced(60)
     run = run_of(texts, labels, held_out=20, work=tmp_path)
-    space = baseline._Space.of(texts, outputs=2)
+    space = baseline._Space.of(texts, ("words", "characters"))
     model = space.model(kind, *baseline._solved(run, space.of_kind(kind), np.array(labels), 1.0))
     for name, content in model.files().items():
         (tmp_path / name).write_bytes(content)
@@ -105,7 +105,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path, damage: dict[
 def test_of_a_long_text_runs_are_made_of_its_beginning(tmp_path: Path) -> None:
     texts, labels = spaced(60)
     run = run_of(texts, labels, held_out=20, work=tmp_path)
-    space = baseline._Space.of(texts, outputs=2)
+    space = baseline._Space.of(texts, ("words", "characters"))
     model = space.model("characters", *baseline._solved(run, space.of_kind("characters"), np.array(labels), 1.0))
     start = "x" * model.characters_read
     one, other = model.margins([start, start + " lovely" * 1000])
