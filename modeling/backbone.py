@@ -122,8 +122,15 @@ def _from_hub(rest: str, *, offline: bool, cache_dir: Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
     def snapshot(*, is_local: bool) -> Path:
-        options = {"allow_patterns": _HUB_FILES, "local_files_only": is_local, "cache_dir": cache_dir}
-        return Path(snapshot_download(match["repo"], revision=match["revision"], **options))
+        return Path(
+            snapshot_download(
+                match["repo"],
+                revision=match["revision"],
+                allow_patterns=_HUB_FILES,
+                local_files_only=is_local,
+                cache_dir=cache_dir,
+            )
+        )
 
     try:
         folder = snapshot(is_local=True)  # a commit never changes

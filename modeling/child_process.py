@@ -67,10 +67,12 @@ def ask(
     stdout. Raises `ChildFailed`.
     """
     command = [sys.executable, "-m", "modeling.child_process", module]
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as errors:
+        asked.write(json.dumps(request).encode() + b"\n")
+        asked.seek(0)
+        child = subprocess.Popen(command, cwd=_ROOT, stdin=asked, stdout=subprocess.PIPE, stderr=errors)
         try:
-            output = _output(child, json.dumps(request).encode() + b"\n", timeout_s=timeout_s, stop=stop)
+            output = _output(child, timeout_s=timeout_s, stop=stop)
         finally:
             child.kill()
             child.communicate()
@@ -80,12 +82,12 @@ def ask(
         raise _failure(child.returncode, errors)
 
 
-def _output(child: subprocess.Popen[bytes], line: bytes, *, timeout_s: float, stop: threading.Event | None) -> bytes:
+def _output(child: subprocess.Popen[bytes], *, timeout_s: float, stop: threading.Event | None) -> bytes:
     """What it writes until it ends."""
     ends = time.monotonic() + timeout_s
     while True:
         try:
-            return child.communicate(line, timeout=_LOOK_S)[0]
+            return child.communicate(timeout=_LOOK_S)[0]
         except subprocess.TimeoutExpired:
             pass
         if stop is not None and stop.is_set():
@@ -123,6 +125,6 @@ def _limit(kind: int, value: int) -> None:
 
 if __name__ == "__main__":  # `python -m modeling.child_process MODULE` runs it at low priority from its imports on
     die_with_parent()
-    os.nice(10)
+    os.setpriority(os.PRIO_PROCESS, 0, max(10, os.getpriority(os.PRIO_PROCESS, 0)))
     print("{}", flush=True)  # whatever the parent does to it from here on, it ends with the parent
     runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)

@@ -24,6 +24,8 @@ from modeling.assemble import GoldenRow, write_version_files
 from modeling.child_process import ChildFailed, ask, limit_self, private_stdout
 from modeling.engines.protocol import EngineBatch
 from modeling.errors import CheckpointRefused, ModelingError
+from modeling.ingestion import modality_of, read_config
+from modeling.ingestion.taking import take_folder
 from modeling.inputs import open_preprocessor, single
 
 _log = logging.getLogger("modeling.intake")
@@ -134,13 +136,12 @@ def _refusal(error: ChildFailed, limits: IntakeLimits) -> CheckpointRefused:
 
 def _error(found: dict[str, Any]) -> Exception:
     """The error of the other side by its class."""
-    kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in (StoreFull, *ModelingError.__subclasses__())}
+    known: list[type[Exception]] = [StoreFull, *ModelingError.__subclasses__()]
+    kinds = {kind.__name__: kind for kind in known}
     return kinds.get(found["error"], CheckpointRefused)(found["message"])
 
 
 def _import(request: dict[str, Any], allow: Callable[[int], None]) -> dict[str, Any]:
-    from modeling.ingestion.taking import take_folder
-
     if "folder" in request:
         folder, root = Path(request["folder"]), Path(request["root"])
     else:
@@ -151,6 +152,7 @@ def _import(request: dict[str, Any], allow: Callable[[int], None]) -> dict[str, 
         taken = Path(temporary) / folder.name  # which messages name
         taken.mkdir()
         allow(take_folder(folder, taken, root=root, max_bytes=request["limits"]["memory_bytes"] // 2))
+        modality_of(read_config(taken))  # what this refuses needs no torch
         return _write_version(taken, target, name=request["name"], source=request["source"])
 
 

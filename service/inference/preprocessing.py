@@ -165,10 +165,10 @@ def _prepare_alike(lane: Lane, tickets: Sequence[Ticket]) -> list[Prepared]:
 
 
 def _told(error: BaseException) -> Exception:
-    is_expected = isinstance(error, ModelingError | InferenceError)
-    if not is_expected or isinstance(error, PreprocessorFailed):
-        _log.error("preprocessing failed", exc_info=error, extra={"action": "preprocessing_failed"})
-    return error if is_expected else InferenceFailed("the input could not be preprocessed")
+    if isinstance(error, ModelingError | InferenceError) and not isinstance(error, PreprocessorFailed):
+        return error
+    _log.error("preprocessing failed", exc_info=error, extra={"action": "preprocessing_failed"})
+    return error if isinstance(error, PreprocessorFailed) else InferenceFailed("the input could not be preprocessed")
 
 
 def _fail(burst: Sequence[Asked], error: Exception) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from model_registry.store import FileStore
 from modeling import intake
@@ -62,27 +59,9 @@ def test_a_checkpoint_too_large_for_the_limit_is_refused_with_the_setting(tmp_pa
         take(folder)
 
 
-def spoil_weights(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["bert.encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
-    tensors["bert.encoder.layer.1.output.dense.weight"][0, 0] = float("inf")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "nan": (spoil_weights, r"2 values of bert\.encoder\.layer\.1\.output\.dense\.weight are not finite"),
-    "eps": (lambda folder: hostile.change_config(folder, layer_norm_eps=float("nan")), "layer_norm_eps is nan"),
     "code": (lambda folder: hostile.change_config(folder, auto_map={"AutoModel": "evil.Evil"}), "auto_map"),
     "link": (lambda folder: (folder / "x.json").symlink_to("/etc/passwd"), "outside of the import root"),
-    "pattern": (lambda folder: hostile.change_tokenizer(folder, hostile.splitting("(a+)+$")), "retry-limit"),
-    "tokens": (
-        lambda folder: hostile.change_tokenizer(folder, hostile.adding("<new>", first_id=500)),
-        r"'<new>' the id \d+, but config\.json's vocab_size is",
-    ),
-    "labels": (
-        lambda folder: hostile.change_config(folder, id2label={str(i): f"l{i}" for i in range(30_000)}),
-        "more than 10,000 labels|do not fit",
-    ),
 }
 
 
@@ -127,12 +106,3 @@ def test_a_source_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     hub = f"hub:nobody/nothing@{'0' * 40}"
     with pytest.raises(BackboneUnavailable, match="not in the local cache, and offline is set"):
         import_classifier(None, tmp_path / "v", name="m", source=hub, root=None, offline=True, limits=LIMITS)
-
-
-def test_half_precision_is_compared_as_it_is_served(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "half", labels=LABELS)
-    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    take(folder)
-    golden = json.loads((tmp_path / "version" / "golden.json").read_text())["rows"]
-    assert np.isfinite([row["logits"] for row in golden]).all()

@@ -95,7 +95,7 @@ def test_a_caller_that_leaves_does_not_let_another_in(tmp_path: Path, reader: Re
         await asyncio.wait([gone])
         assert len(made._running) == 2
         reader.end.set()
-        return await asyncio.gather(gone, waiting, return_exceptions=True)
+        return list(await asyncio.gather(gone, waiting, return_exceptions=True))
 
     assert kinds(asyncio.run(scenario())) == [asyncio.CancelledError, CheckpointRefused]
     assert reader.most == 1
@@ -109,7 +109,7 @@ def test_what_is_read_when_the_service_ends_is_given_up(tmp_path: Path, reader: 
         task = asyncio.create_task(run(imports(tmp_path, stop)))
         await until(lambda: reader.entered == 1)
         stop.set()
-        return await asyncio.gather(task, return_exceptions=True)
+        return list(await asyncio.gather(task, return_exceptions=True))
 
     assert kinds(asyncio.run(scenario())) == [ModelNotReady]
 
