@@ -89,7 +89,7 @@ class DatasetIntake:
                 await asyncio.to_thread(_remove_abandoned, self._root, older_than_s=_ABANDONED_S)
                 for record in await asyncio.to_thread(self._store.stale, self._timeout_s + 30.0):
                     self._begin(record)
-            except DatabaseUnavailable as error:
+            except Exception as error:  # whatever it is, the next sweep may find it gone
                 _log.warning(f"sweep put off: {error}", extra={"action": "sweep_failed"})
             await asyncio.sleep(_SWEEP_S)
 
@@ -115,6 +115,8 @@ class DatasetIntake:
             except (DatasetCheckFailed, DatabaseUnavailable) as error:
                 # The machine's fault, not the file's: it stays `validating`, and the sweep tries again.
                 _log.error(f"check of {record.id} failed: {error}", extra={"action": "check_failed"})
+            except Exception:
+                _log.exception(f"check of {record.id} failed", extra={"action": "check_failed"})
 
     def _run_check(self, record: DatasetRecord) -> DatasetReport:
         folder = self.folder(record.tenant, record.id)
