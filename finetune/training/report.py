@@ -24,6 +24,7 @@ class Outcome:
     best: Candidate
     test_logits: FloatArray | None
     answering: Calibration
+    cut_short: dict[str, Any] | None = None
 
 
 def assess(run: Run, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,6 +43,7 @@ def assess(run: Run, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
         "test": None,
         "rows": {"train": len(run.train), "validation": len(run.validation), "test": len(run.test)},
     } | {name: rules.report(side) for name, side in sides.items()}
+    evaluation["cut_short"], evaluation["left_out"] = outcome.cut_short, list(run.left_out)
     curves = {name: rules.curves(side) for name, side in sides.items()}
     evaluation["abstention"] = _abstention(run, outcome, curves["validation"])
     evaluation["data_curve"] = measure_growth(run) if rules.grows else None
@@ -107,6 +109,9 @@ def _figures(run: Run, outcome: Outcome, evaluation: dict[str, Any]) -> Figures:
         is_baseline_best=best.method == "baseline" and len(outcome.candidates) > 1,
         data_curve=evaluation["data_curve"],
         fit_metric=fit_metric,
+        validation_rows=len(run.validation),
+        cut_short=outcome.cut_short,
+        left_out=run.left_out,
         least_fit=run.rules.least_fit,
     )
 
