@@ -54,7 +54,9 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A read transaction: one consistent view. Raises `DatabaseUnavailable`."""
-        with _availability(), self.engine.connect() as connection, connection.begin():
+        # SQLite's reads are of one moment anyway.
+        view = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with _availability(), self.engine.connect().execution_options(**view) as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager

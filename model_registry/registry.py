@@ -8,7 +8,7 @@ the epoch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,21 +115,13 @@ class Registry:
         """
         now = self._database.now(connection)
         check_name(name)
-        row = connection.execute(_of_model(sa.select(models), models, tenant, name).with_for_update()).first()
-        version = 1 if row is None else row.last_version + 1
-        if row is None:
-            connection.execute(
-                models.insert().values(tenant=tenant, name=name, task=task, last_version=version, created_at=now)
-            )
-        else:
-            if row.task != task:
-                self._take_task(connection, tenant, name, task)
-            connection.execute(_of_model(models.update(), models, tenant, name).values(last_version=version))
+        row = self._model_to_fill(connection, tenant, name, task, now)
+        version = int(row.last_version) + 1
+        if row.task != task:
+            self._take_task(connection, tenant, name, task)
+        connection.execute(_of_model(models.update(), models, tenant, name).values(last_version=version))
         if job_id is not None:
-            stale = model_versions.update().where(
-                model_versions.c.job_id == job_id, model_versions.c.status == "reserved"
-            )
-            connection.execute(stale.values(status="abandoned"))
+            self.abandon(connection, job_id=job_id)
         connection.execute(
             model_versions.insert().values(
                 tenant=tenant,
@@ -143,6 +135,22 @@ class Registry:
             )
         )
         return version
+
+    def _model_to_fill(self, connection: sa.Connection, tenant: str, name: str, task: str, now: float) -> sa.Row[Any]:
+        """The model's row, locked; made if there is none, be it by another job at this very moment."""
+        query = _of_model(sa.select(models), models, tenant, name).with_for_update()
+        row = connection.execute(query).first()
+        if row is not None:
+            return row
+        values = {"tenant": tenant, "name": name, "task": task, "last_version": 0, "created_at": now}
+        with suppress(sa.exc.IntegrityError), connection.begin_nested():
+            connection.execute(models.insert().values(**values))
+        return connection.execute(query).one()
+
+    def abandon(self, connection: sa.Connection, *, job_id: str) -> None:
+        """Gives up the numbers that a job has reserved and not filled."""
+        mine = (model_versions.c.job_id == job_id) & (model_versions.c.status == "reserved")
+        connection.execute(model_versions.update().where(mine).values(status="abandoned"))
 
     def publish(
         self, connection: sa.Connection, manifest: ModelManifest, *, actor: str, promotion: Promotion | None = None

@@ -19,7 +19,15 @@ IntArray = npt.NDArray[np.int64]
 
 
 def to_bytes(tensors: dict[str, FloatArray], metadata: dict[str, str] | None = None) -> bytes:
-    return bytes(save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata=metadata))
+    """A file of tensors and metadata; the same of these is the same to the byte."""
+    data = bytes(save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata=metadata))
+    # The library writes metadata in the order of a hash table, which is another one each time.
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if metadata:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + ordered.ljust(length) + data[8 + length :]
 
 
 def read(path: Path, *, max_bytes: int = 512 << 20) -> tuple[dict[str, FloatArray], dict[str, str]]:

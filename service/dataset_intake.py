@@ -94,7 +94,7 @@ class DatasetIntake:
                 await asyncio.to_thread(_remove_abandoned, self._root, older_than_s=_ABANDONED_S)
                 for record in await asyncio.to_thread(self._store.stale, self._timeout_s + 30.0):
                     self._begin(record)
-            except DatabaseUnavailable as error:
+            except Exception as error:  # whatever it is, the next sweep may find it gone
                 _log.warning(f"sweep put off: {error}", extra={"action": "sweep_failed"})
             await asyncio.sleep(_SWEEP_S)
 
@@ -118,6 +118,8 @@ class DatasetIntake:
         except (DatasetCheckFailed, DatabaseUnavailable) as error:
             # The machine's fault, not the file's: it stays `validating`, and the sweep tries again.
             _log.error(f"check of {record.id} failed: {error}", extra={"action": "check_failed"})
+        except Exception:
+            _log.exception(f"check of {record.id} failed", extra={"action": "check_failed"})
 
     async def _report(self, record: DatasetRecord) -> DatasetReport | None:
         """What the check finds, None if the record is gone. Small files do not wait for large ones; one that turns out

@@ -41,6 +41,7 @@ JOB_STATES: Final = (
     "failed",
     "cancelled",
     "cancelling",
+    "pausing",
     "paused",
 )
 
@@ -233,6 +234,10 @@ class ServingMetrics:
 
         # The job table, as this process last read it
         self.finetune_jobs = self._gauge("finetune_jobs", "Fine-tune jobs in the database, by state", "state")
+        self.finetune_workers = self._gauge("finetune_workers", "Fine-tune workers heard from within the last minute")
+        self.finetune_worker_last_seen_timestamp_seconds = self._gauge(
+            "finetune_worker_last_seen_timestamp_seconds", "Unix time at which a worker was last heard from; 0: never"
+        )
 
         self._request_histograms = (
             self.request_duration_seconds,
@@ -393,6 +398,11 @@ class ServingMetrics:
         """Set the number of jobs in each state; a state left out has none."""
         for state in dict.fromkeys((*JOB_STATES, *counts)):
             self.finetune_jobs.labels(state).set(counts.get(state, 0))
+
+    def set_workers(self, live: int, last_seen: float | None) -> None:
+        """Set how many fine-tune workers are there, and when one was last heard from (None: never)."""
+        self.finetune_workers.set(live)
+        self.finetune_worker_last_seen_timestamp_seconds.set(last_seen or 0.0)
 
     def render(self) -> tuple[bytes, str]:
         """The body and content type of `GET /metrics`. Some 0.5 ms a model: with a hundred of them, use a thread."""

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
 from finetune.data.store import DatasetStore
@@ -22,7 +22,7 @@ from model_registry.store import FileStore
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.intake import IntakeLimits, ingest
-from service.api.deps import Services
+from service.api.deps import Services, Workers
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
 from service.inference.batch_log import BatchLog
@@ -108,7 +108,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             [
                 asyncio.create_task(_load(settings, store, pool, watcher, backbones, stopping), name="load"),
                 asyncio.create_task(intake.sweep(), name="dataset-sweep"),
-                asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),
+                asyncio.create_task(_watch_jobs(jobs, metrics, services.workers), name="job-watch"),
             ],
         )
         stack.callback(stopping.set)
@@ -221,10 +221,18 @@ async def _load(
     await watcher.follow()
 
 
-async def _count_jobs(jobs: JobStore, metrics: ServingMetrics) -> None:
+async def _watch_jobs(jobs: JobStore, metrics: ServingMetrics, workers: Workers) -> None:
+    """Until cancelled: counts jobs and workers, and ends what a worker that is gone was asked to end."""
     while True:
-        with suppress(DatabaseUnavailable):
+        try:
+            await asyncio.to_thread(jobs.settle)
             metrics.set_finetune_jobs(await asyncio.to_thread(jobs.counts))
+            workers.outlook = await asyncio.to_thread(jobs.outlook)
+            metrics.set_workers(workers.outlook.live_workers, workers.outlook.worker_last_seen)
+        except DatabaseUnavailable:
+            pass  # the routes that need it say so
+        except Exception:
+            _log.exception("jobs were not counted", extra={"action": "job_counts_failed"})
         await asyncio.sleep(_JOB_COUNTS_EVERY_S)
 
 

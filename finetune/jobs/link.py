@@ -5,6 +5,7 @@ A run has no database: what it reports, the supervisor writes under its lease.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,12 +35,34 @@ class EmbeddingInput(FrozenModel):
     cache_bytes: int = 0
 
 
+class Original(FrozenModel):
+    """What a rerun repeats, and compares itself with: the plan and the evaluation of the job before."""
+
+    job_id: str
+    plan: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that gave the frozen backbone's vectors."""
+        return (self.recorded("environment") or {}).get("engine")
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that were trained."""
+        return [one["method"] for one in self.recorded("methods") or ()]
+
+    def recorded(self, name: str) -> Any:
+        return (self.evaluation or {}).get(name)
+
+
 class ChildJob(FrozenModel):
     """All that a run is told. Paths are on this host; what it prints goes to `log_file`.
 
     `graphs_root` is where servers keep exported graphs; `earlier_events` are those of the job until now.
     Each attempt writes into a `work_dir` of its own, so that a run whose lease was taken, but which does
     not know yet, cannot disturb its successor; that one reads from the `earlier_work_dirs`, newest first.
+    `percent` and `best` are what earlier attempts came to.
     """
 
     job_id: str
@@ -59,6 +82,9 @@ class ChildJob(FrozenModel):
     embedding: EmbeddingInput = EmbeddingInput()
     graphs_root: Path | None = None
     earlier_events: tuple[dict[str, Any], ...] = ()
+    percent: float = 0.0
+    best: dict[str, Any] | None = None
+    original: Original | None = None
 
 
 class Link(Protocol):
@@ -95,6 +121,17 @@ class SilentLink:
 
     def champion(self) -> dict[str, Any] | None: ...
     def succeed(self, **_: Any) -> None: ...
+
+
+def finite(document: Any) -> Any:
+    """A document of JSON's types with None for every number that JSON does not know: infinite ones, and NaN."""
+    if isinstance(document, float):
+        return document if math.isfinite(document) else None
+    if isinstance(document, Mapping):
+        return {key: finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [finite(value) for value in document]
+    return document
 
 
 def tell(link: Link, findings: Iterable[Finding]) -> None:

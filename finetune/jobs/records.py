@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
@@ -37,7 +38,8 @@ class JobStatus(StrEnum):
     QUEUED = "queued"  # waits for a worker
     RUNNING = "running"  # a worker holds the lease
     CANCELLING = "cancelling"  # the worker was told and is winding down
-    PAUSED = "paused"  # as soon as it was asked for; a worker that holds the lease still saves and then lets go
+    PAUSING = "pausing"  # the worker was told, and saves before it lets go; stored as `paused` with a worker
+    PAUSED = "paused"  # no worker holds it, and none takes it until it is resumed
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -45,6 +47,11 @@ class JobStatus(StrEnum):
     @property
     def is_final(self) -> bool:
         return self in {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it will run without anybody asking for it, as soon as there is a worker for it."""
+        return self in {JobStatus.VALIDATING_FILES, JobStatus.QUEUED}
 
 
 class JobPhase(StrEnum):
@@ -97,6 +104,11 @@ class JobSpec(JobRequest):
     backbone: str
     task: WantedTask = DEFAULT_TASK
     actor: str = "anonymous"
+    rerun_of: str | None = None  # the job whose rows, seed and plan this one repeats
+
+    def stored(self) -> dict[str, Any]:
+        """As the database has it: without what earlier releases do not know, unless it says something."""
+        return self.model_dump(mode="json", exclude={"rerun_of"} if self.rerun_of is None else set())
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -166,8 +178,39 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What the supervisor learns when it renews its lease."""
+    """What a job was asked to do, as its supervisor learns it under its lease."""
 
     cancel_requested: bool
     keep_best: bool
     pause_requested: bool = False
+
+    @property
+    def discards(self) -> bool:
+        """Whether the run is to end without a version."""
+        return self.cancel_requested and not self.keep_best
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """When waiting jobs can be expected to run: `positions` are the jobs before each queued one, by id."""
+
+    now: float
+    worker_last_seen: float | None
+    live_workers: int
+    positions: Mapping[str, int]
+
+    def why_waiting(self, job: FineTuneJob) -> str | None:
+        """What a job waits for, in a sentence; None if it does not wait."""
+        if not job.status.is_waiting:
+            return None
+        if self.worker_last_seen is None:
+            return "no worker has ever been heard from: start one (`python -m finetune`) on this database"
+        if not self.live_workers:
+            ago = max(0, round(self.now - self.worker_last_seen))
+            return f"no worker is running: the last one was heard from {ago} s ago; start one (`python -m finetune`)"
+        if job.status is JobStatus.VALIDATING_FILES:
+            return "its datasets are being checked"
+        before = self.positions.get(job.id, 0)
+        if not before:
+            return "it is the next one that a worker takes"
+        return f"{before} {'job comes' if before == 1 else 'jobs come'} before it"

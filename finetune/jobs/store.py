@@ -22,18 +22,31 @@ from finetune.jobs.errors import (
     JobNotResumable,
     LeaseLost,
 )
-from finetune.jobs.records import EventType, FineTuneJob, Heartbeat, JobEvent, JobFailure, JobSpec, JobStatus, Lease
+from finetune.jobs.records import (
+    EventType,
+    FineTuneJob,
+    Heartbeat,
+    JobEvent,
+    JobFailure,
+    JobSpec,
+    JobStatus,
+    Lease,
+    Outlook,
+)
 from model_registry.db import Database
 from model_registry.tables import idempotency_keys, job_events, jobs, workers
 
 _HELD = (JobStatus.RUNNING, JobStatus.CANCELLING)
 # A worker may still write to a job that was paused under it, until it lets go; no other worker claims such a job.
 _WRITABLE = (*_HELD, JobStatus.PAUSED)
+_PAUSED = frozenset({JobStatus.PAUSING, JobStatus.PAUSED})
 IDEMPOTENCY_HOURS = 72
+WORKER_SILENT_S = 60.0  # after which a worker counts as gone
 
 
 _WHY_NOT_PAUSABLE = {
     JobStatus.VALIDATING_FILES: "wait until its datasets are checked and it is queued, or cancel it",
+    JobStatus.PAUSING: "it is saving; resume it to go on",
     JobStatus.PAUSED: "resume it to go on",
     JobStatus.CANCELLING: "it is ending",
     **dict.fromkeys((JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED), "it has ended already"),
@@ -82,7 +95,7 @@ class JobStore:
                     id=job_id,
                     tenant=tenant,
                     status=status,
-                    spec=spec.model_dump(mode="json"),
+                    spec=spec.stored(),
                     attempt=0,
                     max_attempts=self._max_attempts,
                     lease_token=0,
@@ -115,7 +128,7 @@ class JobStore:
         """Newest first; `after` is the id of the last job of the page before."""
         query = sa.select(jobs).where(jobs.c.tenant == tenant)
         if status is not None:
-            query = query.where(jobs.c.status == status)
+            query = query.where(_has(status))
         with self._database.read() as connection:
             if after is not None:
                 edge = self._get(connection, tenant, after)
@@ -135,19 +148,27 @@ class JobStore:
                 JobEvent(**row._mapping) for row in connection.execute(query.order_by(job_events.c.seq).limit(limit))
             ]
 
-    def queue_position(self, job: FineTuneJob) -> int | None:
-        """How many queued jobs come before this one, or None if it does not wait."""
-        if job.status is not JobStatus.QUEUED:
-            return None
-        ahead = sa.select(sa.func.count()).where(jobs.c.status == JobStatus.QUEUED, jobs.c.created_at < job.created_at)
+    def outlook(self, of: Collection[FineTuneJob] = ()) -> Outlook:
+        """When workers were last heard from, and the places of the given jobs in the queue."""
+        waiting = [job.id for job in of if job.status is JobStatus.QUEUED]
+        place = sa.func.row_number().over(order_by=jobs.c.created_at) - 1
+        queue = sa.select(jobs.c.id, place.label("place")).where(jobs.c.status == JobStatus.QUEUED).subquery()
         with self._database.read() as connection:
-            return int(connection.execute(ahead.select_from(jobs)).scalar_one())
+            now = self._database.now(connection)
+            is_live = sa.case((workers.c.heartbeat_at > now - WORKER_SILENT_S, 1), else_=0)
+            seen = connection.execute(sa.select(sa.func.max(workers.c.heartbeat_at), sa.func.sum(is_live))).one()
+            places = connection.execute(sa.select(queue).where(queue.c.id.in_(waiting))).all() if waiting else []
+        return Outlook(now, seen[0], int(seen[1] or 0), {row.id: int(row.place) for row in places})
 
     def counts(self) -> dict[str, int]:
         """Jobs by status, over all tenants; every status is present."""
+        is_held = sa.case((jobs.c.worker_id.is_not(None), 1), else_=0)
+        query = sa.select(jobs.c.status, is_held, sa.func.count()).group_by(jobs.c.status, is_held)
+        found = {status.value: 0 for status in JobStatus}
         with self._database.read() as connection:
-            rows = connection.execute(sa.select(jobs.c.status, sa.func.count()).group_by(jobs.c.status)).all()
-        return {status.value: 0 for status in JobStatus} | {row[0]: row[1] for row in rows}
+            for status, held, count in connection.execute(query):
+                found[_shown(JobStatus(status), is_held=bool(held)).value] += count
+        return found
 
     def ended(self, job_ids: Collection[str]) -> set[str]:
         """Those of the given jobs, of any tenant, that are over."""
@@ -157,16 +178,27 @@ class JobStore:
             return {row.id for row in connection.execute(query)}
 
     def request_cancel(self, tenant: str, job_id: str, *, keep_best: bool) -> FineTuneJob:
-        """Ends a waiting job at once; tells a running one's worker. Raises `JobNotFound`, `JobNotCancellable`."""
+        """Ends a waiting job at once, and one whose worker is gone; tells a running one's worker.
+
+        A job that was once cancelled without keeping anything stays so, whatever comes after it. Raises `JobNotFound`,
+        `JobNotCancellable`.
+        """
         with self._database.write() as connection:
             job = self._get(connection, tenant, job_id, lock=True)
             if job.status.is_final:
                 raise JobNotCancellable(f"{job_id} has ended already: it is {job.status}")
             now = self._database.now(connection)
-            if job.status in _HELD:
+            if job.status in _HELD and (job.lease_expires_at or 0.0) >= now:
+                is_first = job.status is not JobStatus.CANCELLING
+                kept = keep_best and (is_first or job.cancel_keep_best)
                 values: dict[str, Any] = {"status": JobStatus.CANCELLING, "cancel_requested_at": now}
-                self._update(connection, job_id, cancel_keep_best=keep_best, **values)
-                self._append(connection, job_id, "state_changed", "cancel was requested", {"status": "cancelling"})
+                self._update(connection, job_id, cancel_keep_best=kept, **values)
+                if is_first or kept != job.cancel_keep_best:
+                    message = "cancel was requested" + ("" if kept else "; nothing of it is to be kept")
+                    data = {"status": "cancelling", "keep_best": kept}
+                    self._append(connection, job_id, "state_changed", message, data)
+            elif job.status in _HELD:
+                self._end_orphan(connection, job, now)
             else:
                 self._update(connection, job_id, status=JobStatus.CANCELLED, cancel_requested_at=now, finished_at=now)
                 self._append(connection, job_id, "cancelled", "cancelled before it ran", {"status": "cancelled"})
@@ -180,20 +212,17 @@ class JobStore:
             if job.status not in {JobStatus.QUEUED, JobStatus.RUNNING}:
                 raise JobNotPausable(f"{job_id} is {job.status}; {_WHY_NOT_PAUSABLE[job.status]}")
             self._update(connection, job_id, status=JobStatus.PAUSED)
-            self._append(connection, job_id, "state_changed", "pause was requested", {"status": "paused"})
+            paused = self._get(connection, tenant, job_id)
+            self._append(connection, job_id, "state_changed", "pause was requested", {"status": paused.status})
             return self._get(connection, tenant, job_id)
 
     def request_resume(self, tenant: str, job_id: str) -> FineTuneJob:
-        """Puts a paused job back into the queue; a worker that still winds it down loses its lease.
-
-        `started_at` moves by the time that the job was paused, so `max_seconds` counts running alone.
-        Raises `JobNotFound`, `JobNotResumable`.
-        """
+        """Puts a paused job back into the queue; a worker that still winds it down loses its lease. Raises
+        `JobNotFound`, `JobNotResumable`."""
         with self._database.write() as connection:
             job = self._get(connection, tenant, job_id, lock=True)
-            if job.status is not JobStatus.PAUSED:
+            if job.status not in _PAUSED:
                 raise JobNotResumable(f"{job_id} is {job.status}; only a paused job can be resumed")
-            idle_s = self._database.now(connection) - (job.heartbeat_at or 0.0)
             self._update(
                 connection,
                 job_id,
@@ -202,10 +231,23 @@ class JobStore:
                 worker_id=None,
                 lease_expires_at=None,
                 lease_token=job.lease_token + 1,
-                started_at=None if job.started_at is None else job.started_at + max(0.0, idle_s),
             )
             self._append(connection, job_id, "resumed", "resume was requested", {"status": "queued"})
             return self._get(connection, tenant, job_id)
+
+    def settle(self) -> None:
+        """Ends cancelled jobs whose worker is gone, and lets go of paused ones, so that neither waits for a worker."""
+        is_left = jobs.c.lease_expires_at < sa.bindparam("now")
+        is_cancelling = jobs.c.status == JobStatus.CANCELLING
+        is_pausing = (jobs.c.status == JobStatus.PAUSED) & jobs.c.worker_id.is_not(None)
+        query = sa.select(jobs).where(is_left & (is_cancelling | is_pausing))
+        with self._database.read() as connection:
+            if connection.execute(query, {"now": self._database.now(connection)}).first() is None:
+                return
+        with self._database.write() as connection:
+            now = self._database.now(connection)
+            for row in connection.execute(query.with_for_update(skip_locked=True), {"now": now}).all():
+                self._end_orphan(connection, _job(row), now)
 
     # Waiting for data
 
@@ -231,7 +273,8 @@ class JobStore:
     def claim(self, worker_id: str, *, lease_s: float) -> tuple[Lease, FineTuneJob] | None:
         """Takes the oldest queued job, or one whose lease ran out. None if there is nothing to do.
 
-        A job that has used up its attempts, or was being cancelled, is ended here instead.
+        A job that has used up its attempts, or was being cancelled, is ended here instead. `started_at` moves by the
+        time that nobody worked on the job, so that `max_seconds` counts running alone.
         """
         while True:
             with self._database.write() as connection:
@@ -256,7 +299,7 @@ class JobStore:
                     attempt=lease.attempt,
                     lease_expires_at=now + lease_s,
                     heartbeat_at=now,
-                    started_at=job.started_at or now,
+                    started_at=now if job.started_at is None else job.started_at + _idle_s(job, now),
                     phase=None,
                 )
                 kind: EventType = "resumed" if job.attempt else "state_changed"
@@ -265,10 +308,7 @@ class JobStore:
 
     def _end_hopeless(self, connection: sa.Connection, job: FineTuneJob, now: float) -> bool:
         if job.status is JobStatus.CANCELLING:
-            self._update(
-                connection, job.id, status=JobStatus.CANCELLED, finished_at=now, lease_token=job.lease_token + 1
-            )
-            self._append(connection, job.id, "cancelled", "cancelled; its worker was gone", {"status": "cancelled"})
+            self._end_orphan(connection, job, now)
             return True
         if job.attempt < job.max_attempts:
             return False
@@ -288,25 +328,50 @@ class JobStore:
         self._append(connection, job.id, "error", failure.message, failure.model_dump(mode="json"), level="error")
         return True
 
+    def _end_orphan(self, connection: sa.Connection, job: FineTuneJob, now: float) -> None:
+        """Does what a job was asked for whose worker is gone: it is cancelled, or nobody holds it any more."""
+        token = {"lease_token": job.lease_token + 1, "lease_expires_at": None}
+        if job.status in _PAUSED:
+            self._update(connection, job.id, worker_id=None, phase=None, **token)
+            self._append(connection, job.id, "state_changed", "paused; its worker was gone", {"status": "paused"})
+            return
+        ended = {"status": JobStatus.CANCELLED, "cancel_requested_at": job.cancel_requested_at or now}
+        self._update(connection, job.id, finished_at=now, phase=None, **ended, **token)
+        self._append(connection, job.id, "cancelled", "cancelled; its worker was gone", {"status": "cancelled"})
+
     def heartbeat(self, lease: Lease, *, lease_s: float) -> Heartbeat:
-        """Renews the lease. Raises `LeaseLost`."""
+        """Renews the lease, and tells that the worker is there. Raises `LeaseLost`."""
         with self.fenced(lease) as connection:
             now = self._database.now(connection)
             self._update(connection, lease.job_id, lease_expires_at=now + lease_s, heartbeat_at=now)
-            query = sa.select(jobs.c.status, jobs.c.cancel_keep_best).where(jobs.c.id == lease.job_id)
-            row = connection.execute(query).one()
-            is_cancelled, is_paused = row.status == JobStatus.CANCELLING, row.status == JobStatus.PAUSED
-            return Heartbeat(is_cancelled, bool(row.cancel_keep_best), is_paused)
+            connection.execute(workers.update().where(workers.c.id == lease.worker_id).values(heartbeat_at=now))
+            return self.asked_in(connection, lease)
+
+    def asked(self, lease: Lease) -> Heartbeat:
+        """What the job was asked to do, without renewing anything. Raises `LeaseLost`."""
+        with self._database.read() as connection:
+            self._require(connection, lease)
+            return self.asked_in(connection, lease)
+
+    def asked_in(self, connection: sa.Connection, lease: Lease) -> Heartbeat:
+        """The same inside a transaction; inside one that `fenced` opened it holds until the commit."""
+        query = sa.select(jobs.c.status, jobs.c.cancel_keep_best).where(jobs.c.id == lease.job_id)
+        row = connection.execute(query).one()
+        is_cancelled, is_paused = row.status == JobStatus.CANCELLING, row.status == JobStatus.PAUSED
+        return Heartbeat(is_cancelled, bool(row.cancel_keep_best), is_paused)
 
     @contextlib.contextmanager
     def fenced(self, lease: Lease) -> Iterator[sa.Connection]:
         """A write transaction that exists only while the lease is current. Raises `LeaseLost`."""
         with self._database.write() as connection:
-            query = sa.select(jobs.c.lease_token, jobs.c.status).where(jobs.c.id == lease.job_id).with_for_update()
-            row = connection.execute(query).one_or_none()
-            if row is None or row.lease_token != lease.token or row.status not in _WRITABLE:
-                raise LeaseLost(f"{lease.job_id} is no longer held under token {lease.token}")
+            self._require(connection, lease, lock=True)
             yield connection
+
+    def _require(self, connection: sa.Connection, lease: Lease, *, lock: bool = False) -> None:
+        query = sa.select(jobs.c.lease_token, jobs.c.status).where(jobs.c.id == lease.job_id)
+        row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+        if row is None or row.lease_token != lease.token or row.status not in _WRITABLE:
+            raise LeaseLost(f"{lease.job_id} is no longer held under token {lease.token}")
 
     def record(
         self,
@@ -375,14 +440,18 @@ class JobStore:
             self.finish_in(connection, lease, status, failure=failure, **columns)
 
     def requeue(self, lease: Lease, reason: str, *, charge_attempt: bool) -> JobStatus:
-        """Lets go of the job: `queued`, or `paused` where that was asked for, or `failed` with all attempts used up.
+        """Lets go of the job: `queued`, or `paused` or `cancelled` if that was asked for, or `failed` with all attempts
+        used up.
 
         Without `charge_attempt` the try does not count (a planned stop), nor does one that a pause ended. Raises
         `LeaseLost`.
         """
         with self.fenced(lease) as connection:
             job = _job(connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).one())
-            is_paused = job.status is JobStatus.PAUSED
+            if job.status is JobStatus.CANCELLING:
+                self.finish_in(connection, lease, JobStatus.CANCELLED)
+                return JobStatus.CANCELLED
+            is_paused = job.status in _PAUSED
             attempt = lease.attempt if charge_attempt and not is_paused else lease.attempt - 1
             if charge_attempt and not is_paused and attempt >= self._max_attempts:
                 self._end_hopeless(connection, job, self._database.now(connection))
@@ -415,7 +484,7 @@ class JobStore:
             now = self._database.now(connection)
             connection.execute(workers.update().where(workers.c.id == worker_id).values(heartbeat_at=now))
 
-    def live_worker_profile(self, *, within_s: float = 60.0) -> dict[str, Any] | None:
+    def live_worker_profile(self, *, within_s: float = WORKER_SILENT_S) -> dict[str, Any] | None:
         """The profile of a worker heard from lately, or None."""
         with self._database.read() as connection:
             since = self._database.now(connection) - within_s
@@ -478,6 +547,24 @@ class JobStore:
 
 def _job(row: Any) -> FineTuneJob:
     values = {field.name: row._mapping[field.name] for field in fields(FineTuneJob)}
-    values["status"] = JobStatus(values["status"])
+    values["status"] = _shown(JobStatus(values["status"]), is_held=values["worker_id"] is not None)
     values["spec"] = JobSpec.model_validate(values["spec"])
     return FineTuneJob(**values)
+
+
+def _shown(stored: JobStatus, *, is_held: bool) -> JobStatus:
+    """A job that was paused under its worker is only `pausing` until that lets go."""
+    return JobStatus.PAUSING if stored is JobStatus.PAUSED and is_held else stored
+
+
+def _has(status: JobStatus) -> sa.ColumnElement[bool]:
+    """Whether a row is shown with this status."""
+    if status not in _PAUSED:
+        return jobs.c.status == status
+    is_held = jobs.c.worker_id.is_not(None)
+    return (jobs.c.status == JobStatus.PAUSED) & (is_held if status is JobStatus.PAUSING else ~is_held)
+
+
+def _idle_s(job: FineTuneJob, now: float) -> float:
+    """Seconds since anybody last worked on a job that has run before."""
+    return 0.0 if job.heartbeat_at is None else max(0.0, now - job.heartbeat_at)

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import math
 import platform
 import shutil
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from finetune.data.options import JOINTS
 from finetune.evaluation.plots import draw
-from finetune.jobs.link import ChildJob
+from finetune.jobs.link import ChildJob, finite
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run
 from model_registry.card import render_card
@@ -25,6 +26,7 @@ from model_registry.manifest import BackboneRef, FileEntry, ModelManifest
 from model_registry.store import ArtifactStore, put_tree
 from modeling.assemble import GOLDEN_ROWS, GoldenRow, write_version_files
 from modeling.backbone import GRAPHS_FOLDER, Backbone
+from modeling.engines.device import fingerprint as fingerprint_of
 from modeling.inputs import Example
 from modeling.tasks import Calibration
 
@@ -52,9 +54,8 @@ def stage_weights(folder: Path, run: Run, best: Candidate, servable: Servable) -
         run.link.event("data_warning", message, {"code": "export_failed"}, level="warn")
 
 
-def write_artefact(
+def write_weights(
     folder: Path,
-    job: ChildJob,
     run: Run,
     best: Candidate,
     servable: Servable,
@@ -62,6 +63,7 @@ def write_artefact(
     answering: Calibration,
     evaluation: dict[str, Any],
 ) -> None:
+    """Writes the head, and all else that a server reads."""
     examples = _golden_examples(run)
     logits = (servable.reference_logits or servable.logits)(examples)
     golden = [GoldenRow(example, tuple(float(x) for x in row)) for example, row in zip(examples, logits, strict=True)]
@@ -79,20 +81,26 @@ def write_artefact(
         task=run.plan.task,
         thresholds=answering.thresholds or None,
     )
+
+
+def write_documents(
+    folder: Path, job: ChildJob, run: Run, best: Candidate, *, answering: Calibration, evaluation: dict[str, Any]
+) -> None:
+    """Writes what people and later jobs read: the report, the plan, the environment and the data's fingerprint."""
     documents = {
         "eval/report.json": evaluation | {"suspects": [_without_text(one) for one in evaluation.get("suspects") or []]},
         "train/params.json": run.plan.model_dump(mode="json"),
-        "train/environment.json": environment(run),
+        "train/environment.json": evaluation["environment"],
         "data/fingerprint.json": fingerprint(job, run),
         "reference_stats.json": run.rules.reference(best.validation_logits, run.labels, answering),
     }
     for name, document in documents.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(document, indent=1))
+        path.write_text(json.dumps(finite(document), indent=1, allow_nan=False))
     (folder / "train" / "metrics.jsonl").write_text(
         "".join(
-            json.dumps({"method": candidate["method"], **entry}) + "\n"
+            json.dumps(finite({"method": candidate["method"], **entry}), allow_nan=False) + "\n"
             for candidate in evaluation["methods"]
             for entry in candidate["details"].get("history", [])
         )
@@ -110,14 +118,14 @@ def write_judgement(
     folder: Path, evaluation: Mapping[str, Any], curves: Mapping[str, Any], labels: Sequence[str]
 ) -> None:
     """The points of the curves, and the pictures of them where matplotlib is installed."""
-    (folder / "eval" / "curves.json").write_text(json.dumps(curves))
+    (folder / "eval" / "curves.json").write_text(json.dumps(finite(curves), allow_nan=False))
     for name, content in draw(evaluation, curves, labels).items():
         (folder / "eval" / name).write_bytes(content)
 
 
 def write_events(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     """All events of the job up to its registration."""
-    (folder / "train" / "events.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (folder / "train" / "events.jsonl").write_text("".join(json.dumps(finite(entry)) + "\n" for entry in entries))
 
 
 def store_artefact(
@@ -144,7 +152,7 @@ def store_artefact(
         base=BackboneRef(name=job.spec.backbone, digest=info.digest, source=info.source),
         job_id=job.job_id,
         created_at=time.time(),
-        metrics={name: side[name] for name in run.rules.figures},
+        metrics={name: side[name] for name in run.rules.figures if math.isfinite(side[name])},
         dataset={"id": job.train.id, "sha256": job.train.sha256, "rows": len(run.train)},
         files=(),
     )
@@ -165,10 +173,15 @@ def store_artefact(
 
 def environment(run: Run) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in (*_LIBRARIES, *run.modality.libraries)}
+    device = fingerprint_of(run.plan.device)
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "libraries": versions,
+        "processor": {"name": device.name, "features": list(device.flags)},
+        "libraries": {**device.libraries, **versions},
+        "engine": run.engine_name,
+        "cached_vectors": run.cached_vectors,
+        "precision": run.plan.precision,
         "device": run.plan.device,
         "cpu_threads": run.plan.cpu_threads,
         "seed": run.plan.seed,

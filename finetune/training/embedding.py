@@ -6,7 +6,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class FrozenVectors:
     device: str = "cpu"
     threads: int = 0
     on_open: Callable[[], None] | None = None
+    cached: int = field(default=0, init=False)  # vectors that were known already
 
     @property
     def modality(self) -> Modality:
@@ -110,6 +111,7 @@ class FrozenVectors:
         if self.cache is not None and len(examples):
             keys = self._keys(examples, max_length)
             is_known = self.cache.fill(self._space(), keys, vectors)
+            self.cached += int(is_known.sum())
         missing = np.flatnonzero(~is_known)
         # In parts, so that a run that is stopped on the way finds most of them when it goes on.
         for start in range(0, len(missing), _ROWS_PER_PART):

@@ -34,6 +34,7 @@ from finetune.training.checkpoints import (
 )
 from finetune.training.losses import build_loss
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
+from finetune.training.methods.candidate import CANCELLED, OUT_OF_TIME
 from finetune.training.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.training.parallel import Exchange, seed_of, share_of
 from finetune.training.run_context import Run
@@ -199,7 +200,7 @@ class _Loop:
     def _should_end(self) -> bool:
         left = self.run.seconds_left()
         if left is not None and left <= 0:
-            self._end("max_seconds is used up")
+            self._end(OUT_OF_TIME)
         try:
             self.run.link.check_cancelled()
         except Stopped:
@@ -209,7 +210,7 @@ class _Loop:
             if not request.keep_best:
                 raise
             self.run.is_winding_down = True
-            self._end("cancelled")
+            self._end(CANCELLED)
         return self.progress.stopped is not None
 
     def _end(self, reason: str) -> None:
@@ -426,17 +427,7 @@ class _Loop:
         return round(self.progress.step / self.steps_per_epoch, 3)
 
     def _report(self) -> None:
-        progress, total = self.progress, self.plan.total_steps
-        done = progress.step - self.first_step
-        eta_s = (time.monotonic() - self.started) / max(1, done) * (total - progress.step)
-        self.run.link.progress(
-            percent=round(100 * progress.step / total, 1),
-            step=progress.step,
-            total_steps=total,
-            epoch=self._epoch(),
-            eta_seconds=round(eta_s, 1),
-            method=self.method,
-        )
+        self.run.report(self.progress.step, self.plan.total_steps, epoch=self._epoch(), method=self.method)
 
     def _identity(self) -> dict[str, Any]:
         """A checkpoint of another plan or of other rows is not gone on from."""

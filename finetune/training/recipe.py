@@ -13,29 +13,43 @@ import resource
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from finetune.data import load as datasets
 from finetune.data.findings import too_long
 from finetune.data.labelled import LabelledRows
 from finetune.data.records import has_errors
+from finetune.evaluation.intervals import least_discordant
 from finetune.evaluation.tasks import rules_of
+from finetune.evaluation.verdict import of_rerun
 from finetune.jobs.failures import Cancelled, DatasetInvalid, RunError, Stopped
-from finetune.jobs.hyperparameters import Hyperparameters, parse_hyperparameters
-from finetune.jobs.link import ChildJob, Journal, Link, tell
-from finetune.jobs.plan import DatasetProfile, TrainingPlan, resolve
+from finetune.jobs.hyperparameters import Hyperparameters, check_labels, parse_hyperparameters
+from finetune.jobs.link import ChildJob, Journal, Link, Original, tell
+from finetune.jobs.plan import DatasetProfile, MethodPlan, TrainingPlan, WorkerProfile, resolve
 from finetune.jobs.records import JobPhase
 from finetune.jobs.search_space import with_values
-from finetune.training.artefact import stage_weights, store_artefact, write_artefact, write_events, write_judgement
+from finetune.training.artefact import (
+    environment,
+    stage_weights,
+    store_artefact,
+    write_documents,
+    write_events,
+    write_judgement,
+    write_weights,
+)
 from finetune.training.embedding import FrozenVectors, release_free_memory
 from finetune.training.feature_cache import FeatureCache
 from finetune.training.methods import METHODS
-from finetune.training.methods.candidate import Candidate
+from finetune.training.methods.candidate import CANCELLED, OUT_OF_TIME, Candidate
+from finetune.training.pace import Pace, Stage
 from finetune.training.promotion import Contender, judge
 from finetune.training.report import Outcome, assess
+from finetune.training.reproduction import comparison, weight_digests
 from finetune.training.run_context import Rows, Run
 from finetune.training.search import Replan, search
 from finetune.training.suspects import all_rows, find_suspects
@@ -47,15 +61,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("finetune.training.recipe")
 
+_FINISHING = "finishing"
+_SIGNIFICANT = 0.05
 
-def run_job(job: ChildJob, link: Link) -> None:
+
+def run_job(job: ChildJob, link: Link, pace: Pace | None = None) -> None:
     """Run one job to its registration. Raises `RunError`, `Cancelled` (nothing to keep), `Stopped`."""
     journal = Journal(link, job_id=job.job_id, attempt=job.attempt, earlier=job.earlier_events)
-    run, replan = prepare(job, journal)
+    run, replan = prepare(job, journal, pace or Pace(elapsed_s=job.elapsed_s, percent=job.percent))
     register(job, run, train(run, replan), journal)
 
 
-def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
+def prepare(job: ChildJob, link: Link, pace: Pace) -> tuple[Run, Replan]:
     """Read the rows, look for label errors, resolve the plan. Raises `DatasetInvalid`, `PlanError`."""
     started = time.monotonic()
     wanted = parse_hyperparameters(job.spec.hyperparameters)
@@ -63,14 +80,16 @@ def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
     np.random.seed(wanted.seed)
     link.phase(JobPhase.PREPARING_DATA)
     train, validation, test = load_sides(job, wanted, link)
+    link.check_cancelled()
     cache = feature_cache(job)
     suspects = []
     if train.target.has_suspects:
         suspects = find_suspects(all_rows(train, validation, test), link, seed=wanted.seed, cache=cache)
     release_free_memory()
+    link.check_cancelled()
     # A class that a column or a given dataset puts on a later side alone is never answered.
     labels = tuple(sorted(train.names() | validation.names() | test.names()))
-    check_class_weights(wanted, labels)
+    check_labels(wanted, labels)
     backbone = Backbone.open(job.backbone_folder)
     vectors = frozen_vectors(job, backbone, cache)
     replan = planner(job, wanted, vectors, train, validation, test, link)
@@ -89,8 +108,20 @@ def prepare(job: ChildJob, link: Link) -> tuple[Run, Replan]:
         deadline=None if plan.max_seconds is None else started + plan.max_seconds - job.elapsed_s,
         vectors=vectors,
         suspects=suspects,
+        pace=pace,
+        is_rerun=job.original is not None,
     )
+    pace.plan(stages(plan))
+    pace.deadline = run.deadline
     return run, replan
+
+
+def stages(plan: TrainingPlan) -> list[Stage]:
+    """What a run spends its time on once it has a plan."""
+    times = {one.method: (one.estimated_seconds or 0.0) * max(1, plan.trials) for one in plan.methods}
+    methods = [Stage(name, seconds, is_telling=name != "baseline") for name, seconds in times.items()]
+    again = max(0.0, plan.estimated_seconds - sum(times.values())) if plan.max_seconds is None else 0.0
+    return [*methods, Stage(_FINISHING, again + 2.0 + 0.1 * sum(times.values()), is_telling=False)]
 
 
 def train(run: Run, replan: Replan) -> list[Candidate]:
@@ -104,31 +135,59 @@ def train(run: Run, replan: Replan) -> list[Candidate]:
 def register(job: ChildJob, run: Run, candidates: Sequence[Candidate], journal: Journal) -> None:
     """Choose the best candidate, evaluate it as it will be served, write its version and report it."""
     link, best = run.link, choose(candidates, run)
-    link.phase(JobPhase.EVALUATING)
+    cut = cut_short(run, best)
+    run.is_finishing = True
+    run.pace.enter(_FINISHING, _finishing_s(run, best))
+    _enter(run, JobPhase.EVALUATING)
     servable = best.finish()
+    run.heed()
     test_logits = servable.logits(run.test.examples) if len(run.test) else None
-    link.phase(JobPhase.CALIBRATING)
+    _enter(run, JobPhase.CALIBRATING)
     answering = run.rules.calibrate(
         best.validation_logits, run.validation.labels, with_temperature=run.plan.calibration == "temperature"
     )
-    evaluation, curves = assess(run, Outcome(candidates, best, test_logits, answering))
+    evaluation, curves = assess(run, Outcome(candidates, best, test_logits, answering, cut))
     evaluation["suspects"] = run.suspects
     link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(run, evaluation))
 
-    link.phase(JobPhase.EXPORTING)
+    _enter(run, JobPhase.EXPORTING)
     store = FileStore(job.store_root)
     with tempfile.TemporaryDirectory(prefix="polyhead-version-", dir=job.work_dir) as name:
         folder = Path(name)
         stage_weights(folder, run, best, servable)
+        run.heed()
         contender = Contender(best, servable, folder, test_logits, answering, evaluation)
         evaluation["promotion"] = judge(job, run, link, store, contender)
-        write_artefact(folder, job, run, best, servable, answering=answering, evaluation=evaluation)
+        write_weights(folder, run, best, servable, answering=answering, evaluation=evaluation)
+        _record_weights(folder, job, run, evaluation)
+        write_documents(folder, job, run, best, answering=answering, evaluation=evaluation)
         write_judgement(folder, evaluation, curves, run.labels)
-        link.phase(JobPhase.REGISTERING)
+        _enter(run, JobPhase.REGISTERING)
         version = link.reserve(kind=best.kind, method=best.method)
         write_events(folder, journal.entries)
         manifest = store_artefact(store, folder, job, run, best, version=version, evaluation=evaluation)
     link.succeed(manifest=manifest.model_dump(mode="json"), evaluation=evaluation, was_cancelled=run.is_winding_down)
+
+
+def _record_weights(folder: Path, job: ChildJob, run: Run, evaluation: dict[str, Any]) -> None:
+    """Notes the weights' digests and what they depend on, and for a rerun whether they are what they were."""
+    evaluation["weights"], evaluation["environment"] = weight_digests(folder), environment(run)
+    evaluation["rerun"] = found = None if job.original is None else comparison(job.original, evaluation)
+    if found is not None:
+        evaluation["verdict"].append(asdict(of_rerun(found)))
+        level = "warn" if found["is_equal"] is False else "info"
+        run.link.event("metrics", found["message"], {"split": "weights", **found}, level=level)
+
+
+def _enter(run: Run, phase: JobPhase) -> None:
+    run.heed()
+    run.link.phase(phase)
+    run.link.progress(**run.pace.values())
+
+
+def _finishing_s(run: Run, best: Candidate) -> float:
+    """A refit takes about as long as the training did."""
+    return 2.0 + best.seconds * (1.2 if run.plan.refit and best.kind in {"lora", "full"} else 0.3)
 
 
 # Data
@@ -153,17 +212,6 @@ def load_sides(job: ChildJob, wanted: Hyperparameters, link: Link) -> tuple[Labe
         message = "; ".join(finding.message for finding in errors)[:1000]
         raise DatasetInvalid(message, [finding.model_dump(mode="json") for finding in errors])
     return sides.train, sides.validation, sides.test
-
-
-def check_class_weights(wanted: Hyperparameters, labels: Sequence[str]) -> None:
-    """Raises `RunError` for a weight on a label that the data does not have: a misspelling would do nothing."""
-    unknown = sorted(set(wanted.class_weights) - set(labels)) if isinstance(wanted.class_weights, dict) else []
-    if unknown:
-        raise RunError(
-            "invalid_hyperparameters",
-            f"class_weights names the label {unknown[0][:100]!r}, which the data does not have",
-            hint=f"the labels are {', '.join(labels)[:300]}",
-        )
 
 
 def _rows(rows: LabelledRows, labels: Sequence[str]) -> Rows:
@@ -197,6 +245,8 @@ def planner(
     )
 
     def replan(chosen: Mapping[str, Any]) -> TrainingPlan:
+        if job.original is not None and not chosen and (known := repeated(job.original, job.worker)) is not None:
+            return known
         plan = resolve(
             parse_hyperparameters(with_values(job.spec.hyperparameters, chosen)) if chosen else wanted,
             data=data,
@@ -209,6 +259,20 @@ def planner(
 
     tell(link, too_long(train, lengths, replan({}).max_length))
     return replan
+
+
+def repeated(original: Original, worker: WorkerProfile) -> TrainingPlan | None:
+    """The plan of the job that this one repeats, with the methods that were trained; None if it cannot be followed."""
+    try:
+        plan = TrainingPlan.model_validate(original.plan)
+    except ValidationError:  # it had none, or an earlier release made it
+        return None
+    if plan.device != worker.device or plan.processes > 1:
+        return None
+    methods = tuple(one for one in plan.methods if one.method in original.methods) or plan.methods
+    # What took its time then may take longer now; what was cut short then is not to run on for ever.
+    budget = plan.max_seconds if original.recorded("cut_short") else None
+    return plan.model_copy(update={"methods": methods, "max_seconds": budget, "cpu_threads": worker.cpu_threads})
 
 
 def keep_head_rate(plan: TrainingPlan, base: TrainingPlan) -> TrainingPlan:
@@ -249,30 +313,28 @@ def _ranks(plan: TrainingPlan, work_dir: Path) -> contextlib.AbstractContextMana
 
 
 def train_methods(run: Run) -> list[Candidate]:
-    """Trains what the plan lists, cheapest first; stops early where the budget or a cancel says so."""
+    """Trains what the plan lists, cheapest first; stops early if the budget, a cancel or the rows say so."""
     candidates: list[Candidate] = []
     for planned in run.plan.methods:
-        if candidates and _must_skip(run, planned.estimated_seconds):
-            left = run.seconds_left()
-            message = f"{planned.method} is left out: it needs about {planned.estimated_seconds or 0:.0f} s"
-            message += "" if left is None else f", {max(0.0, left):.0f} s are left"
-            run.link.event("data_warning", message, {"code": "budget", "method": planned.method}, level="warn")
+        reason = _reason_to_leave_out(run, planned, candidates)
+        if reason is not None:
+            run.leave_out(planned.method, *reason)
             continue
+        run.pace.enter(planned.method)
         try:
             candidate = _attempt(run, planned.method)
         except Cancelled as request:
             if not request.keep_best or not candidates:
                 raise
             run.is_winding_down = True
-            break
+            run.leave_out(planned.method, "cancelled", f"{planned.method} is left out: the job was cancelled")
+            continue
         if candidate is None:
             continue
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process, so far
         candidate.details["peak_mb"] = round(peak_kib * 1024 / 1e6)
         candidates.append(candidate)
-        _announce(run, candidate)
-        if run.is_winding_down:
-            break
+        _announce(run, candidate, candidates)
     return candidates
 
 
@@ -296,25 +358,75 @@ def _attempt(run: Run, method: str) -> Candidate | None:
         return None
 
 
-def _must_skip(run: Run, needed_s: float | None) -> bool:
-    left = run.seconds_left()
+def _reason_to_leave_out(run: Run, planned: MethodPlan, candidates: Sequence[Candidate]) -> tuple[str, str] | None:
+    """Why a method is not trained after those that were, as a code and a sentence; None if it is."""
+    method = planned.method
+    if not candidates:
+        return None
+    if run.is_winding_down:
+        return "cancelled", f"{method} is left out: the job was cancelled"
+    needed, left = run.pace.seconds_of(planned.estimated_seconds or 0.0), run.seconds_left()
     # Half of an estimate still leaves time for a useful, shorter run of a method that stops on time.
-    return left is not None and left < (needed_s or 0) * 0.5
+    if left is not None and left < needed * 0.5:
+        return "budget", f"{method} is left out: it needs about {needed:.0f} s, {max(0.0, left):.0f} s are left"
+    return None if run.is_rerun else _cannot_be_told_apart(run, method, candidates)
 
 
-def _announce(run: Run, candidate: Candidate) -> None:
+def _cannot_be_told_apart(run: Run, method: str, candidates: Sequence[Candidate]) -> tuple[str, str] | None:
+    """Why not even a perfect model could be shown to be better than the best one on these validation rows.
+
+    The cheap methods are tried in any case.
+    """
+    if method in {"baseline", "linear_probe"}:
+        return None
+    best = _best_of(candidates, run)
+    misses = run.rules.misses(best.validation_logits, run.validation.labels)
+    needed = least_discordant(_SIGNIFICANT)
+    if misses >= needed:
+        return None
+    rows = len(run.validation)
+    text = f"{method} is left out: {best.method} misses {misses} of {rows} validation rows, and at least {needed} must "
+    text += f"differ before even a perfect model could be told from it. `method: {method}` trains it all the same"
+    return "cannot_be_told_apart", text
+
+
+def cut_short(run: Run, best: Candidate) -> dict[str, Any] | None:
+    """What a cancel or the budget cut off; None if the chosen method came to its end, and no cancel left others out."""
+    stopped = best.details.get("stopped")
+    is_cut = stopped in {CANCELLED, OUT_OF_TIME}
+    not_trained = [one["method"] for one in run.left_out if one["reason"] == "cancelled"]
+    if not is_cut and not not_trained:
+        return None
+    return {
+        "by": "max_seconds" if stopped == OUT_OF_TIME and not run.is_winding_down else "cancel",
+        "method": best.method,
+        "steps": best.details.get("steps"),
+        "total_steps": run.plan_of(best.method).total_steps or None,
+        "not_trained": not_trained,
+    }
+
+
+def _announce(run: Run, candidate: Candidate, candidates: Sequence[Candidate]) -> None:
     values = run.rules.summary(candidate.validation_logits, run.validation.labels)
     data = {"method": candidate.method, "split": "validation", "values": values, "seconds": round(candidate.seconds, 2)}
     text = f"{candidate.method}: {run.plan.metric} {values[run.plan.metric]:.4f} on {len(run.validation.labels)} rows"
     run.link.event("baseline_ready" if candidate.method == "baseline" else "metrics", text, data)
+    if _best_of(candidates, run) is candidate and "history" not in candidate.details:
+        value = run.score(candidate.validation_logits)
+        best = {"metric": run.plan.metric, "value": value, "step": 0, "method": candidate.method}
+        run.link.event("best_updated", f"{candidate.method}: {run.plan.metric} {value:.4f}", best)
+
+
+def _best_of(candidates: Sequence[Candidate], run: Run) -> Candidate:
+    """The best on validation; among equals the cheaper one, which comes first."""
+    return candidates[run.plan.deciding.best([run.score(one.validation_logits) for one in candidates])]
 
 
 def choose(candidates: Sequence[Candidate], run: Run) -> Candidate:
-    """The best on validation; among equals the cheaper one, which comes first."""
-    values = [run.score(candidate.validation_logits) for candidate in candidates]
-    place = run.plan.deciding.best(values)
-    best = candidates[place]
-    run.link.set(best={"metric": run.plan.metric, "value": values[place], "method": best.method, "step": 0})
+    """What `_best_of` gives, told as the best of the job."""
+    best = _best_of(candidates, run)
+    value = run.score(best.validation_logits)
+    run.link.set(best={"metric": run.plan.metric, "value": value, "method": best.method, "step": 0})
     return best
 
 

@@ -25,6 +25,7 @@ class Outcome:
     best: Candidate
     test_logits: FloatArray | None
     answering: Calibration
+    cut_short: dict[str, Any] | None = None
 
 
 def assess(run: Run, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,6 +46,7 @@ def assess(run: Run, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
         "rows": {"train": len(run.train), "validation": len(run.validation), "test": len(run.test)},
         "not_judged": _not_judged(run),
     } | {name: rules.report(side) for name, side in sides.items()}
+    evaluation["cut_short"], evaluation["left_out"] = outcome.cut_short, list(run.left_out)
     curves = {name: rules.curves(side) for name, side in sides.items()}
     evaluation["abstention"] = _abstention(run, outcome, curves["validation"])
     evaluation["data_curve"] = measure_growth(run) if rules.grows else None
@@ -121,6 +123,9 @@ def _figures(run: Run, outcome: Outcome, evaluation: dict[str, Any]) -> Figures:
         is_baseline_best=best.method == "baseline" and len(outcome.candidates) > 1,
         data_curve=evaluation["data_curve"],
         fit_metric=fit_metric,
+        validation_rows=len(run.validation),
+        cut_short=outcome.cut_short,
+        left_out=run.left_out,
         least_fit=run.rules.least_fit,
         is_on_training_rows=len(run.train) == len(run.validation)
         and all(map(operator.is_, run.train.examples, run.validation.examples)),

@@ -13,10 +13,12 @@ import numpy as np
 
 from finetune.evaluation.tasks import rules_of
 from finetune.evaluation.tasks.rules import Scale, Targets, TaskRules
+from finetune.jobs.failures import Cancelled, Stopped
 from finetune.jobs.link import Link
 from finetune.jobs.plan import MethodPlan, TrainingPlan
-from finetune.jobs.records import JobPhase
+from finetune.jobs.records import EventType, JobPhase
 from finetune.training.embedding import FrozenVectors, OnBatch, length_batches, run_all
+from finetune.training.pace import Pace
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import Engine
@@ -68,6 +70,8 @@ class Run:
     the evaluation lists them.
     `ranks` are the other processes that train with this one. Those have `orders` instead, the factor on the learning
     rates of each step to take, and `tokens` for their rows.
+    `left_out` are the methods of the plan that were not trained, and why. A run that `is_finishing` has its models, and
+    goes to its end unless nothing of it is to be kept. One that `is_rerun` trains what the job before trained.
     """
 
     train: Rows
@@ -90,7 +94,12 @@ class Run:
     ranks: Ranks | None = None
     orders: Iterator[float] | None = None
     tokens: FeatureRows | None = None
+    pace: Pace = field(default_factory=Pace)
+    left_out: list[dict[str, str]] = field(default_factory=list)
+    is_finishing: bool = False
+    is_rerun: bool = False
     _features: dict[str, FloatArray] = field(default_factory=dict)
+    _embedded: tuple[int, int] | None = None  # rows of other sides before these, and of all
 
     @property
     def modality(self) -> Modality:
@@ -140,7 +149,10 @@ class Run:
         if side not in self._features:
             self.link.phase(JobPhase.EMBEDDING)
             rows = {"train": self.train, "validation": self.validation, "test": self.test}[side]
+            before = sum(map(len, self._features.values()))
+            self._embedded = (before, max(before + len(rows), len(self.train) + len(self.validation)))
             self._features[side] = self.embed(rows.examples)
+            self._embedded = None
         return self._features[side]
 
     def has_features(self, side: str) -> bool:
@@ -151,6 +163,16 @@ class Run:
         """Pooled vectors float32[examples, hidden] by the frozen backbone, on the engine that it is served on."""
         return self._frozen().of(examples, max_length=self.plan.max_length, on_batch=self._report_embedding)
 
+    @property
+    def engine_name(self) -> str:
+        """The engine of the frozen backbone's vectors, written `runtime/precision`."""
+        return self._frozen().engine_name
+
+    @property
+    def cached_vectors(self) -> int:
+        """How many of those vectors an earlier job has computed."""
+        return self._frozen().cached
+
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.monotonic()
 
@@ -160,9 +182,33 @@ class Run:
         return self.vectors
 
     def _report_embedding(self, done: int, total: int) -> None:
-        if not self.is_winding_down:
+        self.heed()
+        before, of_all = self._embedded or (0, total)
+        self.report(min(of_all, before + done), of_all)
+
+    def report(self, done: int, total: int, **details: Any) -> None:
+        """Steps or rows behind the run, of all that its current stage has."""
+        self.link.progress(**self.pace.at(done, total, **details))
+
+    def heed(self) -> None:
+        """Raise what the run was asked for, `Cancelled` or `Stopped`, unless it ends anyway and keeps the best."""
+        try:
             self.link.check_cancelled()
-        self.link.progress(percent=round(100 * done / max(1, total), 1), step=done, total_steps=total)
+        except Cancelled as request:
+            if not request.keep_best or not (self.is_finishing or self.is_winding_down):
+                raise
+            self.is_winding_down = True
+        except Stopped:
+            if not (self.is_finishing or self.is_winding_down):
+                raise
+
+    def leave_out(self, method: str, reason: str, message: str) -> None:
+        """Note that a method of the plan is not trained. `reason` is a code."""
+        self.left_out.append({"method": method, "reason": reason, "message": message})
+        self.pace.leave_out(method)
+        kind: EventType = "data_warning" if reason == "budget" else "early_stopped"
+        level = "warn" if reason == "budget" else "info"
+        self.link.event(kind, message, {"code": reason, "method": method}, level=level)
 
 
 def embed(

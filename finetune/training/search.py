@@ -56,6 +56,7 @@ def search(run: Run, replan: Replan) -> Candidate:
     Raises `RunError` without Optuna and if no trial ends with a model, and `Cancelled` and `Stopped` as the loop does.
     """
     trials = _Trials(run, replan)
+    run.pace.enter(trials.method)
     trials.load()
     while trials.may_go_on():
         trials.one()
@@ -131,7 +132,8 @@ class _Trials:
         run.on_evaluation = lambda evaluation, value: self._hear(asked, trial, evaluation, value)
         started = time.monotonic()
         try:
-            candidate = METHODS[self.method](run)
+            with run.pace.part(number, self.run.plan.trials):
+                candidate = METHODS[self.method](run)
             trial.value = run.score(candidate.validation_logits)
             self._keep(trial, candidate)
         except TrialPruned:

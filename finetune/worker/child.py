@@ -19,6 +19,7 @@ from finetune.jobs.failures import Cancelled, RunError, Stopped
 from finetune.jobs.hyperparameters import PlanError
 from finetune.jobs.link import ChildJob
 from finetune.jobs.records import JobFailure
+from finetune.training.pace import Pace, beating
 from finetune.training.recipe import run_job
 from finetune.worker.pipe_link import PipeLink
 from model_registry.errors import StoreFull
@@ -44,7 +45,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     job.work_dir.mkdir(parents=True, exist_ok=True)
     try:
-        run_job(job, link)
+        pace = Pace(elapsed_s=job.elapsed_s, percent=job.percent)
+        with beating(pace, link.progress):
+            run_job(job, link, pace)
     except Stopped:
         link.stopped()
     except Cancelled:

@@ -15,8 +15,8 @@ from finetune.data.check import ROWS_FILE
 from finetune.data.errors import ColumnMissing, DatasetNotFound
 from finetune.data.records import DatasetRecord, DatasetStatus
 from finetune.data.store import DatasetStore
-from finetune.jobs.errors import LeaseLost
-from finetune.jobs.link import ChildJob, DatasetInput, EmbeddingInput
+from finetune.jobs.errors import JobNotFound, LeaseLost
+from finetune.jobs.link import ChildJob, DatasetInput, EmbeddingInput, Original
 from finetune.jobs.plan import WorkerProfile
 from finetune.jobs.records import FineTuneJob, JobFailure, JobStatus, Lease
 from finetune.training.embedding import choose_engine
@@ -164,11 +164,27 @@ class Worker:
             log_file=self._folder / "logs" / "jobs" / f"{job.id}.log",
             spare=self._spare,
         )
-        outcome = supervisor.run()
+        outcome = self._supervised(supervisor, lease)
         if outcome in {"succeeded", "failed", "cancelled"}:
             shutil.rmtree(self._work / job.id, ignore_errors=True)
             self._track(lease, job)
         return outcome
+
+    def _supervised(self, supervisor: Supervisor, lease: Lease) -> str:
+        """How the run ended. What nobody foresaw fails the job, and the worker goes on with the next one."""
+        try:
+            return supervisor.run()
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            _log.exception("the run's supervision failed", extra={"action": "run_failed", "job": lease.job_id})
+            message = f"the run could not be supervised ({type(error).__name__})"
+            failure = JobFailure(code="internal_error", message=message, hint="the worker's log has the details")
+            try:
+                self._ledger.jobs.finish(lease, JobStatus.FAILED, failure=failure)
+            except LeaseLost:
+                return "lost"
+            return "failed"
 
     def _track(self, lease: Lease, job: FineTuneJob) -> None:
         """Records the ended job elsewhere. Whatever comes of it, the job is as it is."""
@@ -189,6 +205,10 @@ class Worker:
         if spec.backbone not in self._backbones:
             raise ModelingError(f"this worker has no backbone {spec.backbone!r}; it has {', '.join(self._backbones)}")
         inputs = {id_: self._dataset(job.tenant, id_) for id_ in spec.datasets}
+        original = self._original(job)
+        worker, embedding = self._profile, self._embedding(self._backbones[spec.backbone])
+        if original is not None:
+            worker, embedding = _as_before(original, worker, embedding)
         ran_s = 0.0 if job.started_at is None else max(0.0, (job.heartbeat_at or 0) - job.started_at)
         return ChildJob(
             job_id=job.id,
@@ -201,13 +221,26 @@ class Worker:
             backbone_folder=self._backbones[spec.backbone].folder.absolute(),
             store_root=self._folder / "store",
             work_dir=self._work / job.id / f"attempt-{lease.attempt}-{lease.token}",
-            worker=self._profile,
+            worker=worker,
             elapsed_s=ran_s,
             earlier_work_dirs=self._earlier_work_dirs(job.id, lease.token),
-            embedding=self._embedding(self._backbones[spec.backbone]),
+            embedding=embedding,
             graphs_root=self._folder / "cache" / "graphs",
             earlier_events=self._events(job),
+            percent=float((job.progress or {}).get("percent") or 0.0),
+            best=job.best,
+            original=original,
         )
+
+    def _original(self, job: FineTuneJob) -> Original | None:
+        """The job that this one repeats."""
+        if job.spec.rerun_of is None:
+            return None
+        try:
+            found = self._ledger.jobs.get(job.tenant, job.spec.rerun_of)
+        except JobNotFound:
+            return Original(job_id=job.spec.rerun_of)
+        return Original(job_id=found.id, plan=found.plan, evaluation=found.evaluation)
 
     def _embedding(self, backbone: Backbone) -> EmbeddingInput:
         graphs = GraphFiles(self._folder / "cache" / "graphs" / graphs_key(backbone.info.digest))
@@ -238,6 +271,15 @@ class Worker:
         record = self._datasets.get(tenant, dataset_id)
         rows = self._folder / "datasets" / tenant / dataset_id / ROWS_FILE
         return DatasetInput(id=dataset_id, sha256=record.sha256, rows_file=rows)
+
+
+def _as_before(
+    original: Original, worker: WorkerProfile, embedding: EmbeddingInput
+) -> tuple[WorkerProfile, EmbeddingInput]:
+    """The threads and the engine of the original run, as far as there are any: both change the last digits."""
+    threads = min((original.plan or {}).get("cpu_threads", worker.cpu_threads), worker.cpu_threads)
+    engine = original.engine or embedding.engine
+    return worker.model_copy(update={"cpu_threads": threads}), embedding.model_copy(update={"engine": engine})
 
 
 def _invalid(record: DatasetRecord) -> JobFailure:

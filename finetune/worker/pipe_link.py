@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from finetune.jobs.failures import Cancelled, Stopped
+from finetune.jobs.link import finite
 from finetune.jobs.records import EventType, JobPhase
 
 
@@ -22,7 +23,7 @@ class PipeLink:
     def __init__(self, source: IO[str], sink: IO[str], *, progress_every_s: float = 0.5) -> None:
         self._sink = sink
         self._lock = threading.Lock()
-        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._end: Cancelled | Stopped | None = None
         self._progress_every_s = progress_every_s
         self._last_progress = 0.0
@@ -38,7 +39,7 @@ class PipeLink:
 
     def progress(self, **values: Any) -> None:
         now = time.monotonic()
-        is_last = values.get("step") == values.get("total_steps")
+        is_last = values.get("step") is not None and values["step"] == values.get("total_steps")
         if is_last or now - self._last_progress >= self._progress_every_s:
             self._last_progress = now
             self._send({"kind": "progress", "values": values})
@@ -51,12 +52,10 @@ class PipeLink:
             raise self._end
 
     def reserve(self, *, kind: str, method: str) -> int:
-        self._send({"kind": "reserve", "version_kind": kind, "method": method})
-        return int(self._answers.get(timeout=120)["version"])
+        return int(self._asked({"kind": "reserve", "version_kind": kind, "method": method})["version"])
 
     def champion(self) -> dict[str, Any] | None:
-        self._send({"kind": "champion"})
-        found: dict[str, Any] | None = self._answers.get(timeout=120)["champion"]
+        found: dict[str, Any] | None = self._asked({"kind": "champion"})["champion"]
         return found
 
     def succeed(self, *, manifest: Mapping[str, Any], evaluation: Mapping[str, Any], was_cancelled: bool) -> None:
@@ -78,9 +77,18 @@ class PipeLink:
     def stopped(self) -> None:
         self._send({"kind": "stopped"})
 
+    def _asked(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The supervisor's answer, which takes as long as the database is away. Raises `Stopped` if it is gone."""
+        self._send(message)
+        answer = self._answers.get()
+        if answer is None:
+            raise Stopped
+        return answer
+
     def _send(self, message: Mapping[str, Any]) -> None:
+        line = json.dumps(finite(message), allow_nan=False)
         with self._lock:
-            self._sink.write(json.dumps(message) + "\n")
+            self._sink.write(line + "\n")
             self._sink.flush()
 
     def _read(self, source: IO[str]) -> None:
@@ -92,3 +100,4 @@ class PipeLink:
                 self._end = Stopped()
             else:
                 self._answers.put(message)
+        self._answers.put(None)

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from finetune.data.targets import metric_of
 from finetune.jobs.errors import LeaseLost
 from finetune.jobs.link import ChildJob
-from finetune.jobs.records import JobFailure, JobStatus, Lease
+from finetune.jobs.records import Heartbeat, JobFailure, JobStatus, Lease
 from finetune.jobs.store import JobStore
 from finetune.training.settings import child_environment
 from finetune.worker.metrics import WorkerMetrics
@@ -38,7 +38,14 @@ from modeling.tasks import DEFAULT_TASK
 
 _log = logging.getLogger("finetune.worker.supervisor")
 _DATABASE_RETRY_S = 0.5
-_OUTCOMES = {JobStatus.QUEUED: "requeued", JobStatus.PAUSED: "paused", JobStatus.FAILED: "failed"}
+_LOOK_EVERY_S = 1.0  # for a cancel or a pause, between two renewals
+_OUTCOMES = {
+    JobStatus.QUEUED: "requeued",
+    JobStatus.PAUSED: "paused",
+    JobStatus.FAILED: "failed",
+    JobStatus.CANCELLED: "cancelled",
+}
+_DONE = {"percent": 100.0, "eta_seconds": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +90,10 @@ class Supervisor:
         self._spare = spare
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._end_requested_at: float | None = None
+        self._cancel: Heartbeat | None = None  # as the child was told
         self._is_pausing = False
         self._grace_s = timing.cancel_grace_s
-        self._best: float | None = None
+        self._best: float | None = None if job.best is None else float(job.best["value"])
         self._task = DEFAULT_TASK  # until the child's plan says
         self._outcome: str | None = None
 
@@ -108,9 +116,8 @@ class Supervisor:
 
     def _watch(self, child: subprocess.Popen[str]) -> None:
         timing = self._timing
-        renewed = progressed = time.monotonic()
+        renewed = looked = progressed = time.monotonic()
         while self._outcome is None:
-            now = time.monotonic()
             try:
                 message = self._lines.get(timeout=min(0.2, timing.heartbeat_s))
             except queue.Empty:
@@ -118,26 +125,34 @@ class Supervisor:
             if message is None:
                 return  # the child closed its pipe
             if message:
-                progressed = now
                 self._persistently(functools.partial(self._write, child, message))
+                progressed = time.monotonic()  # however long the database was away
             if self._outcome is not None:
                 return  # the run has ended and holds no lease any more: renewing it would look like a lost one
+            now = time.monotonic()
             if now - renewed >= timing.heartbeat_s:
                 self._persistently(functools.partial(self._renew, child))
-                renewed = now
+                renewed = looked = now
+            elif now - looked >= _LOOK_EVERY_S:
+                self._persistently(lambda: self._heed(child, self._ledger.jobs.asked(self._lease)))
+                looked = now
             self._end_if_due(child, now, progressed)
 
     def _renew(self, child: subprocess.Popen[str]) -> None:
-        beat = self._ledger.jobs.heartbeat(self._lease, lease_s=self._timing.lease_s)
+        asked = self._ledger.jobs.heartbeat(self._lease, lease_s=self._timing.lease_s)
         self._ledger.metrics.beat()
-        if beat.pause_requested and self._end_requested_at is None:
+        self._heed(child, asked)
+
+    def _heed(self, child: subprocess.Popen[str], asked: Heartbeat) -> None:
+        """Passes a request on once; a cancel that keeps nothing also after one that keeps the best."""
+        if asked.cancel_requested and (self._cancel is None or (asked.discards and not self._cancel.discards)):
+            self._cancel, self._end_requested_at = asked, time.monotonic()
+            # Keeping the best means evaluating and registering it, which takes as long as it takes.
+            self._grace_s = self._timing.stall_s if asked.keep_best else self._timing.cancel_grace_s
+            _send(child, {"kind": "cancel", "keep_best": asked.keep_best})
+        elif asked.pause_requested and self._end_requested_at is None:
             self._end_requested_at, self._is_pausing = time.monotonic(), True
             _send(child, {"kind": "stop"})
-        if beat.cancel_requested and self._end_requested_at is None:
-            self._end_requested_at = time.monotonic()
-            # Keeping the best means evaluating and registering it, which takes as long as it takes.
-            self._grace_s = self._timing.stall_s if beat.keep_best else self._timing.cancel_grace_s
-            _send(child, {"kind": "cancel", "keep_best": beat.keep_best})
 
     def _end_if_due(self, child: subprocess.Popen[str], now: float, progressed: float) -> None:
         if self._should_stop() and self._end_requested_at is None:
@@ -232,28 +247,46 @@ class Supervisor:
             )
 
     def _publish(self, message: dict[str, Any]) -> None:
-        """One transaction: the lease is checked, the manifest stored, the version made ready and the job ended."""
+        """One transaction: the lease and what was asked meanwhile are checked, the manifest stored, the version made
+        ready and the job ended."""
         manifest = ModelManifest.model_validate(message["manifest"])
-        status = JobStatus.CANCELLED if message["was_cancelled"] else JobStatus.SUCCEEDED
         with self._ledger.jobs.fenced(self._lease) as connection:
-            # Already there after a lost commit: the same child's same bytes, for a number reserved once.
-            with contextlib.suppress(ArtifactExists):
-                key = f"{manifest.prefix}/{MANIFEST_NAME}"
-                self._ledger.store.put_bytes(key, manifest.to_bytes(), create_only=True)
-            promoted = self._make_ready(connection, manifest, message["evaluation"].get("promotion"))
-            result = {"name": manifest.name, "version": manifest.version, "is_champion": promoted}
-            jobs = self._ledger.jobs
-            jobs.record_in(connection, self._lease, "model_registered", f"{manifest.name}:{manifest.version}", result)
-            jobs.finish_in(connection, self._lease, status, result=result, evaluation=message["evaluation"])
+            asked = self._ledger.jobs.asked_in(connection, self._lease)
+            if not asked.discards:
+                is_cancelled = asked.cancel_requested or message["was_cancelled"]
+                return self._register(connection, manifest, message["evaluation"], is_cancelled=is_cancelled)
+            self._ledger.registry.abandon(connection, job_id=self._lease.job_id)
+            self._ledger.jobs.finish_in(connection, self._lease, JobStatus.CANCELLED)
+        self._outcome = "cancelled"
+        self._ledger.store.delete_tree(manifest.prefix)
+
+    def _register(
+        self, connection: sa.Connection, manifest: ModelManifest, evaluation: dict[str, Any], *, is_cancelled: bool
+    ) -> None:
+        jobs, lease = self._ledger.jobs, self._lease
+        # Already there after a lost commit: the same child's same bytes, for a number reserved once.
+        with contextlib.suppress(ArtifactExists):
+            key = f"{manifest.prefix}/{MANIFEST_NAME}"
+            self._ledger.store.put_bytes(key, manifest.to_bytes(), create_only=True)
+        is_asked_for = not is_cancelled and self._job.original is None
+        promotion = promotion_of(evaluation.get("promotion"), may_be_first=is_asked_for)
+        promoted = self._make_ready(connection, manifest, promotion)
+        result = {"name": manifest.name, "version": manifest.version, "is_champion": promoted}
+        message = f"{manifest.name}:{manifest.version}"
+        if is_cancelled and not promoted:
+            message += ", of a cancelled job; it is not made champion by itself"
+        jobs.record_in(connection, lease, "model_registered", message, result)
+        status = JobStatus.CANCELLED if is_cancelled else JobStatus.SUCCEEDED
+        done = {} if is_cancelled else {"progress": _DONE}
+        jobs.finish_in(connection, lease, status, result=result, evaluation=evaluation, **done)
         self._outcome = status.value
 
     def _champion(self) -> dict[str, Any] | None:
         found = self._ledger.registry.champion(self._job.tenant, self._job.spec.register_as)
         return None if found is None else {"version": found.version, "manifest_sha256": found.manifest_sha256}
 
-    def _make_ready(self, connection: sa.Connection, manifest: ModelManifest, judged: dict[str, Any] | None) -> bool:
+    def _make_ready(self, connection: sa.Connection, manifest: ModelManifest, promotion: Promotion | None) -> bool:
         """Registers the version, and makes it champion if the gates say so and the champion is who it was then."""
-        promotion = promotion_of(judged)
         registry, actor = self._ledger.registry, self._job.spec.actor
         is_promoted = registry.publish(connection, manifest, actor=actor, promotion=promotion)
         if promotion is not None and promotion.is_wanted and not is_promoted:
@@ -313,11 +346,16 @@ class Supervisor:
         self._lines.put(None)
 
 
-def promotion_of(judged: dict[str, Any] | None) -> Promotion | None:
-    """What the gates' outcome means for the registry; None leaves a name's first version to become its champion."""
+def promotion_of(judged: dict[str, Any] | None, *, may_be_first: bool = True) -> Promotion | None:
+    """What the gates' outcome means for the registry; None leaves a name's first version to become its champion.
+
+    The version of a cancelled job, or of a rerun, may not: it becomes champion by passing the gates against one alone.
+    """
+    over = None if judged is None else judged["champion"]
+    if not may_be_first and over is None:
+        return Promotion(is_wanted=False, over=None, reason="")
     if judged is None or (judged["wanted"] == "manual" and judged["is_passed"]):
         return None
-    over = judged["champion"]
     reason = "first version" if over is None else f"passed every gate against version {over}"
     return Promotion(is_wanted=judged["is_passed"], over=over, reason=reason)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from finetune.data.store import DatasetStore
+from finetune.jobs.records import Outlook
 from finetune.jobs.store import JobStore
 from model_registry.registry import Registry
 from model_registry.store import ArtifactStore
@@ -23,6 +24,21 @@ from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
 from service.model_import import ModelImports
 from service.settings import ServingSettings
+
+
+@dataclass(slots=True)
+class Workers:
+    """What is known of the fine-tune workers, as last read; None before the first look."""
+
+    outlook: Outlook | None = None
+
+    def document(self) -> dict[str, Any]:
+        """How many are there, and when one was last heard from, in seconds of Unix time."""
+        found = self.outlook
+        return {
+            "live": None if found is None else found.live_workers,
+            "last_seen": None if found is None else found.worker_last_seen,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +58,7 @@ class Services:
     metrics: ServingMetrics
     drain: DrainState
     backbones: Mapping[str, Backbone]
+    workers: Workers = field(default_factory=Workers)
 
 
 def json_body(request: Request) -> None:

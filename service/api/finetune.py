@@ -7,7 +7,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import orjson
@@ -22,11 +22,14 @@ from finetune.data.findings import excessive
 from finetune.data.labelled import load_labelled
 from finetune.data.load import find_target, load_sides
 from finetune.data.options import AUTO
-from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus
+from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus, has_errors
+from finetune.data.sides import Sides
 from finetune.data.targets import target_type
-from finetune.jobs.hyperparameters import Hyperparameters, check_task, parse_hyperparameters
+from finetune.jobs.hyperparameters import Hyperparameters, check_labels, check_task, parse_hyperparameters
+from finetune.jobs.link import finite
 from finetune.jobs.plan import DatasetProfile, WorkerProfile, refuse_unavailable, resolve
-from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus
+from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus, Outlook
+from finetune.jobs.search_space import nested
 from model_registry.errors import ModelNotFound
 from modeling.tasks import DEFAULT_MODALITY, task_of_kind
 from service.api.auth import Principal
@@ -64,11 +67,38 @@ async def start(
     spec, records, wanted = await asyncio.to_thread(_accept, body, services, principal)
     if dry_run:
         return JSONResponse(await asyncio.to_thread(_dry_run, spec, records, wanted, services, principal))
+    await asyncio.to_thread(_refuse_rows, spec, records, wanted, services, principal)
     is_ready = all(record.status is DatasetStatus.READY for record in records.values())
     job = await asyncio.to_thread(
         lambda: services.jobs.enqueue(
             principal.tenant, spec, is_data_ready=is_ready, idempotency_key=idempotency_key, request_sha256=digest
         )
+    )
+    return JSONResponse(document(job, services), 202, {"Location": f"/finetune/{job.id}"})
+
+
+@router.post("/finetune/{job_id}/rerun", status_code=202, summary="Train the same once more, and compare the weights")
+def rerun(
+    job_id: str,
+    services: ServicesDep,
+    principal: Training,
+    idempotency_key: str | None = Header(None, min_length=1, max_length=255),
+) -> Response:
+    original = services.jobs.get(principal.tenant, job_id)
+    if not original.status.is_final:
+        message = f"{original.id} is {original.status}; wait until it has ended, or cancel it"
+        raise Problem(409, "job_not_ended", message)
+    # What is compared moves no champion.
+    spec = original.spec.model_copy(update={"rerun_of": job_id, "actor": principal.name, "promote": "manual"})
+    if spec.backbone not in services.settings.backbones:
+        raise ModelNotFound(f"there is no backbone {spec.backbone!r} any more")
+    records = [services.datasets.get(principal.tenant, id_) for id_ in spec.datasets]
+    job = services.jobs.enqueue(
+        principal.tenant,
+        spec,
+        is_data_ready=all(record.status is DatasetStatus.READY for record in records),
+        idempotency_key=idempotency_key,
+        request_sha256=hashlib.sha256(f"rerun {job_id}".encode()).hexdigest(),
     )
     return JSONResponse(document(job, services), 202, {"Location": f"/finetune/{job.id}"})
 
@@ -144,6 +174,7 @@ def _accept(
         check_task(wanted, task)
         services.registry.check_task(tenant=principal.tenant, name=body.register_as, task=task)
     accepted = {"backbone": backbone, "task": task, "actor": principal.name}
+    accepted["hyperparameters"] = nested(body.hyperparameters)
     spec = JobSpec.model_validate({**dict(body), **accepted})
     for id_, record in records.items():
         _check_dataset(record, spec, split_column=wanted.split.column_read if id_ == spec.dataset else None)
@@ -185,6 +216,48 @@ def _check_labels(record: DatasetRecord, column: ColumnReport, task: str) -> Non
         raise DatasetUnreadable(f"{record.id}: {finding.message}; {finding.fix}", findings=[finding])
 
 
+def _sides(
+    spec: JobSpec, records: dict[str, DatasetRecord], wanted: Hyperparameters, services: Services, principal: Principal
+) -> Sides | None:
+    """The rows as a job would begin with them; None while they are being checked, or if they are too many to look at.
+
+    Raises `PlanError` for a weight on a label that they do not have.
+    """
+    if any(record.status is not DatasetStatus.READY for record in records.values()):
+        return None
+    if sum(record.rows or 0 for record in records.values()) > _INSPECTED_ROWS:
+        return None
+    named = {"train": spec.dataset, "validation": spec.validation_dataset, "test": spec.test_dataset}
+    files = {
+        side: services.intake.folder(principal.tenant, id_) / ROWS_FILE
+        for side, id_ in named.items()
+        if id_ is not None
+    }
+    sides = load_sides(
+        files,
+        columns=spec.columns_by_side,
+        options=wanted.split,
+        seed=wanted.seed,
+        task=spec.task,
+        rare=wanted.rare,
+        exclude=spec.exclude_rows,
+    )
+    if not has_errors(sides.findings):
+        check_labels(wanted, sides.train.names() | sides.validation.names() | sides.test.names())
+    return sides
+
+
+def _refuse_rows(
+    spec: JobSpec, records: dict[str, DatasetRecord], wanted: Hyperparameters, services: Services, principal: Principal
+) -> None:
+    """What the rows themselves forbid, and a dry run would tell, is refused before the job waits for a worker."""
+    sides = _sides(spec, records, wanted, services, principal)
+    errors = [finding for finding in sides.findings if finding.severity == "error"] if sides is not None else []
+    if errors:
+        message = "; ".join(finding.message for finding in errors)[:1000]
+        raise DatasetUnreadable(f"these rows cannot be trained on: {message}", findings=errors)
+
+
 def _dry_run(
     spec: JobSpec, records: dict[str, DatasetRecord], wanted: Hyperparameters, services: Services, principal: Principal
 ) -> dict[str, Any]:
@@ -192,8 +265,7 @@ def _dry_run(
     record = records[spec.dataset]
     if record.status is not DatasetStatus.READY:
         raise Problem(409, "dataset_not_ready", f"{record.id} is still {record.status}; ask again in a moment")
-    folders = {id_: services.intake.folder(principal.tenant, id_) for id_ in records}
-    rows_file = folders[record.id] / ROWS_FILE
+    rows_file = services.intake.folder(principal.tenant, record.id) / ROWS_FILE
     target = find_target({"train": rows_file}, spec.columns_by_side, spec.task)
     rows, findings = load_labelled(rows_file, spec.columns, target=target)
     lengths = sorted(rows.modality.size(example) // _CHARACTERS_PER_TOKEN + 2 for example in rows.examples)
@@ -201,19 +273,8 @@ def _dry_run(
     validation = records[spec.validation_dataset].rows if spec.validation_dataset else round(total * split.validation)
     test = records[spec.test_dataset].rows if spec.test_dataset else round(total * split.test)
     cut = (0 if spec.validation_dataset else validation or 0) + (0 if spec.test_dataset else test or 0)
-    is_ready = all(other.status is DatasetStatus.READY for other in records.values())
-    if is_ready and sum(other.rows or 0 for other in records.values()) <= _INSPECTED_ROWS:
-        named = {"train": spec.dataset, "validation": spec.validation_dataset, "test": spec.test_dataset}
-        files = {side: folders[id_] / ROWS_FILE for side, id_ in named.items() if id_ is not None}
-        findings = load_sides(
-            files,
-            columns=spec.columns_by_side,
-            options=split,
-            seed=wanted.seed,
-            task=spec.task,
-            rare=wanted.rare,
-            exclude=spec.exclude_rows,
-        ).findings
+    sides = _sides(spec, records, wanted, services, principal)
+    findings = findings if sides is None else sides.findings
     profile = services.jobs.live_worker_profile()
     if spec.backbone not in services.backbones:
         raise ModelNotReady(f"the backbone {spec.backbone} is being loaded", retry_after_s=1.0)
@@ -252,7 +313,7 @@ def list_jobs(
     found = services.jobs.page(principal.tenant, after=after, limit=limit + 1, status=status)
     return {
         "object": "list",
-        "data": [document(job, services) for job in found[:limit]],
+        "data": _documents(found[:limit], services),
         "has_more": len(found) > limit,
     }
 
@@ -267,7 +328,7 @@ def get_evaluation(job_id: str, services: ServicesDep, principal: Training) -> d
     job = services.jobs.get(principal.tenant, job_id)
     if job.evaluation is None:
         raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
-    return {"object": "finetune.evaluation", "job_id": job.id, **job.evaluation}
+    return {"object": "finetune.evaluation", "job_id": job.id, **finite(job.evaluation)}
 
 
 @router.get("/finetune/{job_id}/suspects", summary="Rows whose label is probably wrong, as csv")
@@ -334,6 +395,17 @@ def resume(job_id: str, services: ServicesDep, principal: Training) -> dict[str,
 
 
 def document(job: FineTuneJob, services: Services) -> dict[str, Any]:
+    return _documents([job], services)[0]
+
+
+def _documents(found: Sequence[FineTuneJob], services: Services) -> list[dict[str, Any]]:
+    is_any_waiting = any(job.status.is_waiting for job in found)
+    outlook = services.jobs.outlook(found) if is_any_waiting else None
+    return [_document(job, outlook if job.status.is_waiting else None) for job in found]
+
+
+def _document(job: FineTuneJob, outlook: Outlook | None) -> dict[str, Any]:
+    """`outlook` of a job that waits."""
     spec = job.spec
     return {
         "id": job.id,
@@ -355,15 +427,33 @@ def document(job: FineTuneJob, services: Services) -> dict[str, Any]:
         "hyperparameters": spec.hyperparameters,
         "plan": job.plan,
         "metadata": spec.metadata,
-        "progress": job.progress,
-        "queue_position": services.jobs.queue_position(job),
+        "rerun_of": spec.rerun_of,
+        "progress": _progress(job),
+        "queue_position": None if outlook is None else outlook.positions.get(job.id),
+        "waiting_for": None if outlook is None else outlook.why_waiting(job),
+        "worker_last_seen": _worker_last_seen(job, outlook),
         "best": job.best,
+        "cut_short": (job.evaluation or {}).get("cut_short"),
         "result": job.result,
         "error": job.error,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
     }
+
+
+def _progress(job: FineTuneJob) -> dict[str, Any] | None:
+    """How far the job came; only one that runs has an estimate of the time to come."""
+    if job.progress is None or job.status in {JobStatus.RUNNING, JobStatus.CANCELLING, JobStatus.SUCCEEDED}:
+        return job.progress
+    return {**job.progress, "eta_seconds": None}
+
+
+def _worker_last_seen(job: FineTuneJob, outlook: Outlook | None) -> float | None:
+    """Of the worker that holds the job; while it waits, of any."""
+    if outlook is not None:
+        return outlook.worker_last_seen
+    return job.heartbeat_at if job.worker_id is not None and not job.status.is_final else None
 
 
 def _event(event: JobEvent) -> dict[str, Any]:

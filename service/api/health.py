@@ -37,9 +37,13 @@ async def livez(services: ServicesDep) -> Response:
 async def readyz(services: ServicesDep) -> Response:
     reason = _unready(services)
     headers = {} if reason is None else {"Retry-After": "1"}
-    return JSONResponse(
-        {"status": "ready" if reason is None else "unready", "reason": reason}, 200 if reason is None else 503, headers
-    )
+    # Predictions do without a worker, so none is no reason to send traffic elsewhere.
+    answer = {
+        "status": "ready" if reason is None else "unready",
+        "reason": reason,
+        "workers": services.workers.document(),
+    }
+    return JSONResponse(answer, 200 if reason is None else 503, headers)
 
 
 def _unready(services: Services) -> str | None:
@@ -74,6 +78,7 @@ async def info(services: ServicesDep) -> dict[str, Any]:
         "name": "polyhead",
         "version": importlib.metadata.version("polyhead"),
         "backbones": backbones,
+        "workers": services.workers.document(),
         "limits": {key: value for key, value in settings.items() if key not in hidden},
     }
 

@@ -168,16 +168,17 @@ def test_files_that_hold_no_table(service: Service, filename: str, content: byte
     problem(service.client.http.get(f"/datasets/{response.json()['id']}/preview"), 409, "dataset_not_ready")
 
 
-def test_rows_that_nothing_can_be_learned_from_end_the_job_with_findings(service: Service) -> None:
-    jobs = {}
-    for name, (content, _) in FILES.items():
+def test_rows_that_nothing_can_be_learned_from_are_refused_at_once(service: Service) -> None:
+    for name, (content, code) in FILES.items():
         dataset = service.client.upload(content)
         assert dataset["status"] == "ready", dataset
-        jobs[name] = service.client.finetune(dataset["id"], "never", method="baseline")
-    for name, (_, code) in FILES.items():
-        job = service.client.wait(jobs[name], status="failed")
-        assert job["error"]["code"] == "dataset_invalid", name
-        findings = {finding["code"]: finding for finding in job["error"]["findings"]}
+        body = {"dataset": dataset["id"], "register_as": "never", "hyperparameters": {"method": "baseline"}}
+        document = problem(service.client.http.post("/finetune", json=body), 422, "dataset_invalid")
+        told = service.client.http.post("/finetune?dry_run=true", json=body).json()
+        assert [one["code"] for one in told["findings"] if one["severity"] == "error"] == [
+            one["code"] for one in document["errors"]
+        ], "a dry run tells the same"
+        findings = {finding["code"]: finding for finding in document["errors"]}
         assert findings[code]["severity"] == "error", name
         assert findings[code]["fix"], name
         if name == "scores, not classes":
@@ -187,9 +188,19 @@ def test_rows_that_nothing_can_be_learned_from_end_the_job_with_findings(service
 
 def test_test_data_of_another_task_is_refused(service: Service, service_words: tuple[str, str]) -> None:
     other = service.client.upload("text,label\n" + "".join(f"text {number},sports\n" for number in range(20)))
-    job_id = service.client.finetune(service_words[0], "never", test=other["id"], method="baseline")
-    job = service.client.wait(job_id, status="failed")
-    assert "unknown_label" in {finding["code"] for finding in job["error"]["findings"]}
+    body = {"dataset": service_words[0], "test_dataset": other["id"], "register_as": "never"}
+    document = problem(service.client.http.post("/finetune", json=body), 422, "dataset_invalid")
+    assert "unknown_label" in {finding["code"] for finding in document["errors"]}
+
+
+def test_a_weight_on_a_label_that_the_rows_lack_is_refused_at_once(
+    service: Service, service_words: tuple[str, str]
+) -> None:
+    body = {"dataset": service_words[0], "register_as": "never"}
+    body["hyperparameters"] = {"class_weights": {"nobody": 2.0}}  # type: ignore[assignment]
+    for query in ("", "?dry_run=true"):
+        document = problem(service.client.http.post(f"/finetune{query}", json=body), 422, "invalid_request")
+        assert "'nobody', which the data does not have" in document["detail"]
 
 
 def test_a_damaged_version_never_serves_and_the_champion_goes_on(

@@ -121,8 +121,9 @@ def test_a_paused_job_frees_its_worker_outlives_it_and_goes_on(
     client.wait_event(job_id, "checkpoint_saved")
     child = worker.training_child()
     paused = client.http.post(f"/finetune/{job_id}/pause")
-    assert (paused.status_code, paused.json()["status"]) == (200, "paused")
-    until(lambda: not is_running(child), within_s=30, what="the training process to save and end")
+    assert (paused.status_code, paused.json()["status"]) == (200, "pausing")
+    until(lambda: client.job(job_id)["status"] == "paused", within_s=30, what="the run to save and let go")
+    until(lambda: not is_running(child), within_s=5, what="the training process to end")
     meanwhile = client.train(lone_words, "meanwhile", method="baseline")  # by the worker that the pause has freed
     worker.kill()
     leftover = lone.home.data / "work" / meanwhile["id"]

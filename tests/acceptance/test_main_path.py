@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.acceptance.conftest import Service, Table
-from tests.acceptance.processes import Client
+from tests.acceptance.processes import Client, Worker, problem, until
 
 HOT_LOAD_S = 2.0
 SLACK_S = 2.0  # for a busy machine
@@ -245,3 +245,37 @@ def stream(client: Client, job_id: str, *, last_event_id: int | None = None) -> 
                 item = {}
             else:
                 item = {}  # a comment that keeps the connection open
+
+
+def test_a_rerun_gives_the_same_weights_and_shows_it(service: Service, service_words: tuple[str, str]) -> None:
+    client = service.client
+    first = client.train(service_words[0], "repeated", method="linear_probe", **{"split.test": 0.2})
+    assert first["progress"]["percent"] == 100
+    assert (first["best"]["method"], first["hyperparameters"]["split"]) == ("linear_probe", {"test": 0.2})
+    problem(client.http.post("/finetune/ft_none/rerun"), 404, "job_not_found")
+    headers = {"idempotency-key": "once"}
+    asked = [client.http.post(f"/finetune/{first['id']}/rerun", headers=headers) for _ in range(2)]
+    assert [(one.status_code, one.json()["rerun_of"]) for one in asked] == [(202, first["id"])] * 2
+    assert asked[0].json()["id"] == asked[1].json()["id"], "the key makes it one job"
+    again = client.wait(asked[0].json()["id"])
+    assert again["result"] == {"name": "repeated", "version": 2, "is_champion": False}
+    found = client.get(f"/finetune/{again['id']}/evaluation")["rerun"]
+    assert (found["of"], found["is_equal"], found["files"]) == (first["id"], True, {"head.safetensors": "equal"})
+    heads = [client.http.get(f"/models/repeated/versions/{number}/files/head.safetensors").content for number in (1, 2)]
+    assert heads[0] == heads[1]
+
+
+def test_a_job_that_waits_says_for_what(lone: Service, lone_words: str, start_worker: Callable[[], Worker]) -> None:
+    client = lone.client
+    job_id = client.finetune(lone_words, "waits", method="baseline")
+    waiting = client.job(job_id)
+    assert waiting["status"] == "queued" and "worker" in waiting["waiting_for"]
+    problem(client.http.post(f"/finetune/{job_id}/rerun"), 409, "job_not_ended")
+    for path in ("/info", "/readyz"):
+        assert set(client.get(path)["workers"]) == {"live", "last_seen"}
+    start_worker()
+    done = client.wait(job_id)
+    assert (done["waiting_for"], done["queue_position"]) == (None, None)
+    seen = until(lambda: client.get("/info")["workers"]["last_seen"], within_s=10, what="the service to see a worker")
+    assert seen > 0
+    assert "polyhead_finetune_workers 1.0" in client.http.get("/metrics").text

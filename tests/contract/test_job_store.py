@@ -156,6 +156,55 @@ def test_cancel_ends_what_waits_and_tells_what_runs(store: JobStore, clock: Cloc
             store.request_cancel("default", job_id, keep_best=False)
 
 
+@pytest.mark.parametrize("wanted", [(False, True), (True, False), (False, False), (False, True, True)])
+def test_a_cancel_that_keeps_nothing_holds_whatever_comes_after_it(
+    store: JobStore, clock: Clock, wanted: tuple[bool, ...]
+) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    for keep_best in wanted:
+        store.request_cancel("default", job_id, keep_best=keep_best)
+    assert store.asked(lease).discards
+    assert store.heartbeat(lease, lease_s=LEASE_S).discards
+    told = [event.data["keep_best"] for event in store.events("default", job_id) if "keep_best" in event.data]
+    assert told == [wanted[0], *([False] if wanted[0] else [])], "an event for each change, and for nothing else"
+
+
+def test_a_job_whose_worker_is_gone_is_cancelled_at_once(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    clock.time += LEASE_S + 1
+    assert store.request_cancel("default", job_id, keep_best=True).status is JobStatus.CANCELLED
+    with pytest.raises(LeaseLost):
+        store.finish(lease, JobStatus.SUCCEEDED)
+
+
+def test_a_cancelled_run_that_lets_go_does_not_come_back(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    lease = claim(store)
+    store.request_cancel("default", job_id, keep_best=False)
+    assert store.requeue(lease, "the worker stops", charge_attempt=False) is JobStatus.CANCELLED
+    assert store.claim("w2", lease_s=LEASE_S) is None
+    assert store.get("default", job_id).status is JobStatus.CANCELLED
+
+
+def test_what_a_worker_that_is_gone_was_asked_for_is_done_without_any_worker(store: JobStore, clock: Clock) -> None:
+    cancelled, paused, running = (enqueue(store, clock) for _ in range(3))
+    for _ in range(3):
+        claim(store)
+    store.request_cancel("default", cancelled, keep_best=True)
+    store.request_pause("default", paused)
+    store.settle()
+    assert store.get("default", cancelled).status is JobStatus.CANCELLING, "its worker may still end it"
+    assert store.get("default", paused).status is JobStatus.PAUSING
+    clock.time += LEASE_S + 1
+    store.settle()
+    found = {job_id: store.get("default", job_id).status for job_id in (cancelled, paused, running)}
+    assert list(found.values()) == [JobStatus.CANCELLED, JobStatus.PAUSED, JobStatus.RUNNING]
+    store.request_resume("default", paused)
+    assert {claim(store).job_id, claim(store).job_id} == {paused, running}
+
+
 def test_a_cancelled_job_whose_worker_died_ends(store: JobStore, clock: Clock) -> None:
     job_id = enqueue(store, clock)
     claim(store)
@@ -177,12 +226,18 @@ def test_a_running_job_is_paused_by_its_worker_without_losing_an_attempt(store: 
     job_id = enqueue(store, clock)
     lease = claim(store)
     assert not store.heartbeat(lease, lease_s=LEASE_S).pause_requested
-    store.request_pause("default", job_id)
+    assert store.request_pause("default", job_id).status is JobStatus.PAUSING
+    assert [job.id for job in store.page("default", status=JobStatus.PAUSING)] == [job_id]
+    assert store.page("default", status=JobStatus.PAUSED) == []
+    assert store.counts()["pausing"] == 1 and store.counts()["paused"] == 0
     assert store.heartbeat(lease, lease_s=LEASE_S).pause_requested
     store.record(lease, "checkpoint_saved", "the worker still writes")
     assert store.requeue(lease, "stopped", charge_attempt=True) is JobStatus.PAUSED
     job = store.get("default", job_id)
     assert (job.status, job.attempt, job.worker_id, job.phase) == (JobStatus.PAUSED, 0, None, None)
+    assert [job.id for job in store.page("default", status=JobStatus.PAUSED)] == [job_id]
+    told = [event.data["status"] for event in store.events("default", job_id) if "status" in event.data]
+    assert told == ["queued", "running", "pausing", "paused"]
     with pytest.raises(LeaseLost):
         store.record(lease, "progress", "too late")
 
@@ -222,6 +277,21 @@ def test_the_time_of_a_pause_does_not_count_as_running(store: JobStore, clock: C
     job = store.get("default", job_id)
     assert job.heartbeat_at is not None and job.started_at is not None
     assert job.heartbeat_at - job.started_at == pytest.approx(5)
+
+
+def test_the_time_between_two_attempts_does_not_count_as_running(store: JobStore, clock: Clock) -> None:
+    job_id = enqueue(store, clock)
+    for idle_s in (100.0, LEASE_S + 50.0):  # handed back, then lost
+        lease = claim(store)
+        clock.time += 5
+        store.heartbeat(lease, lease_s=LEASE_S)
+        if idle_s == 100.0:
+            store.requeue(lease, "the worker stops", charge_attempt=False)
+        clock.time += idle_s
+    claim(store)
+    job = store.get("default", job_id)
+    assert job.heartbeat_at is not None and job.started_at is not None
+    assert job.heartbeat_at - job.started_at == pytest.approx(10)
 
 
 def test_a_run_that_ends_before_it_sees_the_pause_succeeds(store: JobStore, clock: Clock) -> None:
@@ -352,3 +422,38 @@ def test_tenants_do_not_see_each_other(store: JobStore, clock: Clock) -> None:
 def test_counts_name_every_status(store: JobStore, clock: Clock) -> None:
     enqueue(store, clock)
     assert store.counts() == {status.value: int(status is JobStatus.QUEUED) for status in JobStatus}
+
+
+# Workers
+
+
+def test_a_worker_that_trains_is_heard_from(store: JobStore, clock: Clock) -> None:
+    store.register_worker("w1", {"device": "cpu"})
+    enqueue(store, clock)
+    lease = claim(store)
+    for _ in range(30):
+        clock.time += LEASE_S - 1
+        store.heartbeat(lease, lease_s=LEASE_S)
+    assert store.live_worker_profile() == {"device": "cpu"}
+    assert store.outlook().worker_last_seen == clock.time
+
+
+def test_a_waiting_job_says_what_it_waits_for(store: JobStore, clock: Clock) -> None:
+    first, second = (store.get("default", enqueue(store, clock)) for _ in range(2))
+    checked = store.enqueue("default", SPEC, is_data_ready=False)
+    never = store.outlook([first, second])
+    assert (never.worker_last_seen, never.live_workers) == (None, 0)
+    assert "ever" in str(never.why_waiting(first)) and "python -m finetune" in str(never.why_waiting(checked))
+    store.register_worker("w1", {})
+    seen = clock.time
+    live = store.outlook([first, second])
+    assert (live.worker_last_seen, live.live_workers) == (seen, 1)
+    assert live.positions == {first.id: 0, second.id: 1}
+    assert "next" in str(live.why_waiting(first)) and "1 job" in str(live.why_waiting(second))
+    assert "checked" in str(live.why_waiting(checked))
+    clock.time += 600
+    gone = store.outlook([first])
+    assert (gone.worker_last_seen, gone.live_workers) == (seen, 0)
+    assert "600 s ago" in str(gone.why_waiting(first))
+    running = store.get("default", claim(store).job_id)
+    assert store.outlook([running]).why_waiting(running) is None

@@ -86,3 +86,15 @@ def test_a_first_version_that_missed_its_minimum_is_registered_but_not_champion(
 def test_what_the_gates_outcome_means(judged: dict[str, Any] | None, expected: tuple[bool, int | None] | None) -> None:
     found = promotion_of(judged)
     assert (None if found is None else (found.is_wanted, found.over)) == expected
+
+
+@pytest.mark.parametrize("judged", [None, {"wanted": "manual", "champion": None, "is_passed": True}])
+def test_the_version_of_a_cancelled_job_is_no_first_champion(registry: Registry, judged: dict[str, Any] | None) -> None:
+    assert publish(registry, promotion_of(judged, may_be_first=False)) == (1, False)
+    assert champion(registry) is None
+
+
+def test_it_may_take_the_place_of_one_that_it_was_compared_with(registry: Registry) -> None:
+    publish(registry)
+    judged = {"wanted": "if_better", "champion": 1, "is_passed": True}
+    assert publish(registry, promotion_of(judged, may_be_first=False)) == (2, True)

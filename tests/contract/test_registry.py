@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -310,3 +312,56 @@ def test_references_are_read(text: str, expected: ModelRef) -> None:
 def test_malformed_references_are_refused(text: str) -> None:
     with pytest.raises(InvalidReference):
         ModelRef.parse(text)
+
+
+def test_jobs_that_finish_the_first_version_of_a_name_at_once_get_a_number_each(registry: Registry) -> None:
+    gate, taken = threading.Barrier(8), []
+
+    def reserve(number: int) -> None:
+        gate.wait()
+        with registry.transaction() as connection:
+            taken.append(
+                registry.reserve(
+                    connection,
+                    tenant="default",
+                    name="new",
+                    task="text-classification",
+                    kind="head",
+                    method="x",
+                    job_id=f"ft_{number}",
+                )
+            )
+
+    threads = [threading.Thread(target=reserve, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(1, 9))
+
+
+def test_a_name_that_comes_while_models_are_listed_does_no_harm(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each list is of one moment: a version of a name that its own select did not see would have no place."""
+    publish(registry, "old")
+    read = registry._database.read
+    arrived = []
+
+    @contextmanager
+    def interrupted() -> Iterator[sa.Connection]:
+        with read() as connection:
+            execute = connection.execute
+
+            def then_publish(*arguments: Any, **options: Any) -> Any:
+                result = execute(*arguments, **options)
+                if not arrived:
+                    arrived.append(True)
+                    publish(registry, "new")
+                return result
+
+            monkeypatch.setattr(connection, "execute", then_publish)
+            yield connection
+
+    monkeypatch.setattr(registry._database, "read", interrupted)
+    assert [model.name for model in registry.models("default")] == ["old"]

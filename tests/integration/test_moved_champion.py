@@ -147,3 +147,38 @@ def test_nor_where_a_first_champion_came_meanwhile(world: World) -> None:
     result, failed = run(world, lambda: published(world.registry))
     assert (result["is_champion"], len(failed)) == (False, 1)
     assert champion(world) == 1 and "no champion" in failed[0]["message"]
+
+
+# A cancel that comes while the version is written
+
+
+@pytest.mark.parametrize("wanted", [(False,), (False, True), (True, False)])
+def test_a_cancel_that_keeps_nothing_is_heard_until_the_last_moment(world: World, wanted: tuple[bool, ...]) -> None:
+    def cancel() -> None:
+        for keep_best in wanted:
+            world.jobs.request_cancel("default", world.job.id, keep_best=keep_best)
+
+    supervisor = world.supervisor()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(supervisor.run)
+        with world.pipe.open("w"):
+            cancel()
+        assert ended.result() == "cancelled"
+    job = world.jobs.get("default", world.job.id)
+    assert (job.status, job.result) == (JobStatus.CANCELLED, None)
+    assert champion(world) is None
+    assert [version.status for version in world.registry.model("default", "m").versions] == ["abandoned"]
+    assert not (world.folder / "store" / "models" / "default" / "m" / "1").exists()
+
+
+def test_one_that_keeps_the_best_registers_it_and_makes_no_first_champion(world: World) -> None:
+    supervisor = world.supervisor()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(supervisor.run)
+        with world.pipe.open("w"):
+            world.jobs.request_cancel("default", world.job.id, keep_best=True)
+        assert ended.result() == "cancelled"
+    job = world.jobs.get("default", world.job.id)
+    assert (job.status, job.result) == (JobStatus.CANCELLED, {"name": "m", "version": 1, "is_champion": False})
+    assert champion(world) is None
+    assert [version.status for version in world.registry.model("default", "m").versions] == ["ready"]

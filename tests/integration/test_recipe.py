@@ -389,13 +389,48 @@ def test_metadata_columns_become_slices_and_the_verdict_stands_in_the_card(
     assert result["evaluation"]["abstention"]["target_accuracy"] == 0.9
 
 
-def test_auto_tries_the_methods_by_cost_and_keeps_the_best_on_validation(job: Callable[..., ChildJob]) -> None:
+@pytest.fixture
+def tries_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` goes on although a tiny dataset has too few validation rows for it."""
+    monkeypatch.setattr("finetune.training.recipe.least_discordant", lambda _: 0)
+
+
+def test_auto_tries_the_methods_by_cost_and_keeps_the_best_on_validation(
+    job: Callable[..., ChildJob], tries_all: None
+) -> None:
     link = RecordingLink()
     evaluation = finish(job(epochs=2), link)["evaluation"]
     tried = {item["method"]: item["validation"]["macro_f1"] for item in evaluation["methods"]}
     assert list(tried) == ["baseline", "linear_probe", "lora", "full"]
     assert tried[evaluation["chosen"]] == max(tried.values())
     assert link.of("baseline_ready")
+    assert evaluation["left_out"] == []
+
+
+def test_auto_stops_where_no_model_could_be_told_from_the_best(job: Callable[..., ChildJob]) -> None:
+    link = RecordingLink()
+    result = finish(job(epochs=1), link)
+    evaluation = result["evaluation"]
+    assert [item["method"] for item in evaluation["methods"]] == ["baseline", "linear_probe"]
+    assert [(one["method"], one["reason"]) for one in evaluation["left_out"]] == [
+        ("lora", "cannot_be_told_apart"),
+        ("full", "cannot_be_told_apart"),
+    ]
+    rows = evaluation["rows"]["validation"]
+    for event in link.of("early_stopped"):
+        assert f"of {rows} validation rows" in event["message"] and "method: " in event["message"]
+    assert "methods_left_out" in {one["code"] for one in evaluation["verdict"]}
+    asked = finish(job("asked", method="lora", epochs=1), RecordingLink())
+    assert asked["manifest"]["method"] == "lora", "a method that is asked for is trained"
+
+
+def test_the_best_so_far_is_told_from_the_first_method_on(job: Callable[..., ChildJob], tries_all: None) -> None:
+    link = RecordingLink()
+    finish(job(epochs=1), link)
+    told = [event["data"] for event in link.of("best_updated")]
+    assert told[0]["method"] == "baseline"
+    values = {one["method"]: max(best["value"] for best in told if best["method"] == one["method"]) for one in told}
+    assert link.columns["best"]["value"] == pytest.approx(max(values.values()))
 
 
 def test_a_budget_leaves_out_what_does_not_fit_and_still_registers(job: Callable[..., ChildJob]) -> None:
@@ -417,7 +452,7 @@ def test_a_method_alone_with_no_time_left_still_registers(job: Callable[..., Chi
     assert finish(job(method=method, max_seconds=0.001), RecordingLink())["manifest"]["method"] == method
 
 
-def test_auto_tries_pairs_where_rows_are_few(job: Callable[..., ChildJob], tmp_path: Path) -> None:
+def test_auto_tries_pairs_where_rows_are_few(job: Callable[..., ChildJob], tmp_path: Path, tries_all: None) -> None:
     folder = tmp_path / "few"
     folder.mkdir()
     texts = [f"{word} film {letter}" for word in (*GOOD, *BAD) for letter in "abcdef"]
@@ -471,9 +506,12 @@ def test_a_probe_on_known_vectors_does_without_torch(job: Callable[..., ChildJob
 
 
 def _stop_after(steps: int, error: Exception) -> Callable[[list[dict[str, Any]]], None]:
+    """After so many looks since the training began, which a run makes one of a step."""
     calls = {"left": steps}
 
-    def interrupt(_: list[dict[str, Any]]) -> None:
+    def interrupt(events: list[dict[str, Any]]) -> None:
+        if not any(event["message"] == "training" for event in events):
+            return
         calls["left"] -= 1
         if calls["left"] < 0:
             raise error
@@ -501,11 +539,77 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert resumed["evaluation"]["test"]["loss"] == pytest.approx(whole["evaluation"]["test"]["loss"], abs=1e-6)
 
 
-def test_cancel_keeps_the_best_so_far_if_asked(job: Callable[..., ChildJob]) -> None:
+def test_cancel_keeps_the_best_so_far_if_asked(job: Callable[..., ChildJob], store: FileStore) -> None:
     link = RecordingLink(_stop_after(5, Cancelled(keep_best=True)))
     result = finish(job(method="lora", epochs=10), link)
     assert result["was_cancelled"]
-    assert result["evaluation"]["methods"][0]["details"]["stopped"] == "cancelled"
+    details = result["evaluation"]["methods"][0]["details"]
+    assert details["stopped"] == "cancelled"
+    cut = result["evaluation"]["cut_short"]
+    assert (cut["by"], cut["method"], cut["steps"]) == ("cancel", "lora", details["steps"])
+    assert cut["steps"] < cut["total_steps"]
+    card = store.get_bytes(
+        f"{ModelManifest.model_validate(result['manifest']).prefix}/MODEL_CARD.md", max_bytes=1 << 20
+    ).decode()
+    assert f"lora was trained for {cut['steps']} of {cut['total_steps']} steps" in card
+    assert "cancelled before the end" in card
+
+
+PHASES = ["embedding", "training", "evaluating", "calibrating", "exporting", "registering"]
+
+
+def _cancel_in(phase: str, *, keep_best: bool) -> Callable[[list[dict[str, Any]]], None]:
+    """From that phase on, a cancel is seen at every look."""
+
+    def interrupt(events: list[dict[str, Any]]) -> None:
+        if any(event["type"] == "phase_changed" and event["message"] == phase for event in events):
+            raise Cancelled(keep_best=keep_best)
+
+    return interrupt
+
+
+@pytest.mark.parametrize(
+    ("method", "phase"),
+    [
+        ("linear_probe", "embedding"),
+        *((method, phase) for method in ("linear_probe", "lora") for phase in PHASES[1:-1]),
+    ],
+)
+def test_a_cancel_that_keeps_nothing_ends_the_run_in_every_phase(
+    job: Callable[..., ChildJob], method: str, phase: str
+) -> None:
+    link = RecordingLink(_cancel_in(phase, keep_best=False))
+    with pytest.raises(Cancelled):
+        run_job(job(method=method, epochs=2), link)
+    assert link.result is None
+    seen = [event["message"] for event in link.of("phase_changed") if event["message"] in PHASES]
+    assert PHASES.index(seen[-1]) <= PHASES.index(phase) + 1, seen
+
+
+@pytest.mark.parametrize("phase", ["evaluating", "calibrating", "exporting"])
+def test_a_cancel_that_keeps_the_best_after_the_training_loses_nothing(
+    job: Callable[..., ChildJob], phase: str
+) -> None:
+    result = finish(job(method="linear_probe"), RecordingLink(_cancel_in(phase, keep_best=True)))
+    assert result["was_cancelled"]
+    assert result["evaluation"]["cut_short"] is None, "all that was to be trained was"
+
+
+def test_methods_that_a_cancel_left_out_are_named(job: Callable[..., ChildJob], tries_all: None) -> None:
+    def after_the_probe(events: list[dict[str, Any]]) -> None:
+        if any(event["type"] == "metrics" and event["data"].get("method") == "linear_probe" for event in events):
+            raise Cancelled(keep_best=True)
+
+    evaluation = finish(job(epochs=1), RecordingLink(after_the_probe))["evaluation"]
+    trained = [item["method"] for item in evaluation["methods"]]
+    assert trained[:2] == ["baseline", "linear_probe"] and "full" not in trained
+    assert "full" in evaluation["cut_short"]["not_trained"]
+    assert "cut_short" in {one["code"] for one in evaluation["verdict"]}
+
+
+def test_a_budget_that_cuts_a_training_short_is_on_the_record(job: Callable[..., ChildJob]) -> None:
+    evaluation = finish(job(method="lora", epochs=3, max_seconds=0.001), RecordingLink())["evaluation"]
+    assert evaluation["cut_short"]["by"] == "max_seconds"
 
 
 def test_cancel_without_keeping_registers_nothing(job: Callable[..., ChildJob]) -> None:

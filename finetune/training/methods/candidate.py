@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from model_registry.manifest import VersionKind
 from modeling.heads import TaskHead
 from modeling.inputs import Example
 from modeling.linear_text import LinearText
 from modeling.weights import FloatArray
+
+# Why a training ended before its last step, as `details["stopped"]` says.
+CANCELLED: Final = "cancelled"
+OUT_OF_TIME: Final = "max_seconds is used up"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ its version has weights of its own. QLoRA trains the same adapter on a backbone 
 
 from __future__ import annotations
 
+import json
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -123,3 +124,7 @@ def _save_adapter(encoder: Any, folder: Path, run: Run) -> None:
     for path in folder.iterdir():
         if path.name not in {CONFIG_NAME, WEIGHTS_NAME}:
             path.unlink()
+    # PEFT writes the layers in the order of a set, which is another one in each process.
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from finetune.jobs.failures import Cancelled, NonFiniteLoss
 from finetune.jobs.records import JobPhase
-from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.methods.candidate import CANCELLED, OUT_OF_TIME, Candidate, Servable
 from finetune.training.methods.linear import fit_logistic
 from finetune.training.methods.tuned import Classifier, load_network, new_classifier, serve_own
 from finetune.training.run_context import Run, embed, length_batches
@@ -47,8 +47,14 @@ def train(run: Run) -> Candidate:
         validation_logits=head.logits(held_out),
         finish=partial(_servable, run, body, steps, [*train_rows, *validation_rows]),
         seconds=time.monotonic() - started,
-        details={"steps": steps},
+        details={"steps": steps, "stopped": _stopped(run, steps)},
     )
+
+
+def _stopped(run: Run, steps: int) -> str | None:
+    if steps == run.plan_of("setfit").total_steps:
+        return None
+    return CANCELLED if run.is_winding_down else OUT_OF_TIME
 
 
 def _servable(run: Run, body: Classifier, steps: int, rows: Sequence[Features]) -> Servable:
@@ -92,7 +98,7 @@ def _tuned(run: Run, rows: Sequence[Features], labels: IntArray, *, steps: int) 
         torch.nn.utils.clip_grad_norm_(body.encoder.parameters(), run.plan.max_grad_norm)
         optimizer.step()
         done += 1
-        run.link.progress(percent=round(100 * done / steps, 1), step=done, total_steps=steps, method="setfit")
+        run.report(done, steps, method="setfit")
     body.encoder.load_state_dict(half_way(start, body.encoder.state_dict()))
     return body.eval(), done
 

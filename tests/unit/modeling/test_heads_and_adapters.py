@@ -140,3 +140,14 @@ def test_stray_tensors_in_an_adapter_are_refused(tmp_path: Path) -> None:
 def test_the_mean_over_many_tokens_does_not_overflow_in_fp16() -> None:
     states = torch.full((1, 512, 2), 200.0, dtype=torch.float16)
     assert torch.equal(pool(states, torch.ones(1, 512, dtype=torch.int64), "mean"), torch.full((1, 2), 200.0))
+
+
+def test_a_head_is_written_the_same_to_the_byte_each_time(tmp_path: Path) -> None:
+    made = head([5, 4, 3])
+    written = {made.to_bytes() for _ in range(40)}
+    assert len(written) == 1
+    (tmp_path / "head.safetensors").write_bytes(written.pop())
+    read = TaskHead.read(tmp_path / "head.safetensors")
+    for one, other in zip(read.layers, made.layers, strict=True):
+        np.testing.assert_array_equal(one.weight, other.weight)
+        assert one.activation == other.activation
