@@ -119,7 +119,8 @@ _FORMS = {
 def number_spelling(cells: Iterable[str | None]) -> tuple[NumberSpelling | None, str]:
     """Which mark divides whole from fraction in a column that also has other marks, with the first cell that does; None
     where every number is plain. `unclear`: both marks do, or `1,200` alone could be either."""
-    first, kinds = "", set()
+    kinds: set[str] = set()
+    first = ""
     for cell in cells:
         text = (cell or "").strip()
         if len(text) > _LONGEST_NUMBER:

@@ -98,7 +98,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], side: str)
     import numpy as np
 
     counts = np.asarray(matrix, dtype=np.int64)
-    has_rows = counts.any(1)
+    has_rows: list[bool] = (counts.sum(1) > 0).tolist()
     kept = np.sort(np.argsort(-(counts.sum(1) + counts.sum(0)), kind="stable")[:_MOST_CLASSES])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     counts, shares = counts[np.ix_(kept, kept)], shares[np.ix_(kept, kept)]

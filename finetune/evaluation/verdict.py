@@ -278,7 +278,7 @@ def _unjudged_classes(figures: Figures) -> list[Judgement]:
 
 
 def _small_classes(figures: Figures) -> list[Judgement]:
-    small = {row["label"]: row["rows"] for row in figures.side.get("per_class", []) if 0 < row["rows"] < _FEW_ROWS}
+    small = {row["label"]: row["rows"] for row in figures.side.get("per_class", []) if row["rows"] < _FEW_ROWS}
     if not small:
         return []
     rarest = sorted(small.items(), key=lambda item: item[1])

@@ -159,10 +159,8 @@ def test_one_method_that_fails_leaves_the_others_running(
     def unlucky(run: Run) -> Any:
         raise RunError("non_finite_loss", "the loss became infinite")
 
-    from finetune.training import recipe
-
-    monkeypatch.setitem(recipe.METHODS, "baseline", broken)
-    monkeypatch.setitem(recipe.METHODS, "full", unlucky)
+    monkeypatch.setitem(methods.METHODS, "baseline", broken)
+    monkeypatch.setitem(methods.METHODS, "full", unlucky)
     link = train(rows_of({"a": 20, "b": 20}), method="auto", max_seconds=60)
     failed = {one["method"]: one["reason"] for one in link.evaluation["failed_methods"]}
     assert set(failed) == {"baseline", "full"} and "infinite" in failed["full"] and "ValueError" in failed["baseline"]
@@ -172,6 +170,6 @@ def test_one_method_that_fails_leaves_the_others_running(
     with pytest.raises(ValueError, match="out of luck"):
         train(rows_of({"a": 20, "b": 20}), method="baseline")
     for name in methods.METHODS:
-        monkeypatch.setitem(recipe.METHODS, name, broken)
+        monkeypatch.setitem(methods.METHODS, name, broken)
     with pytest.raises(ValueError, match="out of luck"):
         train(rows_of({"a": 20, "b": 20}), method="auto")

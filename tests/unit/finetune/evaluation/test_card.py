@@ -123,4 +123,12 @@ def test_several_labels_have_a_table_of_each() -> None:
     text = rendered(manifest(task="text-multi-label", metrics=metrics), evaluation, LabelSetRules.card)
     assert "| micro_f1 | 0.5000 | – |\n| subset_accuracy | 0.3000 | – |" in text
     assert "| a\\|b | 0.500 | 0.250 | 0.333 | 12 | 0.300 |" in text
+    row |= {"precision": None, "recall": None, "f1": None, "rows": 0}
+    evaluation |= {
+        "not_judged": [{"label": "a|b", "train": 1, "validation": 0, "test": 0}],
+        "failed_methods": [{"method": "lora", "reason": "the loss | became infinite"}],
+    }
+    text = rendered(manifest(task="text-multi-label", metrics=metrics), evaluation, LabelSetRules.card)
+    assert "| a\\|b | – | – | – | 0 | 0.300 |" in text and "no test row has them: a\\|b." in text
+    assert "lora failed: the loss" in text
     assert "| linear_probe | 0.5000 | – | 3.0 |" in text

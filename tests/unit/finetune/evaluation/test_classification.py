@@ -55,6 +55,7 @@ def test_metrics_by_hand() -> None:
     document = report(logits, labels, ["a", "b", "c"], temperature=1.0)
     assert document["confusion_matrix"] == [[2, 1, 0], [0, 2, 0], [0, 0, 0]]
     assert [row["rows"] for row in document["per_class"]] == [3, 2, 0]
+    assert document["per_class"][2] == {"label": "c", "precision": None, "recall": None, "f1": None, "rows": 0}
     low, high = document["accuracy_interval_95"]
     assert low <= 0.8 <= high
 

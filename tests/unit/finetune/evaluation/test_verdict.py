@@ -136,6 +136,13 @@ def test_small_classes_are_named_rarest_first() -> None:
     found = said(figures(side=side))["classes_too_small"]
     assert "2 of 3 classes" in found.message and "none (0), few (12)" in found.message
     assert found.evidence["rows"] == {"few": 12, "none": 0}
+    absent = said(figures(side=side))["classes_not_judged"]
+    assert absent.evidence["classes"] == ["none"] and "1 of 3 classes has no test row" in absent.message
+
+
+def test_figures_of_training_rows_say_so() -> None:
+    found = said(figures(side_name="validation", is_on_training_rows=True))
+    assert found["nothing_held_out"].severity == "warning" and "no_test_rows" not in found
 
 
 @pytest.mark.parametrize(

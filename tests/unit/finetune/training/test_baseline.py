@@ -18,6 +18,7 @@ from finetune.jobs.plan import DatasetProfile, WorkerProfile, resolve
 from finetune.training.methods import baseline
 from finetune.training.run_context import Rows, Run
 from modeling.errors import WeightsInvalid
+from modeling.inputs.text import TextInput
 from modeling.linear_text import VOCABULARY_NAME, LinearText
 
 CHINESE = ("服务很好令人满意", "水壶坏了不能用")
@@ -37,7 +38,17 @@ def run_of(texts: Sequence[str], labels: Sequence[int], held_out: int, work: Pat
         Rows(list(texts[part]), targets[part], numbers[part])
         for part in (slice(held_out, None), slice(0, held_out), slice(0, 0))
     ]
-    return Run(*sides, labels=("0", "1"), plan=plan, backbone=cast(Any, None), link=SilentLink(), work_dir=work)
+    train, validation, test = sides
+    return Run(
+        train,
+        validation,
+        test,
+        labels=("0", "1"),
+        plan=plan,
+        backbone=cast(Any, None),
+        link=SilentLink(),
+        work_dir=work,
+    )
 
 
 def unspaced(count: int) -> tuple[list[str], list[int]]:
@@ -79,11 +90,11 @@ def test_what_is_stored_answers_as_what_was_trained(tmp_path: Path, kind: str) -
     model = space.model(kind, *baseline._solved(run, space.of_kind(kind), np.array(labels), 1.0))
     for name, content in model.files().items():
         (tmp_path / name).write_bytes(content)
-    others = [*texts, "", "unknown 😀 lovelyness", "Ünïcode " * 3000, ("a lovely", "pair")]
+    others: list[TextInput] = [*texts, "", "unknown 😀 lovelyness", "Ünïcode " * 3000, ("a lovely", "pair")]
     again = LinearText.read(tmp_path)
     np.testing.assert_array_equal(again.margins(others), model.margins(others))
     parts = [space.transformed(part, others) for part in baseline._KINDS[kind]]
-    expected = baseline._stacked(parts) @ model.weight.T + model.bias
+    expected: Any = baseline._stacked(parts) @ model.weight.T + model.bias
     np.testing.assert_allclose(model.margins(others), expected, atol=1e-5)
     schema = json.loads((tmp_path / VOCABULARY_NAME).read_bytes())["schema"]
     assert schema == (1 if kind == "words" else 2), "words alone are read by earlier releases too"
