@@ -37,9 +37,9 @@ async def livez(services: ServicesDep) -> Response:
 async def readyz(services: ServicesDep) -> Response:
     reason = _unready(services)
     headers = {} if reason is None else {"Retry-After": "1"}
-    return JSONResponse(
-        {"status": "ready" if reason is None else "unready", "reason": reason}, 200 if reason is None else 503, headers
-    )
+    status = "ready" if reason is None else "unready"
+    body = {"status": status, "reason": reason, "degraded": _degraded(services)}
+    return JSONResponse(body, 200 if reason is None else 503, headers)
 
 
 def _unready(services: Services) -> str | None:
@@ -47,12 +47,20 @@ def _unready(services: Services) -> str | None:
         return "draining"
     if services.pool.has_failed:
         return "a backbone could not be loaded; see the log"
+    if services.folder.reason is not None:
+        return services.folder.reason
     if not services.pool.is_started:
         missing = set(services.settings.backbones) - set(services.pool.backbones())
         return f"loading {', '.join(sorted(missing)) or 'models'}"
     # A version with weights of its own that is unfit answers 503 for itself; it takes no others along.
     unfit = [name for name, model in services.pool.backbones().items() if not model.lane.worker.is_fit]
     return f"the engine of {', '.join(sorted(unfit))} is out of order" if unfit else None
+
+
+def _degraded(services: Services) -> list[str]:
+    """What does not work although traffic may come: predictions need no database."""
+    is_away = services.watcher.is_database_away
+    return ["the metadata database does not answer; predictions go on, what needs it is refused"] if is_away else []
 
 
 @router.head("/info", include_in_schema=False)
