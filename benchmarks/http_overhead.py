@@ -209,6 +209,7 @@ async def _served(pool: ModelPool, predictor: Predictor, *, keys: tuple[ApiKey, 
         predictor=predictor,
         watcher=unused,
         registry=unused,
+        removal=unused,
         jobs=unused,
         datasets=unused,
         intake=unused,
@@ -217,9 +218,10 @@ async def _served(pool: ModelPool, predictor: Predictor, *, keys: tuple[ApiKey, 
         metrics=metrics,
         drain=drain,
         backbones={},
+        folder=unused,
     )
-    metrics.start_model("m", "1", "text-classification")
-    metrics.start_model("tiny", "", "feature-extraction")
+    metrics.start_model("m", "1", "text-classification", "default")
+    metrics.start_model("tiny", "", "feature-extraction", "")
 
     @asynccontextmanager
     async def build() -> AsyncIterator[Services]:

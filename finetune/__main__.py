@@ -20,9 +20,10 @@ from finetune.worker.supervisor import Ledger, Timing
 from finetune.worker.throughput_probe import forward_rows_per_s
 from finetune.worker.tracking import MlflowSink
 from finetune.worker.warm_child import SpareChild, child_command
+from model_registry.data_folder import DataFolder
 from model_registry.db import Database
 from model_registry.engine_reports import EngineReports
-from model_registry.errors import DatabaseUnavailable
+from model_registry.errors import DatabaseUnavailable, StoreUnavailable
 from model_registry.logs import set_up
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
@@ -41,10 +42,12 @@ def main() -> int:
         _log.warning(warning, extra={"action": "retired_setting"})
     metrics = WorkerMetrics()
     stop_metrics = _serve(metrics, settings)  # at once: what cannot start says so before anything is loaded
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    if settings.database_url is None:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)  # its file is in there
     database = Database(settings.resolved_database_url, busy_timeout_s=settings.database_timeout_s)
     _migrate_when_there(database)
-    store = FileStore(settings.data_dir / "store")
+    folder = _open_folder(settings, database)
+    store = FileStore(settings.data_dir / "store", is_there=True)
     backbones = _backbones(settings, store)
     worker = Worker(
         settings.resolved_worker_id,
@@ -53,6 +56,7 @@ def main() -> int:
         backbones=backbones,
         profile=_profile(settings),
         data_dir=settings.data_dir,
+        folder=folder,
         timing=Timing(settings.lease_s, settings.heartbeat_s, settings.stall_s, settings.cancel_grace_s),
         poll_s=settings.poll_s,
         engines=EngineReports(database),
@@ -88,6 +92,16 @@ def _sink(settings: WorkerSettings) -> MlflowSink | None:
         return None
     token = settings.mlflow_token.get_secret_value() if settings.mlflow_token else None
     return MlflowSink(settings.mlflow_tracking_uri, settings.mlflow_experiment, token=token)
+
+
+def _open_folder(settings: WorkerSettings, database: Database) -> DataFolder:
+    """From here on neither the directory nor the database's file is made anew."""
+    try:
+        folder = DataFolder.open(settings.data_dir.absolute(), database)
+    except StoreUnavailable as error:
+        raise SystemExit(str(error)) from error
+    database.is_made = True
+    return folder
 
 
 def _migrate_when_there(database: Database) -> None:

@@ -20,6 +20,9 @@ from model_registry.manifest import ModelManifest, sha256_hex
 from model_registry.refs import CHAMPION, ModelRef, check_name
 from model_registry.tables import alias_history, aliases, model_versions, models, registry_state
 
+DELETED = "deleted"
+"""A version that is gone for everyone; its row goes when its files have."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelVersion:
@@ -61,7 +64,7 @@ class AliasChange:
     name: str
     alias: str
     from_version: int | None
-    to_version: int
+    to_version: int | None  # None: the alias was deleted
     action: str
     actor: str
     reason: str
@@ -119,7 +122,9 @@ class Registry:
         version = int(row.last_version) + 1
         if row.task != task:
             self._take_task(connection, tenant, name, task)
-        connection.execute(_of_model(models.update(), models, tenant, name).values(last_version=version))
+        # A deleted name begins anew, and goes on counting: no number ever means two versions.
+        reborn = {} if row.deleted_at is None else {"deleted_at": None, "created_at": now}
+        connection.execute(of_model(models.update(), models, tenant, name).values(last_version=version, **reborn))
         if job_id is not None:
             self.abandon(connection, job_id=job_id)
         connection.execute(
@@ -138,7 +143,7 @@ class Registry:
 
     def _model_to_fill(self, connection: sa.Connection, tenant: str, name: str, task: str, now: float) -> sa.Row[Any]:
         """The model's row, locked; made if there is none, be it by another job at this very moment."""
-        query = _of_model(sa.select(models), models, tenant, name).with_for_update()
+        query = of_model(sa.select(models), models, tenant, name).with_for_update()
         row = connection.execute(query).first()
         if row is not None:
             return row
@@ -162,7 +167,7 @@ class Registry:
         for another task.
         """
         # The lock under which aliases move: what is read of them below stays true until the commit.
-        self._require_model(connection, manifest.tenant, manifest.name, lock=True)
+        self.lock(connection, manifest.tenant, manifest.name)
         row = self._row(connection, manifest.tenant, manifest.name, manifest.version)
         if row is None or row.status != "reserved":
             raise VersionNotServable(f"{manifest.name}:{manifest.version} is not reserved")
@@ -170,7 +175,7 @@ class Registry:
             self._take_task(connection, manifest.tenant, manifest.name, manifest.task)
         now = self._database.now(connection)
         connection.execute(
-            _of_version(model_versions.update(), manifest.tenant, manifest.name, manifest.version).values(
+            of_version(model_versions.update(), manifest.tenant, manifest.name, manifest.version).values(
                 status="ready",
                 backbone=manifest.base.name if manifest.base else None,
                 backbone_digest=manifest.base.digest if manifest.base else None,
@@ -181,12 +186,12 @@ class Registry:
                 ready_at=now,
             )
         )
-        epoch = self._bump(connection)
+        epoch = self.bump(connection)
         champion = self._alias(connection, manifest.tenant, manifest.name, CHAMPION)
         wanted = promotion or Promotion(is_wanted=champion is None, over=None, reason="first version")
         is_promoted = wanted.is_wanted and wanted.over == champion
         if is_promoted:
-            self._point(
+            self.point(
                 connection,
                 manifest.tenant,
                 manifest.name,
@@ -229,19 +234,23 @@ class Registry:
         Raises `ModelNotFound` where there is nothing to go back to.
         """
         with self._database.write() as connection:
-            trail = self._trail(connection, tenant, name, alias)
+            trail = self.trail(connection, tenant, name, alias)
             if len(trail) < 2:
                 raise ModelNotFound(f"{name}@{alias} has no earlier version to go back to")
             current, target = trail[-1], trail[-2]
+            if self._row(connection, tenant, name, target) is None:
+                raise ModelNotFound(
+                    f"{name}@{alias} pointed at version {target} before, which was deleted; set the alias to another"
+                )
             return self._move(
                 connection, tenant, name, alias, target, current, action="rollback", actor=actor, reason=reason
             )
 
     def history(self, *, tenant: str, name: str, alias: str | None = None, limit: int = 100) -> list[AliasChange]:
-        """Alias moves, newest first. Raises `ModelNotFound`."""
+        """Alias moves, newest first, of a deleted model too. Raises `ModelNotFound`."""
         with self._database.read() as connection:
-            self._require_model(connection, tenant, name)
-            query = _of_model(sa.select(alias_history), alias_history, tenant, name)
+            self._require_model(connection, tenant, name, may_be_deleted=True)
+            query = of_model(sa.select(alias_history), alias_history, tenant, name)
             if alias is not None:
                 query = query.where(alias_history.c.alias == alias)
             rows = connection.execute(query.order_by(alias_history.c.id.desc()).limit(limit))
@@ -294,14 +303,16 @@ class Registry:
         """All models of a tenant by name, each with its aliases and its versions, newest first."""
         with self._database.read() as connection:
             queries = ((sa.select(models), models), (sa.select(aliases), aliases), (_with_task(), model_versions))
-            mine = [_of_model(query, table, tenant, name) for query, table in queries]
+            mine = [of_model(query, table, tenant, name) for query, table in queries]
             model_rows, alias_rows, version_rows = (connection.execute(query).all() for query in mine)
+        model_rows = [row for row in model_rows if row.deleted_at is None]
         pointers: dict[str, dict[str, int]] = {row.name: {} for row in model_rows}
         versions: dict[str, list[ModelVersion]] = {row.name: [] for row in model_rows}
         for row in alias_rows:
             pointers[row.name][row.alias] = row.version
         for row in sorted(version_rows, key=lambda row: -row.version):
-            versions[row.name].append(_version(row))
+            if row.status != DELETED:
+                versions[row.name].append(_version(row))
         return [
             RegisteredModel(tenant, row.name, row.task, row.created_at, pointers[row.name], versions[row.name])
             for row in sorted(model_rows, key=lambda row: row.name)
@@ -323,18 +334,13 @@ class Registry:
         reason: str,
     ) -> AliasChange:
         # The model's row is the lock under which its aliases move.
-        self._require_model(connection, tenant, name, lock=True)
+        self.lock(connection, tenant, name)
         self._require_ready(connection, tenant, name, version)
         current = self._alias(connection, tenant, name, alias)
-        if current != expected:
-            state = "does not exist" if current is None else f"points at version {current}"
-            raise AliasConflict(
-                f"{name}@{alias} {state}, not at {expected}; read it again and repeat with expected_version={current}",
-                current_version=current,
-            )
+        self.require_at(name, alias, current, expected)
         now = self._database.now(connection)
-        epoch = self._bump(connection)
-        return self._point(
+        epoch = self.bump(connection)
+        return self.point(
             connection,
             tenant,
             name,
@@ -348,14 +354,24 @@ class Registry:
             now=now,
         )
 
-    def _point(
+    def require_at(self, name: str, alias: str, current: int | None, expected: int | None) -> None:
+        """Raises `AliasConflict` if the alias points elsewhere than expected."""
+        if current == expected:
+            return
+        state = "does not exist" if current is None else f"points at version {current}"
+        raise AliasConflict(
+            f"{name}@{alias} {state}, not at {expected}; read it again and repeat with expected_version={current}",
+            current_version=current,
+        )
+
+    def point(
         self,
         connection: sa.Connection,
         tenant: str,
         name: str,
         alias: str,
         current: int | None,
-        version: int,
+        version: int | None,
         *,
         action: str,
         actor: str,
@@ -363,12 +379,15 @@ class Registry:
         epoch: int,
         now: float,
     ) -> AliasChange:
+        """Points the alias at `version`, or deletes it (None), and writes the move into the history."""
         values = {"version": version, "updated_at": now}
-        if current is None:
+        if version is None:
+            connection.execute(of_model(aliases.delete(), aliases, tenant, name).where(aliases.c.alias == alias))
+        elif current is None:
             connection.execute(aliases.insert().values(tenant=tenant, name=name, alias=alias, **values))
         else:
             connection.execute(
-                _of_model(aliases.update(), aliases, tenant, name).where(aliases.c.alias == alias).values(**values)
+                of_model(aliases.update(), aliases, tenant, name).where(aliases.c.alias == alias).values(**values)
             )
         row = connection.execute(
             alias_history.insert()
@@ -388,37 +407,53 @@ class Registry:
         ).one()
         return _change(row)
 
-    def _trail(self, connection: sa.Connection, tenant: str, name: str, alias: str) -> list[int]:
+    def trail(self, connection: sa.Connection, tenant: str, name: str, alias: str) -> list[int]:
         """The versions an alias went through, oldest first, with rolled-back steps taken off again."""
-        self._require_model(connection, tenant, name, lock=True)
-        query = _of_model(sa.select(alias_history), alias_history, tenant, name)
+        self.lock(connection, tenant, name)
+        query = of_model(sa.select(alias_history), alias_history, tenant, name)
         rows = connection.execute(query.where(alias_history.c.alias == alias).order_by(alias_history.c.id)).all()
         trail: list[int] = []
         for row in rows:
-            if row.action == "rollback":
+            if row.action == "delete":
+                trail.clear()
+            elif row.action == "rollback":
                 trail.pop()
             else:
                 trail.append(row.to_version)
         return trail
 
-    def _bump(self, connection: sa.Connection) -> int:
+    def bump(self, connection: sa.Connection) -> int:
+        """Raises the epoch: every server looks again."""
         bumped = registry_state.update().values(epoch=registry_state.c.epoch + 1).returning(registry_state.c.epoch)
         return int(connection.execute(bumped).scalar_one())
 
+    def ready(self, connection: sa.Connection, tenant: str, name: str) -> list[ModelVersion]:
+        """A model's ready versions."""
+        query = of_model(_with_task(), model_versions, tenant, name).where(model_versions.c.status == "ready")
+        return [_version(row) for row in connection.execute(query)]
+
     def _alias(self, connection: sa.Connection, tenant: str, name: str, alias: str) -> int | None:
-        query = _of_model(sa.select(aliases.c.version), aliases, tenant, name).where(aliases.c.alias == alias)
+        query = of_model(sa.select(aliases.c.version), aliases, tenant, name).where(aliases.c.alias == alias)
         return connection.execute(query).scalar_one_or_none()
 
     def _row(self, connection: sa.Connection, tenant: str, name: str, version: int) -> sa.Row[Any] | None:
-        return connection.execute(_of_version(_with_task(), tenant, name, version)).first()
+        """None for a version that is deleted, its files gone or not."""
+        query = of_version(_with_task(), tenant, name, version).where(model_versions.c.status != DELETED)
+        return connection.execute(query).first()
 
-    def _require_model(self, connection: sa.Connection, tenant: str, name: str, *, lock: bool = False) -> None:
-        query = _of_model(sa.select(models.c.name), models, tenant, name)
-        if connection.execute(query.with_for_update() if lock else query).first() is None:
-            raise ModelNotFound(f"there is no model {name[:70]!r}")
+    def lock(self, connection: sa.Connection, tenant: str, name: str, *, may_be_deleted: bool = False) -> sa.Row[Any]:
+        """The model's row, under whose lock its aliases move and its versions come and go. Raises `ModelNotFound`."""
+        row = connection.execute(of_model(sa.select(models), models, tenant, name).with_for_update()).first()
+        return _existing(row, name, may_be_deleted=may_be_deleted)
+
+    def _require_model(
+        self, connection: sa.Connection, tenant: str, name: str, *, may_be_deleted: bool = False
+    ) -> None:
+        row = connection.execute(of_model(sa.select(models), models, tenant, name)).first()
+        _existing(row, name, may_be_deleted=may_be_deleted)
 
     def _require_task(self, connection: sa.Connection, tenant: str, name: str, task: str) -> None:
-        query = _of_model(_with_task(), model_versions, tenant, name)
+        query = of_model(_with_task(), model_versions, tenant, name)
         row = connection.execute(query.where(model_versions.c.status == "ready").limit(1)).first()
         if row is not None and row.task != task:
             raise InvalidReference(f"the versions of {name} are for {row.task}; register {task} under another name")
@@ -426,7 +461,7 @@ class Registry:
     def _take_task(self, connection: sa.Connection, tenant: str, name: str, task: str) -> None:
         """The name means `task` from now on, as long as no version of it is ready. Under the model's row lock."""
         self._require_task(connection, tenant, name, task)
-        connection.execute(_of_model(models.update(), models, tenant, name).values(task=task))
+        connection.execute(of_model(models.update(), models, tenant, name).values(task=task))
 
     def _require_ready(self, connection: sa.Connection, tenant: str, name: str, version: int) -> ModelVersion:
         row = self._row(connection, tenant, name, version)
@@ -437,6 +472,13 @@ class Registry:
         return _version(row)
 
 
+def _existing(row: sa.Row[Any] | None, name: str, *, may_be_deleted: bool) -> sa.Row[Any]:
+    """Raises `ModelNotFound`. The row of a deleted model stays: it keeps the numbers that were given."""
+    if row is None or not (may_be_deleted or row.deleted_at is None):
+        raise ModelNotFound(f"there is no model {name[:70]!r}")
+    return row
+
+
 def check_alias(alias: str) -> str:
     """Raises `InvalidReference`: `latest` would change its meaning with every registration, so it is never stored."""
     if alias == "latest":
@@ -444,14 +486,14 @@ def check_alias(alias: str) -> str:
     return check_name(alias, what="alias")
 
 
-def _of_model(query: Any, table: sa.Table, tenant: str, name: str | None) -> Any:
+def of_model(query: Any, table: sa.Table, tenant: str, name: str | None) -> Any:
     """Rows of one model, or of all of the tenant's without a `name`."""
     query = query.where(table.c.tenant == tenant)
     return query if name is None else query.where(table.c.name == name)
 
 
-def _of_version(query: Any, tenant: str, name: str, version: int) -> Any:
-    return _of_model(query, model_versions, tenant, name).where(model_versions.c.version == version)
+def of_version(query: Any, tenant: str, name: str, version: int) -> Any:
+    return of_model(query, model_versions, tenant, name).where(model_versions.c.version == version)
 
 
 def _with_task() -> sa.Select[Any]:

@@ -8,6 +8,7 @@ complete or absent: it is written beside its place, fsynced, renamed, and its fo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -18,7 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from model_registry.errors import ArtifactError, ArtifactExists, HashMismatch, InvalidReference, StoreFull
+from model_registry.errors import (
+    ArtifactError,
+    ArtifactExists,
+    HashMismatch,
+    InvalidReference,
+    StoreFull,
+    StoreUnavailable,
+)
 from model_registry.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -31,17 +39,20 @@ from model_registry.spare_time import spare
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _CHUNK_BYTES = 16 << 20
+_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK}
+_HERE, _NO_REPLACE = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_AWAY = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ENOENT}
 
 
 class ArtifactStore(Protocol):
     """Where artefacts live. Writes are atomic and durable when they return; keys are never overwritten in place."""
 
     def put_bytes(self, key: str, data: bytes, *, create_only: bool = False) -> FileEntry:
-        """Stores `data`. Raises `ArtifactExists` (create-only), `StoreFull`, `InvalidReference`."""
+        """Stores `data`. Raises `ArtifactExists` (create-only), `StoreFull`, `StoreUnavailable`, `InvalidReference`."""
 
     def put_file(self, key: str, source: Path) -> FileEntry:
-        """Stores a copy of the file `source`. Raises `StoreFull`, `InvalidReference`."""
+        """Stores a copy of the file `source`. Raises `StoreFull`, `StoreUnavailable`, `InvalidReference`."""
 
     def get_bytes(self, key: str, *, max_bytes: int) -> bytes:
         """The content. Raises `ArtifactError` where it is missing or larger than `max_bytes`."""
@@ -58,9 +69,12 @@ class ArtifactStore(Protocol):
 class FileStore:
     """An `ArtifactStore` in one folder of a filesystem that all processes see."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_there: bool = False) -> None:
+        """`is_there`: another made the folder, and it is not made again. Raises `StoreUnavailable`."""
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
+        if not is_there:
+            root.mkdir(parents=True, exist_ok=True)
+        self._require_root()
 
     def put_bytes(self, key: str, data: bytes, *, create_only: bool = False) -> FileEntry:
         with self._writing(key, create_only=create_only) as file:
@@ -96,11 +110,17 @@ class FileStore:
         return self._path(key).exists()
 
     def delete_tree(self, prefix: str) -> None:
+        self._require_root()
         path = self._path(prefix)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        while path.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # another process removes it too
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+    def _require_root(self) -> None:
+        """A folder made anew in the place of a volume that is away would take what is lost when it comes back."""
+        if not self.root.is_dir():
+            raise StoreUnavailable("the folder of the store is gone; is its volume mounted?")
 
     def _path(self, key: str) -> Path:
         path = self.root
@@ -112,6 +132,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def _writing(self, key: str, *, create_only: bool = False) -> Iterator[BinaryIO]:
+        self._require_root()
         path = self._path(key)
         temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
         try:
@@ -131,20 +152,54 @@ class FileStore:
 
 @contextlib.contextmanager
 def space_errors(name: str) -> Iterator[None]:
-    """Raises `StoreFull` in place of the system's error if there is no space left for `name`."""
+    """Raises `StoreFull` in place of the system's error if there is no space left for `name`, `StoreUnavailable` if its
+    volume has gone or takes no writes."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise StoreFull(f"no space left to store {name}; nothing of it was kept") from error
+        if error.errno in _AWAY:
+            reason = errno.errorcode[error.errno]
+            raise StoreUnavailable(f"{name} cannot be stored ({reason}); nothing of it was kept") from error
         raise
 
 
 def _put_in_place(temporary: Path, path: Path, *, create_only: bool) -> None:
-    if create_only:
-        path.hardlink_to(temporary)  # fails where the name is taken; a rename would replace it silently
-    else:
+    if not create_only:
         temporary.replace(path)
+        return
+    for put in (_link, _rename_without_replacing, _claim_then_replace):
+        try:
+            return put(temporary, path)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    raise StoreUnavailable(f"the filesystem of {path.name} can neither link nor rename a file")
+
+
+def _link(temporary: Path, path: Path) -> None:
+    path.hardlink_to(temporary)  # fails where the name is taken; a rename would replace it silently
+
+
+def _rename_without_replacing(temporary: Path, path: Path) -> None:
+    """For filesystems without hard links, such as SMB and exFAT."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, "renameat2")
+    if rename(_HERE, os.fsencode(temporary), _HERE, os.fsencode(path), _NO_REPLACE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _claim_then_replace(temporary: Path, path: Path) -> None:
+    """For those that know no such rename either. A crash in between leaves an empty file under the name."""
+    path.open("xb").close()
+    try:
+        temporary.replace(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folders(folder: Path, root: Path) -> None:

@@ -32,6 +32,7 @@ registry_state = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("data_id", sa.String(32)),  # of the data directory that belongs to this database
     sa.CheckConstraint("id = 1", name="ck_registry_state_single"),
 )
 
@@ -43,6 +44,7 @@ models = sa.Table(
     sa.Column("task", sa.String(64), nullable=False),
     sa.Column("last_version", sa.Integer, nullable=False),
     sa.Column("created_at", Time, nullable=False),
+    sa.Column("deleted_at", Time),  # the row stays, so that no version number is given twice
     sa.PrimaryKeyConstraint("tenant", "name"),
 )
 
@@ -98,13 +100,34 @@ alias_history = sa.Table(
     sa.Column("name", sa.String(64), nullable=False),
     sa.Column("alias", sa.String(64), nullable=False),
     sa.Column("from_version", sa.Integer),
-    sa.Column("to_version", sa.Integer, nullable=False),
-    sa.Column("action", sa.String(16), nullable=False),  # publish | set | rollback
+    sa.Column("to_version", sa.Integer),  # none: the alias was deleted
+    sa.Column("action", sa.String(16), nullable=False),  # publish | set | rollback | delete
     sa.Column("actor", sa.String(128), nullable=False),
     sa.Column("reason", sa.String(1024), nullable=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("created_at", Time, nullable=False),
     sa.Index("ix_alias_history_tenant_name_alias", "tenant", "name", "alias"),
+)
+
+deletions = sa.Table(
+    "deletions",
+    metadata,
+    sa.Column("id", _Serial, primary_key=True),
+    _tenant(),
+    sa.Column("kind", sa.String(16), nullable=False),  # model | version | job | dataset
+    sa.Column("name", sa.String(64), nullable=False),  # of the model, or the id
+    sa.Column("version", sa.Integer),
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("reason", sa.String(1024), nullable=False),
+    sa.Column("created_at", Time, nullable=False),
+    sa.Index("ix_deletions_tenant_kind_name", "tenant", "kind", "name"),
+)
+
+chores = sa.Table(
+    "chores",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("due_at", Time, nullable=False),
 )
 
 engine_reports = sa.Table(

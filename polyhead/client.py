@@ -109,6 +109,10 @@ class Client:
     def dataset(self, dataset_id: str) -> Json:
         return self._get(f"/datasets/{_part(dataset_id)}")
 
+    def delete_dataset(self, dataset_id: str, *, reason: str = "") -> None:
+        """`dataset_in_use` while jobs that have not ended need it."""
+        self._delete(f"/datasets/{_part(dataset_id)}", {"reason": reason})
+
     def finetune(
         self,
         dataset: str,
@@ -181,6 +185,10 @@ class Client:
                 return job
             waiting.pause(job_id)
 
+    def delete_job(self, job_id: str, *, reason: str = "") -> None:
+        """`job_not_deletable` until it has ended. Versions that it registered stay."""
+        self._delete(f"/finetune/{_part(job_id)}", {"reason": reason})
+
     # Models
 
     def models(self) -> list[Json]:
@@ -203,6 +211,22 @@ class Client:
         """Points the alias back to where it was. Returns what `set_alias` returns."""
         return self._post(f"/models/{_part(name)}/rollback", {"alias": alias, "reason": reason})
 
+    def delete_model(self, name: str, *, force: bool = False, reason: str = "") -> None:
+        """Deletes all its versions, and with `force` its aliases too; else `model_in_use` while it has any.
+
+        Like every `delete_…`, it does nothing the second time.
+        """
+        self._delete(f"/models/{_part(name)}", {"force": force, "reason": reason})
+
+    def delete_version(self, name: str, version: int, *, reason: str = "") -> None:
+        """`version_in_use` while an alias points at it."""
+        self._delete(f"/models/{_part(name)}/versions/{version}", {"reason": reason})
+
+    def delete_alias(self, name: str, alias: str, *, expected_version: int | None = None, reason: str = "") -> None:
+        """The version stays. With `expected_version`, `alias_conflict` if the alias points elsewhere."""
+        expected = {} if expected_version is None else {"expected_version": expected_version}
+        self._delete(f"/models/{_part(name)}/aliases/{_part(alias)}", {"reason": reason} | expected)
+
     # Operations
 
     def info(self) -> Json:
@@ -221,6 +245,9 @@ class Client:
     def _post(self, path: str, body: Json) -> Json:
         return self._send("POST", path, json=body)
 
+    def _delete(self, path: str, parameters: Mapping[str, Any]) -> None:
+        self._answered("DELETE", path, params=parameters)
+
     def _once_ready(self, path: str, body: Json) -> Json:
         """Posts again while the model is being loaded, as often as the service says."""
         ends = time.monotonic() + _LOADING_S
@@ -234,6 +261,15 @@ class Client:
                 time.sleep(pause_s)
 
     def _send(self, method: str, path: str, **arguments: Any) -> Json:
+        response = self._answered(method, path, **arguments)
+        try:
+            document: Json = response.json()
+        except ValueError as error:
+            raise PolyheadError(response.status_code, "not_json", f"{self.url} is not this service") from error
+        return document
+
+    def _answered(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """The answer, if it is a success."""
         try:
             response = self._http.request(method, path, **arguments)
         except httpx.TimeoutException as error:
@@ -243,11 +279,7 @@ class Client:
             raise PolyheadError(_UNREACHABLE, "unreachable", detail) from error
         if not response.is_success:
             raise _refusal(response)
-        try:
-            document: Json = response.json()
-        except ValueError as error:
-            raise PolyheadError(response.status_code, "not_json", f"{self.url} is not this service") from error
-        return document
+        return response
 
 
 class _Waiting:

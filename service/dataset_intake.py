@@ -11,8 +11,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
+
+import sqlalchemy as sa
 
 from finetune.data.check import check_upload
 from finetune.data.errors import CheckGaveUp, DatasetCheckFailed, DatasetUnreadable
@@ -20,6 +22,7 @@ from finetune.data.readers import detect_format, unrecognised
 from finetune.data.records import DatasetRecord, DatasetReport, DatasetStatus
 from finetune.data.store import DatasetStore, new_dataset_id
 from model_registry.errors import DatabaseUnavailable
+from model_registry.store import space_errors
 
 _log = logging.getLogger("service.dataset_intake")
 RAW_FILE = "raw"
@@ -40,9 +43,11 @@ class DatasetIntake:
         self._small, self._large = Turns(_SMALL_AT_ONCE), Turns(1)
 
     def staging(self) -> Path:
-        """A fresh folder to receive an upload in, beside the datasets so that moving it is a rename."""
+        """A fresh folder to receive an upload in, beside the datasets so that moving it is a rename. Raises
+        `StoreUnavailable`, `StoreFull`."""
         folder = self._root / f"{_INCOMING}{secrets.token_hex(8)}"
-        folder.mkdir(parents=True)
+        with space_errors("the upload"):
+            folder.mkdir()  # never its parents: they are gone if the volume is
         return folder
 
     async def accept(self, tenant: str, staging: Path, *, filename: str, sha256: str, size_bytes: int) -> DatasetRecord:
@@ -82,9 +87,20 @@ class DatasetIntake:
     def folder(self, tenant: str, dataset_id: str) -> Path:
         return self._root / tenant / dataset_id
 
-    async def delete(self, tenant: str, dataset_id: str) -> None:
-        """Raises `DatasetNotFound`."""
-        await asyncio.to_thread(self._store.delete, tenant, dataset_id)
+    async def delete(
+        self,
+        tenant: str,
+        dataset_id: str,
+        *,
+        needed_by: Callable[[sa.Connection, str], Sequence[str]],
+        actor: str,
+        reason: str,
+    ) -> None:
+        """The record first, then the files; the sweep removes what is left of them. Raises `DatasetNotFound`,
+        `DatasetInUse`."""
+        await asyncio.to_thread(
+            lambda: self._store.delete(tenant, dataset_id, needed_by=needed_by, actor=actor, reason=reason)
+        )
         await asyncio.to_thread(shutil.rmtree, self.folder(tenant, dataset_id), True)
 
     async def sweep(self) -> None:
@@ -92,6 +108,7 @@ class DatasetIntake:
         while True:
             try:
                 await asyncio.to_thread(_remove_abandoned, self._root, older_than_s=_ABANDONED_S)
+                await asyncio.to_thread(_remove_unknown, self._root, self._store.unknown, older_than_s=_ABANDONED_S)
                 for record in await asyncio.to_thread(self._store.stale, self._timeout_s + 30.0):
                     self._begin(record)
             except Exception as error:  # whatever it is, the next sweep may find it gone
@@ -206,8 +223,22 @@ def _remove_abandoned(root: Path, *, older_than_s: float) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _remove_unknown(root: Path, unknown: Callable[[Collection[str]], set[str]], *, older_than_s: float) -> None:
+    """Removes what a crash, or a check that still ran, left of deleted datasets. An upload that is being taken over has
+    no record yet, so young folders stay."""
+    latest = time.time() - older_than_s
+    for tenant in root.iterdir() if root.is_dir() else ():
+        if not tenant.is_dir() or tenant.name.startswith(_INCOMING):
+            continue
+        for dataset_id in unknown([folder.name for folder in tenant.iterdir()]):
+            with contextlib.suppress(FileNotFoundError):
+                if (tenant / dataset_id).stat().st_mtime < latest:
+                    shutil.rmtree(tenant / dataset_id, ignore_errors=True)
+
+
 def _take_over(staging: Path, folder: Path) -> None:
-    with (staging / RAW_FILE).open("rb") as file:
-        os.fsync(file.fileno())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging.rename(folder)
+    with space_errors("the upload"):
+        with (staging / RAW_FILE).open("rb") as file:
+            os.fsync(file.fileno())
+        folder.parent.mkdir(exist_ok=True)
+        staging.rename(folder)

@@ -28,8 +28,10 @@ from modeling.tasks import TASKS
 
 NAMESPACE: Final = "polyhead"
 
-REQUEST_LABELS: Final = ("model", "version", "task")
+REQUEST_LABELS: Final = ("model", "version", "task", "tenant")
 ENGINE_LABELS: Final = ("backbone", "engine")
+ModelLabels = tuple[str, str, str, str]
+"""Values of `REQUEST_LABELS`."""
 ALIAS_LABELS: Final = ("tenant", "model", "alias")
 
 MODEL_STATES: Final = ("loading", "warming", "ready", "draining", "unloading", "failed")
@@ -266,32 +268,44 @@ class ServingMetrics:
             self.engine_min_cosine,
             self.engine_parity_max_abs_diff,
         )
-        self._answered: dict[tuple[str, str, str], tuple[Histogram, dict[int, Counter]]] = {}
-        self._of_model: dict[tuple[str, str, str], ModelSeries] = {}
+        self._answered: dict[ModelLabels, tuple[Histogram, dict[int, Counter]]] = {}
+        self._started: set[ModelLabels] = set()
+        self._of_model: dict[ModelLabels, ModelSeries] = {}
         # Requests that name no known model are counted as model="", so that clients cannot create series.
-        self._start_requests("", "", "")
+        self._start_requests(("", "", "", ""))
         self.set_finetune_jobs({})
 
-    def start_model(self, model: str, version: str, task: str, *, backbone: str = "", engine: str = "") -> None:
+    def start_model(
+        self, model: str, version: str, task: str, tenant: str, *, backbone: str = "", engine: str = ""
+    ) -> None:
         """Create a model's series, when its load begins. Call again to record another engine: counts are kept."""
-        self._start_requests(model, version, task)
-        self.model_memory_bytes.labels(model, version, task)
+        labels = (model, version, task, tenant)
+        self._start_requests(labels)
+        self.model_memory_bytes.labels(*labels)
         for state in MODEL_STATES:
-            self.model_state.labels(model, version, task, state)
-        self.model_info.remove_by_labels({"model": model, "version": version, "task": task})
-        self.model_info.labels(model, version, task, backbone, engine).set(1)
+            self.model_state.labels(*labels, state)
+        self.model_info.remove_by_labels(dict(zip(REQUEST_LABELS, labels, strict=True)))
+        self.model_info.labels(*labels, backbone, engine).set(1)
 
-    def set_model_state(self, model: str, version: str, task: str, *, state: str) -> None:
+    def set_model_state(self, model: str, version: str, task: str, tenant: str, *, state: str) -> None:
         if state not in MODEL_STATES:
             raise ValueError(f"unknown model state {state!r}, expected one of {', '.join(MODEL_STATES)}")
         for known in MODEL_STATES:
-            self.model_state.labels(model, version, task, known).set(known == state)
+            self.model_state.labels(model, version, task, tenant, known).set(known == state)
 
-    def stop_model(self, model: str, version: str, task: str) -> None:
+    def stop_version(self, tenant: str, model: str, version: int) -> None:
+        """Remove the series of a version of which nothing is loaded, such as those of a load that failed."""
+        found = [key for key in self._started if (key[0], key[1], key[3]) == (model, str(version), tenant)]
+        for labels in found:
+            self.stop_model(*labels)
+
+    def stop_model(self, model: str, version: str, task: str, tenant: str) -> None:
         """Remove a model's series, once it is drained: a later observation would create them anew."""
-        labels = {"model": model, "version": version, "task": task}
-        self._answered.pop((model, version, task), None)
-        self._of_model.pop((model, version, task), None)
+        key = (model, version, task, tenant)
+        labels = dict(zip(REQUEST_LABELS, key, strict=True))
+        self._answered.pop(key, None)
+        self._of_model.pop(key, None)
+        self._started.discard(key)
         for metric in (
             *self._request_histograms,
             *self._answers_of(task),
@@ -314,7 +328,7 @@ class ServingMetrics:
         for metric in (self.alias_wanted_version, self.alias_serving_version):
             metric.remove_by_labels({"tenant": tenant, "model": model, "alias": alias})
 
-    def of_model(self, labels: tuple[str, str, str]) -> ModelSeries:
+    def of_model(self, labels: ModelLabels) -> ModelSeries:
         """A model's series by its labels, looked up once."""
         series = self._of_model.get(labels)
         if series is None:
@@ -328,7 +342,7 @@ class ServingMetrics:
             )
         return series
 
-    def count_request(self, labels: tuple[str, str, str], *, status: int, seconds: float) -> None:
+    def count_request(self, labels: ModelLabels, *, status: int, seconds: float) -> None:
         """Count and time an answered request. Looking a child up by its labels costs more than what it is for."""
         series = self._answered.get(labels)
         if series is None:
@@ -408,16 +422,17 @@ class ServingMetrics:
         """The body and content type of `GET /metrics`. Some 0.5 ms a model: with a hundred of them, use a thread."""
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
-    def _start_requests(self, model: str, version: str, task: str) -> None:
-        for histogram in (*self._request_histograms, *self._answers_of(task)):
-            histogram.labels(model, version, task)
-        self.requests_in_progress.labels(model, version, task)
+    def _start_requests(self, labels: ModelLabels) -> None:
+        self._started.add(labels)
+        for histogram in (*self._request_histograms, *self._answers_of(labels[2])):
+            histogram.labels(*labels)
+        self.requests_in_progress.labels(*labels)
         for code in REQUEST_CODES:
-            self.requests_total.labels(model, version, task, code)
+            self.requests_total.labels(*labels, code)
         for reason in REJECT_REASONS:
-            self.rejected_total.labels(model, version, task, reason)
+            self.rejected_total.labels(*labels, reason)
         for stage in CANCEL_STAGES:
-            self.cancelled_total.labels(model, version, task, stage)
+            self.cancelled_total.labels(*labels, stage)
 
     def _answers_of(self, task: str) -> tuple[Histogram, ...]:
         """Those of the task; the series of no model starts one, so that a rate over models is 0 instead of missing."""

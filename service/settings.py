@@ -11,8 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model_registry.settings import CommonSettings, read_settings
+from service.memory_plan import LEAST_CHECK_BYTES, MemoryPlan, memory_limit, physical_memory, plan_memory
 
-Scope = Literal["predict", "datasets", "finetune", "models:promote", "admin"]
+Scope = Literal["predict", "datasets", "finetune", "models:promote", "models:delete", "admin"]
 # Names that other processes and clients read; anything else with our prefix is a misspelling.
 FOREIGN = frozenset(
     {
@@ -47,6 +48,14 @@ class ApiKey(BaseModel):
     tenant: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 
 
+class KeepRule(BaseModel):
+    """Which versions of a model are kept; those that neither rule keeps are deleted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    keep_versions: int | None = Field(None, ge=1, le=100_000)
+    keep_days: float | None = Field(None, gt=0, le=36_500)
+
+
 class ServingSettings(CommonSettings):
     """What the serving process reads beside the common settings."""
 
@@ -73,7 +82,9 @@ class ServingSettings(CommonSettings):
     adapter_slots: int = Field(32, ge=1, le=4096, description="LoRA adapters that one engine run can mix")
     adapter_slots_bytes: int = Field(2 << 30, ge=1 << 20, description="memory of a backbone's adapter slots")
     threads: int = Field(0, ge=0, le=1024, description="compute threads; 0: one per core")
-    memory_budget_bytes: int = Field(8 << 30, ge=1 << 20, description="for models loaded on demand; the least used go")
+    memory_budget_bytes: int | None = Field(
+        None, ge=1 << 20, description="for versions, the least used of which go; default: by the container's limit"
+    )
 
     max_batch_tokens: int = Field(16384, ge=64, le=1 << 22, description="padded tokens in one engine run")
     max_batch_rows: int = Field(128, ge=1, le=4096, description="rows in one engine run")
@@ -81,7 +92,9 @@ class ServingSettings(CommonSettings):
     engine_timeout_s: float = Field(60.0, gt=0, le=3600, description="a run longer than this is taken for hung")
     batch_log: Path | None = Field(None, description="file to which each batch's shape and seconds are appended")
     max_concurrent_requests: int = Field(512, ge=1, description="inputs admitted at once; beyond it 429")
-    max_queue_delay_ms: float = Field(2000.0, gt=0, description="work that could not start by then is refused with 429")
+    max_queue_delay_ms: float = Field(
+        10_000.0, gt=0, description="work that could not start by then is refused with 429"
+    )
     max_client_batch_size: int = Field(256, ge=1, le=4096, description="inputs in one request; beyond it 413")
     max_body_bytes: int = Field(2_000_000, ge=1000, description="body of a request other than an upload")
     max_upload_bytes: int = Field(4 << 30, ge=1000, description="body of an upload")
@@ -92,8 +105,19 @@ class ServingSettings(CommonSettings):
     drain_grace_s: float = Field(30.0, ge=0, le=600, description="requests in flight get so long to finish")
     registry_poll_s: float = Field(0.25, ge=0.02, le=60, description="seconds between looks for new versions")
     dataset_check_timeout_s: float = Field(900.0, gt=0, description="seconds the check of an upload may take")
-    dataset_check_memory_bytes: int = Field(4 << 30, ge=1 << 30, description="address space of that check")
+    dataset_check_memory_bytes: int | None = Field(
+        None, ge=LEAST_CHECK_BYTES, description="address space of that check; default: by the container's limit"
+    )
     api_keys: tuple[ApiKey, ...] = Field((), description="JSON list of {name, sha256, scopes, tenant}")
+
+    keep_versions: int | None = Field(
+        None, ge=1, le=100_000, description="the newest versions of each model that are kept"
+    )
+    keep_days: float | None = Field(None, gt=0, le=36_500, description="versions younger than this are kept")
+    retention: dict[str, KeepRule] = Field(
+        {}, description="rules of single models, by name or tenant/name, in place of the two above"
+    )
+    retention_dry_run: bool = Field(False, description="only log what retention would delete")
 
     @model_validator(mode="after")
     def _is_safe_and_consistent(self) -> ServingSettings:
@@ -108,15 +132,32 @@ class ServingSettings(CommonSettings):
             raise ValueError("backbones is empty; name at least one")
         return self
 
+    @property
+    def memory(self) -> MemoryPlan:
+        """Raises `ValueError` if what is set does not fit the container."""
+        return plan_memory(
+            self.memory_budget_bytes,
+            self.dataset_check_memory_bytes,
+            limit=memory_limit(),
+            physical=physical_memory(),
+        )
+
     def public(self) -> dict[str, Any]:
         """Every effective value that may be shown: no keys, no database address."""
         values = self.model_dump(mode="json", exclude={"api_keys", "database_url", "batch_log"})
+        memory = self.memory
+        values |= {"memory_budget_bytes": memory.budget_bytes, "dataset_check_memory_bytes": memory.check_bytes}
         return values | {"api_keys": len(self.api_keys), "database": self.resolved_database_url.split(":", 1)[0]}
 
 
 def load_settings(environment: Mapping[str, str] | None = None) -> ServingSettings:
     """Raises `SystemExit` that lists every error at once, misspelt variables included."""
-    return read_settings(ServingSettings, others=FOREIGN, environment=environment)
+    settings = read_settings(ServingSettings, others=FOREIGN, environment=environment)
+    try:
+        settings.memory  # noqa: B018 (whether it fits is known here, before anything is loaded)
+    except ValueError as error:
+        raise SystemExit(f"the settings are not usable:\n  {error}") from error
+    return settings
 
 
 def is_loopback(host: str) -> bool:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from finetune.data.store import DatasetStore
 from finetune.jobs.store import JobStore
+from model_registry.data_folder import DataFolder
 from model_registry.db import Database
 from model_registry.engine_reports import EngineReports
-from model_registry.errors import DatabaseUnavailable
+from model_registry.errors import DatabaseUnavailable, StoreUnavailable
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
+from model_registry.removal import Keep, Removal
 from model_registry.store import FileStore
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
@@ -25,6 +27,8 @@ from modeling.intake import IntakeLimits, ingest
 from service.api.deps import Services, Workers
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
+from service.folder_watch import FolderWatch
+from service.housekeeping import Housekeeping, Retention
 from service.inference.batch_log import BatchLog
 from service.inference.capacity import AdmissionController
 from service.inference.engine_selection import EngineSelector, SelectionPolicy
@@ -43,15 +47,22 @@ _JOB_COUNTS_EVERY_S = 2.0
 @asynccontextmanager
 async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMetrics) -> AsyncIterator[Services]:
     """Opens everything; backbones load in the background, so that the probes answer meanwhile."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    if settings.database_url is None:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)  # its file is in there
     database = Database(settings.resolved_database_url, busy_timeout_s=settings.database_timeout_s)
     await _migrate_when_there(database)
-    store = FileStore(settings.data_dir / "store")
+    folder = await asyncio.to_thread(_open_folder, settings, database)
+    watch = FolderWatch(folder)
+    store = FileStore(settings.data_dir / "store", is_there=True)
+    memory = settings.memory
     registry, jobs, datasets = Registry(database), JobStore(database), DatasetStore(database)
+    removal = Removal(database, registry, store)
+    housekeeping = Housekeeping(removal, jobs, folder, _retention(settings), is_dry=settings.retention_dry_run)
     backbones: dict[str, Backbone] = {}
     stopping = threading.Event()  # for the threads that wait for a process
     async with AsyncExitStack() as stack:
         stack.callback(database.dispose)
+        stack.callback(watch.close)
         pool = ModelPool(
             store,
             _selector(settings, database, metrics),
@@ -62,7 +73,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
                 settings.engine_timeout_s,
             ),
             metrics,
-            memory_budget_bytes=settings.memory_budget_bytes,
+            memory_budget_bytes=memory.budget_bytes,
             backbones=settings.backbones,
             batch_log=None
             if settings.batch_log is None
@@ -83,7 +94,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             datasets,
             settings.data_dir / "datasets",
             timeout_s=settings.dataset_check_timeout_s,
-            memory_bytes=settings.dataset_check_memory_bytes,
+            memory_bytes=memory.check_bytes,
         )
         stack.push_async_callback(intake.stop)
         watcher = RegistryWatcher(registry, pool, poll_s=settings.registry_poll_s)
@@ -94,6 +105,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             predictor=predictor,
             watcher=watcher,
             registry=registry,
+            removal=removal,
             jobs=jobs,
             datasets=datasets,
             intake=intake,
@@ -102,6 +114,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             metrics=metrics,
             drain=drain,
             backbones=backbones,
+            folder=watch,
         )
         stack.push_async_callback(
             _cancelled,
@@ -109,6 +122,8 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
                 asyncio.create_task(_load(settings, store, pool, watcher, backbones, stopping), name="load"),
                 asyncio.create_task(intake.sweep(), name="dataset-sweep"),
                 asyncio.create_task(_watch_jobs(jobs, metrics, services.workers), name="job-watch"),
+                asyncio.create_task(housekeeping.run(), name="housekeeping"),
+                asyncio.create_task(watch.run(), name="data-folder"),
             ],
         )
         stack.callback(stopping.set)
@@ -155,6 +170,22 @@ def _selector(settings: ServingSettings, database: Database, metrics: ServingMet
 
     cache = settings.data_dir / "cache" / "graphs"
     return EngineSelector(policy, options, cache, EngineReports(database), on_fallback=count)
+
+
+def _open_folder(settings: ServingSettings, database: Database) -> DataFolder:
+    """From here on neither the directory nor the database's file is made anew."""
+    try:
+        folder = DataFolder.open(settings.data_dir.absolute(), database)
+    except StoreUnavailable as error:
+        _log.error(str(error), extra={"action": "data_folder_refused"})
+        raise
+    database.is_made = True
+    return folder
+
+
+def _retention(settings: ServingSettings) -> Retention:
+    by_model = {name: Keep(rule.keep_versions, rule.keep_days) for name, rule in settings.retention.items()}
+    return Retention(Keep(settings.keep_versions, settings.keep_days), by_model)
 
 
 def _resolve_device(device: str) -> str:

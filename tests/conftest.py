@@ -72,6 +72,12 @@ def postgres_url() -> Iterator[str]:
             server.cleanup()
 
 
+@pytest.fixture
+def new_postgres_url(postgres_url: str) -> str:
+    """Of a fresh, empty database."""
+    return _new_postgres_database(postgres_url)
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     """A migrated, empty database, once on SQLite and once on PostgreSQL."""

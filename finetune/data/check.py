@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _limit(resource.RLIMIT_CPU, options.cpu_seconds)  # ends the child even when its parent was killed
     _limit(resource.RLIMIT_CORE, 0)
     try:
-        options.out_dir.mkdir(parents=True, exist_ok=True)
+        options.out_dir.mkdir(exist_ok=True)
         write_checked(options.raw, cast(FileFormat, options.format), options.out_dir)
     except MemoryError:
         return _EXIT_OUT_OF_MEMORY

@@ -2,6 +2,7 @@
 
 DatasetError
 ├── DatasetNotFound      no such dataset for this tenant, or it was deleted
+├── DatasetInUse         jobs that have not ended need its rows
 ├── DatasetUnreadable    the data has findings of severity `error`; carries them
 ├── ColumnMissing        a named column is not in the data; names the nearest one
 ├── CheckGaveUp          the check came to no end within limits that are not the last
@@ -24,6 +25,10 @@ class DatasetError(Exception):
 
 class DatasetNotFound(DatasetError):
     """No such dataset for this tenant, or it was deleted."""
+
+
+class DatasetInUse(DatasetError):
+    """Jobs that have not ended need its rows."""
 
 
 class DatasetUnreadable(DatasetError):

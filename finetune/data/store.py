@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from finetune.data.errors import DatasetNotFound
+from finetune.data.errors import DatasetInUse, DatasetNotFound
 from finetune.data.records import ColumnReport, DatasetRecord, DatasetReport, DatasetStatus, FileFormat
-from model_registry.db import Database
+from model_registry.db import Database, ids_among
+from model_registry.removal import record
 from model_registry.tables import datasets
 
 _ID_ALPHABET = string.ascii_lowercase + string.digits
@@ -93,14 +94,41 @@ class DatasetStore:
             )
             return changed.rowcount == 1
 
-    def delete(self, tenant: str, dataset_id: str) -> None:
-        """Hides the record; a running job keeps the files until they are collected. Raises `DatasetNotFound`."""
+    def delete(
+        self,
+        tenant: str,
+        dataset_id: str,
+        *,
+        needed_by: Callable[[sa.Connection, str], Sequence[str]] = lambda connection, dataset_id: (),
+        actor: str = "",
+        reason: str = "",
+    ) -> None:
+        """Hides the record and forgets what it says of the data; its id and its place in paging stay. A repeat is no
+        error.
+
+        `needed_by` names the jobs that need it; none can begin to meanwhile. Raises `DatasetNotFound`, `DatasetInUse`.
+        """
         with self._database.write() as connection:
-            now = self._database.now(connection)
-            condition = _of_tenant(tenant, dataset_id)
-            changed = connection.execute(datasets.update().where(condition).values(deleted_at=now, updated_at=now))
-            if changed.rowcount == 0:
+            condition = sa.and_(datasets.c.id == dataset_id, datasets.c.tenant == tenant)
+            row = connection.execute(datasets.select().where(condition).with_for_update()).one_or_none()
+            if row is None:
                 raise DatasetNotFound(f"there is no dataset {dataset_id!r}")
+            if row.deleted_at is not None:
+                return
+            if jobs := needed_by(connection, dataset_id):
+                raise DatasetInUse(
+                    f"{dataset_id} is needed by {', '.join(jobs)}; cancel them, or delete it when they have ended"
+                )
+            now = self._database.now(connection)
+            values = {"deleted_at": now, "updated_at": now, "report": None, "columns": None, "filename": ""}
+            connection.execute(datasets.update().where(condition).values(values))
+            record(connection, tenant, "dataset", dataset_id, actor=actor, reason=reason, now=now)
+
+    def unknown(self, dataset_ids: Collection[str]) -> set[str]:
+        """Those of the given ids, of any tenant, that no dataset has which exists."""
+        exists = sa.select(datasets.c.id).where(datasets.c.deleted_at.is_(None))
+        with self._database.read() as connection:
+            return set(dataset_ids) - ids_among(connection, exists, datasets.c.id, dataset_ids)
 
     def stale(self, older_than_s: float) -> Sequence[DatasetRecord]:
         """Records of all tenants whose check did not start or end in time, the oldest first."""

@@ -5,6 +5,7 @@ JobError
 ├── JobNotCancellable      the job has ended already
 ├── JobNotPausable         the job neither waits in the queue nor runs
 ├── JobNotResumable        the job is not paused
+├── JobNotDeletable        the job has not ended
 ├── LeaseLost              another worker holds the job now; nothing was written
 └── IdempotencyMismatch    the key was used for another request
 """
@@ -30,6 +31,10 @@ class JobNotPausable(JobError):
 
 class JobNotResumable(JobError):
     """The job is not paused."""
+
+
+class JobNotDeletable(JobError):
+    """The job has not ended."""
 
 
 class LeaseLost(JobError):

@@ -14,9 +14,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from finetune.data.errors import DatasetNotFound
 from finetune.jobs.errors import (
     IdempotencyMismatch,
     JobNotCancellable,
+    JobNotDeletable,
     JobNotFound,
     JobNotPausable,
     JobNotResumable,
@@ -33,8 +35,9 @@ from finetune.jobs.records import (
     Lease,
     Outlook,
 )
-from model_registry.db import Database
-from model_registry.tables import idempotency_keys, job_events, jobs, workers
+from model_registry.db import Database, ids_among
+from model_registry.removal import record, was_deleted
+from model_registry.tables import datasets, idempotency_keys, job_events, jobs, workers
 
 _HELD = (JobStatus.RUNNING, JobStatus.CANCELLING)
 # A worker may still write to a job that was paused under it, until it lets go; no other worker claims such a job.
@@ -42,6 +45,7 @@ _WRITABLE = (*_HELD, JobStatus.PAUSED)
 _PAUSED = frozenset({JobStatus.PAUSING, JobStatus.PAUSED})
 IDEMPOTENCY_HOURS = 72
 WORKER_SILENT_S = 60.0  # after which a worker counts as gone
+_DATASET_FIELDS = ("dataset", "validation_dataset", "test_dataset")
 
 
 _WHY_NOT_PAUSABLE = {
@@ -71,7 +75,8 @@ class JobStore:
     ) -> FineTuneJob:
         """Creates a job, or returns the one that the same key and request created before.
 
-        Raises `IdempotencyMismatch` where the key came with another request.
+        Raises `IdempotencyMismatch` where the key came with another request, `DatasetNotFound` for a dataset that was
+        deleted meanwhile.
         """
         try:
             return self._enqueue(tenant, spec, is_data_ready, idempotency_key, request_sha256)
@@ -88,6 +93,7 @@ class JobStore:
                 known = self._known_key(connection, tenant, idempotency_key, request_sha256, now)
                 if known is not None:
                     return self._get(connection, tenant, known)
+            _require_datasets(connection, tenant, spec)
             job_id = f"ft_{secrets.token_hex(12)}"
             status = JobStatus.QUEUED if is_data_ready else JobStatus.VALIDATING_FILES
             connection.execute(
@@ -248,6 +254,50 @@ class JobStore:
             now = self._database.now(connection)
             for row in connection.execute(query.with_for_update(skip_locked=True), {"now": now}).all():
                 self._end_orphan(connection, _job(row), now)
+
+    # Deleting
+
+    def users_of(self, connection: sa.Connection, dataset_id: str) -> list[str]:
+        """Jobs that need a dataset, the oldest first; in the transaction that would delete it."""
+        uses = sa.or_(*(jobs.c.spec[field].as_string() == dataset_id for field in _DATASET_FIELDS))
+        return [row.id for row in connection.execute(_unfinished().where(uses).order_by(jobs.c.created_at).limit(20))]
+
+    def registering(self, tenant: str, name: str) -> list[str]:
+        """Jobs that will register a version of `name`, the oldest first."""
+        mine = (jobs.c.tenant == tenant) & (jobs.c.spec["register_as"].as_string() == name)
+        with self._database.read() as connection:
+            return [
+                row.id for row in connection.execute(_unfinished().where(mine).order_by(jobs.c.created_at).limit(20))
+            ]
+
+    def unfinished(self, job_ids: Collection[str]) -> set[str]:
+        """Those of the given jobs, of any tenant, that exist and have not ended."""
+        with self._database.read() as connection:
+            return ids_among(connection, _unfinished(), jobs.c.id, job_ids)
+
+    def unknown(self, job_ids: Collection[str]) -> set[str]:
+        """Those of the given ids, of any tenant, that no job has."""
+        with self._database.read() as connection:
+            return set(job_ids) - ids_among(connection, sa.select(jobs.c.id), jobs.c.id, job_ids)
+
+    def delete(self, tenant: str, job_id: str, *, actor: str, reason: str = "") -> None:
+        """Removes a job that has ended, with its events; a repeat is no error. Versions that it registered stay.
+
+        Raises `JobNotFound`, `JobNotDeletable`.
+        """
+        with self._database.write() as connection:
+            try:
+                job = self._get(connection, tenant, job_id, lock=True)
+            except JobNotFound:
+                if was_deleted(connection, tenant, "job", job_id):
+                    return
+                raise
+            if not job.status.is_final:
+                raise JobNotDeletable(f"{job_id} is {job.status}; cancel it and wait for its end")
+            connection.execute(job_events.delete().where(job_events.c.job_id == job_id))
+            connection.execute(idempotency_keys.delete().where(idempotency_keys.c.job_id == job_id))
+            connection.execute(jobs.delete().where(jobs.c.id == job_id))
+            record(connection, tenant, "job", job_id, actor=actor, reason=reason, now=self._database.now(connection))
 
     # Waiting for data
 
@@ -543,6 +593,20 @@ class JobStore:
                 data=data,
             )
         )
+
+
+def _unfinished() -> sa.Select[tuple[str]]:
+    over = [status for status in JobStatus if status.is_final]
+    return sa.select(jobs.c.id).where(jobs.c.status.not_in(over))
+
+
+def _require_datasets(connection: sa.Connection, tenant: str, spec: JobSpec) -> None:
+    """None of a job's datasets is deleted, or can be until the job is there. Raises `DatasetNotFound`."""
+    mine = (datasets.c.id.in_(spec.datasets)) & (datasets.c.tenant == tenant)
+    query = sa.select(datasets.c.id, datasets.c.deleted_at).where(mine).order_by(datasets.c.id)
+    for row in connection.execute(query.with_for_update(read=True)):
+        if row.deleted_at is not None:
+            raise DatasetNotFound(f"the dataset {row.id!r} was deleted")
 
 
 def _job(row: Any) -> FineTuneJob:

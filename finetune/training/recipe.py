@@ -151,7 +151,7 @@ def register(job: ChildJob, run: Run, candidates: Sequence[Candidate], journal: 
     link.event("evaluation_ready", f"{best.method} was the best on validation", _headline(run, evaluation))
 
     _enter(run, JobPhase.EXPORTING)
-    store = FileStore(job.store_root)
+    store = FileStore(job.store_root, is_there=True)
     with tempfile.TemporaryDirectory(prefix="polyhead-version-", dir=job.work_dir) as name:
         folder = Path(name)
         stage_weights(folder, run, best, servable)

@@ -24,8 +24,9 @@ from finetune.training.settings import child_environment
 from finetune.worker.supervisor import Ledger, Supervisor, Timing
 from finetune.worker.tracking import MlflowSink, TrackingFailed
 from finetune.worker.warm_child import SpareChild
+from model_registry.data_folder import DataFolder
 from model_registry.engine_reports import EngineReports
-from model_registry.errors import DatabaseUnavailable
+from model_registry.errors import DatabaseUnavailable, StoreUnavailable
 from modeling.backbone import Backbone
 from modeling.engines.device import fingerprint
 from modeling.engines.graphs import GraphFiles, graphs_key
@@ -49,6 +50,7 @@ class Worker:
         backbones: Mapping[str, Backbone],
         profile: WorkerProfile,
         data_dir: Path,
+        folder: DataFolder | None = None,
         timing: Timing,
         poll_s: float,
         engines: EngineReports | None = None,
@@ -56,12 +58,13 @@ class Worker:
         spare: SpareChild | None = None,
         sink: MlflowSink | None = None,
     ) -> None:
-        """`data_dir` is shared with the serving process, which puts datasets and graphs there; `engines`: what servers
+        """`data_dir` is shared with the serving process, which puts datasets and graphs there; no job is claimed while
+        `folder` says that it is away; `engines`: what servers
         measured; `spare`: a training process to keep waiting while there is no job."""
         self._id, self._ledger, self._datasets = worker_id, ledger, datasets
         self._backbones, self._profile, self._timing = backbones, profile, timing
         self._folder, self._work = data_dir.absolute(), data_dir.absolute() / "work"
-        self._poll_s, self._sink = poll_s, sink
+        self._poll_s, self._sink, self._data = poll_s, sink, folder
         self._engines, self._feature_cache_bytes, self._spare = engines, feature_cache_bytes, spare
         # A plain flag: an Event set by a signal handler can deadlock with the main thread inside its wait.
         self._is_stopping = False
@@ -91,10 +94,15 @@ class Worker:
                     beaten = time.monotonic()
                 self._ledger.metrics.beat()
                 self.promote_waiting()
+                if self._data is not None:
+                    self._data.check()
                 worked = self.work_once()
                 backoff_s = self._poll_s
             except DatabaseUnavailable as error:
                 _log.warning("database unavailable", extra={"action": "db_unavailable", "error": str(error)})
+                worked, backoff_s = False, min(_MAX_BACKOFF_S, backoff_s * 2)
+            except StoreUnavailable as error:
+                _log.warning("data directory unavailable", extra={"action": "data_folder_gone", "error": str(error)})
                 worked, backoff_s = False, min(_MAX_BACKOFF_S, backoff_s * 2)
             if not worked:
                 if self._spare is not None:

@@ -14,7 +14,7 @@ from finetune.data.canonical import read_batches
 from finetune.data.check import ROWS_FILE
 from finetune.data.profile import class_counts
 from finetune.data.records import DatasetRecord, DatasetStatus
-from service.api.deps import Services, ServicesDep, Uploading
+from service.api.deps import NeedsData, Services, ServicesDep, Uploading
 from service.api.problems import Problem
 from service.api.uploads import receive_multipart
 from service.dataset_intake import RAW_FILE
@@ -38,7 +38,11 @@ _UPLOAD_SCHEMA = {
 
 
 @router.post(
-    "/datasets", status_code=201, summary="Upload a table, or an archive of text files", openapi_extra=_UPLOAD_SCHEMA
+    "/datasets",
+    status_code=201,
+    dependencies=[NeedsData],
+    summary="Upload a table, or an archive of text files",
+    openapi_extra=_UPLOAD_SCHEMA,
 )
 async def upload(request: Request, services: ServicesDep, principal: Uploading) -> Response:
     record, _ = await take_upload(request, services, principal.tenant)
@@ -103,7 +107,7 @@ def get_report(
     }
 
 
-@router.get("/datasets/{dataset_id}/preview", summary="The first rows as they were read")
+@router.get("/datasets/{dataset_id}/preview", dependencies=[NeedsData], summary="The first rows as they were read")
 def get_preview(
     dataset_id: str,
     services: ServicesDep,
@@ -134,9 +138,19 @@ def get_preview(
     }
 
 
-@router.delete("/datasets/{dataset_id}", status_code=204, summary="Delete a dataset and its rows")
-async def delete_dataset(dataset_id: str, services: ServicesDep, principal: Uploading) -> Response:
-    await services.intake.delete(principal.tenant, dataset_id)
+@router.delete(
+    "/datasets/{dataset_id}", status_code=204, dependencies=[NeedsData], summary="Delete a dataset and its rows"
+)
+async def delete_dataset(
+    dataset_id: str,
+    services: ServicesDep,
+    principal: Uploading,
+    reason: str = Query("", max_length=1024, description="for the history"),
+) -> Response:
+    """Refused while jobs that have not ended need it. A repeat is 204 too."""
+    await services.intake.delete(
+        principal.tenant, dataset_id, needed_by=services.jobs.users_of, actor=principal.name, reason=reason
+    )
     return Response(status_code=204)
 
 

@@ -12,12 +12,14 @@ from finetune.data.store import DatasetStore
 from finetune.jobs.records import Outlook
 from finetune.jobs.store import JobStore
 from model_registry.registry import Registry
+from model_registry.removal import Removal
 from model_registry.store import ArtifactStore
 from modeling.backbone import Backbone
 from service.api.auth import Principal, require
 from service.api.guard import DrainState
 from service.api.problems import Problem
 from service.dataset_intake import DatasetIntake
+from service.folder_watch import FolderWatch
 from service.inference.model_pool import ModelPool
 from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
@@ -50,6 +52,7 @@ class Services:
     predictor: Predictor
     watcher: RegistryWatcher
     registry: Registry
+    removal: Removal
     jobs: JobStore
     datasets: DatasetStore
     intake: DatasetIntake
@@ -58,6 +61,7 @@ class Services:
     metrics: ServingMetrics
     drain: DrainState
     backbones: Mapping[str, Backbone]
+    folder: FolderWatch
     workers: Workers = field(default_factory=Workers)
 
 
@@ -80,10 +84,17 @@ def services(request: Request) -> Services:
     return found
 
 
+async def _data_there(request: Request) -> None:
+    """What reads or writes files of the data directory is refused while it is away. Raises `StoreUnavailable`."""
+    await services(request).folder.require()
+
+
 ServicesDep = Annotated[Services, Depends(services)]
 JsonBody = Depends(json_body)
+NeedsData = Depends(_data_there)
 Reading = Annotated[Principal, Depends(require(None))]
 Uploading = Annotated[Principal, Depends(require("datasets"))]
 Training = Annotated[Principal, Depends(require("finetune"))]
 Promoting = Annotated[Principal, Depends(require("models:promote"))]
+Deleting = Annotated[Principal, Depends(require("models:delete"))]
 Administering = Annotated[Principal, Depends(require("admin"))]

@@ -34,10 +34,11 @@ from model_registry.errors import ModelNotFound
 from modeling.tasks import DEFAULT_MODALITY, task_of_kind
 from service.api.auth import Principal
 from service.api.datasets import take_upload
-from service.api.deps import Services, ServicesDep, Training, json_body
+from service.api.deps import NeedsData, Services, ServicesDep, Training, json_body
 from service.api.guard import GuardLimits, checked_json
 from service.api.problems import Problem
 from service.api.schemas import CancelRequest, FinetuneRequest
+from service.housekeeping import remove_job_files
 from service.inference.errors import ModelNotReady
 
 router = APIRouter(tags=["fine-tuning"])
@@ -55,7 +56,13 @@ _BODY_SCHEMA = {
 }
 
 
-@router.post("/finetune", status_code=202, summary="Start a fine-tune job", openapi_extra=_BODY_SCHEMA)
+@router.post(
+    "/finetune",
+    status_code=202,
+    dependencies=[NeedsData],
+    summary="Start a fine-tune job",
+    openapi_extra=_BODY_SCHEMA,
+)
 async def start(
     request: Request,
     services: ServicesDep,
@@ -392,6 +399,24 @@ def pause(job_id: str, services: ServicesDep, principal: Training) -> dict[str, 
 @router.post("/finetune/{job_id}/resume", summary="Put a paused job back into the queue")
 def resume(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
     return document(services.jobs.request_resume(principal.tenant, job_id), services)
+
+
+@router.delete(
+    "/finetune/{job_id}",
+    status_code=204,
+    dependencies=[NeedsData],
+    summary="Delete a job that has ended; its versions stay",
+)
+async def delete_job(
+    job_id: str,
+    services: ServicesDep,
+    principal: Training,
+    reason: str = Query("", max_length=1024, description="for the history"),
+) -> Response:
+    """Its events, evaluation and log go. A repeat is 204 too."""
+    await asyncio.to_thread(lambda: services.jobs.delete(principal.tenant, job_id, actor=principal.name, reason=reason))
+    await asyncio.to_thread(remove_job_files, services.settings.data_dir, job_id)
+    return Response(status_code=204)
 
 
 def document(job: FineTuneJob, services: Services) -> dict[str, Any]:

@@ -41,6 +41,7 @@ async def readyz(services: ServicesDep) -> Response:
     answer = {
         "status": "ready" if reason is None else "unready",
         "reason": reason,
+        "degraded": _degraded(services),
         "workers": services.workers.document(),
     }
     return JSONResponse(answer, 200 if reason is None else 503, headers)
@@ -51,12 +52,20 @@ def _unready(services: Services) -> str | None:
         return "draining"
     if services.pool.has_failed:
         return "a backbone could not be loaded; see the log"
+    if services.folder.reason is not None:
+        return services.folder.reason
     if not services.pool.is_started:
         missing = set(services.settings.backbones) - set(services.pool.backbones())
         return f"loading {', '.join(sorted(missing)) or 'models'}"
     # A version with weights of its own that is unfit answers 503 for itself; it takes no others along.
     unfit = [name for name, model in services.pool.backbones().items() if not model.lane.worker.is_fit]
     return f"the engine of {', '.join(sorted(unfit))} is out of order" if unfit else None
+
+
+def _degraded(services: Services) -> list[str]:
+    """What does not work although traffic may come: predictions need no database."""
+    is_away = services.watcher.is_database_away
+    return ["the metadata database does not answer; predictions go on, what needs it is refused"] if is_away else []
 
 
 @router.head("/info", include_in_schema=False)

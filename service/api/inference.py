@@ -35,7 +35,7 @@ Body = TypeVar("Body")
 Reply = tuple[bytes, list[tuple[bytes, bytes]]]
 """A JSON document, to be sent with status 200, and headers."""
 Refuse = Callable[[Exception, Scope], Response | None]
-NO_MODEL: Final = ("", "", "")
+NO_MODEL: Final = ("", "", "", "")
 
 
 @dataclass(slots=True)

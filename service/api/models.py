@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
-from model_registry.errors import ModelNotFound
-from model_registry.manifest import FileEntry, ModelManifest
+from model_registry.errors import HashMismatch, ModelInUse, ModelNotFound, VersionInUse
+from model_registry.manifest import FileEntry, ModelManifest, sha256_hex
 from model_registry.refs import CHAMPION, ModelRef
 from model_registry.registry import AliasChange, ModelVersion, RegisteredModel
 from model_registry.store import load_manifest
 from service.api.auth import Principal
-from service.api.deps import Administering, JsonBody, Promoting, Reading, Services, ServicesDep
+from service.api.deps import Administering, Deleting, JsonBody, NeedsData, Promoting, Reading, Services, ServicesDep
 from service.api.problems import Problem
 from service.api.schemas import AliasPending, AliasRequest, ImportRequest, RollbackRequest
 
 router = APIRouter(tags=["models"])
 _MAX_FILE_BYTES = 16 << 20
+Version = Annotated[int, Field(ge=1, le=999_999_999)]
+Reason = Annotated[str, Query(max_length=1024, description="for the history")]
 _SERVED_S = 10.0  # after that a caller has waited long enough to be told how things are
 _PENDING: dict[int | str, dict[str, Any]] = {
     202: {"model": AliasPending, "description": "The alias has moved, and this replica does not serve the version yet"}
@@ -63,7 +66,7 @@ def list_versions(name: str, services: ServicesDep, principal: Reading) -> dict[
     return {"object": "list", "data": versions, "alias_states": _alias_states(model, services)}
 
 
-@router.get("/models/{name}/versions/{version}", summary="One version")
+@router.get("/models/{name}/versions/{version}", dependencies=[NeedsData], summary="One version")
 def get_version(name: str, version: int, services: ServicesDep, principal: Reading) -> dict[str, Any]:
     model = services.registry.model(principal.tenant, name)
     for found in model.versions:
@@ -72,13 +75,23 @@ def get_version(name: str, version: int, services: ServicesDep, principal: Readi
     raise ModelNotFound(f"{name} has no version {version}")
 
 
-@router.get("/models/{name}/versions/{version}/card", summary="The model card", response_class=Response)
+@router.get(
+    "/models/{name}/versions/{version}/card",
+    dependencies=[NeedsData],
+    summary="The model card",
+    response_class=Response,
+)
 def get_card(name: str, version: int, services: ServicesDep, principal: Reading) -> Response:
     content = _file(name, version, "MODEL_CARD.md", services, principal)
     return Response(content, media_type="text/markdown; charset=utf-8")
 
 
-@router.get("/models/{name}/versions/{version}/files/{path:path}", summary="A small file", response_class=Response)
+@router.get(
+    "/models/{name}/versions/{version}/files/{path:path}",
+    dependencies=[NeedsData],
+    summary="A small file",
+    response_class=Response,
+)
 def get_file(name: str, version: int, path: str, services: ServicesDep, principal: Reading) -> Response:
     content = _file(name, version, path, services, principal)
     kind = _MEDIA_TYPES.get(path.rpartition(".")[2], "application/octet-stream")
@@ -125,12 +138,17 @@ def get_alias_history(
     return {"object": "list", "data": [_change(change) for change in changes]}
 
 
-@router.get("/models/{name}/history", summary="Every move of every alias, newest first")
+@router.get("/models/{name}/history", summary="Every move of every alias and what was deleted, newest first")
 def get_history(
     name: str, services: ServicesDep, principal: Reading, limit: int = Query(100, ge=1, le=1000)
 ) -> dict[str, Any]:
     changes = services.registry.history(tenant=principal.tenant, name=name, limit=limit)
-    return {"object": "list", "data": [_change(change) for change in changes]}
+    deletions = services.removal.deletions(tenant=principal.tenant, name=name, limit=limit)
+    return {
+        "object": "list",
+        "data": [_change(change) for change in changes],
+        "deletions": [{"object": "deletion", **asdict(deletion)} for deletion in deletions],
+    }
 
 
 @router.post("/models/{name}/rollback", responses=_PENDING, summary="Point an alias back to where it was")
@@ -148,7 +166,10 @@ async def rollback(
 
 
 @router.post(
-    "/models/import", status_code=201, dependencies=[JsonBody], summary="Register an existing Hugging Face classifier"
+    "/models/import",
+    status_code=201,
+    dependencies=[JsonBody, NeedsData],
+    summary="Register an existing Hugging Face classifier",
 )
 async def import_model(body: ImportRequest, services: ServicesDep, principal: Administering) -> Response:
     if body.name in services.settings.backbones:
@@ -161,8 +182,103 @@ async def import_model(body: ImportRequest, services: ServicesDep, principal: Ad
     return JSONResponse(_version(found, model, services), 201, {"Location": f"/models/{body.name}/versions/{version}"})
 
 
+@router.delete(
+    "/models/{name}/versions/{version}",
+    status_code=204,
+    dependencies=[NeedsData],
+    summary="Delete a version that nothing needs",
+)
+async def delete_version(
+    name: str, version: Version, services: ServicesDep, principal: Deleting, reason: Reason = ""
+) -> Response:
+    """Refused while an alias points at it, or serves it here until another version is loaded. Requests that it is at
+    are answered; then its files are gone. A repeat is 204 too."""
+    _refuse_needed(services, principal.tenant, name, version=version)
+    await asyncio.to_thread(
+        lambda: services.removal.delete_version(
+            tenant=principal.tenant, name=name, version=version, actor=principal.name, reason=reason
+        )
+    )
+    await services.watcher.refresh()
+    return Response(status_code=204)
+
+
+@router.delete("/models/{name}/aliases/{alias}", status_code=204, summary="Delete an alias; its version stays")
+async def delete_alias(
+    name: str,
+    alias: str,
+    services: ServicesDep,
+    principal: Promoting,
+    expected_version: Version | None = None,
+    reason: Reason = "",
+) -> Response:
+    """With `expected_version` only if the alias points there. A repeat is 204 too."""
+    _refuse_default(services, name, alias=alias)
+    await asyncio.to_thread(
+        lambda: services.removal.delete_alias(
+            tenant=principal.tenant,
+            name=name,
+            alias=alias,
+            expected_version=expected_version,
+            actor=principal.name,
+            reason=reason,
+        )
+    )
+    await services.watcher.refresh()
+    return Response(status_code=204)
+
+
+@router.delete(
+    "/models/{name}", status_code=204, dependencies=[NeedsData], summary="Delete a model with all its versions"
+)
+async def delete_model(
+    name: str,
+    services: ServicesDep,
+    principal: Deleting,
+    force: bool = Query(False, description="delete its aliases too"),
+    reason: Reason = "",
+) -> Response:
+    """Refused while it has aliases, unless `force` is set, and while jobs will register a version of it. Its history is
+    kept, and the name goes on counting if it is used again. A repeat is 204 too."""
+    _refuse_default(services, name)
+    jobs = await asyncio.to_thread(services.jobs.registering, principal.tenant, name)
+    if jobs:
+        needed_by = [("jobs", f"the job {job} will register a version") for job in jobs]
+        raise ModelInUse(name, needed_by, fix="Cancel what should not register, or delete the model afterwards")
+    await asyncio.to_thread(
+        lambda: services.removal.delete_model(
+            tenant=principal.tenant, name=name, is_forced=force, actor=principal.name, reason=reason
+        )
+    )
+    await services.watcher.refresh()
+    return Response(status_code=204)
+
+
+def _refuse_needed(services: Services, tenant: str, name: str, *, version: int) -> None:
+    """What only this process knows of the uses of a version. Raises `VersionInUse`."""
+    _refuse_default(services, name, version=version)
+    needed_by = [
+        (f"aliases.{alias}", f"the alias {alias} serves it here until version {wanted} is loaded")
+        for alias, wanted in services.pool.status.serves_instead(tenant, name, version).items()
+    ]
+    if needed_by:
+        raise VersionInUse(f"{name}:{version}", needed_by, fix="Wait until the alias serves the other version")
+
+
+def _refuse_default(services: Services, name: str, *, alias: str | None = None, version: int | None = None) -> None:
+    """What a request without a model gets must not be deleted. Raises `ModelInUse`."""
+    default = services.settings.default_model
+    ref = None if default is None else ModelRef.parse(default)
+    if ref is None or ref.name != name:
+        return
+    if (alias is None or alias == ref.alias) and (version is None or version == ref.version):
+        needed_by = [("default_model", f"the setting default_model names {default}")]
+        raise ModelInUse(str(default), needed_by, fix="Change the setting first")
+
+
 async def _moved(change: AliasChange, tenant: str, services: Services, *, ends: float) -> JSONResponse:
     """What has become of a move of an alias, as soon as this replica serves the version or the time is over."""
+    assert change.to_version is not None
     await services.watcher.refresh()
     alias = (tenant, change.name, change.alias)
     if await services.pool.serves(alias, change.to_version, within_s=ends - time.monotonic()):
@@ -176,7 +292,7 @@ def _files(version: ModelVersion, services: Services) -> list[dict[str, Any]]:
     """What the manifest lists; nothing before the version is ready."""
     if version.status != "ready":
         return []
-    manifest = load_manifest(services.store, tenant=version.tenant, name=version.name, version=version.version)
+    manifest = _manifest(version, services)
     return [entry.model_dump() for entry in manifest.files]
 
 
@@ -184,14 +300,28 @@ def _file(name: str, version: int, path: str, services: Services, principal: Pri
     """Only what the manifest lists can be read, and only files of a size to show; rows of data need their own scope."""
     if path == "golden.json" and not principal.may("datasets"):
         raise Problem(403, "forbidden", "golden.json holds rows of the dataset, so it needs the scope 'datasets'")
-    services.registry.resolve(principal.tenant, ModelRef(name, alias=None, version=version))
-    manifest: ModelManifest = load_manifest(services.store, tenant=principal.tenant, name=name, version=version)
+    found = services.registry.resolve(principal.tenant, ModelRef(name, alias=None, version=version))
+    manifest = _manifest(found, services)
     listed: dict[str, FileEntry] = {entry.path: entry for entry in manifest.files}
     if path not in listed:
         raise Problem(404, "file_not_found", f"{name}:{version} has no such file")
     if listed[path].size > _MAX_FILE_BYTES:
         raise Problem(413, "payload_too_large", f"{path} has {listed[path].size} bytes; fetch it from the store")
-    return services.store.get_bytes(f"{manifest.prefix}/{path}", max_bytes=_MAX_FILE_BYTES)
+    content = services.store.get_bytes(f"{manifest.prefix}/{path}", max_bytes=_MAX_FILE_BYTES)
+    if sha256_hex(content) != listed[path].sha256:
+        raise HashMismatch(f"{path} of {name}:{version} differs from the digest in its manifest; restore it")
+    return content
+
+
+def _manifest(version: ModelVersion, services: Services) -> ModelManifest:
+    """As it was registered. Raises `ArtifactError`."""
+    return load_manifest(
+        services.store,
+        tenant=version.tenant,
+        name=version.name,
+        version=version.version,
+        sha256=version.manifest_sha256,
+    )
 
 
 def _backbone(name: str, services: Services, tenant: str) -> dict[str, Any]:

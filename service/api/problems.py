@@ -71,10 +71,15 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     jobs.JobNotResumable: (409, "job_not_resumable"),
     jobs.IdempotencyMismatch: (422, "idempotency_mismatch"),
     PlanError: (422, "invalid_request"),
+    registry.StoreUnavailable: (503, "storage_unavailable"),
+    registry.VersionInUse: (409, "version_in_use"),
+    registry.ModelInUse: (409, "model_in_use"),
+    data.DatasetInUse: (409, "dataset_in_use"),
+    jobs.JobNotDeletable: (409, "job_not_deletable"),
 }
 """Status and code by error class; a subclass not listed answers as its nearest listed parent."""
 
-RETRY_AFTER_S: dict[str, float] = {"database_unavailable": 1.0}
+RETRY_AFTER_S: dict[str, float] = {"database_unavailable": 1.0, "storage_unavailable": 5.0}
 """When to come back, for mapped errors whose exception carries no `retry_after_s` of its own."""
 
 _CODE_BY_STATUS = {

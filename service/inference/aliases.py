@@ -37,16 +37,19 @@ class Aliases:
         """Whether the registry has been read at all."""
         return self._snapshot.epoch >= 0
 
-    def follow(self, snapshot: RegistrySnapshot) -> set[AliasKey]:
-        """From now on `snapshot` says what is wanted, unless it is older than the last. Returns what it took away."""
+    def follow(self, snapshot: RegistrySnapshot) -> tuple[set[AliasKey], set[Key]]:
+        """From now on `snapshot` says what is wanted, unless it is older than the last. Returns the aliases and the
+        versions that it took away."""
         if snapshot.epoch < self._snapshot.epoch:
-            return set()
+            return set(), set()
         gone = self._snapshot.aliases.keys() - snapshot.aliases.keys()
+        deleted = self._snapshot.versions.keys() - snapshot.versions.keys()
         self._snapshot = snapshot
         for alias in gone:
             self._serving.pop(alias, None)
             self._before.pop(alias, None)
-        return gone
+        self._before = {alias: number for alias, number in self._before.items() if (*alias[:2], number) not in deleted}
+        return gone, deleted
 
     def unsettled(self) -> list[tuple[AliasKey, Key]]:
         """Each alias that does not serve what it should, with the version that it should serve."""
@@ -68,16 +71,30 @@ class Aliases:
     def serving(self, alias: AliasKey) -> int | None:
         return self._serving.get(alias)
 
+    def serving_instead(self, key: Key) -> dict[str, int]:
+        """Aliases that serve `key` until the version that they should serve is loaded, with that one."""
+        tenant, name, version = key
+        return {
+            alias[2]: wanted
+            for alias, wanted in dict(self._snapshot.aliases).items()
+            if alias[:2] == (tenant, name) and self._serving.get(alias) == version != wanted
+        }
+
     def version(self, key: Key) -> ModelVersion | None:
         """What the registry knows of a ready version."""
         return self._snapshot.versions.get(key)
 
     def resolve(self, tenant: str, ref: ModelRef) -> Key | None:
-        """The version that answers for `ref`; while its alias serves none, the one that should. None: unknown here."""
+        """The version that answers for `ref`; while its alias serves none, the one that should. None: unknown here.
+
+        What an alias serves answers for it also when it is deleted, until the version that is wanted takes over.
+        """
         version = ref.version
         if version is None:
             alias = (tenant, ref.name, ref.alias or "")
-            version = self._serving.get(alias, self._snapshot.aliases.get(alias))
+            if alias in self._serving:
+                return tenant, ref.name, self._serving[alias]
+            version = self._snapshot.aliases.get(alias)
         if version is None or (tenant, ref.name, version) not in self._snapshot.versions:
             return None
         return tenant, ref.name, version

@@ -50,7 +50,7 @@ class Assembler:
     async def load(self, key: Key, version: ModelVersion) -> None:
         """The version is in memory and ready. Raises what is wrong with it or its engine, and then leaves nothing."""
         async with self._engines.steady:
-            labels, started = (key[1], str(key[2]), version.task), time.monotonic()
+            labels, started = (key[1], str(key[2]), version.task, key[0]), time.monotonic()
             self._metrics.start_model(*labels)
             self._metrics.set_model_state(*labels, state="loading")
             try:

@@ -29,7 +29,7 @@ from service.inference.capacity import CostEstimate
 from service.inference.engine_worker import BatchLimits, EngineWorker, Outputs, Record, Runtime
 from service.inference.queue import Model, QueueEntry, Work
 from service.inference.warm_up import Measured, timed_runs
-from service.metrics import ServingMetrics
+from service.metrics import ModelLabels, ServingMetrics
 
 _log = logging.getLogger("service.lanes")
 _CHECK_COST = 8
@@ -248,7 +248,7 @@ class ServedModel:
     owns_weights: bool = False
     head: TaskHead | None = field(init=False)
     margins: Callable[[Sequence[Example]], FloatArray] | None = field(init=False)
-    metric_labels: tuple[str, str, str] = field(init=False)
+    metric_labels: ModelLabels = field(init=False)
     loaded_at: float = field(default_factory=time.time)
     used_at: float = field(default_factory=time.monotonic)
     leases: int = 0
@@ -258,7 +258,8 @@ class ServedModel:
         self.head = None if self.parts is None else self.parts.head
         linear = None if self.parts is None else self.parts.linear
         self.margins = None if linear is None else linear.margins
-        self.metric_labels = (self.name, "" if self.version is None else str(self.version), self.task.name)
+        version = "" if self.version is None else str(self.version)
+        self.metric_labels = (self.name, version, self.task.name, self.tenant)
         self._idle.set()
 
     @property

@@ -63,6 +63,10 @@ class Loader:
     def failure(self, key: Key) -> Failure | None:
         return self._failures.get(key)
 
+    def forget(self, key: Key) -> None:
+        """The version is gone: why it could not be loaded no longer matters."""
+        self._failures.pop(key, None)
+
     def is_loading(self, key: Key) -> bool:
         return key in self._loads
 

@@ -17,7 +17,7 @@ from model_registry.refs import CHAMPION, ModelRef
 from model_registry.registry import ModelVersion, RegistrySnapshot
 from model_registry.store import ArtifactStore
 from modeling.backbone import Backbone
-from service.inference.aliases import Aliases, AliasKey
+from service.inference.aliases import Aliases, AliasKey, Key
 from service.inference.assembly import Assembler
 from service.inference.batch_log import BatchLog
 from service.inference.engine_director import EngineDirector
@@ -65,6 +65,7 @@ class ModelPool:
         self._backbones: dict[str, ServedModel] = {}
         self._found: dict[tuple[str, ModelRef], ServedModel] = {}  # since the loop's last turn
         self._missing = set(backbones)
+        self._deleted: set[Key] = set()  # from the registry, and not gone from here yet
         self._changed = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
         self.look_again: Callable[[], Awaitable[None]] | None = None
@@ -138,8 +139,10 @@ class ModelPool:
 
     def follow(self, snapshot: RegistrySnapshot) -> None:
         """`snapshot` says from now on what every alias should serve; each does as soon as its version is loaded."""
-        for gone in self._aliases.follow(snapshot):
-            self._metrics.stop_alias(*gone)
+        gone, deleted = self._aliases.follow(snapshot)
+        for alias in gone:
+            self._metrics.stop_alias(*alias)
+        self._deleted |= deleted
         for alias, _ in self._aliases.unsettled():
             self._show(alias)
         self._tell_hidden()
@@ -160,17 +163,24 @@ class ModelPool:
         again as long as there is time.
         """
         key, ends = (tenant, name, version.version), self._clock() + within_s
-        with self._residency.promise(key):
-            while key not in self._residency and (left_s := ends - self._clock()) > 0:
-                load = None if self._missing else self._loader.start(key, version)
-                failure, pause_s = self._loader.failure(key), self._loader.pause_s(key)
-                if load is not None:
-                    await asyncio.wait([load], timeout=left_s)
-                elif failure is not None and failure.is_lasting:
-                    raise failure.error
-                else:
-                    await asyncio.sleep(min(left_s, pause_s if pause_s > 0 else _SOON_S))
-            return key in self._residency
+        try:
+            with self._residency.promise(key):
+                return await self._loaded(key, version, ends)
+        finally:
+            if self._deleted:
+                self._reconcile()  # the promise may have kept what was deleted meanwhile
+
+    async def _loaded(self, key: Key, version: ModelVersion, ends: float) -> bool:
+        while key not in self._residency and (left_s := ends - self._clock()) > 0:
+            load = None if self._missing else self._loader.start(key, version)
+            failure, pause_s = self._loader.failure(key), self._loader.pause_s(key)
+            if load is not None:
+                await asyncio.wait([load], timeout=left_s)
+            elif failure is not None and failure.is_lasting:
+                raise failure.error
+            else:
+                await asyncio.sleep(min(left_s, pause_s if pause_s > 0 else _SOON_S))
+        return key in self._residency
 
     async def serves(self, alias: AliasKey, version: int, *, within_s: float) -> bool:
         """Whether the alias serves `version` here, once it does, has moved on, or `within_s` is over."""
@@ -190,11 +200,19 @@ class ModelPool:
             elif version is not None:
                 self._loader.start(key, version)
         self._residency.pinned, self._residency.previous = self._aliases.pinned(), self._aliases.previous()
+        self._clear_deleted()
         self._residency.release()
         self._found.clear()
         self._plan_next()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+    def _clear_deleted(self) -> None:
+        """What is being loaded, or serves an alias whose wanted version is not loaded yet, goes a later time."""
+        for key in [key for key in self._deleted if not self._loader.is_loading(key)]:
+            if self._residency.remove(key):
+                self._loader.forget(key)
+                self._deleted.discard(key)
 
     def _plan_next(self) -> None:
         """The next turn is when the first back-off of a version that an alias wants is over, if nothing else comes."""

@@ -38,6 +38,10 @@ class PoolStatus:
         reason = f"{name}:{wanted} is being loaded" if is_loading else "this replica has not seen the change yet"
         return AliasState(wanted, serving, reason)
 
+    def serves_instead(self, tenant: str, name: str, version: int) -> dict[str, int]:
+        """Aliases that serve a version here although they should serve another, with that one."""
+        return self._aliases.serving_instead((tenant, name, version))
+
     def engine_of(self, key: Key) -> str | None:
         model = self._residency.get(key)
         return None if model is None else model.lane.engine_name

@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from model_registry.errors import DatabaseUnavailable
 from model_registry.registry import Registry
@@ -16,6 +18,7 @@ from service.inference.model_pool import ModelPool
 
 _log = logging.getLogger("service.registry_watcher")
 _MAX_BACKOFF_S = 5.0
+Seen = TypeVar("Seen")
 
 
 class RegistryWatcher:
@@ -25,11 +28,12 @@ class RegistryWatcher:
         self._lock = asyncio.Lock()
         self._next_look: asyncio.Task[None] | None = None
         self._looked_at = -poll_s
+        self.is_database_away = False  # at the last look
 
     async def refresh(self) -> None:
         """Shows the registry's present state before it returns. Raises `DatabaseUnavailable`."""
         async with self._lock:
-            snapshot = await asyncio.to_thread(self._registry.snapshot)
+            snapshot = await self._asked(self._registry.snapshot)
             self._pool.follow(snapshot)
             self._epoch = snapshot.epoch
 
@@ -62,5 +66,15 @@ class RegistryWatcher:
             await self._refresh_if_moved()
 
     async def _refresh_if_moved(self) -> None:
-        if await asyncio.to_thread(self._registry.epoch) != self._epoch:
+        if await self._asked(self._registry.epoch) != self._epoch:
             await self.refresh()
+
+    async def _asked(self, look: Callable[[], Seen]) -> Seen:
+        """Raises `DatabaseUnavailable`, and remembers it for the probes."""
+        try:
+            seen = await asyncio.to_thread(look)
+        except DatabaseUnavailable:
+            self.is_database_away = True
+            raise
+        self.is_database_away = False
+        return seen

@@ -11,7 +11,7 @@ from service.inference.aliases import Key
 from service.inference.engine_director import EngineDirector
 from service.inference.errors import MemoryBudgetExceeded
 from service.inference.lanes import BackboneLane, ServedModel
-from service.metrics import ServingMetrics
+from service.metrics import ModelLabels, ServingMetrics
 
 
 class Residency:
@@ -62,9 +62,22 @@ class Residency:
             if self._held(self._models.values()) <= self._budget_bytes:
                 break
             self._metrics.adapter_evictions_total.inc()
-            task = asyncio.create_task(self._unload(self._models.pop(key)))
-            self._unloads.add(task)
-            task.add_done_callback(self._unloads.discard)
+            self._let_go(key)
+
+    def remove(self, key: Key) -> bool:
+        """Unloads a deleted version once its requests have ended; False while it is pinned."""
+        if self._is_pinned(key):
+            return False
+        if key in self._models:
+            self._let_go(key)
+        else:
+            self._metrics.stop_version(*key)
+        return True
+
+    def _let_go(self, key: Key) -> None:
+        task = asyncio.create_task(self._unload(self._models.pop(key)))
+        self._unloads.add(task)
+        task.add_done_callback(self._unloads.discard)
 
     async def stop(self) -> None:
         for task in self._unloads:
@@ -83,8 +96,8 @@ class Residency:
         if not self._is_shown(labels):
             self._metrics.stop_model(*labels)
 
-    def _is_shown(self, labels: tuple[str, str, str]) -> bool:
-        """Whether another model has the same series: a later load of the version, or another tenant's model."""
+    def _is_shown(self, labels: ModelLabels) -> bool:
+        """Whether another model has the same series: a later load of the version."""
         return any(model.metric_labels == labels for model in self._models.values())
 
     def _is_pinned(self, key: Key) -> bool:

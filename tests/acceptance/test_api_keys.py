@@ -16,7 +16,7 @@ from service.api.guard import PROBE_PATHS
 from tests.acceptance.conftest import Home, Table
 from tests.acceptance.processes import Client, problem
 
-SCOPES = ("predict", "datasets", "finetune", "models:promote")
+SCOPES = ("predict", "datasets", "finetune", "models:promote", "models:delete")
 # What each route asks for; None: any valid key. A route that is missing here fails the test.
 ROUTES: dict[tuple[str, str], str | None] = {
     ("post", "/predict"): "predict",
@@ -49,6 +49,10 @@ ROUTES: dict[tuple[str, str], str | None] = {
     ("put", "/models/{name}/aliases/{alias}"): "models:promote",
     ("post", "/models/{name}/rollback"): "models:promote",
     ("post", "/models/import"): "admin",
+    ("delete", "/models/{name}"): "models:delete",
+    ("delete", "/models/{name}/versions/{version}"): "models:delete",
+    ("delete", "/models/{name}/aliases/{alias}"): "models:promote",
+    ("delete", "/finetune/{job_id}"): "finetune",
 }
 VALUES = {"version": "1"}
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from model_registry.errors import ArtifactError, ArtifactExists, HashMismatch, InvalidReference, StoreFull
+from model_registry.errors import (
+    ArtifactError,
+    ArtifactExists,
+    HashMismatch,
+    InvalidReference,
+    StoreFull,
+    StoreUnavailable,
+)
 from model_registry.store import ArtifactStore, FileStore, put_tree, verify_files
 from tests.support.memory_store import MemoryStore
 
@@ -181,3 +190,94 @@ def test_the_name_is_durable_before_the_call_returns(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", fsync)
     FileStore(tmp_path / "store").put_bytes("a/b/c", b"x")
     assert len(synced) == 4, "the file, then each folder up to the root"
+
+
+def unsupported(*arguments: object, **options: object) -> None:
+    raise OSError(errno.EPERM, "operation not permitted")
+
+
+@pytest.fixture(params=["links", "renames", "claims"])
+def by_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the filesystem can do: all; no hard links, as SMB and exFAT; nor renames that replace nothing, as FUSE."""
+    if request.param != "links":
+        monkeypatch.setattr("pathlib.Path.hardlink_to", unsupported)
+    if request.param == "claims":
+        monkeypatch.setattr("model_registry.store._rename_without_replacing", unsupported)
+    return str(request.param)
+
+
+def test_create_only_needs_no_hard_links(tmp_path: Path, by_way: str) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("a/manifest.json", b"first", create_only=True)
+    with pytest.raises(ArtifactExists):
+        store.put_bytes("a/manifest.json", b"second", create_only=True)
+    assert store.get_bytes("a/manifest.json", max_bytes=9) == b"first"
+    assert [path.name for path in (tmp_path / "store" / "a").iterdir()] == ["manifest.json"]
+
+
+def test_of_many_that_create_one_name_at_once_one_does(tmp_path: Path, by_way: str) -> None:
+    store, gate = FileStore(tmp_path / "store"), threading.Barrier(8)
+    created: list[bytes] = []
+
+    def create(content: bytes) -> None:
+        gate.wait()
+        with contextlib.suppress(ArtifactExists):
+            store.put_bytes("a/x", content, create_only=True)
+            created.append(content)
+
+    threads = [threading.Thread(target=create, args=(b"%d" % number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(created) == 1 and store.get_bytes("a/x", max_bytes=9) == created[0]
+
+
+def test_a_write_that_fails_leaves_the_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(tmp_path / "store")
+    monkeypatch.setattr("pathlib.Path.hardlink_to", unsupported)
+    monkeypatch.setattr("model_registry.store._rename_without_replacing", unsupported)
+
+    def broken(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(StoreFull):
+        patched.setattr("pathlib.Path.replace", broken)
+        store.put_bytes("a/x", b"1", create_only=True)
+    store.put_bytes("a/x", b"2", create_only=True)
+    assert store.get_bytes("a/x", max_bytes=9) == b"2"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE])
+def test_a_volume_that_takes_no_writes_is_no_fault_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store = FileStore(tmp_path / "store")
+
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("model_registry.store.os.fsync", refuse)
+    with pytest.raises(StoreUnavailable, match=errno.errorcode[number]):
+        store.put_bytes("a/x", b"1")
+
+
+def test_two_may_remove_one_tree_at_once(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    for number in range(200):
+        store.put_bytes(f"a/{number % 10}/{number}", b"x")
+    gate, failures = threading.Barrier(4), []
+
+    def remove() -> None:
+        gate.wait()
+        try:
+            store.delete_tree("a")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=remove) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and not store.exists("a")

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from finetune.data.errors import DatasetNotFound
+from finetune.data.errors import DatasetInUse, DatasetNotFound
 from finetune.data.records import ColumnReport, DatasetRecord, DatasetReport, DatasetStatus, Finding
 from finetune.data.store import DatasetStore, new_dataset_id
 from model_registry.db import Database
+from model_registry.tables import datasets, deletions
 
 REPORT = DatasetReport(
     rows=3,
@@ -92,10 +93,29 @@ def test_deleted_datasets_vanish_but_hold_their_place_in_paging(store: DatasetSt
     store.delete("default", ids[1])
     assert [record.id for record in store.list("default", after=ids[1])] == ids[:1]
     assert [record.id for record in store.list("default")] == ids[:1]
-    for act in (store.get, store.delete):
-        with pytest.raises(DatasetNotFound):
-            act("default", ids[1])
+    with pytest.raises(DatasetNotFound):
+        store.get("default", ids[1])
+    store.delete("default", ids[1])
+    assert store.unknown([*ids, "ds_none"]) == {ids[1], "ds_none"}
     assert not store.set_validating(ids[1]) and not store.finish(ids[1], REPORT, DatasetStatus.READY)
+
+
+def test_a_dataset_that_jobs_need_stays_and_the_refusal_names_them(store: DatasetStore) -> None:
+    record = create(store)
+    with pytest.raises(DatasetInUse, match="ft_1, ft_2"):
+        store.delete("default", record.id, needed_by=lambda connection, dataset_id: ["ft_1", "ft_2"])
+    assert store.get("default", record.id) == record
+
+
+def test_what_a_report_says_of_the_data_goes_with_it(store: DatasetStore, database: Database) -> None:
+    record = create(store)
+    store.finish(record.id, REPORT, DatasetStatus.READY)
+    store.delete("default", record.id, actor="ann", reason="asked to")
+    with database.read() as connection:
+        row = connection.execute(datasets.select()).one()
+        told = connection.execute(deletions.select()).one()
+    assert (row.report, row.columns, row.filename) == (None, None, "") and row.sha256 == record.sha256
+    assert (told.kind, told.name, told.actor, told.reason) == ("dataset", record.id, "ann", "asked to")
 
 
 def test_a_check_ends_once(store: DatasetStore) -> None:

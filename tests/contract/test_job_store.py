@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from finetune.data.errors import DatasetInUse, DatasetNotFound
+from finetune.data.store import DatasetStore
 from finetune.jobs.errors import (
     IdempotencyMismatch,
     JobNotCancellable,
+    JobNotDeletable,
     JobNotFound,
     JobNotPausable,
     JobNotResumable,
@@ -19,6 +23,7 @@ from finetune.jobs.errors import (
 from finetune.jobs.records import JobFailure, JobSpec, JobStatus, Lease
 from finetune.jobs.store import JobStore
 from model_registry.db import Database
+from model_registry.tables import deletions, job_events
 
 SPEC = JobSpec(dataset="ds_1", backbone="tiny", register_as="m")
 LEASE_S = 10.0
@@ -59,6 +64,97 @@ def test_jobs_are_claimed_oldest_first_and_once(store: JobStore, clock: Clock) -
     ids = [enqueue(store, clock) for _ in range(3)]
     assert [claim(store).job_id for _ in ids] == ids
     assert store.claim("w1", lease_s=LEASE_S) is None
+
+
+def end(store: JobStore, clock: Clock, **options: Any) -> str:
+    job = enqueue(store, clock, **options)
+    store.finish(claim(store), JobStatus.SUCCEEDED)
+    return job
+
+
+def test_a_job_that_has_ended_goes_with_its_events_and_a_repeat_does_nothing(
+    store: JobStore, clock: Clock, database: Database
+) -> None:
+    job = end(store, clock, idempotency_key="k", request_sha256="0")
+    for _ in range(2):
+        store.delete("default", job, actor="ann", reason="old")
+        with pytest.raises(JobNotFound):
+            store.get("default", job)
+    with database.read() as connection:
+        assert connection.execute(job_events.select()).all() == []
+        assert [(row.kind, row.name, row.actor) for row in connection.execute(deletions.select())] == [
+            ("job", job, "ann")
+        ]
+    assert enqueue(store, clock, idempotency_key="k", request_sha256="0") != job
+    assert store.unknown([job, "ft_none"]) == {job, "ft_none"}
+
+
+def test_a_job_that_has_not_ended_stays(store: JobStore, clock: Clock) -> None:
+    waiting = enqueue(store, clock)
+    with pytest.raises(JobNotDeletable, match="queued; cancel it"):
+        store.delete("default", waiting, actor="ann")
+    lease = claim(store)
+    for ask in (lambda: None, lambda: store.request_pause("default", waiting)):
+        ask()
+        with pytest.raises(JobNotDeletable):
+            store.delete("default", waiting, actor="ann")
+    assert store.unfinished([waiting]) == {waiting}
+    store.finish(lease, JobStatus.FAILED, failure=JobFailure(code="x", message="x"))
+    for tenant, job in (("acme", waiting), ("default", "ft_none")):
+        with pytest.raises(JobNotFound):
+            store.delete(tenant, job, actor="ann")
+    store.delete("default", waiting, actor="ann")
+    assert store.unfinished([waiting]) == set()
+
+
+def test_a_dataset_is_needed_by_jobs_in_whatever_part_until_they_end(
+    store: JobStore, clock: Clock, database: Database
+) -> None:
+    ids = []
+    for field in ("dataset", "validation_dataset", "test_dataset"):
+        clock.time += 1
+        spec = SPEC.model_copy(update={"dataset": "ds_other", field: "ds_1"})
+        ids.append(store.enqueue("default", spec, is_data_ready=field == "dataset").id)
+
+    def users() -> list[str]:
+        with database.read() as connection:
+            return store.users_of(connection, "ds_1")
+
+    assert users() == ids and store.registering("default", "m") == ids and store.registering("acme", "m") == []
+    for job in ids[1:]:
+        store.request_cancel("default", job, keep_best=False)
+    assert users() == ids[:1]
+    store.finish(claim(store), JobStatus.SUCCEEDED)
+    assert users() == [] and store.registering("default", "m") == []
+
+
+def test_no_job_begins_with_a_dataset_that_is_being_deleted(store: JobStore, clock: Clock, database: Database) -> None:
+    """Of a request and a deletion at once one is refused: the job has its data, or there is no job."""
+    data = DatasetStore(database)
+    for _ in range(5):
+        record = data.create("default", filename="x.csv", file_format="csv", sha256="0" * 64, size_bytes=1)
+        spec = SPEC.model_copy(update={"dataset": record.id})
+        gate, refused = threading.Barrier(2), set[str]()
+
+        def attempt(name: str, act: Callable[[], object], gate: threading.Barrier, refused: set[str]) -> None:
+            gate.wait()
+            try:
+                act()
+            except (DatasetInUse, DatasetNotFound):
+                refused.add(name)
+
+        start = functools.partial(store.enqueue, "default", spec, is_data_ready=True)
+        delete = functools.partial(data.delete, "default", record.id, needed_by=store.users_of)
+        threads = [
+            threading.Thread(target=attempt, args=(name, act, gate, refused))
+            for name, act in (("start", start), ("delete", delete))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) == 1
+        assert (record.id in data.unknown([record.id])) == ("start" in refused)
 
 
 def test_of_many_claimers_at_once_each_job_goes_to_one(store: JobStore, clock: Clock) -> None:

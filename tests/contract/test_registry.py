@@ -229,7 +229,7 @@ def test_rollbacks_go_back_step_by_step(registry: Registry) -> None:
     move(registry, 2, 1)
     move(registry, 3, 2)
 
-    def back() -> int:
+    def back() -> int | None:
         return registry.rollback(tenant="default", name="m", alias="champion", actor="ann", reason="bad").to_version
 
     assert [back(), back()] == [2, 1]
@@ -263,6 +263,34 @@ def test_the_epoch_grows_with_every_change_a_server_must_see(registry: Registry)
     snapshot = registry.snapshot()
     assert snapshot.epoch == epochs[-1]
     assert snapshot.aliases == {("default", "m", "champion"): 2}
+
+
+def test_models_are_listed_as_of_one_moment(registry: Registry, database: Database) -> None:
+    """Another process registers a name between two of the statements that the list is made of."""
+    publish(registry)
+    others: list[threading.Thread] = []
+
+    def after(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "FROM models" in statement and not others:
+            others.append(threading.Thread(target=publish, args=(registry, "new")))
+            others[0].start()
+            others[0].join(3)  # SQLite's writer may wait for this reader to end
+
+    sa.event.listen(database.engine, "after_cursor_execute", after)
+    try:
+        found = registry.models("default")
+    finally:
+        sa.event.remove(database.engine, "after_cursor_execute", after)
+    others[0].join()
+    assert [model.name for model in found] == ["m"]
+    assert [model.name for model in registry.models("default")] == ["m", "new"]
+
+
+def test_what_reads_cannot_write_on_postgres(registry: Registry, database: Database) -> None:
+    if database.is_sqlite:
+        pytest.skip("SQLite has no read-only transactions")
+    with pytest.raises(sa.exc.DBAPIError, match="read-only"), database.read() as connection:
+        connection.execute(alias_history.insert().values(tenant="t"))
 
 
 def test_tenants_do_not_see_each_other(registry: Registry) -> None:

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from finetune.worker.metrics import WorkerMetrics
+from service.memory_plan import plan_memory
 from service.metrics import ServingMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +136,7 @@ def started() -> tuple[ServingMetrics, WorkerMetrics]:
 
 def add_traffic(serving: ServingMetrics, worker: WorkerMetrics) -> None:
     """What two predictions and one fine-tune job leave behind."""
-    model, engine = ("intent", "1", "text-classification"), ("minilm", "onnx")
+    model, engine = ("intent", "1", "text-classification", "default"), ("minilm", "onnx")
     serving.start_model(*model, backbone="minilm", engine="onnx")
     serving.set_model_state(*model, state="ready")
     serving.adapter_loads_total.inc()
@@ -203,7 +204,7 @@ def test_every_dashboard_query_answers_right_after_start(tmp_path: Path) -> None
 @needs_promtool
 def test_every_dashboard_query_gives_numbers_with_a_little_traffic(tmp_path: Path) -> None:
     serving, worker = started()
-    serving.start_model("intent", "1", "text-classification")
+    serving.start_model("intent", "1", "text-classification", "default")
     before = scrape(serving, worker)
     add_traffic(serving, worker)
     assert_queries_answer(tmp_path, before, scrape(serving, worker), numbers=True)
@@ -298,6 +299,41 @@ def test_pods_meet_the_restricted_profile_and_more(deployment: dict[str, Any]) -
         assert mounts["/data"] == "data"
         temporary = next(volume for volume in pod["volumes"] if volume["name"] == mounts["/tmp"])
         assert "sizeLimit" in temporary["emptyDir"]
+
+
+def serving_limits() -> dict[str, int]:
+    """Of the serving container, in bytes, by where it is said."""
+    found = {}
+    for place in (BASE, LOCAL):
+        for document in [
+            document for path in place.glob("*.yaml") for document in yaml.safe_load_all(path.read_text())
+        ]:
+            if document["kind"] == "Deployment" and document["metadata"]["name"] == "polyhead-serving":
+                (container,) = document["spec"]["template"]["spec"]["containers"]
+                number = re.fullmatch(r"(\d+)Gi", container["resources"]["limits"]["memory"])
+                assert number
+                found[place.name] = int(number[1]) << 30
+    return found
+
+
+@pytest.mark.parametrize("place", ["base", "local"])
+def test_what_the_settings_come_to_fits_the_containers_memory(place: str) -> None:
+    chosen = {
+        name: settings().get(f"POLYHEAD_{name}") for name in ("MEMORY_BUDGET_BYTES", "DATASET_CHECK_MEMORY_BYTES")
+    }
+    budget, check = (int(value) if value else None for value in chosen.values())
+    limit = serving_limits()[place]
+    assert plan_memory(budget, check, limit=limit, physical=1 << 40).total_bytes <= limit
+
+
+def test_the_table_of_memory_is_what_the_settings_come_to() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| (\d+) GiB(?: and more)? \| (\d+) (GiB|MiB) \| (\d+) (GiB|MiB) \|$", text, re.MULTILINE)
+    assert len(rows) > 3
+    units = {"GiB": 1 << 30, "MiB": 1 << 20}
+    for limit, budget, of_budget, check, of_check in rows:
+        plan = plan_memory(None, None, limit=int(limit) << 30, physical=1 << 40)
+        assert (plan.budget_bytes, plan.check_bytes) == (int(budget) * units[of_budget], int(check) * units[of_check])
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)

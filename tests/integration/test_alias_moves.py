@@ -22,7 +22,7 @@ from modeling.testing import write_tiny_checkpoint
 from service.api import models
 from service.api.deps import Services
 from service.inference.registry_watcher import RegistryWatcher
-from tests.support.asgi import Answered, AppUnderTest
+from tests.support.asgi import STEADY_FOLDER, Answered, AppUnderTest
 from tests.support.world import World
 
 
@@ -46,6 +46,7 @@ class Replica(AppUnderTest):
                 predictor=unused,
                 watcher=watcher,
                 registry=self._world.registry,
+                removal=unused,
                 jobs=unused,
                 datasets=unused,
                 intake=unused,
@@ -54,6 +55,7 @@ class Replica(AppUnderTest):
                 metrics=self.metrics,
                 drain=self.drain,
                 backbones={},
+                folder=STEADY_FOLDER,
             )
 
     def move(self, version: int, expected: int | None) -> Answered:

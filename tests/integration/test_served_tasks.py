@@ -38,7 +38,7 @@ from service.api.deps import Services
 from service.inference.capacity import AdmissionController
 from service.inference.predictor import Predictor
 from service.model_import import ModelImports
-from tests.support.asgi import Answered, AppUnderTest
+from tests.support.asgi import STEADY_FOLDER, Answered, AppUnderTest
 from tests.support.rows import encoded_texts
 from tests.support.world import World
 
@@ -71,6 +71,7 @@ class ServedWorld(AppUnderTest):
                     predictor=predictor,
                     watcher=unused,
                     registry=self.world.registry,
+                    removal=unused,
                     jobs=unused,
                     datasets=unused,
                     intake=unused,
@@ -79,6 +80,7 @@ class ServedWorld(AppUnderTest):
                     metrics=self.metrics,
                     drain=self.drain,
                     backbones={"tiny": self.world.backbone},
+                    folder=STEADY_FOLDER,
                 )
                 yield self.services
             finally:
@@ -236,12 +238,12 @@ def test_models_tell_their_task(served: ServedWorld) -> None:
 
 def test_answers_are_counted_under_their_task(served: ServedWorld) -> None:
     before = served.metrics.registry.get_sample_value
-    labels = {"model": "value", "version": "1", "task": "text-regression"}
+    labels = {"model": "value", "version": "1", "task": "text-regression", "tenant": "default"}
     count = before("polyhead_prediction_quantile_count", labels) or 0
     served.rows("value")
     assert before("polyhead_prediction_quantile_count", labels) == count + 2 * len(TEXTS)
     assert before("polyhead_requests_total", labels | {"code": "200"})
-    words = {"model": "value-words", "version": "1", "task": "text-regression"}
+    words = {"model": "value-words", "version": "1", "task": "text-regression", "tenant": "default"}
     served.rows("value-words")
     assert before("polyhead_prediction_quantile_count", words) == 0  # it brought no reference
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import orjson
@@ -27,7 +28,14 @@ from service.inference.predictor import PredictResult, Timings
 from service.metrics import ServingMetrics
 from service.settings import ServingSettings
 
-LABELS = ("p", "1", "text-classification")
+LABELS = ("p", "1", "text-classification", "default")
+
+
+async def _there() -> None: ...
+
+
+STEADY_FOLDER: Any = SimpleNamespace(reason=None, require=_there)
+"""A data directory that does not go away."""
 HEADERS = {"host": "127.0.0.1:8000", "content-type": "application/json"}
 
 
@@ -118,7 +126,7 @@ class RecordingApp:
         unused: Any = SimpleNamespace()
 
         async def find(tenant: str, ref: ModelRef) -> Any:
-            labels = LABELS if ref.name == "p" else ("", "", "")
+            labels = LABELS if ref.name == "p" else ("", "", "", "")
             return SimpleNamespace(tenant=tenant, ref=ref, metric_labels=labels)
 
         pool: Any = SimpleNamespace(
@@ -135,6 +143,7 @@ class RecordingApp:
             predictor=predictor,
             watcher=unused,
             registry=unused,
+            removal=unused,
             jobs=unused,
             datasets=unused,
             intake=unused,
@@ -143,6 +152,7 @@ class RecordingApp:
             metrics=self.metrics,
             drain=self.drain,
             backbones={},
+            folder=STEADY_FOLDER,
         )
 
 
@@ -189,15 +199,16 @@ async def _started(app: ASGIApp) -> Callable[[], Any]:
 async def _ask(app: ASGIApp, path: str, body: bytes, method: str, headers: dict[str, str], leaves: bool) -> Answered:
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    path, _, query = path.partition("?")
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": method,
         "scheme": "http",
-        "path": path,
+        "path": unquote(path),
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": [*raw, (b"content-length", str(len(body)).encode())],
         "server": ("127.0.0.1", 8000),

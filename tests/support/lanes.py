@@ -79,7 +79,7 @@ class WordModel:
     name, version, task = "m", 1, TASKS["text-classification"]
     labels = ("a", "b")
     calibration = NO_CALIBRATION
-    metric_labels = ("m", "1", "text-classification")
+    metric_labels = ("m", "1", "text-classification", "default")
     normalize_embedding = False
     adapter_key: str | None = None
     head = margins = None

@@ -197,3 +197,31 @@ def test_url_and_key_come_from_the_environment(service: Service, monkeypatch: py
     with Client() as client:
         assert client.info() == {"name": "polyhead"}
     assert service.asked[0].headers["authorization"] == "Bearer from-there"
+
+
+def test_what_is_deleted_is_named_in_the_path_and_nothing_comes_back(service: Service) -> None:
+    for route in (
+        "DELETE /models/reviews",
+        "DELETE /models/reviews/versions/3",
+        "DELETE /models/reviews/aliases/canary",
+        "DELETE /finetune/ft_1",
+        "DELETE /datasets/ds_1",
+    ):
+        service.on(route, (204, b""))
+    with Client(service.url) as client:
+        client.delete_model("reviews", force=True, reason="unused")
+        client.delete_version("reviews", 3)
+        client.delete_alias("reviews", "canary", expected_version=2)
+        client.delete_job("ft_1")
+        client.delete_dataset("ds_1")
+    assert service.asked[0].path == "/models/reviews?force=true&reason=unused"
+    assert service.asked[2].path == "/models/reviews/aliases/canary?reason=&expected_version=2"
+
+
+def test_a_refused_deletion_says_what_needs_it(service: Service) -> None:
+    document = {"code": "version_in_use", "detail": "reviews:3 is needed", "errors": [{"loc": ["aliases", "champion"]}]}
+    service.on("DELETE /models/reviews/versions/3", (409, document))
+    with Client(service.url) as client, pytest.raises(PolyheadError) as refused:
+        client.delete_version("reviews", 3)
+    assert (refused.value.status, refused.value.code) == (409, "version_in_use")
+    assert refused.value.errors[0]["loc"] == ["aliases", "champion"]

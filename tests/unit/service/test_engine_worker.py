@@ -158,7 +158,13 @@ def test_who_leaves_a_batch_that_stands_ready_is_not_computed() -> None:
         await answers(tickets)
         await lane.worker.stop()
         return lane.seen, value(
-            lane, "cancelled_total", model="m", version="1", task="text-classification", stage="queued"
+            lane,
+            "cancelled_total",
+            model="m",
+            version="1",
+            task="text-classification",
+            tenant="default",
+            stage="queued",
         )
 
     seen, cancelled = run_virtually(scenario())

@@ -25,7 +25,7 @@ from service.inference.engine_worker import BatchLimits
 from service.inference.errors import InferenceFailed
 from service.inference.lanes import BackboneLane, LinearLane, apply_heads
 from service.inference.queue import QueueEntry, Ticket
-from service.metrics import ServingMetrics
+from service.metrics import ModelLabels, ServingMetrics
 from tests.support.world import World
 
 LIMITS = BatchLimits(1024, 32)
@@ -109,7 +109,7 @@ class Headed:
     head: TaskHead | None
     task: Task = ONE
     calibration: Calibration = NO_CALIBRATION
-    metric_labels: tuple[str, str, str] = ("m", "1", "t")
+    metric_labels: ModelLabels = ("m", "1", "t", "default")
     adapter_key: str | None = None
     lane: Any = None
 
@@ -209,7 +209,7 @@ def test_rows_that_are_not_finite_are_told_from_the_others(task: Task, sign: int
 class Linear:
     """As much of a served baseline as its lane needs; `words` counts as margins."""
 
-    metric_labels: tuple[str, str, str] = ("m", "1", "t")
+    metric_labels: ModelLabels = ("m", "1", "t", "default")
     task: Task = ONE
     calibration: Calibration = NO_CALIBRATION
     adapter_key: str | None = None

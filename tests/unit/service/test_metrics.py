@@ -15,7 +15,7 @@ from service.metrics import (
     ServingMetrics,
 )
 
-MODEL = {"model": "intent", "version": "3", "task": "text-classification"}
+MODEL = {"model": "intent", "version": "3", "task": "text-classification", "tenant": "default"}
 ENGINE = {"backbone": "minilm", "engine": "onnx"}
 
 # As the contract lists them, with their labels.
@@ -98,7 +98,7 @@ def test_process_metrics_are_exported() -> None:
 
 
 def test_unknown_models_are_counted_before_any_model_is_loaded() -> None:
-    unknown = {"model": "", "version": "", "task": ""}
+    unknown = {"model": "", "version": "", "task": "", "tenant": ""}
     assert value(ServingMetrics(), "polyhead_requests_total", {**unknown, "code": "503"}) == 0
 
 
@@ -137,6 +137,19 @@ def test_stopping_one_version_leaves_the_other() -> None:
     names = of(metrics, other)
     metrics.stop_model(**MODEL)
     assert of(metrics, other) == names
+
+
+def test_stopping_one_tenants_model_leaves_the_others_of_the_same_name() -> None:
+    metrics = ServingMetrics()
+    other = {**MODEL, "tenant": "acme"}
+    for labels in (MODEL, other):
+        metrics.start_model(**labels)
+        metrics.set_model_state(**labels, state="ready")
+    metrics.set_model_state(**MODEL, state="failed")
+    assert value(metrics, "polyhead_model_state", {**other, "state": "ready"}) == 1
+    names = of(metrics, other)
+    metrics.stop_version("default", "intent", 3)
+    assert of(metrics, other) == names and of(metrics, MODEL) == set()
 
 
 def test_starting_again_records_the_engine_and_keeps_the_counts() -> None:
@@ -191,7 +204,7 @@ def test_when_another_engine_takes_over_its_series_replace_those_of_the_first() 
 
 def test_a_models_series_are_looked_up_once_and_anew_after_it_was_unloaded() -> None:
     metrics = ServingMetrics()
-    labels = (MODEL["model"], MODEL["version"], MODEL["task"])
+    labels = (MODEL["model"], MODEL["version"], MODEL["task"], MODEL["tenant"])
     metrics.start_model(**MODEL)
     first = metrics.of_model(labels)
     assert metrics.of_model(labels) is first
@@ -256,7 +269,7 @@ def test_two_instances_do_not_share_series() -> None:
 
 
 def test_requests_are_counted_until_their_model_goes_and_anew_when_it_is_back() -> None:
-    metrics, labels = ServingMetrics(), ("intent", "3", "text-classification")
+    metrics, labels = ServingMetrics(), ("intent", "3", "text-classification", "default")
 
     def count(code: str) -> float | None:
         return metrics.registry.get_sample_value("polyhead_requests_total", {**MODEL, "code": code})

@@ -3,6 +3,8 @@ backbone, in virtual time."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -14,6 +16,7 @@ import pytest
 
 from model_registry.errors import ArtifactError, ModelNotFound
 from model_registry.refs import ModelRef
+from model_registry.removal import Removal
 from model_registry.store import FileStore
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone, ingest
@@ -87,6 +90,145 @@ async def refusal(pool: ModelPool, model: str) -> ModelNotReady:
 
 def adapter_of(world: World, seed: int) -> Adapter:
     return random_adapter(route(load_encoder(world.backbone.folder), Routing(), NETWORKS["text"]), rank=4, seed=seed)
+
+
+# Versions that are deleted
+
+
+def delete(world: World, *versions: int, name: str = "m") -> None:
+    removal = Removal(world.registry._database, world.registry, world.store)
+    for version in versions:
+        removal.delete_version(tenant=TENANT, name=name, version=version, actor="test", reason="")
+
+
+def series_of(metrics: ServingMetrics, version: int) -> set[str]:
+    wanted = {"model": "m", "version": str(version), "tenant": TENANT}
+    return {
+        sample.name
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if wanted.items() <= sample.labels.items()
+    }
+
+
+def test_a_deleted_version_drains_and_goes_with_its_series(world: World) -> None:
+    world.publish_baseline("m", seed=1)
+    second = world.publish_baseline("m", seed=2)
+    metrics = ServingMetrics()
+
+    async def scenario() -> None:
+        runtime = virtual_runtime()
+        async with world.bare_pool(metrics=metrics, runtime=runtime) as pool:
+            await pool.apply(world.registry.snapshot())
+            await pool.ensure(TENANT, "m", second)
+            model = await pool.find(TENANT, ModelRef.parse("m:2"))
+            with model.lease():
+                delete(world, 2)
+                await pool.apply(world.registry.snapshot())
+                await elapse(5)
+                assert model.state == "draining", "a request is at it"
+                with pytest.raises(ModelNotFound):
+                    await pool.find(TENANT, ModelRef.parse("m:2"))
+            await elapse(1)
+            assert model.state == "unloading" and series_of(metrics, 2) == set()
+            assert await ask(pool, "m", runtime) == 1 and series_of(metrics, 1)
+
+    run_virtually(scenario())
+
+
+def test_a_version_deleted_while_it_is_loaded_never_answers(world: World) -> None:
+    world.publish_baseline("m", seed=1)
+    second = world.publish_baseline("m", seed=2)
+    metrics = ServingMetrics()
+
+    async def scenario() -> None:
+        runtime = virtual_runtime(loader_s=lambda *_: 1.0)
+        async with world.bare_pool(metrics=metrics, runtime=runtime) as pool:
+            await pool.apply(world.registry.snapshot())
+            loading = asyncio.create_task(pool.ensure(TENANT, "m", second, within_s=30))
+            await elapse(0.5)
+            delete(world, 2)
+            pool.follow(world.registry.snapshot())
+            with contextlib.suppress(ArtifactError):
+                await loading
+            await elapse(30)
+            with pytest.raises(ModelNotFound):
+                await pool.find(TENANT, ModelRef.parse("m:2"))
+            assert pool.status.version((TENANT, "m", 2)) == ("unloaded", None)
+            assert series_of(metrics, 2) == set()
+            assert await serving(pool, "m") == 1
+
+    run_virtually(scenario())
+
+
+def test_what_serves_an_alias_whose_version_cannot_be_loaded_serves_on_though_it_was_deleted_elsewhere(
+    world: World, store: UnsteadyStore
+) -> None:
+    world.publish_baseline("m", seed=1)
+    metrics = ServingMetrics()
+
+    async def scenario() -> None:
+        runtime = virtual_runtime()
+        async with world.bare_pool(metrics=metrics, runtime=runtime) as pool:
+            await pool.apply(world.registry.snapshot())
+            world.publish_baseline("m", seed=2, promote=True)
+            store.broken.add("m:2")
+            await pool.apply(world.registry.snapshot())
+            assert pool.status.serves_instead(TENANT, "m", 1) == {"champion": 2}
+            delete(world, 1)  # on another replica, which serves version 2
+            await pool.apply(world.registry.snapshot())
+            assert await ask(pool, "m", runtime) == 1
+            with pytest.raises(ModelNotFound):
+                await pool.find(TENANT, ModelRef.parse("m:1"))
+            store.broken.clear()
+            await elapse(120)
+            assert await ask(pool, "m", runtime) == 2
+            assert series_of(metrics, 1) == set() and pool.status.serves_instead(TENANT, "m", 1) == {}
+
+    run_virtually(scenario())
+
+
+def test_a_deleted_model_is_gone_and_its_name_can_be_used_again(world: World) -> None:
+    for seed in (1, 2):
+        world.publish_baseline("m", seed=seed)
+    metrics = ServingMetrics()
+
+    async def scenario() -> None:
+        runtime = virtual_runtime()
+        async with world.bare_pool(metrics=metrics, runtime=runtime) as pool:
+            await pool.apply(world.registry.snapshot())
+            removal = Removal(world.registry._database, world.registry, world.store)
+            removal.delete_model(tenant=TENANT, name="m", is_forced=True, actor="test", reason="")
+            await pool.apply(world.registry.snapshot())
+            await elapse(1)
+            with pytest.raises(ModelNotFound):
+                await pool.find(TENANT, ModelRef.parse("m"))
+            assert series_of(metrics, 1) == set() and b'model="m"' not in metrics.render()[0]
+            world.publish_baseline("m", seed=3)
+            await pool.apply(world.registry.snapshot())
+            assert await ask(pool, "m", runtime) == 3
+
+    run_virtually(scenario())
+
+
+def test_a_deleted_version_that_could_not_be_loaded_leaves_nothing(world: World, store: UnsteadyStore) -> None:
+    world.publish_baseline("m", seed=1)
+    world.publish_baseline("m", seed=2)
+    metrics = ServingMetrics()
+
+    async def scenario() -> None:
+        async with world.bare_pool(metrics=metrics, runtime=virtual_runtime()) as pool:
+            await pool.apply(world.registry.snapshot())
+            store.broken.add("m:2")
+            await refusal(pool, "m:2")
+            await elapse(2)
+            assert pool.status.version((TENANT, "m", 2))[0] == "failed" and series_of(metrics, 2)
+            delete(world, 2)
+            await pool.apply(world.registry.snapshot())
+            assert pool.status.version((TENANT, "m", 2)) == ("unloaded", None)
+            assert series_of(metrics, 2) == set()
+
+    run_virtually(scenario())
 
 
 # Loads that fail
@@ -230,7 +372,7 @@ def test_a_champion_that_loads_late_is_pinned_and_counted_under_its_name(world: 
             await elapse(2)
             assert await serving(pool, "m") == 1
             found = await pool.find(TENANT, ModelRef.parse("m"))
-            assert found.metric_labels == ("m", "1", "text-classification")
+            assert found.metric_labels == ("m", "1", "text-classification", TENANT)
             for version in others:
                 await pool.ensure(TENANT, "m", version)
             await elapse(1)
@@ -267,7 +409,7 @@ def test_a_version_that_comes_back_while_its_last_load_drains_keeps_its_weights(
                 await pool.ensure(TENANT, "m", first)
             await elapse(1)
             assert await ask(pool, "m:2", runtime) == 2
-            labels = {"model": "m", "version": "2", "task": "text-classification"}
+            labels = {"model": "m", "version": "2", "task": "text-classification", "tenant": TENANT}
             assert metrics.registry.get_sample_value("polyhead_model_state", labels | {"state": "ready"}) == 1
 
     run_virtually(scenario())

@@ -91,7 +91,7 @@ def ask(task: Any, inputs: Sequence[Any], *, max_inputs: int = 100, options: Opt
     async def scenario() -> tuple[PredictResult, AdmissionController]:
         lane = WindowLane(BatchLimits(1000, 100))
         model: Any = WordModel(lane)
-        model.task, model.metric_labels = task, ("m", "1", "text-ranking")
+        model.task, model.metric_labels = task, ("m", "1", "text-ranking", "default")
         admission = AdmissionController(max_inputs=max_inputs, max_queue_delay_s=30)
         predictor = Predictor(admission, ServingMetrics(), max_inputs=100, preprocessor_threads=1)
         lane.worker.start()
@@ -142,7 +142,7 @@ def test_admission_counts_rows() -> None:
         admission.inputs = 1
         lane = WindowLane(BatchLimits(1000, 100))
         model: Any = WordModel(lane)
-        model.task, model.metric_labels = Ranking(), ("m", "1", "text-ranking")
+        model.task, model.metric_labels = Ranking(), ("m", "1", "text-ranking", "default")
         predictor = Predictor(admission, ServingMetrics(), max_inputs=100, preprocessor_threads=1)
         lane.worker.start()
         try:

@@ -16,7 +16,7 @@ from modeling.tasks.regression import Value
 from service.api.problems import problem_for
 from service.inference.errors import ParameterUnfit
 from service.inference.predictor import check_options
-from service.metrics import ServingMetrics
+from service.metrics import ModelLabels, ServingMetrics
 
 LABELS = ("a", "b", "c", "d")
 THRESHOLDS = (0.5, 0.2, 0.9, 0.5)
@@ -77,7 +77,7 @@ def test_a_value_has_no_scores_to_bound(parameter: str) -> None:
 
 
 def observe(
-    metrics: ServingMetrics, labels: tuple[str, str, str], answers: list[Any], calibration: Calibration = NO_CALIBRATION
+    metrics: ServingMetrics, labels: ModelLabels, answers: list[Any], calibration: Calibration = NO_CALIBRATION
 ) -> None:
     series = metrics.of_model(labels).answers
     for histogram, values in zip(series, TASKS[labels[2]].observed(answers, calibration), strict=True):
@@ -101,7 +101,7 @@ def metrics() -> ServingMetrics:
 
 
 def test_labels_are_counted_with_the_confidence_of_the_best(metrics: ServingMetrics) -> None:
-    labels = ("m", "1", "text-multi-label")
+    labels = ("m", "1", "text-multi-label", "default")
     metrics.start_model(*labels)
     rows = [np.asarray(row, np.float32) for row in ([0.95, 0.3, 0, 0], [0.45, 0, 0, 0])]
     observe(metrics, labels, [given_by(row) for row in rows])
@@ -112,7 +112,7 @@ def test_labels_are_counted_with_the_confidence_of_the_best(metrics: ServingMetr
 
 
 def test_values_are_counted_by_their_place_among_those_of_validation(metrics: ServingMetrics) -> None:
-    labels = ("m", "1", "text-regression")
+    labels = ("m", "1", "text-regression", "default")
     metrics.start_model(*labels)
     calibration = Calibration(value_shares=((10, 0.0), (20, 0.25), (40, 0.5), (80, 0.75), (160, 1.0)))
     for value in (-5.0, 10.0, 30.0, 79.0, 160.0, 1e9):
@@ -124,7 +124,7 @@ def test_values_are_counted_by_their_place_among_those_of_validation(metrics: Se
 
 
 def test_without_a_reference_values_are_not_counted(metrics: ServingMetrics) -> None:
-    labels = ("m", "1", "text-regression")
+    labels = ("m", "1", "text-regression", "default")
     observe(metrics, labels, [Value(0, 1.0)])
     assert set(samples(metrics, "prediction_quantile").values()) == {0.0}
 
@@ -132,8 +132,8 @@ def test_without_a_reference_values_are_not_counted(metrics: ServingMetrics) -> 
 @pytest.mark.parametrize("task", ["text-classification", "text-multi-label", "text-regression"])
 def test_a_stopped_model_leaves_no_series(metrics: ServingMetrics, task: str) -> None:
     before = metrics.render()[0]
-    metrics.start_model("m", "1", task)
-    metrics.of_model(("m", "1", task))
+    metrics.start_model("m", "1", task, "default")
+    metrics.of_model(("m", "1", task, "default"))
     assert b'model="m"' in metrics.render()[0]
-    metrics.stop_model("m", "1", task)
+    metrics.stop_model("m", "1", task, "default")
     assert b'model="m"' not in metrics.render()[0] and b'model="m"' not in before
