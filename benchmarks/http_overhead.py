@@ -215,6 +215,7 @@ async def _served(pool: ModelPool, predictor: Predictor, *, keys: tuple[ApiKey, 
         store=unused,
         metrics=metrics,
         drain=drain,
+        events=unused,
         backbones={},
     )
     metrics.start_model("m", "1", "text-classification")

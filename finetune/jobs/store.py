@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +22,17 @@ from finetune.jobs.errors import (
     JobNotResumable,
     LeaseLost,
 )
-from finetune.jobs.records import EventType, FineTuneJob, Heartbeat, JobEvent, JobFailure, JobSpec, JobStatus, Lease
+from finetune.jobs.records import (
+    EventType,
+    FineTuneJob,
+    Heartbeat,
+    JobChange,
+    JobEvent,
+    JobFailure,
+    JobSpec,
+    JobStatus,
+    Lease,
+)
 from model_registry.db import Database
 from model_registry.tables import idempotency_keys, job_events, jobs, workers
 
@@ -30,6 +40,7 @@ _HELD = (JobStatus.RUNNING, JobStatus.CANCELLING)
 # A worker may still write to a job that was paused under it, until it lets go; no other worker claims such a job.
 _WRITABLE = (*_HELD, JobStatus.PAUSED)
 IDEMPOTENCY_HOURS = 72
+_IDS_IN_ONE_QUERY = 500
 
 
 _WHY_NOT_PAUSABLE = {
@@ -130,18 +141,41 @@ class JobStore:
         """Events with a larger `seq`, oldest first. Raises `JobNotFound`."""
         with self._database.read() as connection:
             self._get(connection, tenant, job_id)
-            query = sa.select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
-            return [
-                JobEvent(**row._mapping) for row in connection.execute(query.order_by(job_events.c.seq).limit(limit))
-            ]
+            return self._events(connection, job_id, after=after, limit=limit)
 
-    def queue_position(self, job: FineTuneJob) -> int | None:
-        """How many queued jobs come before this one, or None if it does not wait."""
-        if job.status is not JobStatus.QUEUED:
-            return None
-        ahead = sa.select(sa.func.count()).where(jobs.c.status == JobStatus.QUEUED, jobs.c.created_at < job.created_at)
+    def changes(self, seen: Mapping[str, int]) -> dict[str, JobChange]:
+        """What became of these jobs, of any tenant, since the `seq` given for each, in one view of the database. Those
+        that go on and have nothing new are left out."""
+        changed: dict[str, JobChange] = {}
+        ids = sorted(seen)
         with self._database.read() as connection:
-            return int(connection.execute(ahead.select_from(jobs)).scalar_one())
+            for start in range(0, len(ids), _IDS_IN_ONE_QUERY):
+                part = ids[start : start + _IDS_IN_ONE_QUERY]
+                query = sa.select(jobs.c.id, jobs.c.status, jobs.c.last_seq).where(jobs.c.id.in_(part))
+                found = {row.id: row for row in connection.execute(query)}
+                changed |= {job_id: JobChange([], 0, is_gone=True) for job_id in part if job_id not in found}
+                for row in found.values():
+                    is_final = JobStatus(row.status).is_final
+                    if row.last_seq > seen[row.id] or is_final:
+                        events = self._events(connection, row.id, after=seen[row.id], limit=1000)
+                        changed[row.id] = JobChange(events, row.last_seq, is_final=is_final)
+        return changed
+
+    def queue_positions(self, shown: Sequence[FineTuneJob]) -> dict[str, int]:
+        """How many queued jobs of all tenants come before each of these that waits: workers take the oldest."""
+        waiting = [job.id for job in shown if job.status is JobStatus.QUEUED]
+        if not waiting:
+            return {}
+        other = jobs.alias()
+        ahead = (
+            sa.select(sa.func.count())
+            .select_from(other)
+            .where(other.c.status == JobStatus.QUEUED, other.c.created_at < jobs.c.created_at)
+            .scalar_subquery()
+        )
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(jobs.c.id, ahead).where(jobs.c.id.in_(waiting)))
+            return {row[0]: int(row[1]) for row in rows}
 
     def counts(self) -> dict[str, int]:
         """Jobs by status, over all tenants; every status is present."""
@@ -446,6 +480,10 @@ class JobStore:
         if row is None:
             raise JobNotFound(f"there is no job {job_id[:70]!r}")
         return _job(row)
+
+    def _events(self, connection: sa.Connection, job_id: str, *, after: int, limit: int) -> list[JobEvent]:
+        query = sa.select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
+        return [JobEvent(**row._mapping) for row in connection.execute(query.order_by(job_events.c.seq).limit(limit))]
 
     def _update(self, connection: sa.Connection, job_id: str, **values: Any) -> None:
         connection.execute(jobs.update().where(jobs.c.id == job_id).values(**values))
