@@ -21,6 +21,7 @@ from model_registry.store import FileStore
 from modeling.backbone import Backbone, ingest, locate
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from service.api.deps import Services
+from service.api.event_streams import EventStreams
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
 from service.inference.batch_log import BatchLog
@@ -32,6 +33,7 @@ from service.inference.predictor import Predictor
 from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
 from service.settings import ServingSettings
+from service.threads import on_database
 
 _log = logging.getLogger("service.wiring")
 _JOB_COUNTS_EVERY_S = 2.0
@@ -84,6 +86,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         stack.push_async_callback(intake.stop)
         watcher = RegistryWatcher(registry, pool, poll_s=settings.registry_poll_s)
         pool.look_again = watcher.look
+        events = EventStreams(jobs, drain, metrics, per_key=settings.max_event_streams)
         services = Services(
             settings=settings,
             pool=pool,
@@ -96,6 +99,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             store=store,
             metrics=metrics,
             drain=drain,
+            events=events,
             backbones=backbones,
         )
         stack.push_async_callback(
@@ -104,6 +108,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
                 asyncio.create_task(_load(settings, store, pool, watcher, backbones), name="load"),
                 asyncio.create_task(intake.sweep(), name="dataset-sweep"),
                 asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),
+                asyncio.create_task(events.run(), name="event-streams"),
             ],
         )
         yield services
@@ -193,7 +198,7 @@ async def _load(
 async def _count_jobs(jobs: JobStore, metrics: ServingMetrics) -> None:
     while True:
         with suppress(DatabaseUnavailable):
-            metrics.set_finetune_jobs(await asyncio.to_thread(jobs.counts))
+            metrics.set_finetune_jobs(await on_database(jobs.counts))
         await asyncio.sleep(_JOB_COUNTS_EVERY_S)
 
 

@@ -14,6 +14,7 @@ from model_registry.registry import Registry
 from model_registry.store import ArtifactStore
 from modeling.backbone import Backbone
 from service.api.auth import Principal, require
+from service.api.event_streams import EventStreams
 from service.api.guard import DrainState
 from service.api.problems import Problem
 from service.dataset_intake import DatasetIntake
@@ -39,6 +40,7 @@ class Services:
     store: ArtifactStore
     metrics: ServingMetrics
     drain: DrainState
+    events: EventStreams
     backbones: Mapping[str, Backbone]
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import orjson
@@ -60,6 +61,7 @@ class RecordingPredictor:
         *,
         deadline: float,
         needs_labels: bool = True,
+        max_inputs: int | None = None,
     ) -> PredictResult:
         self.asked.append(
             Asked(model.tenant, model.ref, list(inputs), options, needs_labels, deadline - time.monotonic())
@@ -125,6 +127,7 @@ class RecordingApp:
             find=find,
             engines=SimpleNamespace(lanes=lambda: []),
             backbones=lambda: {},
+            missing=lambda: [],
             is_started=True,
             has_failed=False,
         )
@@ -141,6 +144,7 @@ class RecordingApp:
             store=unused,
             metrics=self.metrics,
             drain=self.drain,
+            events=unused,
             backbones={},
         )
 
@@ -188,15 +192,16 @@ async def _started(app: ASGIApp) -> Callable[[], Any]:
 async def _ask(app: ASGIApp, path: str, body: bytes, method: str, headers: dict[str, str], leaves: bool) -> Answered:
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    path, _, query = path.partition("?")
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": method,
         "scheme": "http",
-        "path": path,
+        "path": unquote(path),
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": [*raw, (b"content-length", str(len(body)).encode())],
         "server": ("127.0.0.1", 8000),
