@@ -281,6 +281,7 @@ class ServingMetrics:
         self._of_model: dict[tuple[str, str, str], ModelSeries] = {}
         # Requests that name no known model are counted as model="", so that clients cannot create series.
         self._start_requests("", "", "")
+        self.start_route(["GET"], "")
         self.set_finetune_jobs({})
 
     def start_model(self, model: str, version: str, task: str, *, backbone: str = "", engine: str = "") -> None:
