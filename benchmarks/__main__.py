@@ -23,6 +23,7 @@ COMMANDS = {
     "models": "many heads and LoRA adapters against one, and their memory",
     "hot-load": "latency while versions are loaded and swapped",
     "cold-start": "from the start of the process to the first answer, with and without caches",
+    "streams": "latency of requests beside thousands of idle event streams",
     "lengths": "cost against the length of a text",
     "parity": "answers of an engine against torch in fp32",
     "http": "processor time of a request outside of the model",
@@ -42,6 +43,7 @@ _MODULES = {
     "models": "many_models",
     "lengths": "length_cost",
     "http": "http_overhead",
+    "streams": "event_streams",
 }
 
 

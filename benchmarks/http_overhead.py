@@ -217,6 +217,7 @@ async def _served(pool: ModelPool, predictor: Predictor, *, keys: tuple[ApiKey, 
         store=unused,
         metrics=metrics,
         drain=drain,
+        events=unused,
         backbones={},
         folder=unused,
     )

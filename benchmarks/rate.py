@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,13 +87,15 @@ def drive(
     rate: float,
     seconds: float,
     timeout_s: float = 10.0,
+    headers: Mapping[str, str] | None = None,
     alongside: Callable[[float], Awaitable[None]] | None = None,
 ) -> list[Sample]:
     """Offers `rate` requests a second for `seconds`, then waits for the last answers.
 
     `alongside(started)` runs meanwhile on the same event loop; `started` is the run's start by `time.monotonic`.
     """
-    return uvloop.run(_drive(Generator(url, bodies, timeout_s=timeout_s), schedule(rate, seconds), alongside))
+    generator = Generator(url, bodies, timeout_s=timeout_s, headers=headers or {})
+    return uvloop.run(_drive(generator, schedule(rate, seconds), alongside))
 
 
 async def _drive(
@@ -110,10 +112,11 @@ async def _drive(
 class Generator:
     """Sends encoded requests in turn over as many kept-alive connections as are needed."""
 
-    def __init__(self, url: str, bodies: Sequence[bytes], *, timeout_s: float) -> None:
+    def __init__(self, url: str, bodies: Sequence[bytes], *, timeout_s: float, headers: Mapping[str, str] = {}) -> None:
         parts = urlsplit(url)
         self._address = parts.hostname or "", parts.port or 80
         head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._requests = [head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies]
         self._timeout_s = timeout_s
         self._idle: list[_Connection] = []

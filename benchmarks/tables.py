@@ -197,6 +197,18 @@ def cold_start(result: Result) -> str:
     return _table(["Server", "Caches", "First answer, s", "Engine", "Serving on the last engine since, s"], lines)
 
 
+def event_streams(result: Result) -> str:
+    heads = ["Streams", "p50, ms", "p99, ms", "Times the p50 without", "Cores without a request", "Resident MB"]
+    lines = []
+    alone = _where(result["rows"], streams=0)
+    for (count,) in _distinct(result["rows"], "streams"):
+        these = _where(result["rows"], streams=count)
+        ratios = [{"ratio": row["p50_ms"] / base["p50_ms"]} for row, base in zip(these, alone, strict=True)]
+        cells = [_cell(these, "p50_ms", 2), _cell(these, "p99_ms", 1), _cell(ratios, "ratio", 2)]
+        lines.append([f"{count:,}", *cells, _cell(these, "idle_cores", 2), _cell(these, "memory_mb", 0)])
+    return f"{_table(heads, lines)}\nFile descriptors that a process may open: {result['descriptors']:,}.\n"
+
+
 def length_cost(result: Result) -> str:
     rows, servers = result["rows"], list(result["servers"])
     parts = []
@@ -381,6 +393,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
         many_models,
         hot_load,
         cold_start,
+        event_streams,
         length_cost,
         parity,
         quality,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from model_registry.errors import InvalidReference
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+MAX_VERSION = 999_999_999
 CHAMPION = "champion"
 DEFAULT_TENANT = "default"
 

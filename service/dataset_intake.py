@@ -23,6 +23,7 @@ from finetune.data.records import DatasetRecord, DatasetReport, DatasetStatus
 from finetune.data.store import DatasetStore, new_dataset_id
 from model_registry.errors import DatabaseUnavailable
 from model_registry.store import space_errors
+from service.threads import on_database, on_disk
 
 _log = logging.getLogger("service.dataset_intake")
 RAW_FILE = "raw"
@@ -53,15 +54,15 @@ class DatasetIntake:
     async def accept(self, tenant: str, staging: Path, *, filename: str, sha256: str, size_bytes: int) -> DatasetRecord:
         """Takes a received file over and begins its check. Raises `DatasetUnreadable` for an unknown format."""
         raw = staging / RAW_FILE
-        file_format = detect_format(filename, await asyncio.to_thread(_head, raw))
+        file_format = detect_format(filename, await on_disk(_head, raw))
         if file_format is None:
-            finding = unrecognised(filename, await asyncio.to_thread(_head, raw))
+            finding = unrecognised(filename, await on_disk(_head, raw))
             raise DatasetUnreadable(f"{finding.message}; {finding.fix}", findings=[finding])
         dataset_id = new_dataset_id()
         folder = self.folder(tenant, dataset_id)
-        await asyncio.to_thread(_take_over, staging, folder)
+        await on_disk(_take_over, staging, folder)
         try:
-            record = await asyncio.to_thread(
+            record = await on_database(
                 lambda: self._store.create(
                     tenant,
                     filename=filename,
@@ -82,7 +83,7 @@ class DatasetIntake:
         task = self._checks.get(record.id)
         if task is not None:
             await asyncio.wait({task}, timeout=within_s)
-        return await asyncio.to_thread(self._store.get, record.tenant, record.id)
+        return await on_database(self._store.get, record.tenant, record.id)
 
     def folder(self, tenant: str, dataset_id: str) -> Path:
         return self._root / tenant / dataset_id
@@ -98,18 +99,18 @@ class DatasetIntake:
     ) -> None:
         """The record first, then the files; the sweep removes what is left of them. Raises `DatasetNotFound`,
         `DatasetInUse`."""
-        await asyncio.to_thread(
+        await on_database(
             lambda: self._store.delete(tenant, dataset_id, needed_by=needed_by, actor=actor, reason=reason)
         )
-        await asyncio.to_thread(shutil.rmtree, self.folder(tenant, dataset_id), True)
+        await on_disk(shutil.rmtree, self.folder(tenant, dataset_id), True)
 
     async def sweep(self) -> None:
         """Until cancelled: begins the check again of datasets whose server died during it, and clears up after it."""
         while True:
             try:
-                await asyncio.to_thread(_remove_abandoned, self._root, older_than_s=_ABANDONED_S)
-                await asyncio.to_thread(_remove_unknown, self._root, self._store.unknown, older_than_s=_ABANDONED_S)
-                for record in await asyncio.to_thread(self._store.stale, self._timeout_s + 30.0):
+                await on_disk(_remove_abandoned, self._root, older_than_s=_ABANDONED_S)
+                await on_disk(_remove_unknown, self._root, self._store.unknown, older_than_s=_ABANDONED_S)
+                for record in await on_database(self._store.stale, self._timeout_s + 30.0):
                     self._begin(record)
             except Exception as error:  # whatever it is, the next sweep may find it gone
                 _log.warning(f"sweep put off: {error}", extra={"action": "sweep_failed"})
@@ -131,7 +132,7 @@ class DatasetIntake:
             report = await self._report(record)
             if report is not None:
                 status = DatasetStatus.READY if report.is_valid else DatasetStatus.INVALID
-                await asyncio.to_thread(self._store.finish, record.id, report, status)
+                await on_database(self._store.finish, record.id, report, status)
         except (DatasetCheckFailed, DatabaseUnavailable) as error:
             # The machine's fault, not the file's: it stays `validating`, and the sweep tries again.
             _log.error(f"check of {record.id} failed: {error}", extra={"action": "check_failed"})
@@ -156,7 +157,7 @@ class DatasetIntake:
     async def _run_check(
         self, record: DatasetRecord, *, timeout_s: float, memory_bytes: int, is_last: bool = True
     ) -> DatasetReport | None:
-        if not await asyncio.to_thread(self._store.set_validating, record.id):
+        if not await on_database(self._store.set_validating, record.id):
             return None
         folder = self.folder(record.tenant, record.id)
         return await asyncio.to_thread(

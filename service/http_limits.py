@@ -18,6 +18,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.api.cancellation import CONNECTION_LOST
 from service.api.problems import Problem, problem_response
 
+LAST_REQUEST_S = 1.0
+"""When the server ends, a connection without a request stays open for this long: one may be on its way, and closed it
+would be lost where it can be told to come again."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeaderLimits:
@@ -43,6 +47,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._bytes_without_body = 0
         self._is_refused = False
+        self._is_last = False  # the next request is answered, and then the connection ends
         self._header_timer: asyncio.TimerHandle | None = None
 
     # Connection
@@ -119,6 +124,8 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._check_framing()
         super().on_headers_complete()
+        if self._is_last:
+            self.cycle.keep_alive = False
         self._in_headers = False
         self._stop_header_timer()
 
@@ -167,6 +174,21 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
             self._refuse(Problem(408, "request_timeout", detail))
 
     # End
+
+    def shutdown(self) -> None:
+        """The server ends: the request in progress is answered, or the one that comes within a moment."""
+        self._is_last = True
+        if self._is_idle():
+            self.loop.call_later(LAST_REQUEST_S, self._close_if_idle)
+        else:
+            super().shutdown()
+
+    def _close_if_idle(self) -> None:
+        if self._is_idle() and self._header_bytes == 0:
+            self.transport.close()
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
     def _refuse(self, problem: Problem) -> None:
         """Answer `problem` in place of the request being received and close; earlier requests are answered first.

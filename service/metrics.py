@@ -7,7 +7,7 @@ Series of a model exist from `start_model` to `stop_model`, those of an engine f
 that a rate is 0 before the first request instead of missing, and the first failure counts as an increase.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,10 +49,13 @@ JOB_STATES: Final = (
 
 # Label values whose series are created at load; any other value creates its own on first use.
 REQUEST_CODES: Final = ("200", "422", "429", "500", "503", "504")
+MANAGEMENT_CODES: Final = ("200", "500", "503")
+METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 REJECT_REASONS: Final = ("queue_full", "token_budget", "deadline")
 CANCEL_STAGES: Final = ("queued", "running")
 
 DURATION_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
+MANAGEMENT_BUCKETS_S: Final = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 120)
 LOAD_BUCKETS_S: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 BATCH_SIZE_BUCKETS: Final = tuple(2**power for power in range(0, 11))
 BATCH_TOKENS_BUCKETS: Final = tuple(2**power for power in range(4, 18))
@@ -241,6 +244,19 @@ class ServingMetrics:
             "finetune_worker_last_seen_timestamp_seconds", "Unix time at which a worker was last heard from; 0: never"
         )
 
+        # All other routes: method, route
+        self.management_requests_total = self._counter(
+            "management_requests_total", "Requests to other routes answered", "method", "route", "code"
+        )
+        self.management_duration_seconds = self._histogram(
+            "management_duration_seconds",
+            "Time from such a request's arrival to the first byte of its answer",
+            "method",
+            "route",
+            buckets=MANAGEMENT_BUCKETS_S,
+        )
+        self.event_streams = self._gauge("event_streams", "Event streams of jobs that are open")
+
         self._request_histograms = (
             self.request_duration_seconds,
             self.tokenize_duration_seconds,
@@ -273,6 +289,7 @@ class ServingMetrics:
         self._of_model: dict[ModelLabels, ModelSeries] = {}
         # Requests that name no known model are counted as model="", so that clients cannot create series.
         self._start_requests(("", "", "", ""))
+        self.start_route(["GET"], "")
         self.set_finetune_jobs({})
 
     def start_model(
@@ -353,6 +370,21 @@ class ServingMetrics:
             total = totals[status] = self.requests_total.labels(*labels, str(status))
         total.inc()
         duration.observe(seconds)
+
+    def start_route(self, methods: Iterable[str], route: str) -> None:
+        """Create the series of a route, so that its first fault counts as an increase."""
+        for method in methods:
+            self.management_duration_seconds.labels(method, route)
+            for code in MANAGEMENT_CODES:
+                self.management_requests_total.labels(method, route, code)
+
+    def count_management(self, method: str, route: str, *, status: int, seconds: float | None = None) -> None:
+        """Count an answer of a route that is no inference; without `seconds` it was refused before any route saw it.
+        Clients choose neither `route`, which is the path with its parameters' names, nor the methods counted."""
+        method = method if method in METHODS else "other"
+        self.management_requests_total.labels(method, route, str(status)).inc()
+        if seconds is not None:
+            self.management_duration_seconds.labels(method, route).observe(seconds)
 
     def start_engine(self, backbone: str, engine: str) -> EngineSeries:
         """Create an engine's series, all but its parity, which has no value until it is measured."""

@@ -7,10 +7,14 @@ load balancers still route to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import faulthandler
 import logging
+import os
 import signal
 import socket
+import struct
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -26,7 +30,9 @@ logger = logging.getLogger("service")
 KEEP_ALIVE_S = 75
 """An idle connection stays open for this long, more than proxies in front keep theirs (60 s is common)."""
 IDLE_CLOSE_S = 5.0
-"""Time for connections without a request to close at the end."""
+"""Time for connections to close at the end, more than `http_limits.LAST_REQUEST_S`."""
+HANDSHAKES_S = 0.2
+"""Time for connections that are being opened to be open before the listener goes."""
 SECOND_SIGNAL_S = 2.0
 STDERR = 2
 
@@ -103,11 +109,20 @@ class DrainingServer(uvicorn.Server):
         # Requests that outlived their grace are cancelled; the guard answers them 503.
         is_out_of_grace = self.force_exit or (self.state.refusing and self.state.in_flight > 0)
         self.config.timeout_graceful_shutdown = cast(int, 0.0 if is_out_of_grace else min(IDLE_CLOSE_S, left_s))
+        if not is_out_of_grace:
+            await self._accept_the_last()
         try:
             async with asyncio.timeout(left_s):
                 await super().shutdown(sockets)
         except TimeoutError:
             logger.error("the application did not shut down in time")
+
+    async def _accept_the_last(self) -> None:
+        """Connections that the kernel has opened and we have not accepted are reset when the listener closes."""
+        for server in self.servers:
+            for listener in server.sockets:
+                begin_no_connections(listener.fileno())
+        await asyncio.sleep(HANDSHAKES_S)
 
     def _advance_drain(self, since_s: float) -> None:
         if since_s < self.times.drain_delay_s:
@@ -129,6 +144,17 @@ class DrainingServer(uvicorn.Server):
             return self.times.exit_within_s
         end = self._draining_since + self.times.exit_within_s - min(2.0, self.times.exit_within_s / 4)
         return max(0.0, end - time.monotonic())
+
+
+def begin_no_connections(listener: int) -> None:
+    """Have Linux drop what would open a connection to `listener`. Its client tries again after a second, and by then
+    is told at once that nothing listens. Elsewhere nothing changes."""
+    attach_filter = 26  # SO_ATTACH_FILTER, for which `socket` has no name
+    # Of a TCP segment: load the byte of flags; if SYN is not among them, skip one; drop all of it; keep all of it.
+    steps = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listener)) as ours:
+        ours.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HP", len(steps), ctypes.addressof(program)))
 
 
 def exit_hard_after(seconds: float) -> None:

@@ -99,6 +99,7 @@ class ServingSettings(CommonSettings):
     max_body_bytes: int = Field(2_000_000, ge=1000, description="body of a request other than an upload")
     max_upload_bytes: int = Field(4 << 30, ge=1000, description="body of an upload")
     request_timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none")
+    max_event_streams: int = Field(50, ge=1, le=10_000, description="event streams of one key at once; beyond it 429")
     tokenizer_threads: int = Field(2, ge=1, le=64, description="threads that tokenise")
 
     drain_delay_s: float = Field(15.0, ge=0, le=300, description="serving goes on so long after SIGTERM, unready")

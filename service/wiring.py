@@ -25,6 +25,7 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.intake import IntakeLimits, ingest
 from service.api.deps import Services, Workers
+from service.api.event_streams import EventStreams
 from service.api.guard import DrainState
 from service.dataset_intake import DatasetIntake
 from service.folder_watch import FolderWatch
@@ -39,6 +40,7 @@ from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
 from service.model_import import ModelImports
 from service.settings import ServingSettings
+from service.threads import on_database
 
 _log = logging.getLogger("service.wiring")
 _JOB_COUNTS_EVERY_S = 2.0
@@ -99,6 +101,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         stack.push_async_callback(intake.stop)
         watcher = RegistryWatcher(registry, pool, poll_s=settings.registry_poll_s)
         pool.look_again = watcher.look
+        events = EventStreams(jobs, drain, metrics, per_key=settings.max_event_streams)
         services = Services(
             settings=settings,
             pool=pool,
@@ -113,6 +116,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
             store=store,
             metrics=metrics,
             drain=drain,
+            events=events,
             backbones=backbones,
             folder=watch,
         )
@@ -124,6 +128,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
                 asyncio.create_task(_watch_jobs(jobs, metrics, services.workers), name="job-watch"),
                 asyncio.create_task(housekeeping.run(), name="housekeeping"),
                 asyncio.create_task(watch.run(), name="data-folder"),
+                asyncio.create_task(events.run(), name="event-streams"),
             ],
         )
         stack.callback(stopping.set)
@@ -256,9 +261,9 @@ async def _watch_jobs(jobs: JobStore, metrics: ServingMetrics, workers: Workers)
     """Until cancelled: counts jobs and workers, and ends what a worker that is gone was asked to end."""
     while True:
         try:
-            await asyncio.to_thread(jobs.settle)
-            metrics.set_finetune_jobs(await asyncio.to_thread(jobs.counts))
-            workers.outlook = await asyncio.to_thread(jobs.outlook)
+            await on_database(jobs.settle)
+            metrics.set_finetune_jobs(await on_database(jobs.counts))
+            workers.outlook = await on_database(jobs.outlook)
             metrics.set_workers(workers.outlook.live_workers, workers.outlook.worker_last_seen)
         except DatabaseUnavailable:
             pass  # the routes that need it say so

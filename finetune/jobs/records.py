@@ -167,6 +167,16 @@ class FineTuneJob:
 
 
 @dataclass(frozen=True, slots=True)
+class JobChange:
+    """The events of a job that its reader has not seen, and how far it has come by then."""
+
+    events: list[JobEvent]
+    last_seq: int
+    is_final: bool = False
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A worker's right to write to a job. Each claim raises the token, so an older holder's writes fail."""
 

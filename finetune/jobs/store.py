@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -28,6 +28,7 @@ from finetune.jobs.records import (
     EventType,
     FineTuneJob,
     Heartbeat,
+    JobChange,
     JobEvent,
     JobFailure,
     JobSpec,
@@ -46,6 +47,7 @@ _PAUSED = frozenset({JobStatus.PAUSING, JobStatus.PAUSED})
 IDEMPOTENCY_HOURS = 72
 WORKER_SILENT_S = 60.0  # after which a worker counts as gone
 _DATASET_FIELDS = ("dataset", "validation_dataset", "test_dataset")
+_IDS_IN_ONE_QUERY = 500
 
 
 _WHY_NOT_PAUSABLE = {
@@ -149,10 +151,7 @@ class JobStore:
         """Events with a larger `seq`, oldest first. Raises `JobNotFound`."""
         with self._database.read() as connection:
             self._get(connection, tenant, job_id)
-            query = sa.select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
-            return [
-                JobEvent(**row._mapping) for row in connection.execute(query.order_by(job_events.c.seq).limit(limit))
-            ]
+            return self._events(connection, job_id, after=after, limit=limit)
 
     def outlook(self, of: Collection[FineTuneJob] = ()) -> Outlook:
         """When workers were last heard from, and the places of the given jobs in the queue."""
@@ -165,6 +164,24 @@ class JobStore:
             seen = connection.execute(sa.select(sa.func.max(workers.c.heartbeat_at), sa.func.sum(is_live))).one()
             places = connection.execute(sa.select(queue).where(queue.c.id.in_(waiting))).all() if waiting else []
         return Outlook(now, seen[0], int(seen[1] or 0), {row.id: int(row.place) for row in places})
+
+    def changes(self, seen: Mapping[str, int]) -> dict[str, JobChange]:
+        """What became of these jobs, of any tenant, since the `seq` given for each, in one view of the database. Those
+        that go on and have nothing new are left out."""
+        changed: dict[str, JobChange] = {}
+        ids = sorted(seen)
+        with self._database.read() as connection:
+            for start in range(0, len(ids), _IDS_IN_ONE_QUERY):
+                part = ids[start : start + _IDS_IN_ONE_QUERY]
+                query = sa.select(jobs.c.id, jobs.c.status, jobs.c.last_seq).where(jobs.c.id.in_(part))
+                found = {row.id: row for row in connection.execute(query)}
+                changed |= {job_id: JobChange([], 0, is_gone=True) for job_id in part if job_id not in found}
+                for row in found.values():
+                    is_final = JobStatus(row.status).is_final
+                    if row.last_seq > seen[row.id] or is_final:
+                        events = self._events(connection, row.id, after=seen[row.id], limit=1000)
+                        changed[row.id] = JobChange(events, row.last_seq, is_final=is_final)
+        return changed
 
     def counts(self) -> dict[str, int]:
         """Jobs by status, over all tenants; every status is present."""
@@ -565,6 +582,10 @@ class JobStore:
         if row is None:
             raise JobNotFound(f"there is no job {job_id[:70]!r}")
         return _job(row)
+
+    def _events(self, connection: sa.Connection, job_id: str, *, after: int, limit: int) -> list[JobEvent]:
+        query = sa.select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
+        return [JobEvent(**row._mapping) for row in connection.execute(query.order_by(job_events.c.seq).limit(limit))]
 
     def _update(self, connection: sa.Connection, job_id: str, **values: Any) -> None:
         connection.execute(jobs.update().where(jobs.c.id == job_id).values(**values))

@@ -41,7 +41,8 @@ LOCAL = Principal("local", DEFAULT_TENANT, frozenset({"admin"}))
 
 
 class KeyAuthentication:
-    """ASGI middleware: sets `scope["state"]["principal"]` or answers 401. Probes, metrics and limits need no key."""
+    """ASGI middleware: sets `scope["state"]["principal"]` or answers 401. Probes, metrics, limits and the page `/docs`
+    need no key."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self._app = app
@@ -52,7 +53,7 @@ class KeyAuthentication:
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in HEALTH_PATHS:
             try:
-                if scope["path"] in PROBE_PATHS:
+                if scope["path"] in PROBE_PATHS or _is_of_docs(scope["path"]):
                     self._refuse_web_pages(scope["headers"])
                 else:
                     scope.setdefault("state", {})["principal"] = self.admit(scope["headers"])
@@ -96,6 +97,11 @@ class KeyAuthentication:
             if hmac.compare_digest(sha256, digest):
                 found = principal
         return found
+
+
+def _is_of_docs(path: str) -> bool:
+    """The page and its files hold nothing of this service; the description that it shows needs a key."""
+    return path == "/docs" or path.startswith("/docs/")
 
 
 def _comes_from_elsewhere(headers: Sequence[tuple[bytes, bytes]]) -> bool:

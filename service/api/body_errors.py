@@ -7,7 +7,9 @@ refuses is read again here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
@@ -20,6 +22,9 @@ from service.api.problems import MAX_LISTED_ERRORS, MAX_LOCATION_CHARS, Problem
 Body = TypeVar("Body")
 Place = tuple[str | int, ...]
 Schema = Mapping[str, Any]
+
+
+_HALF_PAIR: Final = re.compile("[\ud800-\udfff]")
 
 
 class _Kind(NamedTuple):
@@ -66,17 +71,77 @@ def _read(content: bytes, wanted: type[Body]) -> Body:
     raise Problem(422, "invalid_request", f"The request is not valid: {errors[0]['message']}{more}.", errors=errors)
 
 
+def refuse_unstorable(content: bytes) -> None:
+    """Raise 400 or 422 if a JSON body holds what is in it by an escape and in no database: NUL, half a surrogate pair.
+
+    Other faults are left to whoever reads the body.
+    """
+    if b"\\u" in content:
+        with contextlib.suppress(ValueError):
+            refuse_unstorable_values(json.loads(content))
+
+
+def parsed_storable(content: bytes) -> Any:
+    """Read JSON that is to be stored. Raises 400 if it is none, 422 for values that no database can hold."""
+    value = _parsed(content)
+    refuse_unstorable_values(value)
+    return value
+
+
+def refuse_unstorable_values(value: Any, place: Place = ("body",)) -> None:
+    """Raise 422 that names the place of a string with NUL or of an integer beyond 64 bits, 400 for half a pair."""
+    _refuse_halves(value, place)
+    for where, scalar in _scalars(value, place):
+        if isinstance(scalar, str) and "\0" in scalar:
+            message = f"{_path(where[1:])} holds a NUL character; leave it out"
+        elif isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
+            message = f"{_path(where[1:])} is beyond 64 bits; give a smaller number"
+        else:
+            continue
+        raise Problem(422, "invalid_request", message, errors=[{"loc": _cut(where), "message": message}])
+
+
+def _refuse_halves(value: Any, place: Place) -> None:
+    with contextlib.suppress(UnicodeEncodeError):
+        json.dumps(value, ensure_ascii=False).encode()  # nearly always, and at the speed of C
+        return
+    for where, scalar in _scalars(value, place):
+        if isinstance(scalar, str) and _HALF_PAIR.search(scalar):
+            message = f"{_path(where[1:])} escapes half of a surrogate pair, which is no character"
+            raise Problem(
+                400,
+                "malformed_request",
+                f"The body is not valid JSON: {message}.",
+                errors=[{"loc": _cut(where), "message": message}],
+            )
+
+
+def _scalars(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    """Every value that holds no others with its place; names of members too, at the place of their object."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield place, name
+            yield from _scalars(item, (*place, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _scalars(item, (*place, index))
+    else:
+        yield place, value
+
+
+def _cut(place: Place) -> list[str | int]:
+    return [part[:MAX_LOCATION_CHARS] if isinstance(part, str) else part for part in place]
+
+
 def _parsed(content: bytes) -> Any:
     try:
         value = json.loads(content.decode(), parse_constant=int)  # to which NaN is no number either
-        json.dumps(value, ensure_ascii=False).encode()
+        _refuse_halves(value, ("body",))
         return value
     except json.JSONDecodeError as error:
         reason = f"{error.msg} (character {error.pos})"
     except UnicodeDecodeError:
         reason = "it is not UTF-8 text"
-    except UnicodeEncodeError:
-        reason = "it escapes half of a surrogate pair, which is no character"
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
+from collections import Counter
 from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from finetune.data.canonical import read_batches
 from finetune.data.check import ROWS_FILE
 from finetune.data.profile import class_counts
-from finetune.data.records import DatasetRecord, DatasetStatus
-from service.api.deps import NeedsData, Services, ServicesDep, Uploading
-from service.api.problems import Problem
+from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus
+from service.api import schemas
+from service.api.deps import NeedsData, Reason, Services, ServicesDep, Uploading
+from service.api.problems import Problem, json_response
+from service.api.routing import Cursor, DatasetId, ManagementRoute, refusals
 from service.api.uploads import receive_multipart
 from service.dataset_intake import RAW_FILE
+from service.threads import on_disk
 
-router = APIRouter(tags=["datasets"])
+router = APIRouter(tags=["datasets"], route_class=ManagementRoute)
 _WAIT_FOR_CHECK_S = 20.0
+_NO_DATASET = refusals("dataset_not_found")
+_CREATED: dict[int | str, dict[str, Any]] = {
+    201: {"headers": {"Location": {"schema": {"type": "string"}, "description": "the dataset's path"}}}
+}
 _UPLOAD_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -41,12 +48,14 @@ _UPLOAD_SCHEMA = {
     "/datasets",
     status_code=201,
     dependencies=[NeedsData],
+    response_model=schemas.Dataset,
+    responses=_CREATED | refusals("empty_input", "dataset_invalid", "storage_full", "dataset_not_found"),
     summary="Upload a table, or an archive of text files",
     openapi_extra=_UPLOAD_SCHEMA,
 )
 async def upload(request: Request, services: ServicesDep, principal: Uploading) -> Response:
     record, _ = await take_upload(request, services, principal.tenant)
-    return JSONResponse(document(record), 201, {"Location": f"/datasets/{record.id}"})
+    return json_response(document(record), 201, {"Location": f"/datasets/{record.id}"})
 
 
 async def take_upload(request: Request, services: Services, tenant: str) -> tuple[DatasetRecord, dict[str, str]]:
@@ -65,17 +74,14 @@ async def take_upload(request: Request, services: Services, tenant: str) -> tupl
             tenant, staging, filename=received.filename, sha256=received.sha256, size_bytes=received.size_bytes
         )
     finally:
-        await asyncio.to_thread(shutil.rmtree, staging, True)
+        await on_disk(shutil.rmtree, staging, True)
     return await services.intake.settled(record, within_s=_WAIT_FOR_CHECK_S), received.fields
 
 
-@router.get("/datasets", summary="List datasets, newest first")
+@router.get("/datasets", summary="List datasets, newest first", responses=_NO_DATASET)
 def list_datasets(
-    services: ServicesDep,
-    principal: Uploading,
-    after: str | None = Query(None, max_length=64),
-    limit: int = Query(20, ge=1, le=100),
-) -> dict[str, Any]:
+    services: ServicesDep, principal: Uploading, after: Cursor = None, limit: int = Query(20, ge=1, le=100)
+) -> schemas.DatasetList:
     records = services.datasets.list(principal.tenant, after=after, limit=limit + 1)
     return {
         "object": "list",
@@ -84,18 +90,22 @@ def list_datasets(
     }
 
 
-@router.get("/datasets/{dataset_id}", summary="One dataset")
-def get_dataset(dataset_id: str, services: ServicesDep, principal: Uploading) -> dict[str, Any]:
+@router.get("/datasets/{dataset_id}", summary="One dataset", responses=_NO_DATASET)
+def get_dataset(dataset_id: DatasetId, services: ServicesDep, principal: Uploading) -> schemas.Dataset:
     return document(services.datasets.get(principal.tenant, dataset_id))
 
 
-@router.get("/datasets/{dataset_id}/report", summary="Findings of the check")
+@router.get(
+    "/datasets/{dataset_id}/report",
+    summary="Findings of the check",
+    responses=refusals("dataset_not_found", "dataset_invalid"),
+)
 def get_report(
-    dataset_id: str,
+    dataset_id: DatasetId,
     services: ServicesDep,
     principal: Uploading,
     label: str | None = Query(None, max_length=200, description="column whose classes to count; else guessed by name"),
-) -> dict[str, Any]:
+) -> schemas.ReportOfDataset:
     record = services.datasets.get(principal.tenant, dataset_id)
     report = None if record.report is None else record.report.model_dump(mode="json")
     return {
@@ -107,19 +117,24 @@ def get_report(
     }
 
 
-@router.get("/datasets/{dataset_id}/preview", dependencies=[NeedsData], summary="The first rows as they were read")
+@router.get(
+    "/datasets/{dataset_id}/preview",
+    dependencies=[NeedsData],
+    summary="The first rows as they were read",
+    responses=refusals("dataset_not_found", "dataset_not_ready"),
+)
 def get_preview(
-    dataset_id: str,
+    dataset_id: DatasetId,
     services: ServicesDep,
     principal: Uploading,
     limit: int = Query(20, ge=1, le=200),
     offset: int = Query(0, ge=0, le=10_000_000, description="leave out so many rows"),
-) -> dict[str, Any]:
+) -> schemas.DatasetPreview:
     record = services.datasets.get(principal.tenant, dataset_id)
     if record.status is not DatasetStatus.READY or record.columns is None:
         raise Problem(409, "dataset_not_ready", f"{record.id} is {record.status}; only a ready dataset has a preview")
     names = [column.name for column in record.columns]
-    rows: list[dict[str, Any]] = []
+    rows: list[schemas.PreviewRow] = []
     file = services.intake.folder(principal.tenant, record.id) / ROWS_FILE
     for batch in read_batches(file, names, offset=offset):
         cells = zip(batch.row_numbers, *batch.columns, strict=True)
@@ -139,13 +154,14 @@ def get_preview(
 
 
 @router.delete(
-    "/datasets/{dataset_id}", status_code=204, dependencies=[NeedsData], summary="Delete a dataset and its rows"
+    "/datasets/{dataset_id}",
+    status_code=204,
+    dependencies=[NeedsData],
+    summary="Delete a dataset and its rows",
+    responses=refusals("dataset_not_found", "dataset_in_use"),
 )
 async def delete_dataset(
-    dataset_id: str,
-    services: ServicesDep,
-    principal: Uploading,
-    reason: str = Query("", max_length=1024, description="for the history"),
+    dataset_id: DatasetId, services: ServicesDep, principal: Uploading, reason: Reason = ""
 ) -> Response:
     """Refused while jobs that have not ended need it. A repeat is 204 too."""
     await services.intake.delete(
@@ -154,8 +170,9 @@ async def delete_dataset(
     return Response(status_code=204)
 
 
-def document(record: DatasetRecord) -> dict[str, Any]:
+def document(record: DatasetRecord) -> schemas.Dataset:
     findings = [] if record.report is None else record.report.findings
+    counted = Counter(finding.severity for finding in findings)
     return {
         "id": record.id,
         "object": "dataset",
@@ -165,12 +182,19 @@ def document(record: DatasetRecord) -> dict[str, Any]:
         "bytes": record.bytes,
         "sha256": record.sha256,
         "rows": record.rows,
-        # Without the rows of each value, which the report has: a list of datasets would be long.
-        "columns": record.columns and [column.model_dump(exclude={"counts"}) for column in record.columns],
-        "findings": {
-            severity: sum(finding.severity == severity for finding in findings)
-            for severity in ("error", "warning", "info")
-        },
+        "columns": None if record.columns is None else [_column(column) for column in record.columns],
+        "findings": {"error": counted["error"], "warning": counted["warning"], "info": counted["info"]},
         "errors": [finding.model_dump() for finding in findings if finding.severity == "error"],
         "created_at": record.created_at,
+    }
+
+
+def _column(column: ColumnReport) -> schemas.Column:
+    """Without the rows of each value, which the report has: a list of datasets would be long."""
+    return {
+        "name": column.name,
+        "type": column.type,
+        "empty": column.empty,
+        "distinct": column.distinct,
+        "example": column.example,
     }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from finetune.data.store import DatasetStore
 from finetune.jobs.records import Outlook
@@ -15,7 +15,9 @@ from model_registry.registry import Registry
 from model_registry.removal import Removal
 from model_registry.store import ArtifactStore
 from modeling.backbone import Backbone
+from service.api import schemas
 from service.api.auth import Principal, require
+from service.api.event_streams import EventStreams
 from service.api.guard import DrainState
 from service.api.problems import Problem
 from service.dataset_intake import DatasetIntake
@@ -34,7 +36,7 @@ class Workers:
 
     outlook: Outlook | None = None
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> schemas.WorkersDocument:
         """How many are there, and when one was last heard from, in seconds of Unix time."""
         found = self.outlook
         return {
@@ -60,6 +62,7 @@ class Services:
     store: ArtifactStore
     metrics: ServingMetrics
     drain: DrainState
+    events: EventStreams
     backbones: Mapping[str, Backbone]
     folder: FolderWatch
     workers: Workers = field(default_factory=Workers)
@@ -89,9 +92,13 @@ async def _data_there(request: Request) -> None:
     await services(request).folder.require()
 
 
+_data_there.refuses = ("storage_unavailable",)  # type: ignore[attr-defined]
+
+
 ServicesDep = Annotated[Services, Depends(services)]
 JsonBody = Depends(json_body)
 NeedsData = Depends(_data_there)
+Reason = Annotated[str, Query(max_length=1024, description="for the history")]
 Reading = Annotated[Principal, Depends(require(None))]
 Uploading = Annotated[Principal, Depends(require("datasets"))]
 Training = Annotated[Principal, Depends(require("finetune"))]

@@ -7,14 +7,12 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
-from sse_starlette.sse import EventSourceResponse
 
 from finetune.data.check import ROWS_FILE
 from finetune.data.errors import ColumnMissing, DatasetUnreadable
@@ -28,21 +26,27 @@ from finetune.data.targets import target_type
 from finetune.jobs.hyperparameters import Hyperparameters, check_labels, check_task, parse_hyperparameters
 from finetune.jobs.link import finite
 from finetune.jobs.plan import DatasetProfile, WorkerProfile, refuse_unavailable, resolve
-from finetune.jobs.records import FineTuneJob, JobEvent, JobSpec, JobStatus, Outlook
+from finetune.jobs.records import FineTuneJob, JobSpec, JobStatus, Outlook
 from finetune.jobs.search_space import nested
 from model_registry.errors import ModelNotFound
+from model_registry.refs import NAME_PATTERN
 from modeling.tasks import DEFAULT_MODALITY, task_of_kind
+from service.api import schemas
 from service.api.auth import Principal
+from service.api.body_errors import parsed_storable, refuse_unstorable_values
 from service.api.datasets import take_upload
-from service.api.deps import NeedsData, Services, ServicesDep, Training, json_body
+from service.api.deps import NeedsData, Reason, Services, ServicesDep, Training, json_body
+from service.api.event_streams import EventStream, event_document
 from service.api.guard import GuardLimits, checked_json
-from service.api.problems import Problem
+from service.api.problems import Problem, json_response
+from service.api.routing import MAX_SEQ, Cursor, JobId, ManagementRoute, refusals
 from service.api.schemas import CancelRequest, FinetuneRequest
 from service.housekeeping import remove_job_files
 from service.inference.errors import ModelNotReady
+from service.threads import on_database, on_disk
 
-router = APIRouter(tags=["fine-tuning"])
-_EVENT_POLL_S = 0.3
+router = APIRouter(tags=["fine-tuning"], route_class=ManagementRoute)
+_NO_JOB = refusals("job_not_found")
 _CHARACTERS_PER_TOKEN = 4
 _JSON_FIELDS = frozenset(
     {"columns", "exclude_rows", "validation_columns", "test_columns", "hyperparameters", "metadata"}
@@ -51,15 +55,51 @@ _INSPECTED_ROWS = 50_000  # some 5 s of a thread; a job inspects any number
 _BODY_SCHEMA = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FinetuneRequest"}}},
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/FinetuneRequest"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "description": "the same fields beside `file`, the training rows; objects as JSON text",
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "register_as": {"type": "string", "pattern": NAME_PATTERN},
+                    },
+                    "required": ["file", "register_as"],
+                    "additionalProperties": {"type": "string"},
+                }
+            },
+        },
     }
 }
+_STARTED: dict[int | str, dict[str, Any]] = {
+    200: {"model": schemas.JobPlan, "description": "The plan, with `dry_run`"},
+    202: {"headers": {"Location": {"schema": {"type": "string"}, "description": "the job's path"}}},
+}
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "With `Accept: text/event-stream` every event as it comes, until the job has ended",
+    }
+}
+_STARTS = (
+    "dataset_not_found",
+    "dataset_invalid",
+    "dataset_not_ready",
+    "empty_input",
+    "idempotency_mismatch",
+    "model_not_found",
+    "model_not_ready",
+    "storage_full",
+)
 
 
 @router.post(
     "/finetune",
     status_code=202,
     dependencies=[NeedsData],
+    response_model=schemas.Job,
+    responses=_STARTED | refusals(*_STARTS),
     summary="Start a fine-tune job",
     openapi_extra=_BODY_SCHEMA,
 )
@@ -71,22 +111,29 @@ async def start(
     idempotency_key: str | None = Header(None, min_length=1, max_length=255),
 ) -> Response:
     body, digest = await _read(request, services, principal)
-    spec, records, wanted = await asyncio.to_thread(_accept, body, services, principal)
+    spec, records, wanted = await on_database(_accept, body, services, principal)
     if dry_run:
-        return JSONResponse(await asyncio.to_thread(_dry_run, spec, records, wanted, services, principal))
+        return json_response(await asyncio.to_thread(_dry_run, spec, records, wanted, services, principal))
     await asyncio.to_thread(_refuse_rows, spec, records, wanted, services, principal)
     is_ready = all(record.status is DatasetStatus.READY for record in records.values())
-    job = await asyncio.to_thread(
+    job = await on_database(
         lambda: services.jobs.enqueue(
             principal.tenant, spec, is_data_ready=is_ready, idempotency_key=idempotency_key, request_sha256=digest
         )
     )
-    return JSONResponse(document(job, services), 202, {"Location": f"/finetune/{job.id}"})
+    return json_response(await on_database(document, job, services), 202, {"Location": f"/finetune/{job.id}"})
 
 
-@router.post("/finetune/{job_id}/rerun", status_code=202, summary="Train the same once more, and compare the weights")
+@router.post(
+    "/finetune/{job_id}/rerun",
+    status_code=202,
+    response_model=schemas.Job,
+    responses={202: _STARTED[202]}
+    | refusals("job_not_found", "job_not_ended", "model_not_found", "dataset_not_found", "idempotency_mismatch"),
+    summary="Train the same once more, and compare the weights",
+)
 def rerun(
-    job_id: str,
+    job_id: JobId,
     services: ServicesDep,
     principal: Training,
     idempotency_key: str | None = Header(None, min_length=1, max_length=255),
@@ -107,7 +154,7 @@ def rerun(
         idempotency_key=idempotency_key,
         request_sha256=hashlib.sha256(f"rerun {job_id}".encode()).hexdigest(),
     )
-    return JSONResponse(document(job, services), 202, {"Location": f"/finetune/{job.id}"})
+    return json_response(document(job, services), 202, {"Location": f"/finetune/{job.id}"})
 
 
 async def _read(request: Request, services: Services, principal: Principal) -> tuple[FinetuneRequest, str]:
@@ -117,14 +164,12 @@ async def _read(request: Request, services: Services, principal: Principal) -> t
         record, fields = await take_upload(request, services, principal.tenant)
         values: dict[str, Any] = {}
         for name, text in fields.items():
-            values[name] = _json_field(name, text) if name in _JSON_FIELDS else text
+            values[name] = await _json_field(name, text) if name in _JSON_FIELDS else text
+        refuse_unstorable_values(values)
         canonical = json.dumps({**values, "file": record.sha256}, sort_keys=True)
         return _validated({**values, "dataset": record.id}), hashlib.sha256(canonical.encode()).hexdigest()
     json_body(request)
-    try:
-        values = orjson.loads(await _json_content(request, services.settings.max_body_bytes))
-    except orjson.JSONDecodeError as error:
-        raise Problem(400, "malformed_request", f"the body is not valid JSON: {error.msg}") from error
+    values = parsed_storable(await _json_content(request, services.settings.max_body_bytes))
     return _validated(values), hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -138,11 +183,13 @@ async def _json_content(request: Request, max_bytes: int) -> bytes:
     return await checked_json(bytes(content), GuardLimits())
 
 
-def _json_field(name: str, text: str) -> Any:
+async def _json_field(name: str, text: str) -> Any:
+    """A field of a multipart body that holds JSON, read like a body of its own."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Problem(400, "malformed_request", f"the field {name!r} must be JSON") from error
+        return parsed_storable(await checked_json(text.encode(), GuardLimits()))
+    except Problem as problem:
+        problem.detail = f"the field {name!r}: {problem.detail}"
+        raise
 
 
 def _validated(values: Any) -> FinetuneRequest:
@@ -267,7 +314,7 @@ def _refuse_rows(
 
 def _dry_run(
     spec: JobSpec, records: dict[str, DatasetRecord], wanted: Hyperparameters, services: Services, principal: Principal
-) -> dict[str, Any]:
+) -> schemas.JobPlan:
     """The plan as far as it can be known before tokenising: lengths are estimated from characters."""
     record = records[spec.dataset]
     if record.status is not DatasetStatus.READY:
@@ -309,14 +356,14 @@ def _dry_run(
     }
 
 
-@router.get("/finetune", summary="List jobs, newest first")
+@router.get("/finetune", summary="List jobs, newest first", responses=_NO_JOB)
 def list_jobs(
     services: ServicesDep,
     principal: Training,
-    after: str | None = Query(None, max_length=64),
+    after: Cursor = None,
     limit: int = Query(20, ge=1, le=100),
     status: JobStatus | None = None,
-) -> dict[str, Any]:
+) -> schemas.JobList:
     found = services.jobs.page(principal.tenant, after=after, limit=limit + 1, status=status)
     return {
         "object": "list",
@@ -325,21 +372,31 @@ def list_jobs(
     }
 
 
-@router.get("/finetune/{job_id}", summary="One job")
-def get_job(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+@router.get("/finetune/{job_id}", summary="One job", responses=_NO_JOB)
+def get_job(job_id: JobId, services: ServicesDep, principal: Training) -> schemas.Job:
     return document(services.jobs.get(principal.tenant, job_id), services)
 
 
-@router.get("/finetune/{job_id}/evaluation", summary="The evaluation report")
-def get_evaluation(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+@router.get(
+    "/finetune/{job_id}/evaluation",
+    summary="The evaluation report",
+    responses=refusals("job_not_found", "evaluation_not_ready"),
+)
+def get_evaluation(job_id: JobId, services: ServicesDep, principal: Training) -> schemas.Evaluation:
     job = services.jobs.get(principal.tenant, job_id)
     if job.evaluation is None:
         raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
-    return {"object": "finetune.evaluation", "job_id": job.id, **finite(job.evaluation)}
+    return {"object": "finetune.evaluation", "job_id": job.id, **finite(job.evaluation)}  # type: ignore[typeddict-item]
 
 
-@router.get("/finetune/{job_id}/suspects", summary="Rows whose label is probably wrong, as csv")
-def get_suspects(job_id: str, services: ServicesDep, principal: Training) -> Response:
+@router.get(
+    "/finetune/{job_id}/suspects",
+    summary="Rows whose label is probably wrong, as csv",
+    response_class=Response,
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
+    | refusals("job_not_found", "evaluation_not_ready"),
+)
+def get_suspects(job_id: JobId, services: ServicesDep, principal: Training) -> Response:
     job = services.jobs.get(principal.tenant, job_id)
     if job.evaluation is None:
         raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
@@ -350,54 +407,54 @@ def get_suspects(job_id: str, services: ServicesDep, principal: Training) -> Res
     return Response(sink.getvalue(), media_type="text/csv; charset=utf-8")
 
 
-@router.get("/finetune/{job_id}/events", summary="Events of a job, as JSON or as a stream")
+@router.get(
+    "/finetune/{job_id}/events",
+    summary="Events of a job, as JSON or as a stream",
+    response_model=schemas.EventList,
+    responses=_EVENTS | refusals("job_not_found", "too_many_streams"),
+)
 async def get_events(
-    job_id: str,
+    job_id: JobId,
     request: Request,
     services: ServicesDep,
     principal: Training,
-    after: int = Query(0, ge=0, description="only events with a larger seq"),
+    after: int = Query(0, ge=0, le=MAX_SEQ, description="only events with a larger seq"),
     limit: int = Query(100, ge=1, le=1000),
-    last_event_id: str | None = Header(None, max_length=20),
+    last_event_id: int | None = Header(None, ge=0, le=MAX_SEQ, description="of a stream: go on after this event"),
 ) -> Response:
     tenant = principal.tenant
     if "text/event-stream" in request.headers.get("accept", ""):
-        start = int(last_event_id) if last_event_id and last_event_id.isdigit() else after
-        await asyncio.to_thread(services.jobs.get, tenant, job_id)
-        return EventSourceResponse(_stream(services, tenant, job_id, start), ping=15)
-    found = await asyncio.to_thread(lambda: services.jobs.events(tenant, job_id, after=after, limit=limit + 1))
-    data = [_event(event) for event in found[:limit]]
-    return JSONResponse({"object": "list", "data": data, "has_more": len(found) > limit})
+        start = after if last_event_id is None else last_event_id
+        subscription = await services.events.open((tenant, principal.name), tenant, job_id, after=start)
+        return EventStream(subscription, services.events.is_ending)
+    found = await on_database(lambda: services.jobs.events(tenant, job_id, after=after, limit=limit + 1))
+    data = [event_document(event) for event in found[:limit]]
+    return json_response({"object": "list", "data": data, "has_more": len(found) > limit})
 
 
-async def _stream(services: Services, tenant: str, job_id: str, after: int) -> AsyncIterator[dict[str, str]]:
-    """Every event once, in order, until the job has ended; a client that comes back names the last it saw."""
-    while not services.drain.refusing:
-        # The state is read first: what is written before it became final is then certainly read below.
-        job = await asyncio.to_thread(services.jobs.get, tenant, job_id)
-        for event in await asyncio.to_thread(services.jobs.events, tenant, job_id, after=after):
-            after = event.seq
-            yield {"id": str(event.seq), "event": event.type, "data": json.dumps(_event(event))}
-        if job.status.is_final and after >= job.last_seq:
-            return
-        await asyncio.sleep(_EVENT_POLL_S)
-
-
-@router.post("/finetune/{job_id}/cancel", summary="Cancel a job")
-def cancel(
-    job_id: str, services: ServicesDep, principal: Training, body: CancelRequest | None = None
-) -> dict[str, Any]:
+@router.post(
+    "/finetune/{job_id}/cancel", summary="Cancel a job", responses=refusals("job_not_found", "job_not_cancellable")
+)
+def cancel(job_id: JobId, services: ServicesDep, principal: Training, body: CancelRequest | None = None) -> schemas.Job:
     keep_best = (body or CancelRequest()).keep_best
     return document(services.jobs.request_cancel(principal.tenant, job_id, keep_best=keep_best), services)
 
 
-@router.post("/finetune/{job_id}/pause", summary="Pause a job; its worker saves and takes the next one")
-def pause(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+@router.post(
+    "/finetune/{job_id}/pause",
+    summary="Pause a job; its worker saves and takes the next one",
+    responses=refusals("job_not_found", "job_not_pausable"),
+)
+def pause(job_id: JobId, services: ServicesDep, principal: Training) -> schemas.Job:
     return document(services.jobs.request_pause(principal.tenant, job_id), services)
 
 
-@router.post("/finetune/{job_id}/resume", summary="Put a paused job back into the queue")
-def resume(job_id: str, services: ServicesDep, principal: Training) -> dict[str, Any]:
+@router.post(
+    "/finetune/{job_id}/resume",
+    summary="Put a paused job back into the queue",
+    responses=refusals("job_not_found", "job_not_resumable"),
+)
+def resume(job_id: JobId, services: ServicesDep, principal: Training) -> schemas.Job:
     return document(services.jobs.request_resume(principal.tenant, job_id), services)
 
 
@@ -406,30 +463,26 @@ def resume(job_id: str, services: ServicesDep, principal: Training) -> dict[str,
     status_code=204,
     dependencies=[NeedsData],
     summary="Delete a job that has ended; its versions stay",
+    responses=refusals("job_not_found", "job_not_deletable"),
 )
-async def delete_job(
-    job_id: str,
-    services: ServicesDep,
-    principal: Training,
-    reason: str = Query("", max_length=1024, description="for the history"),
-) -> Response:
+async def delete_job(job_id: JobId, services: ServicesDep, principal: Training, reason: Reason = "") -> Response:
     """Its events, evaluation and log go. A repeat is 204 too."""
-    await asyncio.to_thread(lambda: services.jobs.delete(principal.tenant, job_id, actor=principal.name, reason=reason))
-    await asyncio.to_thread(remove_job_files, services.settings.data_dir, job_id)
+    await on_database(lambda: services.jobs.delete(principal.tenant, job_id, actor=principal.name, reason=reason))
+    await on_disk(remove_job_files, services.settings.data_dir, job_id)
     return Response(status_code=204)
 
 
-def document(job: FineTuneJob, services: Services) -> dict[str, Any]:
+def document(job: FineTuneJob, services: Services) -> schemas.Job:
     return _documents([job], services)[0]
 
 
-def _documents(found: Sequence[FineTuneJob], services: Services) -> list[dict[str, Any]]:
+def _documents(found: Sequence[FineTuneJob], services: Services) -> list[schemas.Job]:
     is_any_waiting = any(job.status.is_waiting for job in found)
     outlook = services.jobs.outlook(found) if is_any_waiting else None
     return [_document(job, outlook if job.status.is_waiting else None) for job in found]
 
 
-def _document(job: FineTuneJob, outlook: Outlook | None) -> dict[str, Any]:
+def _document(job: FineTuneJob, outlook: Outlook | None) -> schemas.Job:
     """`outlook` of a job that waits."""
     spec = job.spec
     return {
@@ -479,17 +532,3 @@ def _worker_last_seen(job: FineTuneJob, outlook: Outlook | None) -> float | None
     if outlook is not None:
         return outlook.worker_last_seen
     return job.heartbeat_at if job.worker_id is not None and not job.status.is_final else None
-
-
-def _event(event: JobEvent) -> dict[str, Any]:
-    return {
-        "seq": event.seq,
-        "object": "finetune.event",
-        "job_id": event.job_id,
-        "attempt": event.attempt,
-        "created_at": event.created_at,
-        "level": event.level,
-        "type": event.type,
-        "message": event.message,
-        "data": event.data,
-    }

@@ -79,7 +79,8 @@ class DrainState:
 class RequestGuard:
     """Counts, times and checks each request, then calls `app`.
 
-    `body_limit(path, method)` gives the largest body in bytes. `clock` is in seconds and monotonic.
+    `body_limit(path, method)` gives the largest body in bytes. `clock` is in seconds and monotonic. `on_refusal` is
+    told the method and the status of each answer that the guard gives in place of the app.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class RequestGuard:
         body_limit: Callable[[str, str], int],
         *,
         clock: Callable[[], float] = time.monotonic,
+        on_refusal: Callable[[str, int], None] | None = None,
     ) -> None:
         self.app = app
+        self.on_refusal = on_refusal
         self.limits = limits
         self.state = state
         self.body_limit = body_limit
@@ -103,7 +106,7 @@ class RequestGuard:
             return
         scope.setdefault("state", {})["request_id"] = request_id_in(headers_of(scope))
         body = _BodyMeter(scope, receive, limits=self.limits, clock=self.clock)
-        response = _Response(scope, send, state=self.state, body=body)
+        response = _Response(scope, send, state=self.state, body=body, on_refusal=self.on_refusal)
         if scope["path"] in PROBE_PATHS:
             await self._answer(scope, body, response)
             return
@@ -329,9 +332,18 @@ class _BodyMeter:
 class _Response:
     """Passes a response on with our headers; drops what an app answers to a body that was refused."""
 
-    __slots__ = ("_send", "_state", "body", "is_complete", "is_started", "scope")
+    __slots__ = ("_on_refusal", "_send", "_state", "body", "is_complete", "is_started", "scope")
 
-    def __init__(self, scope: Scope, send: Send, *, state: DrainState, body: _BodyMeter) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        *,
+        state: DrainState,
+        body: _BodyMeter,
+        on_refusal: Callable[[str, int], None] | None,
+    ) -> None:
+        self._on_refusal = on_refusal
         self.scope = scope
         self.body = body
         self.is_started = False
@@ -346,6 +358,8 @@ class _Response:
 
     async def refuse(self, problem: Problem) -> None:
         """Answers with `problem` in place of the app."""
+        if self._on_refusal is not None:
+            self._on_refusal(self.scope["method"], problem.status)
         response = problem_response(problem, path=self.scope["path"], request_id=self.scope["state"]["request_id"])
         await response(self.scope, _never_receive, self._pass_on)
 

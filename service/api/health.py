@@ -7,16 +7,24 @@ import importlib.metadata
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
 
+from service.api import schemas
 from service.api.deps import Services, ServicesDep
+from service.api.problems import json_response
+from service.api.routing import ManagementRoute
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], route_class=ManagementRoute)
+_NOT_ALIVE: dict[int | str, dict[str, Any]] = {
+    503: {"model": schemas.Liveness, "description": "A loop or an engine is dead or stuck"}
+}
+_NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"model": schemas.Readiness, "description": "Loading, draining, or an engine is out of order"}
+}
 _STUCK_S = 120.0
 
 
 @router.head("/livez", include_in_schema=False)
-@router.get("/livez", summary="Is the process alive")
+@router.get("/livez", summary="Is the process alive", response_model=schemas.Liveness, responses=_NOT_ALIVE)
 async def livez(services: ServicesDep) -> Response:
     workers = [lane.worker for lane in services.pool.engines.lanes()]
     dead = [worker.name[0] for worker in workers if not worker.is_alive]
@@ -27,24 +35,24 @@ async def livez(services: ServicesDep) -> Response:
         if max(worker.busy_for_s(), worker.supervisor.unfit_for_s()) > _STUCK_S
     ]
     status = 503 if dead or stuck or services.pool.has_failed else 200
-    return JSONResponse({"status": "ok" if status == 200 else "failing", "dead": dead, "stuck": stuck}, status)
+    return json_response({"status": "ok" if status == 200 else "failing", "dead": dead, "stuck": stuck}, status)
 
 
 @router.head("/readyz", include_in_schema=False)
-@router.get("/readyz", summary="May traffic come here")
+@router.get("/readyz", summary="May traffic come here", response_model=schemas.Readiness, responses=_NOT_READY)
 @router.head("/health", include_in_schema=False)
-@router.get("/health", summary="The same as /readyz")
+@router.get("/health", summary="The same as /readyz", response_model=schemas.Readiness, responses=_NOT_READY)
 async def readyz(services: ServicesDep) -> Response:
     reason = _unready(services)
     headers = {} if reason is None else {"Retry-After": "1"}
     # Predictions do without a worker, so none is no reason to send traffic elsewhere.
-    answer = {
+    answer: schemas.Readiness = {
         "status": "ready" if reason is None else "unready",
         "reason": reason,
         "degraded": _degraded(services),
         "workers": services.workers.document(),
     }
-    return JSONResponse(answer, 200 if reason is None else 503, headers)
+    return json_response(answer, 200 if reason is None else 503, headers)
 
 
 def _unready(services: Services) -> str | None:
@@ -70,8 +78,8 @@ def _degraded(services: Services) -> list[str]:
 
 @router.head("/info", include_in_schema=False)
 @router.get("/info", summary="Every effective limit")
-async def info(services: ServicesDep) -> dict[str, Any]:
-    backbones = {
+async def info(services: ServicesDep) -> schemas.Info:
+    backbones: dict[str, schemas.BackboneInfo] = {
         name: {
             "digest": model.lane.backbone.info.digest,  # type: ignore[attr-defined]
             "source": services.settings.backbones[name],
@@ -93,7 +101,12 @@ async def info(services: ServicesDep) -> dict[str, Any]:
 
 
 @router.head("/metrics", include_in_schema=False)
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(services: ServicesDep) -> Response:
     content, content_type = await asyncio.to_thread(services.metrics.render)
     return Response(content, headers={"content-type": content_type})

@@ -51,7 +51,7 @@ class Call:
 @dataclass(frozen=True)
 class Route(Generic[Body]):
     """`refuse` gives the response to an error of `answer` or of the body, None if it is a fault of ours. Its media
-    type is `errors`. Clients may name any content type unless the route `needs_json`."""
+    type is `errors`, and `refuses` are the codes. Clients may name any content type unless the route `needs_json`."""
 
     name: str
     summary: str
@@ -62,6 +62,15 @@ class Route(Generic[Body]):
     errors: str = MEDIA_TYPE
     tag: str = "inference"
     needs_json: bool = True
+    refuses: tuple[str, ...] = (
+        "deadline_exceeded",
+        "empty_input",
+        "inference_failed",
+        "input_too_long",
+        "model_not_found",
+        "model_not_ready",
+        "queue_full",
+    )
 
     @functools.cached_property
     def decode(self) -> Callable[[bytes], Body]:
@@ -145,6 +154,7 @@ async def predicted(
     *,
     timeout_ms: int | None = None,
     needs_labels: bool = True,
+    max_inputs: int | None = None,
 ) -> PredictResult:
     """The predictor's result within the request's deadline, as long as its client is there; names the model to the
     metrics."""
@@ -153,7 +163,9 @@ async def predicted(
     deadline = time.monotonic() + _allowed_s(call, timeout_ms)
     found = await services.pool.find(tenant, ref)
     call.scope["state"]["metric_labels"] = found.metric_labels
-    work = services.predictor.predict(found, inputs, options, deadline=deadline, needs_labels=needs_labels)
+    work = services.predictor.predict(
+        found, inputs, options, deadline=deadline, needs_labels=needs_labels, max_inputs=max_inputs
+    )
     return await unless_gone(call.scope, work)
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import orjson
 from fastapi import FastAPI
@@ -78,6 +78,26 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     jobs.JobNotDeletable: (409, "job_not_deletable"),
 }
 """Status and code by error class; a subclass not listed answers as its nearest listed parent."""
+
+STATUS_BY_CODE: Final[Mapping[str, int]] = {code: status for status, code in STATUS_BY_ERROR.values()} | {
+    "client_closed_request": 499,
+    "dataset_not_ready": 409,
+    "draining": 503,
+    "evaluation_not_ready": 409,
+    "file_not_found": 404,
+    "headers_too_large": 431,
+    "internal_error": 500,
+    "job_not_ended": 409,
+    "malformed_request": 400,
+    "method_not_allowed": 405,
+    "not_found": 404,
+    "request_timeout": 408,
+    "too_many_streams": 429,
+    "unauthenticated": 401,
+    "unsupported_media_type": 415,
+    "uri_too_long": 414,
+}
+"""Every code with its status: those of error classes, and those that are raised as problems."""
 
 RETRY_AFTER_S: dict[str, float] = {"database_unavailable": 1.0, "storage_unavailable": 5.0}
 """When to come back, for mapped errors whose exception carries no `retry_after_s` of its own."""
@@ -150,7 +170,7 @@ def problem_response(problem: Problem, *, path: str, request_id: str) -> Respons
     if problem.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
     body = problem_body(problem, path=path, request_id=request_id)
-    return Response(_dump(body), status_code=problem.status, headers=headers, media_type=MEDIA_TYPE)
+    return Response(dumped(body), status_code=problem.status, headers=headers, media_type=MEDIA_TYPE)
 
 
 def problem_for(error: Exception) -> Problem | None:
@@ -190,7 +210,8 @@ def problem_of_validation(error: RequestValidationError) -> Problem:
     listed = [_place(item) for item in found[:MAX_LISTED_ERRORS]]
     more = f" (the first {MAX_LISTED_ERRORS} are listed)" if len(found) > MAX_LISTED_ERRORS else ""
     places = "1 place" if len(found) == 1 else f"{len(found)} places"
-    return Problem(422, "invalid_request", f"The request is not valid in {places}{more}.", errors=listed)
+    first = f"{'.'.join(map(str, listed[0]['loc'][1:]))}: {listed[0]['message']}"
+    return Problem(422, "invalid_request", f"The request is not valid in {places}{more}; {first}.", errors=listed)
 
 
 def install(app: FastAPI) -> None:
@@ -216,7 +237,11 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     http_error = cast(HTTPException, error)
     if http_error.status_code < 400:
         return Response(status_code=http_error.status_code, headers=http_error.headers)
-    return _respond(request.scope, problem_of_http_exception(http_error))
+    problem = problem_of_http_exception(http_error)
+    allowed = getattr(request.app.state, "allowed_methods", None)
+    if problem.status == 405 and allowed is not None:  # the framework names the methods of one route that fits alone
+        problem.headers["Allow"] = allowed(request.scope["path"]) or problem.headers.get("Allow", "")
+    return _respond(request.scope, problem)
 
 
 async def _answer_disconnect(request: Request, error: Exception) -> Response:
@@ -283,17 +308,22 @@ def _unparsable(item: Mapping[str, Any]) -> Problem:
 def _place(item: Mapping[str, Any]) -> dict[str, Any]:
     """Where and why. The names in `loc` may be the client's own, so they are cut short."""
     location = [part if isinstance(part, int) else str(part)[:MAX_LOCATION_CHARS] for part in item["loc"]]
-    message = item["msg"]
+    message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "union_tag_invalid":  # the one message of pydantic that quotes the input
         message = f"The tag is none of the expected ones: {item.get('ctx', {}).get('expected_tags', '')}"
     return {"loc": location, "message": message}
 
 
-def _dump(body: dict[str, Any]) -> bytes:
+def json_response(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dumped(document), status, headers, media_type="application/json")
+
+
+def dumped(document: Any) -> bytes:
+    """`document` as JSON; a number that is none is null."""
     try:
-        return orjson.dumps(body)
-    except TypeError:  # a lone surrogate in a field name or path: legal in a JSON request, not in UTF-8
-        return orjson.dumps(_without_surrogates(body))
+        return orjson.dumps(document)
+    except TypeError:  # a lone surrogate: legal in a JSON request, not in UTF-8
+        return orjson.dumps(_without_surrogates(document))
 
 
 def _without_surrogates(value: Any) -> Any:

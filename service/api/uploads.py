@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from model_registry.store import space_errors
 from service.api.problems import Problem
+from service.threads import on_disk
 
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 64 * 1024
@@ -36,15 +36,16 @@ async def receive_multipart(request: Request, target: Path, *, file_part: str = 
         raise Problem(400, "malformed_request", "send multipart/form-data with a part named 'file' (curl: -F file=@…)")
     with space_errors(target.name), target.open("wb") as sink:
         parts = _Parts(sink, file_part)
-        parser = MultipartParser(options[b"boundary"], parts.callbacks())
         try:
+            parser = MultipartParser(options[b"boundary"], parts.callbacks())
             async for chunk in request.stream():
                 if chunk:
                     # Disk writes block; a thread keeps the event loop free for predictions.
-                    await asyncio.to_thread(parser.write, chunk)
+                    await on_disk(parser.write, chunk)
             parser.finalize()
         except FormParserError as error:
-            raise Problem(400, "malformed_request", "the multipart body is malformed") from error
+            detail = "the multipart body is malformed, or its boundary is longer than 256 bytes"
+            raise Problem(400, "malformed_request", detail) from error
         if not parts.is_complete:
             raise Problem(400, "malformed_request", "the multipart body ends before its closing boundary")
     return parts.upload()
@@ -118,8 +119,12 @@ class _Parts:
             raise Problem(413, "payload_too_large", f"the field {self._name[:60]!r} exceeds {MAX_FIELD_BYTES} bytes")
 
     def _part_end(self) -> None:
-        if not self._is_file:
-            self._upload.fields[self._name] = self._value.decode("utf-8", "replace")
+        if self._is_file:
+            return
+        try:
+            self._upload.fields[self._name] = self._value.decode()
+        except UnicodeDecodeError:
+            raise Problem(400, "malformed_request", f"the field {self._name[:60]!r} is not UTF-8 text") from None
 
     def _end(self) -> None:
         self.is_complete = True

@@ -7,7 +7,7 @@ InferenceError
 ├── ModelNotReady        known, but loading, failed or without its engine
 ├── MemoryBudgetExceeded it does not fit beside the models that must stay
 ├── DeadlineExceeded     the caller's time ran out before the answer was there
-├── NotPredictable       a backbone was asked for labels
+├── NotPredictable       a backbone was asked for labels, or a baseline for embeddings
 ├── ParameterUnfit       a parameter that means nothing for the model's task
 └── InferenceFailed      the engine failed for this input
 """
@@ -54,7 +54,7 @@ class DeadlineExceeded(InferenceError):
 
 
 class NotPredictable(InferenceError):
-    """A backbone was asked for labels; it only has embeddings."""
+    """A backbone was asked for labels, or a baseline, which is over words, for embeddings."""
 
 
 class ParameterUnfit(InferenceError):

@@ -274,6 +274,11 @@ class ServedModel:
         return held
 
     @property
+    def has_embedding(self) -> bool:
+        """Whether it computes vectors of its inputs; a linear model over words does not."""
+        return self.margins is None
+
+    @property
     def key(self) -> tuple[str, str, int | None]:
         return (self.tenant, self.name, self.version)
 

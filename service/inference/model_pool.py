@@ -37,7 +37,7 @@ _SOON_S = 1.0
 class ModelPool:
     """`backbones` are the names that will be added: until all are, no version is loaded.
 
-    `look_again` shows the pool the registry's present state, for a name that it does not know.
+    `look_again` shows the pool the registry's present state, for a name that it does not know; False if it cannot.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ModelPool:
         self._deleted: set[Key] = set()  # from the registry, and not gone from here yet
         self._changed = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
-        self.look_again: Callable[[], Awaitable[None]] | None = None
+        self.look_again: Callable[[], Awaitable[bool]] | None = None
         self.is_started = False  # backbones and the registry's aliased versions are in place
         self.has_failed = False
 
@@ -88,7 +88,11 @@ class ModelPool:
         self._executor.shutdown(wait=False)
 
     def backbones(self) -> dict[str, ServedModel]:
+        """Those that are loaded; `missing` are the names of the others."""
         return dict(self._backbones)
+
+    def missing(self) -> list[str]:
+        return sorted(self._missing)
 
     # For requests
 
@@ -101,11 +105,10 @@ class ModelPool:
         model = self._found.get((tenant, ref))
         if model is None:
             is_unknown = not self._is_backbone(ref) and self._aliases.resolve(tenant, ref) is None
-            if is_unknown and self.look_again is not None:
-                await self.look_again()
+            is_current = not is_unknown or self.look_again is None or await self.look_again()
             model = self._served(tenant, ref)
             if model is None:
-                raise self._absence(tenant, ref)
+                raise self._absence(tenant, ref, is_current=is_current)
             self._found[tenant, ref] = model
         return model
 
@@ -118,11 +121,14 @@ class ModelPool:
     def _is_backbone(self, ref: ModelRef) -> bool:
         return ref.alias == CHAMPION and (ref.name in self._backbones or ref.name in self._missing)
 
-    def _absence(self, tenant: str, ref: ModelRef) -> ModelNotFound | ModelNotReady:
-        """Why no model answers for `ref`. What may be loaded for it is."""
+    def _absence(self, tenant: str, ref: ModelRef, *, is_current: bool) -> ModelNotFound | ModelNotReady:
+        """Why no model answers for `ref`. What may be loaded for it is. `is_current`: the registry could be asked."""
         key = self._aliases.resolve(tenant, ref)
         version = None if key is None else self._aliases.version(key)
         if version is None and self._aliases.is_read and not self._is_backbone(ref):
+            if not is_current:
+                what = f"{str(ref)!r} is not known here, and the registry cannot be read now"
+                return ModelNotReady(what, retry_after_s=_SOON_S)
             return ModelNotFound(f"there is no model {str(ref)!r}")
         if key is None or version is None or self._missing:
             left = ", ".join(sorted(self._missing)) or "the registry"

@@ -82,31 +82,31 @@ class Predictor:
         *,
         deadline: float,
         needs_labels: bool = True,
+        max_inputs: int | None = None,
     ) -> PredictResult:
         """Returns `model`'s answers for `inputs`, in their order. `deadline` is in `time.monotonic` seconds.
 
-        Raises `ModelNotReady`, `EmptyInput`, `BatchTooLarge`, `QueueFull`, `InputTooLong`,
+        A request may bring `max_inputs`; more than the usual number are computed in several parts, one after the other,
+        by the same version. Raises `ModelNotReady`, `EmptyInput`, `BatchTooLarge`, `QueueFull`, `InputTooLong`,
         `DeadlineExceeded`, `NotPredictable`, `ParameterUnfit`, `InferenceFailed`.
         """
         started = self._clock()
-        check_inputs(inputs, self._max_inputs)
+        check_inputs(inputs, max_inputs or self._max_inputs)
         expanded = [model.task.expand(item, options) if model.task.expands else [item] for item in inputs]
         refuse_empty(model.task, expanded)
         with model.lease():
-            if needs_labels and not model.task.has_answers and not options.return_embedding:
-                raise NotPredictable(
-                    f"{model.name} is a backbone without labels; set parameters.return_embedding or use /v1/embeddings"
-                )
+            refuse_unable(model, options, needs_labels=needs_labels)
             check_options(model.task, options)
             series = self._metrics.of_model(model.metric_labels)
             series.in_progress.inc()
+            tickets: list[Ticket] = []
+            rows_of: list[list[QueueEntry]] = []
             try:
-                examples = [example for own in expanded for example in own]
-                ticket = self._admit(model, series, examples, options, deadline=deadline, now=started)
-                try:
-                    await self._answered(model.lane, ticket, deadline - started)
-                finally:
-                    self._admission.release(len(examples))
+                for first in range(0, len(expanded), self._max_inputs):
+                    part = expanded[first : first + self._max_inputs]
+                    ticket = await self._computed(model, series, part, options, deadline=deadline)
+                    rows_of += by_input(ticket.let_go(), [len(own) for own in part])
+                    tickets.append(ticket)
             except QueueFull as error:
                 series.rejected[error.reason].inc()
                 raise
@@ -115,15 +115,32 @@ class Predictor:
                 raise
             finally:
                 series.in_progress.dec()
-            entries = ticket.let_go()
-            rows_of = by_input(entries, [len(own) for own in expanded])
             answers = [_answer(model, rows, options) for rows in rows_of]
             for histogram, values in zip(series.answers, model.task.observed(answers, model.calibration), strict=True):
                 for value in values:
                     histogram.observe(value)
             vectors = [_embedding(model, rows) for rows in rows_of] if options.return_embedding else []
-            series.preprocess_duration.observe(ticket.preprocessed_at - started)
-            return _result(model, ticket, entries, answers, vectors, started=started, ended=self._clock())
+            series.preprocess_duration.observe(tickets[0].preprocessed_at - started)
+            return _result(model, tickets, rows_of, answers, vectors, started=started, ended=self._clock())
+
+    async def _computed(
+        self,
+        model: ServedModel,
+        series: ModelSeries,
+        expanded: Sequence[Sequence[Example]],
+        options: Options,
+        *,
+        deadline: float,
+    ) -> Ticket:
+        """The ticket of some inputs, with all of its entries computed."""
+        now = self._clock()
+        examples = [example for own in expanded for example in own]
+        ticket = self._admit(model, series, examples, options, deadline=deadline, now=now)
+        try:
+            await self._answered(model.lane, ticket, deadline - now)
+        finally:
+            self._admission.release(len(examples))
+        return ticket
 
     def _admit(
         self,
@@ -185,6 +202,19 @@ def refuse_empty(task: Task, expanded: Sequence[Sequence[Example]]) -> None:
             raise EmptyInput(f"input {index} is empty; leave it out or give it a {task.modality}")
 
 
+def refuse_unable(model: ServedModel, options: Options, *, needs_labels: bool) -> None:
+    """Raises `NotPredictable` if labels are asked of a backbone, or vectors of a model that has none."""
+    if options.return_embedding and not model.has_embedding:
+        raise NotPredictable(
+            f"{model.name} is a baseline over words and has no embeddings; ask for its labels, or ask a backbone or a "
+            "version trained on one"
+        )
+    if needs_labels and not model.task.has_answers and not options.return_embedding:
+        raise NotPredictable(
+            f"{model.name} is a backbone without labels; set parameters.return_embedding or use /v1/embeddings"
+        )
+
+
 def check_options(task: Task, options: Options) -> None:
     """Raises `ParameterUnfit` for a parameter that means nothing for the task."""
     for name in ("top_k", "threshold"):
@@ -217,8 +247,8 @@ def by_input(entries: Sequence[QueueEntry], examples: Sequence[int]) -> list[lis
 
 def _result(
     model: ServedModel,
-    ticket: Ticket,
-    entries: Sequence[QueueEntry],
+    tickets: Sequence[Ticket],
+    rows_of: Sequence[Sequence[QueueEntry]],
     answers: list[Answer],
     vectors: list[FloatArray],
     *,
@@ -231,13 +261,13 @@ def _result(
         task=model.task.name,
         answers=answers,
         vectors=vectors,
-        input_tokens=sum([entry.length for entry in entries]),
-        engine=ticket.engine,
-        batch_rows=ticket.batch_rows,
+        input_tokens=sum([row.length for rows in rows_of for row in rows]),
+        engine=tickets[0].engine,
+        batch_rows=max([ticket.batch_rows for ticket in tickets]),
         timings=Timings(
-            queue=ticket.started_at - ticket.enqueued_at,
-            preprocess=ticket.preprocessed_at - started,
-            inference=ticket.inference_s,
+            queue=max([ticket.started_at - ticket.enqueued_at for ticket in tickets]),
+            preprocess=tickets[0].preprocessed_at - started,
+            inference=max([ticket.inference_s for ticket in tickets]),
             total=ended - started,
         ),
     )

@@ -119,11 +119,20 @@ def test_the_table_of_this_test_is_complete(routes: list[tuple[str, str]]) -> No
 
 def test_without_a_valid_key_every_route_answers_401(keyed: Keyed, routes: list[tuple[str, str]]) -> None:
     with Client(keyed.url) as nobody, Client(keyed.url, key="sk-wrong") as wrong:
-        for method, path in [*routes, ("get", "/openapi.json"), ("get", "/docs"), ("get", "/no-such-route")]:
+        for method, path in [*routes, ("get", "/openapi.json"), ("get", "/no-such-route")]:
             for client in (nobody, wrong):
                 response = ask(client, method, path)
                 problem(response, 401, "unauthenticated")
                 assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_the_page_that_shows_the_api_needs_no_key_and_asks_for_one(keyed: Keyed) -> None:
+    with Client(keyed.url) as nobody:
+        page = nobody.http.get("/docs")
+        assert page.status_code == 200 and "html" in page.headers["content-type"]
+        assert nobody.http.get("/docs/page.js").status_code == 200
+        assert nobody.http.get("/docs/no-such-file").status_code == 404
+        problem(nobody.http.get("/openapi.json"), 401, "unauthenticated")
 
 
 def test_probes_need_no_key(keyed: Keyed) -> None:

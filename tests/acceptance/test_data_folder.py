@@ -102,7 +102,7 @@ def test_graphs_that_versions_brought_still_run(upgraded: Upgraded) -> None:
 )
 def test_each_release_serves_what_the_other_trained(tmp_path: Path, trainer: Path, reader: Path) -> None:
     folder = DataFolder.unpack(FIXTURE / data_folder.ARCHIVE, tmp_path)
-    with folder.server(reader) as server, Client(server.wait_ready().url) as client:
+    with folder.server(reader) as server, Client(server.wait_ready().url, is_ours=reader is REPOSITORY) as client:
         datasets = {task: data_folder.upload(client, task) for task in data_folder.TASKS}
         with folder.worker(trainer) as worker:
             worker.wait_ready()
@@ -114,7 +114,7 @@ def test_each_release_serves_what_the_other_trained(tmp_path: Path, trainer: Pat
             for job in jobs.values():
                 client.wait(job, within_s=600)
         answers = {name: data_folder.answer(client, name) for name in jobs}
-    with folder.server(trainer) as server, Client(server.wait_ready().url) as client:
+    with folder.server(trainer) as server, Client(server.wait_ready().url, is_ours=trainer is REPOSITORY) as client:
         for name, wanted in answers.items():
             same(data_folder.answer(client, name), wanted, name)
 

@@ -21,7 +21,7 @@ SENDING_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request. `status` is 0 where the connection failed."""
+    """One request. `status` is 0 if no connection was made (`gone`), or if one was and no answer came (`lost`)."""
 
     started: float
     status: int
@@ -73,8 +73,8 @@ def predict_until_gone(url: str, is_over: threading.Event, outcomes: list[Outcom
             started = time.monotonic()
             try:
                 response = client.http.post("/predict", json=body)
-            except httpx.TransportError:
-                outcomes.append(Outcome(started, 0, "gone"))
+            except httpx.TransportError as error:
+                outcomes.append(Outcome(started, 0, "gone" if isinstance(error, httpx.ConnectError) else "lost"))
                 time.sleep(0.02)
                 continue
             code = "" if response.status_code == 200 else response.json()["code"]

@@ -142,6 +142,7 @@ def add_traffic(serving: ServingMetrics, worker: WorkerMetrics) -> None:
     serving.adapter_loads_total.inc()
     serving.adapter_load_duration_seconds.observe(0.2)
     for _ in range(2):
+        serving.count_management("GET", "", status=404, seconds=0.01)
         serving.requests_total.labels(*model, "200").inc()
         serving.request_duration_seconds.labels(*model).observe(0.01)
         serving.prediction_confidence.labels(*model).observe(0.9)

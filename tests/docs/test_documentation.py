@@ -6,7 +6,6 @@ Pages are read as text: a row of a table begins with its name in backticks, an e
 from __future__ import annotations
 
 import ast
-import asyncio
 import inspect
 import json
 import re
@@ -15,7 +14,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
@@ -26,11 +24,10 @@ from finetune.jobs.hyperparameters import NOT_YET, Hyperparameters
 from finetune.worker.metrics import WorkerMetrics
 from finetune.worker.settings import WorkerSettings
 from model_registry.settings import RETIRED
-from service.api.guard import DrainState
-from service.api.problems import _CODE_BY_STATUS, STATUS_BY_ERROR
-from service.app import create_app
+from service.api.problems import _CODE_BY_STATUS, STATUS_BY_CODE, STATUS_BY_ERROR
 from service.metrics import ServingMetrics
 from service.settings import FOREIGN, ServingSettings
+from tests.support.openapi import document
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -106,6 +103,10 @@ def test_pages_name_codes_with_their_status() -> None:
     for path in PAGES:
         for status, code in re.findall(r"\b([45]\d\d) `([a-z]+(?:_[a-z]+)*)`", path.read_text()):
             assert int(status) in codes.get(code, set()), f"{path.name} names {status} {code}"
+
+
+def test_every_code_has_its_status_in_one_table() -> None:
+    assert {code: {status} for code, status in STATUS_BY_CODE.items()} == http_codes()
 
 
 def test_problem_codes_are_literals() -> None:
@@ -190,32 +191,13 @@ def test_what_is_not_available_yet_is_listed() -> None:
 # Routes
 
 
-@pytest.fixture(scope="module")
-def openapi() -> dict[str, Any]:
-    """The document as the service answers it, asked without starting any part behind the routes."""
-    application = create_app(ServingSettings(), build=_never, drain=DrainState(), metrics=ServingMetrics())
-
-    async def ask() -> Any:
-        transport = httpx.ASGITransport(app=application)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            return (await client.get("/openapi.json")).raise_for_status().json()
-
-    document = asyncio.run(ask())
-    assert isinstance(document, dict)
-    return document
-
-
-def _never() -> Any:
-    raise AssertionError("the document needs no services")
-
-
-def test_every_route_is_documented(openapi: dict[str, Any]) -> None:
-    routes = {f"{method.upper()} {path}" for path, item in openapi["paths"].items() for method in item}
+def test_every_route_is_documented() -> None:
+    routes = {f"{method.upper()} {path}" for path, item in document()["paths"].items() for method in item}
     assert set(table_rows(section(page("api"), "Routes"))) == routes
 
 
-def test_every_route_has_a_summary(openapi: dict[str, Any]) -> None:
-    operations = [operation for item in openapi["paths"].values() for operation in item.values()]
+def test_every_route_has_a_summary() -> None:
+    operations = [operation for item in document()["paths"].values() for operation in item.values()]
     assert operations and all(operation.get("summary") for operation in operations)
 
 

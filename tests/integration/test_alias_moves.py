@@ -4,7 +4,9 @@ when it does not yet, and a version whose own files are at fault is refused."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -15,12 +17,14 @@ import pytest
 
 from model_registry.db import Database
 from model_registry.migrations import migrate
+from model_registry.refs import ModelRef
 from model_registry.registry import Registry
 from model_registry.store import FileStore
 from modeling.backbone import ingest
 from modeling.testing import write_tiny_checkpoint
 from service.api import models
 from service.api.deps import Services
+from service.inference.errors import ModelNotReady
 from service.inference.registry_watcher import RegistryWatcher
 from tests.support.asgi import STEADY_FOLDER, Answered, AppUnderTest
 from tests.support.world import World
@@ -54,6 +58,7 @@ class Replica(AppUnderTest):
                 store=self._world.store,
                 metrics=self.metrics,
                 drain=self.drain,
+                events=unused,
                 backbones={},
                 folder=STEADY_FOLDER,
             )
@@ -170,6 +175,28 @@ def test_a_name_registered_a_moment_ago_is_found_without_a_poll(world: World) ->
             return before is None, pool.status.alias(("default", "m", "champion"), 1).serving == 1
 
     assert asyncio.run(scenario()) == (True, True)
+
+
+def test_right_after_a_registration_a_replica_that_hardly_polls_says_503_and_then_answers(world: World) -> None:
+    """Whatever a client has been told of by another replica is not unknown here."""
+
+    async def scenario() -> list[int | None]:
+        async with world.bare_pool() as pool:
+            watcher = RegistryWatcher(world.registry, pool, poll_s=60)
+            pool.look_again = watcher.look
+            await watcher.refresh()
+            world.publish_baseline("m", seed=1)
+            served: list[int | None] = []
+            for name in ("m", "m:1", "m@champion"):
+                with contextlib.suppress(ModelNotReady):
+                    served.append((await pool.find("default", ModelRef.parse(name))).version)
+            await pool.settled()
+            return [*served, (await pool.find("default", ModelRef.parse("m"))).version]
+
+    started = time.monotonic()
+    served = asyncio.run(scenario())
+    assert set(served) == {1}
+    assert time.monotonic() - started < 30, "as long as a poll"
 
 
 def test_the_backbone_that_hides_a_model_is_told_by_both(world: World) -> None:

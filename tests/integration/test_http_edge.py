@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -440,8 +441,69 @@ def test_a_signal_drains(stop_signal: signal.Signals) -> None:
             assert (await client.get("/readyz")).status_code == 503
             finished = await slow
             assert (finished.status_code, finished.headers["connection"]) == (200, "close")
-            assert await ended(process, 3.0) == 0
+            assert await ended(process, 10.0) == 0
             assert process.stdout is not None and process.stdout.read() == b"stopped\n"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("was_used", [False, True], ids=["opened", "kept alive"])
+def test_a_request_on_its_way_at_the_end_is_told(was_used: bool) -> None:
+    """The server has decided to end when it comes, on a connection that it could have closed."""
+
+    async def scenario() -> None:
+        async with served(delay_s=0.0, grace_s=5.0) as (process, client):
+            port = client.base_url.port
+            assert port is not None
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            if was_used:
+                writer.write(b"GET /slow?seconds=0 HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b"200" in await reader.readuntil(b"\r\n\r\n")
+            process.send_signal(signal.SIGTERM)
+            while is_listening(port):
+                await asyncio.sleep(0.005)
+            writer.write(b"GET /slow?seconds=0 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            answer = await reader.read()
+            assert b" 503 " in answer and b'"code":"draining"' in answer
+            writer.close()
+            assert await ended(process, 10.0) == 0
+
+    asyncio.run(scenario())
+
+
+def is_listening(port: int) -> bool:
+    """By proc(5): asking by a connection would be a connection."""
+    sockets = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(local.endswith(f":{port:04X}") and state == "0A" for local, _, state in sockets)
+
+
+def test_no_connection_is_lost_as_the_listener_closes() -> None:
+    """Clients that open a connection for each request, without a pause, until nothing listens any more."""
+
+    async def client(port: int) -> list[str]:
+        outcomes: list[str] = []
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                return outcomes
+            try:
+                writer.write(b"GET /slow?seconds=0 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                outcomes.append((await reader.read()).partition(b"\r\n")[0].decode() or "closed")
+            except ConnectionError as error:
+                outcomes.append(type(error).__name__)
+            writer.close()
+
+    async def scenario() -> None:
+        async with served(delay_s=0.0, grace_s=5.0) as (process, http):
+            port = http.base_url.port
+            assert port is not None
+            clients = [asyncio.create_task(client(port)) for _ in range(16)]
+            await asyncio.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            outcomes = Counter(outcome for done in await asyncio.gather(*clients) for outcome in done)
+            assert set(outcomes) == {"HTTP/1.1 200 OK", "HTTP/1.1 503 Service Unavailable"}, outcomes
+            assert await ended(process, 10.0) == 0
 
     asyncio.run(scenario())
 

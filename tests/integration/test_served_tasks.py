@@ -79,6 +79,7 @@ class ServedWorld(AppUnderTest):
                     store=self.world.store,
                     metrics=self.metrics,
                     drain=self.drain,
+                    events=unused,
                     backbones={"tiny": self.world.backbone},
                     folder=STEADY_FOLDER,
                 )
@@ -195,6 +196,57 @@ def test_vectors_are_those_of_the_embeddings_route(served: ServedWorld, name: st
     assert answered.status == 200
     np.testing.assert_allclose(answered.document["data"][0]["embedding"], row["embedding"], rtol=1e-5, atol=1e-6)
     assert len(row["embedding"]) == 32
+
+
+@pytest.mark.parametrize("name", ["many-words", "value-words"])
+def test_a_baseline_has_no_vectors_to_give(served: ServedWorld, name: str) -> None:
+    embedding = json.dumps({"model": name, "input": TEXTS}).encode()
+    for refused in (
+        served.predict(name, TEXTS, return_embedding=True),
+        served.ask("/v1/embeddings", embedding),
+    ):
+        assert refused.status == 422, refused.body
+        assert f"{name} is a baseline over words and has no embeddings" in refused.body.decode()
+    assert served.predict(name, TEXTS).status == 200
+
+
+def test_models_tell_what_may_be_asked_of_them(served: ServedWorld) -> None:
+    listed = {model["id"]: model["capabilities"] for model in served.ask("/models", b"", method="GET").document["data"]}
+    can = {name: (found["labels"], found["embedding"]) for name, found in listed.items()}
+    assert can == {
+        "tiny": (False, True),
+        "one": (True, True),
+        "many": (True, True),
+        "value": (False, True),
+        "many-words": (True, False),
+        "value-words": (False, False),
+    }
+    assert {found["input"] for found in listed.values()} == {"text"}
+    for name, capabilities in listed.items():
+        one = served.ask(f"/models/{name}", b"", method="GET").document
+        assert one["capabilities"] == capabilities
+        assert one["task"] == capabilities["task"]
+        asked = json.dumps({"model": name, "input": "a"}).encode()
+        assert served.ask("/v1/embeddings", asked).status == (200 if capabilities["embedding"] else 422)
+
+
+def test_many_texts_are_embedded_in_parts_by_one_version(served: ServedWorld) -> None:
+    """The predictor takes 50 inputs at once and admits 100."""
+    texts = [f"{TEXTS[number % 4]} {number}" for number in range(230)]
+    body = {"model": "one", "input": texts, "encoding_format": None, "dimensions": None, "user": None}
+    answered = served.ask("/v1/embeddings", json.dumps(body).encode())
+    assert answered.status == 200, answered.body[:300]
+    data = answered.document["data"]
+    assert [row["index"] for row in data] == list(range(230))
+    for number in (0, 49, 50, 229):
+        alone = served.ask("/v1/embeddings", json.dumps({"model": "one", "input": texts[number]}).encode())
+        np.testing.assert_allclose(data[number]["embedding"], alone.document["data"][0]["embedding"], atol=1e-5)
+    assert answered.document["usage"]["prompt_tokens"] > 230
+    texts[123] = " "
+    refused = served.ask("/v1/embeddings", json.dumps({"model": "one", "input": texts}).encode())
+    assert (refused.status, "input 123 is empty" in refused.body.decode()) == (400, True)
+    assert served.ask("/v1/embeddings", json.dumps({"model": "one", "input": ["a"] * 2049}).encode()).status == 413
+    assert served.predict("one", ["a"] * 51).status == 413
 
 
 def test_tasks_in_one_batch_answer_as_alone(served: ServedWorld) -> None:

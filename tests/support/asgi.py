@@ -68,6 +68,7 @@ class RecordingPredictor:
         *,
         deadline: float,
         needs_labels: bool = True,
+        max_inputs: int | None = None,
     ) -> PredictResult:
         self.asked.append(
             Asked(model.tenant, model.ref, list(inputs), options, needs_labels, deadline - time.monotonic())
@@ -133,6 +134,7 @@ class RecordingApp:
             find=find,
             engines=SimpleNamespace(lanes=lambda: []),
             backbones=lambda: {},
+            missing=lambda: [],
             is_started=True,
             has_failed=False,
         )
@@ -151,6 +153,7 @@ class RecordingApp:
             store=unused,
             metrics=self.metrics,
             drain=self.drain,
+            events=unused,
             backbones={},
             folder=STEADY_FOLDER,
         )

@@ -81,6 +81,7 @@ class WordModel:
     calibration = NO_CALIBRATION
     metric_labels = ("m", "1", "text-classification", "default")
     normalize_embedding = False
+    has_embedding = True
     adapter_key: str | None = None
     head = margins = None
 

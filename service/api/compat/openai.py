@@ -16,6 +16,9 @@ from service.api import wire
 from service.api.inference import Call, Reply, Route, options_of, predicted
 from service.api.problems import Problem, problem_for
 
+MAX_INPUTS = 2048
+"""As many as OpenAI takes, so that its clients need not know our limits; they are computed in parts."""
+
 Encoding = Literal["float", "base64"]
 Numbers = Annotated[Raw, Meta(extra_json_schema={"type": "array", "items": {"type": "number"}})]
 
@@ -51,7 +54,9 @@ class EmbeddingsResponse(Struct):
 async def embeddings(body: EmbeddingsRequest, call: Call) -> Reply:
     """Raises what `Predictor.predict` raises, and problems of the request that its schema does not show."""
     inputs = [body.input] if isinstance(body.input, str) else body.input
-    result = await predicted(call, body.model, inputs, options_of(return_embedding=True), needs_labels=False)
+    at_most = max(MAX_INPUTS, call.services.settings.max_client_batch_size)
+    options = options_of(return_embedding=True)
+    result = await predicted(call, body.model, inputs, options, needs_labels=False, max_inputs=at_most)
     vectors = result.vectors
     if body.dimensions is not None and body.dimensions != len(vectors[0]):
         message = f"this model's embeddings have {len(vectors[0])} dimensions; leave dimensions out"
@@ -74,7 +79,7 @@ def refuse(error: Exception, scope: Scope) -> Response | None:
     kind = "invalid_request_error" if problem.status < 500 else "server_error"
     if problem.status == 429:
         kind = "rate_limit_error"
-    is_of_input = any(place.get("loc", ())[1:2] == ["input"] for place in problem.errors)
+    is_of_input = problem.status == 422 and any(place.get("loc", ())[1:2] == ["input"] for place in problem.errors)
     message = f"{problem.detail} Token ids are not accepted; send strings." if is_of_input else problem.detail
     document = {"error": {"message": message, "type": kind, "param": None, "code": problem.code}}
     headers = dict(problem.headers)

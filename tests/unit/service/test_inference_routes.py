@@ -23,7 +23,8 @@ from modeling.tasks import TASKS, Options
 from service.api import inference, wire
 from service.api.body_errors import read_or_explain
 from service.api.compat import openai
-from service.api.problems import Problem
+from service.api.guard import PROBE_PATHS
+from service.api.problems import STATUS_BY_CODE, Problem
 from service.inference.errors import DeadlineExceeded, InferenceFailed, ParameterUnfit, QueueFull
 from service.inference.predictor import PredictResult, Timings
 from service.settings import ApiKey, ServingSettings
@@ -153,7 +154,13 @@ ODD_BODIES: list[tuple[bytes, int, list[str]]] = [
     (b'{"inputs": "a\x00"}', 400, []),
     (b'{"inputs": "a\\u0000", "model": "p"}', 200, []),
     (b'{"inputs": "\\ud83d\\ude00", "model": "p"}', 200, []),
-    (b'{"inputs": "\\ud800"}', 400, []),
+    (b'{"inputs": "\\ud800"}', 400, ["inputs escapes half of a surrogate pair, which is no character"]),
+    (
+        b'{"inputs": ["a", ["b", "c \\udc00 d"]], "model": "p"}',
+        400,
+        ["inputs[1][1] escapes half of a surrogate pair, which is no character"],
+    ),
+    (b'{"inputs": "a", "model": "\\ud83d"}', 400, ["model escapes half of a surrogate pair, which is no character"]),
     (b'{"inputs": "a", "inputs": ["b"], "model": "p"}', 200, []),
     (b'{"inputs": 1, "inputs": ["b"], "model": "p"}', 200, []),
     (b'{"inputs": ["b"], "inputs": 1}', 422, ["inputs must be a string or a list, not a whole number"]),
@@ -531,10 +538,37 @@ def test_the_document_shows_the_inference_routes(document: dict[str, Any]) -> No
         assert operation["operationId"] == identifier
         assert operation["requestBody"] == {"required": True, "content": {"application/json": of(f"{name}Request")}}
         assert operation["responses"]["200"]["content"] == {"application/json": of(f"{name}Response")}
-        assert set(operation["responses"]) == {"200", "422"}
-        (parameter,) = operation.get("parameters", [None])
-        assert parameter is None or (parameter["name"], parameter["in"]) == ("model", "path")
-        assert (parameter is None) == (path != PREDICT_WITH)
+        parameters = [(parameter["name"], parameter["in"]) for parameter in operation.get("parameters", [])]
+        assert parameters == [("model", "path")] * (path == PREDICT_WITH)
+        assert "X-Request-Timeout-Ms" in operation["description"]
+        own = {"application/json"} if path == EMBEDDINGS else set()
+        for status, response in operation["responses"].items():
+            if status != "200":
+                assert set(response["content"]) == {"application/problem+json"} | own
+        assert {"400", "401", "403", "404", "413", "422", "429", "503", "504"} <= set(operation["responses"])
+
+
+def test_every_operation_says_who_may_and_how_it_may_be_refused(document: dict[str, Any]) -> None:
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "apiKey"}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            is_open = path in PROBE_PATHS
+            assert ("security" in operation) != is_open, path
+            statuses = set(operation["responses"])
+            assert {"400", "403", "408", "413", "414", "415", "431", "500"} <= statuses, path
+            assert is_open or {"401", "422", "503"} <= statuses, path
+            for status, response in operation["responses"].items():
+                if "x-codes" in response:
+                    assert {STATUS_BY_CODE[code] for code in response["x-codes"]} == {int(status)}
+                    assert all(f"`{code}`" in response["description"] for code in response["x-codes"])
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            if body is not None:
+                assert examples_of(document, body["schema"]), (method, path)
+
+
+def examples_of(document: dict[str, Any], schema: dict[str, Any]) -> list[Any]:
+    named = [one["$ref"].rpartition("/")[2] for one in [schema, *schema.get("anyOf", [])] if "$ref" in one]
+    return [example for name in named for example in document["components"]["schemas"][name].get("examples", [])]
 
 
 def of(name: str) -> dict[str, Any]:

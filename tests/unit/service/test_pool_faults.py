@@ -581,10 +581,16 @@ def test_a_request_for_a_name_that_is_not_known_looks_at_the_registry_first(worl
         async with world.bare_pool(runtime=runtime) as pool:
             await pool.apply(world.registry.snapshot())
 
-            async def look() -> None:
-                pool.follow(world.registry.snapshot())
+            can_look = False
+
+            async def look() -> bool:
+                if can_look:
+                    pool.follow(world.registry.snapshot())
+                return can_look
 
             pool.look_again = look
+            assert "the registry cannot be read now" in str(await refusal(pool, "m")), "it may be there"
+            can_look = True
             with pytest.raises(ModelNotFound):
                 await ask(pool, "m", runtime)
             world.publish_baseline("m", seed=1)

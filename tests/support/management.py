@@ -1,0 +1,67 @@
+"""The management routes over a real database, asked without a socket; nothing is served and nothing trained."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from finetune.data.store import DatasetStore
+from finetune.jobs.store import JobStore
+from model_registry.db import Database
+from model_registry.registry import Registry
+from model_registry.store import FileStore
+from service.api.deps import Services
+from service.api.event_streams import EventStreams
+from service.dataset_intake import DatasetIntake
+from service.settings import ServingSettings
+from tests.support.asgi import AppUnderTest
+
+
+class ManagementApp(AppUnderTest):
+    """The whole application on `database`; its pool serves nothing."""
+
+    def __init__(self, database: Database, folder: Path, settings: ServingSettings | None = None) -> None:
+        self.jobs, self.registry = JobStore(database), Registry(database)
+        self.datasets, self._folder = DatasetStore(database), folder
+        super().__init__(settings)
+
+    @asynccontextmanager
+    async def _build(self) -> AsyncIterator[Services]:
+        unused: Any = SimpleNamespace()
+        status = SimpleNamespace(
+            hidden=set(),
+            alias=lambda alias, wanted: SimpleNamespace(wanted=wanted, serving=None, reason=None, retry_at=None),
+            version=lambda key: ("unloaded", None),
+            engine_of=lambda key: None,
+        )
+        selector = SimpleNamespace(measurements=lambda digests: [])
+        pool: Any = SimpleNamespace(
+            backbones=lambda: {},
+            missing=lambda: ["minilm"],
+            has_failed=False,
+            is_started=False,
+            status=status,
+            engines=SimpleNamespace(lanes=lambda: [], selector=selector),
+        )
+        intake = DatasetIntake(self.datasets, self._folder / "datasets", timeout_s=60, memory_bytes=4 << 30)
+        try:
+            yield Services(
+                settings=self.settings,
+                pool=pool,
+                predictor=unused,
+                watcher=unused,
+                registry=self.registry,
+                jobs=self.jobs,
+                datasets=self.datasets,
+                intake=intake,
+                store=FileStore(self._folder / "store"),
+                metrics=self.metrics,
+                drain=self.drain,
+                events=EventStreams(self.jobs, self.drain, self.metrics, per_key=2),
+                backbones={},
+            )
+        finally:
+            await intake.stop()
