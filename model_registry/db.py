@@ -218,7 +218,7 @@ def ids_among(
     """Those of `ids`, however many, that `query` finds in `column`."""
     listed = list(ids)
     pieces = (listed[start : start + _IDS_IN_A_QUERY] for start in range(0, len(listed), _IDS_IN_A_QUERY))
-    return {row[0] for piece in pieces for row in connection.execute(query.where(column.in_(piece)))}
+    return {id_ for piece in pieces for id_ in connection.scalars(query.where(column.in_(piece)))}
 
 
 @contextlib.contextmanager

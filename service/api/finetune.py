@@ -39,7 +39,7 @@ from service.api.deps import NeedsData, Reason, Services, ServicesDep, Training,
 from service.api.event_streams import EventStream, event_document
 from service.api.guard import GuardLimits, checked_json
 from service.api.problems import Problem, json_response
-from service.api.routing import MAX_SEQ, Cursor, JobId, ManagementRoute, refusals
+from service.api.routing import MAX_SEQ, Cursor, JobId, ManagementRoute, Responses, refusals
 from service.api.schemas import CancelRequest, FinetuneRequest
 from service.housekeeping import remove_job_files
 from service.inference.errors import ModelNotReady
@@ -72,10 +72,9 @@ _BODY_SCHEMA = {
         },
     }
 }
-_STARTED: dict[int | str, dict[str, Any]] = {
-    200: {"model": schemas.JobPlan, "description": "The plan, with `dry_run`"},
-    202: {"headers": {"Location": {"schema": {"type": "string"}, "description": "the job's path"}}},
-}
+_ACCEPTED: Responses = {202: {"headers": {"Location": {"schema": {"type": "string"}, "description": "the job's path"}}}}
+_STARTED: Responses = {200: {"model": schemas.JobPlan, "description": "The plan, with `dry_run`"}, **_ACCEPTED}
+_CSV: Responses = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
@@ -128,7 +127,7 @@ async def start(
     "/finetune/{job_id}/rerun",
     status_code=202,
     response_model=schemas.Job,
-    responses={202: _STARTED[202]}
+    responses=_ACCEPTED
     | refusals("job_not_found", "job_not_ended", "model_not_found", "dataset_not_found", "idempotency_mismatch"),
     summary="Train the same once more, and compare the weights",
 )
@@ -227,8 +226,8 @@ def _accept(
     if task != "auto":
         check_task(wanted, task)
         services.registry.check_task(tenant=principal.tenant, name=body.register_as, task=task)
-    accepted = {"backbone": backbone, "task": task, "actor": principal.name}
-    accepted["hyperparameters"] = nested(body.hyperparameters)
+    asked = nested(body.hyperparameters)
+    accepted = {"backbone": backbone, "task": task, "actor": principal.name, "hyperparameters": asked}
     spec = JobSpec.model_validate({**dict(body), **accepted})
     for id_, record in records.items():
         _check_dataset(record, spec, split_column=wanted.split.column_read if id_ == spec.dataset else None)
@@ -386,15 +385,14 @@ def get_evaluation(job_id: JobId, services: ServicesDep, principal: Training) ->
     job = services.jobs.get(principal.tenant, job_id)
     if job.evaluation is None:
         raise Problem(409, "evaluation_not_ready", f"{job.id} is {job.status} and has no evaluation")
-    return {"object": "finetune.evaluation", "job_id": job.id, **finite(job.evaluation)}  # type: ignore[typeddict-item]
+    return {"object": "finetune.evaluation", "job_id": job.id, **finite(job.evaluation)}
 
 
 @router.get(
     "/finetune/{job_id}/suspects",
     summary="Rows whose label is probably wrong, as csv",
     response_class=Response,
-    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
-    | refusals("job_not_found", "evaluation_not_ready"),
+    responses=_CSV | refusals("job_not_found", "evaluation_not_ready"),
 )
 def get_suspects(job_id: JobId, services: ServicesDep, principal: Training) -> Response:
     job = services.jobs.get(principal.tenant, job_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path, Query
@@ -13,6 +12,7 @@ from model_registry.errors import HashMismatch, ModelInUse, ModelNotFound, Versi
 from model_registry.manifest import FileEntry, ModelManifest, sha256_hex
 from model_registry.refs import CHAMPION, MAX_VERSION, ModelRef
 from model_registry.registry import AliasChange, ModelVersion, RegisteredModel
+from model_registry.removal import Deletion
 from model_registry.store import load_manifest
 from modeling.tasks import DEFAULT_MODALITY, TASKS
 from service.api import schemas
@@ -192,13 +192,13 @@ def get_alias_history(
 )
 def get_history(
     name: ModelName, services: ServicesDep, principal: Reading, limit: int = Query(100, ge=1, le=1000)
-) -> schemas.AliasMoveList:
+) -> schemas.History:
     changes = services.registry.history(tenant=principal.tenant, name=name, limit=limit)
     deletions = services.removal.deletions(tenant=principal.tenant, name=name, limit=limit)
     return {
         "object": "list",
         "data": [_change(change) for change in changes],
-        "deletions": [{"object": "deletion", **asdict(deletion)} for deletion in deletions],
+        "deletions": [_deletion(deletion) for deletion in deletions],
     }
 
 
@@ -551,4 +551,17 @@ def _change(change: AliasChange) -> schemas.AliasMove:
         "reason": change.reason,
         "epoch": change.epoch,
         "created_at": change.created_at,
+    }
+
+
+def _deletion(deletion: Deletion) -> schemas.DeletionRecord:
+    return {
+        "object": "deletion",
+        "id": deletion.id,
+        "kind": deletion.kind,
+        "name": deletion.name,
+        "version": deletion.version,
+        "actor": deletion.actor,
+        "reason": deletion.reason,
+        "created_at": deletion.created_at,
     }

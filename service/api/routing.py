@@ -48,6 +48,17 @@ _ANY: Final = (
     "internal_error",
 )
 _OPEN: Final = (*_ANY, "forbidden")
+# Causes that pass by themselves: the answer says when to come back.
+_PASSING: Final = frozenset(
+    {
+        "queue_full",
+        "too_many_streams",
+        "draining",
+        "database_unavailable",
+        "storage_unavailable",
+        "model_not_ready",
+    }
+)
 _KEYED: Final = (*_OPEN, "unauthenticated", "invalid_request", "database_unavailable", "draining")
 SECURITY: Final[list[dict[str, list[str]]]] = [{"bearer": []}, {"apiKey": []}]
 SECURITY_SCHEMES: Final = {
@@ -71,14 +82,7 @@ def _refusal(codes: list[str], media_types: tuple[str, ...]) -> dict[str, Any]:
         "content": {kind: {"schema": {"$ref": f"#/components/schemas/{schemas[kind]}"}} for kind in media_types},
         "x-codes": codes,
     }
-    if {
-        "queue_full",
-        "too_many_streams",
-        "draining",
-        "database_unavailable",
-        "storage_unavailable",
-        "model_not_ready",
-    } & set(codes):
+    if _PASSING & set(codes):
         response["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     return response
 
@@ -128,7 +132,7 @@ def allowed_methods(routes: Iterable[BaseRoute]) -> Callable[[str], str]:
     methods: dict[str, set[str]] = {}
     for route in routes:
         if isinstance(route, APIRoute) and route.include_in_schema:
-            methods.setdefault(route.path, set()).update(route.methods)
+            methods.setdefault(route.path, set()).update(route.methods or ())
     patterns = [
         (compile_path(path)[0], ", ".join(sorted(methods[path])))
         for path in sorted(methods, key=lambda path: path.count("{"))

@@ -184,6 +184,9 @@ class Job(TypedDict):
     backbone: str
     task: str
     columns: dict[str, Any]
+    exclude_rows: list[int]
+    validation_columns: dict[str, Any] | None
+    test_columns: dict[str, Any] | None
     promote: str
     hyperparameters: dict[str, Any]
     plan: dict[str, Any] | None
@@ -446,4 +449,5 @@ class Info(TypedDict):
     name: str
     version: str
     backbones: dict[str, BackboneInfo]
+    workers: WorkersDocument
     limits: dict[str, Any]

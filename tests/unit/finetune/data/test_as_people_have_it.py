@@ -186,7 +186,7 @@ def workbook(folder: Path, *sheets: tuple[str, list[list[Any]]], states: tuple[s
 
 
 def test_a_workbook_gives_the_rows_of_its_first_sheet(tmp_path: Path) -> None:
-    rows = [
+    rows: list[list[Any]] = [
         ["text", "label", "when", "stars", None],
         ["fine, “really” 😀\nsecond line", "good", date(2026, 3, 9), 4],
         [],
