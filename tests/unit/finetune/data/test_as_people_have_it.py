@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.data.canonical import read_batches
 from finetune.data.check import ROWS_FILE, write_checked
 from finetune.data.labelled import load_labelled
 from finetune.data.load import load_sides
@@ -363,6 +364,25 @@ def test_several_columns_make_one_text_and_empty_parts_do_not_count(tmp_path: Pa
         tmp_path / ROWS_FILE, Columns.model_validate({"text": ["title", "body"], "text_pair": "label"})
     )
     assert pairs.examples[0] == ("A\nb c", "x")
+
+
+def test_rows_that_a_job_excludes_are_left_out_and_unknown_ones_told(tmp_path: Path) -> None:
+    table = [["text", "label"], *([f"text number {n}", "ab"[n % 2]] for n in range(1, 41))]
+    write_checked(put(tmp_path, written(table).encode()), "csv", tmp_path)
+    sides = load_sides(
+        {"train": tmp_path / ROWS_FILE}, columns=Columns(), options=SplitOptions(), seed=1, exclude=[3, 7, 99]
+    )
+    kept = sorted(row for side in (sides.train, sides.validation, sides.test) for row in side.row_numbers.tolist())
+    assert kept == [row for row in range(1, 41) if row not in (3, 7)]
+    assert codes(sides.findings)["unknown_row"].rows == [99]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7, 12, 19, 20, 99])
+def test_a_preview_may_begin_anywhere(tmp_path: Path, offset: int) -> None:
+    table = [["text", "label"], *([f"text number {n}", "a"] for n in range(1, 21))]
+    write_checked(put(tmp_path, written(table).encode()), "csv", tmp_path, Limits(batch_rows=7))
+    found = [row for batch in read_batches(tmp_path / ROWS_FILE, ["text"], offset=offset) for row in batch.row_numbers]
+    assert found == list(range(offset + 1, 21))
 
 
 def test_a_side_may_have_other_column_names(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from finetune.data.label_errors import suspected_label_errors
 from finetune.data.labelled import LabelledRows
 from finetune.training import suspects
 from finetune.training.feature_cache import FeatureCache
-from finetune.training.suspects import FOLDS, find_suspects, stratified_folds
+from finetune.training.suspects import FOLDS, all_rows, find_suspects, stratified_folds
 from modeling.inputs.text import Text
 from tests.support.links import RecordingLink
 
@@ -90,6 +90,18 @@ def test_a_class_of_one_row_does_not_disturb_the_search() -> None:
     lone = LabelledRows(np.arange(1, 402), [*rows.examples, "something else entirely"], [*rows.labels, "lone"])
     listed = {item["row"] for item in find_suspects(lone, RecordingLink(), seed=1)}
     assert len(listed & wrong) >= 0.6 * len(wrong)
+
+
+def test_every_side_is_searched_and_each_row_says_where_it_is() -> None:
+    rows, wrong = corpus()
+    parts = [rows.take(np.arange(start, end)) for start, end in ((0, 280), (280, 340), (340, 400))]
+    found = find_suspects(all_rows(*parts), RecordingLink(), seed=1)
+    sides = {item["row"]: item["side"] for item in found}
+    assert len(sides.keys() & wrong) >= 0.7 * len(wrong) and set(sides.values()) == {"train", "validation", "test"}
+    for row, side in sides.items():
+        assert side == ("train" if row <= 280 else "validation" if row <= 340 else "test")
+    assert all(item["text"] == rows.examples[item["row"] - 1][:200] for item in found)
+    assert len(all_rows(parts[0], parts[0], parts[2])) == 340, "training rows that stand in are not counted twice"
 
 
 def test_the_same_rows_are_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -133,14 +133,14 @@ def test_without_two_texts_of_any_class_the_training_rows_stand_in() -> None:
 @pytest.mark.parametrize("strategy", ["predefined", "time", "group"])
 def test_a_class_that_a_column_puts_on_a_later_side_is_told_and_no_error(strategy: str) -> None:
     rows = rows_of({"a": 30, "b": 30, "late": 1})
-    places: list[str | None] = [*(str(number % 30) for number in range(60)), "99"]
-    sides_of: list[str | None] = [
-        "train" if number % 30 < 20 else "val" if number % 30 < 25 else "test" for number in range(60)
-    ] + ["test"]
-    rows.extras["c"] = sides_of if strategy == "predefined" else places
     column = {"predefined": "column", "time": "time_column", "group": "group_column"}[strategy]
-    named: dict[str, Any] = {column: "c"}
-    sides = cut(rows, strategy=strategy, **named)
+    places = [str(number % 30) for number in range(60)] + ["99"]
+    sides_of = ["train" if number % 30 < 20 else "val" if number % 30 < 25 else "test" for number in range(60)] + [
+        "test"
+    ]
+    rows.extras["c"] = list(sides_of if strategy == "predefined" else places)
+    options: dict[str, Any] = {"strategy": strategy, column: "c"}
+    sides = cut(rows, **options)
     assert not has_errors(sides.findings)
     if strategy == "group":
         assert "late" in sides.train.names()
