@@ -16,7 +16,7 @@ BACKTRACE = b"\n".join(b"  %d: some::very::long::name::of::a::frame" % number fo
     ("code", "said", "cause"),
     [
         (-signal.SIGABRT, b"memory allocation of 4294967296 bytes failed\nstack backtrace:\n" + BACKTRACE, "memory"),
-        (1, b"Traceback (most recent call last):\n  …\nMemoryError\n", "memory"),
+        (1, b"Traceback (most recent call last):\n\nMemoryError\n", "memory"),
         (-signal.SIGKILL, b"", "memory"),
         (-signal.SIGXCPU, b"", "time"),
         (-signal.SIGSEGV, b"", "crash"),
