@@ -21,7 +21,7 @@ _PR_SET_PDEATHSIG = 1
 _ROOT = Path(__file__).resolve().parents[1]
 # What native code says before it ends the process for want of memory: Rust's and C++'s allocators, and the loader.
 _OUT_OF_MEMORY = (b"memory allocation of", b"bad_alloc", b"MemoryError", b"Cannot allocate memory", b"out of memory")
-_STDERR_BYTES = 4000
+_STDERR_BYTES, _TOLD_CHARACTERS = 1 << 18, 4000  # what is looked at, backtraces included, and what is told
 
 _LOOK_S = 0.2  # how soon a stop is noticed
 
@@ -102,7 +102,7 @@ def _failure(code: int, errors: IO[bytes]) -> ChildFailed:
     # The kernel kills for memory alone, and some code dies of the allocation that it does not get.
     is_memory = code == -signal.SIGKILL or any(words in said for words in _OUT_OF_MEMORY)
     cause: Cause = "time" if code == -signal.SIGXCPU else "memory" if is_memory else "crash"
-    return ChildFailed(cause, describe_exit(code), said=said.decode(errors="replace"))
+    return ChildFailed(cause, describe_exit(code), said=said.decode(errors="replace")[-_TOLD_CHARACTERS:])
 
 
 def limit_self(*, memory_bytes: int, cpu_s: float, file_bytes: int) -> None:
