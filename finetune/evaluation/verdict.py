@@ -104,8 +104,9 @@ def of_rerun(found: Mapping[str, Any]) -> Judgement:
     """What a comparison of weights comes to."""
     if found["is_equal"]:
         return Judgement("rerun_is_equal", "good", found["message"], found)
-    code, severity = ("rerun_not_compared", "info") if found["is_equal"] is None else ("rerun_differs", "warning")
-    return Judgement(code, severity, found["message"], found)
+    if found["is_equal"] is None:
+        return Judgement("rerun_not_compared", "info", found["message"], found)
+    return Judgement("rerun_differs", "warning", found["message"], found)
 
 
 def _has_few_rows(figures: Figures) -> bool:

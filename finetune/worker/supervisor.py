@@ -277,7 +277,7 @@ class Supervisor:
             message += ", of a cancelled job; it is not made champion by itself"
         jobs.record_in(connection, lease, "model_registered", message, result)
         status = JobStatus.CANCELLED if is_cancelled else JobStatus.SUCCEEDED
-        done = {} if is_cancelled else {"progress": _DONE}
+        done: dict[str, Any] = {} if is_cancelled else {"progress": _DONE}
         jobs.finish_in(connection, lease, status, result=result, evaluation=evaluation, **done)
         self._outcome = status.value
 

@@ -166,7 +166,7 @@ def _accept(
     if task != "auto":
         check_task(wanted, task)
         services.registry.check_task(tenant=principal.tenant, name=body.register_as, task=task)
-    accepted = {"backbone": backbone, "task": task, "actor": principal.name}
+    accepted: dict[str, Any] = {"backbone": backbone, "task": task, "actor": principal.name}
     accepted["hyperparameters"] = nested(body.hyperparameters)
     spec = JobSpec.model_validate({**dict(body), **accepted})
     for id_, record in records.items():

@@ -346,7 +346,7 @@ def test_a_name_that_comes_while_models_are_listed_does_no_harm(
     """Each list is of one moment: a version of a name that its own select did not see would have no place."""
     publish(registry, "old")
     read = registry._database.read
-    arrived = []
+    arrived: list[bool] = []
 
     @contextmanager
     def interrupted() -> Iterator[sa.Connection]:

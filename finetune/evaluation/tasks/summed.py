@@ -13,6 +13,7 @@ from scipy.stats import norm
 from finetune.evaluation import bootstrap, gates
 from finetune.evaluation.bootstrap import Values
 from finetune.evaluation.gates import Gate
+from finetune.evaluation.intervals import SAMPLES
 from finetune.evaluation.slices import slices_by
 from finetune.evaluation.tasks.rules import Contest, Side, Targets, TaskRules
 from modeling.tasks import Calibration
@@ -42,7 +43,7 @@ class Summed(TaskRules):
         """Intervals of the figures that are shares of the rows."""
         return {}
 
-    def intervals(self, parts: Values, *, seed: int, samples: int = bootstrap.SAMPLES) -> dict[str, list[float]]:
+    def intervals(self, parts: Values, *, seed: int, samples: int = SAMPLES) -> dict[str, list[float]]:
         """95 % intervals [low, high] of the figures that the rows suffice for."""
         added = self.added(parts) if len(parts) else None
         if added is None and len(parts) < LEAST_INTERVAL_ROWS:

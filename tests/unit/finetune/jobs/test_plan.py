@@ -123,7 +123,8 @@ def test_a_value_that_does_not_fit_is_told_in_one_sentence(values: dict[str, Any
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_no_words_of_the_validator_reach_a_caller(name: str) -> None:
     """Every hyperparameter, given an object where none fits and a text that means nothing."""
-    for value in ({"no": {"such": "thing"}}, "\u2603", [[]]):
+    values: list[Any] = [{"no": {"such": "thing"}}, "\u2603", [[]]]
+    for value in values:
         with pytest.raises(PlanError) as refused:
             parse_hyperparameters({name: value})
         told = json.dumps(refused.value.errors)
