@@ -374,7 +374,7 @@ def test_a_name_that_comes_while_models_are_listed_does_no_harm(
     """Each list is of one moment: a version of a name that its own select did not see would have no place."""
     publish(registry, "old")
     read = registry._database.read
-    arrived: list[str] = []
+    arrived: list[bool] = []
 
     @contextmanager
     def interrupted() -> Iterator[sa.Connection]:

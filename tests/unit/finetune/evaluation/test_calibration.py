@@ -40,11 +40,8 @@ def test_what_a_few_rows_suggest_is_not_applied() -> None:
         logits, labels = answers(12, sharpness=1.0, seed=seed)
         others, truth = answers(500, sharpness=1.0, seed=1000 + seed)
         used += if_it_helps(fit_temperature, row_losses, logits, labels) != 1.0
-        fitted = np.float32(fit_temperature(logits, labels))
-        harm.append(
-            negative_log_likelihood((others / fitted).astype(np.float32), truth)
-            - negative_log_likelihood(others, truth)
-        )
+        cooled = (others / fit_temperature(logits, labels)).astype(np.float32)
+        harm.append(negative_log_likelihood(cooled, truth) - negative_log_likelihood(others, truth))
     assert np.mean(harm) > 0.01
     assert used <= 20
 
