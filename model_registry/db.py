@@ -213,7 +213,7 @@ def _connect_args(timeout_s: float) -> dict[str, Any]:
 
 
 def ids_among(
-    connection: sa.Connection, query: sa.Select[tuple[str]], column: sa.ColumnElement[str], ids: Collection[str]
+    connection: sa.Connection, query: sa.Select[Any], column: sa.ColumnElement[str], ids: Collection[str]
 ) -> set[str]:
     """Those of `ids`, however many, that `query` finds in `column`."""
     listed = list(ids)
