@@ -19,7 +19,7 @@ from finetune.data.errors import ColumnMissing, DatasetUnreadable
 from finetune.data.findings import excessive
 from finetune.data.labelled import load_labelled
 from finetune.data.load import find_target, load_sides
-from finetune.data.options import AUTO
+from finetune.data.options import AUTO, SideColumns
 from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus, has_errors
 from finetune.data.sides import Sides
 from finetune.data.targets import target_type
@@ -497,8 +497,8 @@ def _document(job: FineTuneJob, outlook: Outlook | None) -> schemas.Job:
         "task": (job.plan or {}).get("task", spec.task),
         "columns": spec.columns.model_dump(),
         "exclude_rows": spec.exclude_rows,
-        "validation_columns": spec.validation_columns and spec.validation_columns.model_dump(exclude_none=True),
-        "test_columns": spec.test_columns and spec.test_columns.model_dump(exclude_none=True),
+        "validation_columns": _named(spec.validation_columns),
+        "test_columns": _named(spec.test_columns),
         "promote": spec.promote,
         "hyperparameters": spec.hyperparameters,
         "plan": job.plan,
@@ -516,6 +516,10 @@ def _document(job: FineTuneJob, outlook: Outlook | None) -> schemas.Job:
         "started_at": job.started_at,
         "finished_at": job.finished_at,
     }
+
+
+def _named(columns: SideColumns | None) -> dict[str, Any] | None:
+    return None if columns is None else columns.model_dump(exclude_none=True)
 
 
 def _progress(job: FineTuneJob) -> dict[str, Any] | None:

@@ -59,9 +59,11 @@ class Replica(AppUnderTest):
                 jobs=self.jobs,
                 datasets=self.datasets,
                 intake=intake,
+                imports=unused,
                 store=world.store,
                 metrics=self.metrics,
                 drain=self.drain,
+                events=unused,
                 backbones={},
                 folder=folder,
             )

@@ -12,12 +12,13 @@ from finetune.data.store import DatasetStore
 from finetune.jobs.store import JobStore
 from model_registry.db import Database
 from model_registry.registry import Registry
+from model_registry.removal import Removal
 from model_registry.store import FileStore
 from service.api.deps import Services
 from service.api.event_streams import EventStreams
 from service.dataset_intake import DatasetIntake
 from service.settings import ServingSettings
-from tests.support.asgi import AppUnderTest
+from tests.support.asgi import STEADY_FOLDER, AppUnderTest
 
 
 class ManagementApp(AppUnderTest):
@@ -25,12 +26,14 @@ class ManagementApp(AppUnderTest):
 
     def __init__(self, database: Database, folder: Path, settings: ServingSettings | None = None) -> None:
         self.jobs, self.registry = JobStore(database), Registry(database)
-        self.datasets, self._folder = DatasetStore(database), folder
+        self.datasets, self._folder, self._database = DatasetStore(database), folder, database
         super().__init__(settings)
 
     @asynccontextmanager
     async def _build(self) -> AsyncIterator[Services]:
         unused: Any = SimpleNamespace()
+        watcher: Any = SimpleNamespace(is_database_away=False)
+        store = FileStore(self._folder / "store")
         status = SimpleNamespace(
             hidden=set(),
             alias=lambda alias, wanted: SimpleNamespace(wanted=wanted, serving=None, reason=None, retry_at=None),
@@ -52,16 +55,19 @@ class ManagementApp(AppUnderTest):
                 settings=self.settings,
                 pool=pool,
                 predictor=unused,
-                watcher=unused,
+                watcher=watcher,
                 registry=self.registry,
+                removal=Removal(self._database, self.registry, store),
                 jobs=self.jobs,
                 datasets=self.datasets,
                 intake=intake,
-                store=FileStore(self._folder / "store"),
+                imports=unused,
+                store=store,
                 metrics=self.metrics,
                 drain=self.drain,
                 events=EventStreams(self.jobs, self.drain, self.metrics, per_key=2),
                 backbones={},
+                folder=STEADY_FOLDER,
             )
         finally:
             await intake.stop()

@@ -51,6 +51,8 @@ CONTRACT = {
     "adapter_slots_bytes": ("backbone",),
     "worker_restarts_total": ENGINE_LABELS,
     "finetune_jobs": ("state",),
+    "finetune_workers": (),
+    "finetune_worker_last_seen_timestamp_seconds": (),
     "management_requests_total": ("method", "route", "code"),
     "management_duration_seconds": ("method", "route"),
     "event_streams": (),

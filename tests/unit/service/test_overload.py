@@ -38,7 +38,9 @@ class Service:
                 return 0.0
             return slowness * (FIXED_S + PER_TOKEN_S * work.tokens) * draw.uniform(0.9, 1.1)
 
-        runtime = virtual_runtime(engine_s, lambda burst: 1e-4 + 2e-5 * sum(len(ticket.inputs) for _, ticket in burst))
+        runtime = virtual_runtime(
+            engine_s, lambda call: 1e-4 + 2e-5 * sum(len(ticket.inputs) for _, ticket in call.burst)
+        )
         self.now = runtime.clock
         self.lane = WordLane(BatchLimits(MAX_TOKENS, 128), runtime=runtime)
         self.lane.worker.start()
