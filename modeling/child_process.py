@@ -41,6 +41,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def step_back() -> None:
+    """Run at low priority from here on, or lower if it is lower already."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(10, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 def describe_exit(code: int) -> str:
     """Say what an exit status tells about the end of a process."""
     if code < 0:
@@ -66,7 +71,7 @@ def ask(
     The module reads one line of JSON from stdin, bounds itself with `limit_self`, and writes its answer as another to
     stdout. Raises `ChildFailed`.
     """
-    command = [sys.executable, "-m", "modeling.child_process", module]
+    command = [sys.executable, "-m", module]
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as errors:
         asked.write(json.dumps(request).encode() + b"\n")
         asked.seek(0)
@@ -125,6 +130,6 @@ def _limit(kind: int, value: int) -> None:
 
 if __name__ == "__main__":  # `python -m modeling.child_process MODULE` runs it at low priority from its imports on
     die_with_parent()
-    os.setpriority(os.PRIO_PROCESS, 0, max(10, os.getpriority(os.PRIO_PROCESS, 0)))
+    step_back()
     print("{}", flush=True)  # whatever the parent does to it from here on, it ends with the parent
     runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)

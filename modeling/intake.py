@@ -21,7 +21,7 @@ from model_registry.errors import RegistryError, StoreFull
 from model_registry.store import FileStore, space_errors
 from modeling import backbone
 from modeling.assemble import GoldenRow, write_version_files
-from modeling.child_process import ChildFailed, ask, limit_self, private_stdout
+from modeling.child_process import ChildFailed, ask, die_with_parent, limit_self, private_stdout, step_back
 from modeling.engines.protocol import EngineBatch
 from modeling.errors import CheckpointRefused, ModelingError
 from modeling.ingestion import modality_of, read_config
@@ -204,7 +204,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    die_with_parent()
     request, out = json.loads(sys.stdin.readline()), private_stdout()
+    if request["what"] == "import":  # a backbone is waited for by a server that answers nothing yet
+        step_back()
     print(json.dumps(_answer(request)), file=out, flush=True)
 
 
