@@ -43,7 +43,7 @@ class CancelRequest(FrozenModel):
 
 class AliasRequest(FrozenModel):
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"version": 1, "expected_version": None, "reason": "better on test"}]}
+        json_schema_extra={"examples": [{"version": 2, "expected_version": 1, "reason": "better on test"}]}
     )
 
     version: int = Field(ge=1, le=MAX_VERSION)
