@@ -26,6 +26,10 @@ class EmbeddingsRequest(Struct, frozen=True):
     encoding_format: Annotated[Encoding | None, Meta(description="how each embedding is written")] = "float"
     dimensions: Annotated[int | None, Meta(description="taken if it is what the model has")] = None
     user: Annotated[str | None, Meta(description="not used")] = None
+    prompt_name: Annotated[
+        wire.PromptName | None,
+        Meta(description="beyond OpenAI's call: a prompt of the backbone, before each input instead of its default"),
+    ] = None
 
 
 class Embedding(Struct, gc=False):
@@ -51,7 +55,8 @@ class EmbeddingsResponse(Struct):
 async def embeddings(body: EmbeddingsRequest, call: Call) -> Reply:
     """Raises what `Predictor.predict` raises, and problems of the request that its schema does not show."""
     inputs = [body.input] if isinstance(body.input, str) else body.input
-    result = await predicted(call, body.model, inputs, options_of(return_embedding=True), needs_labels=False)
+    options = options_of(return_embedding=True, prompt_name=body.prompt_name)
+    result = await predicted(call, body.model, inputs, options, needs_labels=False)
     vectors = result.vectors
     if body.dimensions is not None and body.dimensions != len(vectors[0]):
         message = f"this model's embeddings have {len(vectors[0])} dimensions; leave dimensions out"
