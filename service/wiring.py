@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from model_registry.errors import DatabaseUnavailable
 from model_registry.migrations import migrate
 from model_registry.registry import Registry
 from model_registry.store import FileStore
-from modeling.backbone import Backbone, ingest, locate
+from modeling.backbone import Backbone, ingest, locate, why_retrain
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from service.api.deps import Services
 from service.api.guard import DrainState
@@ -101,7 +101,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         stack.push_async_callback(
             _cancelled,
             [
-                asyncio.create_task(_load(settings, store, pool, watcher, backbones), name="load"),
+                asyncio.create_task(_load(settings, store, pool, watcher, registry, backbones), name="load"),
                 asyncio.create_task(intake.sweep(), name="dataset-sweep"),
                 asyncio.create_task(_count_jobs(jobs, metrics), name="job-counts"),
             ],
@@ -168,6 +168,7 @@ async def _load(
     store: FileStore,
     pool: ModelPool,
     watcher: RegistryWatcher,
+    registry: Registry,
     backbones: dict[str, Backbone],
 ) -> None:
     """Brings the backbones up, then follows the registry. A backbone that cannot load keeps the process unready."""
@@ -177,6 +178,7 @@ async def _load(
             folder = await asyncio.to_thread(locate, source, offline=settings.is_offline)
             backbones[name] = await asyncio.to_thread(ingest, store, folder, name=name, source=source)
             await pool.add_backbone(name, backbones[name])
+        await asyncio.to_thread(_name_outdated, registry, store, backbones)
         await pool.settled()
         # Full collections stop every thread; those to come need not look at all that was imported. What loading left in
         # cycles, an engine's weights among it, must go before.
@@ -188,6 +190,19 @@ async def _load(
         pool.has_failed = True
         return
     await watcher.follow()
+
+
+def _name_outdated(registry: Registry, store: FileStore, backbones: Mapping[str, Backbone]) -> None:
+    """Log which versions were trained on another backbone than the one that its name means now, and why it is."""
+    outdated: dict[str, list[str]] = {}
+    for (tenant, name, number), version in registry.snapshot().versions.items():
+        now = backbones.get(version.backbone or "")
+        if now is not None and version.backbone_digest is not None:
+            reason = why_retrain(store, version.backbone_digest, now)
+            if reason is not None:
+                outdated.setdefault(reason, []).append(f"{tenant}/{name}:{number}")
+    for reason, versions in outdated.items():
+        _log.warning(f"{', '.join(sorted(versions))}: {reason}", extra={"action": "retrain"})
 
 
 async def _count_jobs(jobs: JobStore, metrics: ServingMetrics) -> None:

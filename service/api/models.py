@@ -15,6 +15,7 @@ from model_registry.manifest import FileEntry, ModelManifest
 from model_registry.refs import CHAMPION, ModelRef
 from model_registry.registry import AliasChange, ModelVersion, RegisteredModel
 from model_registry.store import load_manifest
+from modeling.backbone import why_retrain
 from service.api.auth import Principal
 from service.api.deps import Administering, JsonBody, Promoting, Reading, Services, ServicesDep
 from service.api.problems import Problem
@@ -222,6 +223,8 @@ def _backbone(name: str, services: Services, tenant: str) -> dict[str, Any]:
         "state": served.state,
         "reason": "it hides the model of this name" if (tenant, name) in services.pool.status.hidden else None,
         "engine": served.lane.engine_name,
+        "engine_reason": services.pool.status.reason_of(served.lane),
+        "prompts": sorted(served.prompts),
         "labels": [],
         "bytes": served.own_bytes,
         "engine_reports": [
@@ -285,6 +288,7 @@ def _version(version: ModelVersion, model: RegisteredModel, services: Services) 
         "aliases": sorted(alias for alias, number in model.aliases.items() if number == version.version),
         "parent": version.backbone,
         "root": version.backbone_digest,
+        "retrain": _why_retrain(version, services),
         "kind": version.kind,
         "task": version.task,
         "method": version.method,
@@ -292,11 +296,20 @@ def _version(version: ModelVersion, model: RegisteredModel, services: Services) 
         "state": state,
         "reason": reason,
         "engine": status.engine_of(key),
+        "engine_reason": status.engine_reason(key),
         "labels": version.labels or [],
         "metrics": version.metrics or {},
         "bytes": version.bytes or 0,
         "created": int(version.created_at),
     }
+
+
+def _why_retrain(version: ModelVersion, services: Services) -> str | None:
+    """The reason, if what its backbone's name means now is another backbone; no longer configured, it is not said."""
+    now = None if version.backbone is None else services.backbones.get(version.backbone)
+    if now is None or version.backbone_digest is None:
+        return None
+    return why_retrain(services.store, version.backbone_digest, now)
 
 
 def _change(change: AliasChange) -> dict[str, Any]:
