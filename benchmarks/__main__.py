@@ -26,6 +26,8 @@ COMMANDS = {
     "streams": "latency of requests beside thousands of idle event streams",
     "lengths": "cost against the length of a text",
     "parity": "answers of an engine against torch in fp32",
+    "families": "every family of encoders on every engine, against transformers; the table of docs/encoders.md",
+    "shapes": "texts per second of other families of MiniLM's size, on the engine chosen against torch in fp32",
     "http": "processor time of a request outside of the model",
     "training": "rows per second of a LoRA fine-tune, against transformers' Trainer",
     "memory": "peak memory of a LoRA run by the number of its rows",

@@ -27,6 +27,7 @@ _SUBLAYER_ENDS = (
     "attention.attn.o",
     "attention.dense",
     "ffn_output",
+    *("attn.Wo", "mlp.Wo", "self_attn.o_proj", "mlp.down_proj", "SelfAttention.o", "DenseReluDense.wo"),
 )
 _LARGEST = 4096
 
@@ -50,6 +51,11 @@ class Bottleneck(nn.Module):
         nn.init.normal_(self.down.weight, std=0.02)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """T5 asks its last layer for the type that it computes in."""
+        return self.base.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)

@@ -8,6 +8,7 @@ processes load it from there, so a version's backbone cannot change or vanish. O
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
 import importlib.metadata
 import importlib.resources
@@ -15,8 +16,9 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from model_registry.errors import ArtifactExists
@@ -24,6 +26,7 @@ from model_registry.manifest import backbone_prefix
 from model_registry.store import ArtifactStore
 from modeling.errors import BackboneUnavailable
 from modeling.ingestion import READERS, Checkpoint, Pooling, modality_of, read_config
+from modeling.ingestion.base import DENSE_FILE, PROMPTS_FILE
 
 _FIRST_MODALITY = "text"
 BACKBONE_FILE = "backbone.json"
@@ -37,7 +40,7 @@ _HUB_FILES = ["*.json", "*.safetensors"]
 _HUB_ANSWERS_S = 5.0
 # Raise it when the same files are to be read otherwise: every source is then ingested anew. A backbone whose answers
 # stay keeps its digest, and versions keep the one that they were trained on.
-_SCHEMA = 2
+_SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +71,21 @@ class BackboneInfo:
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A backbone's folder on this host, with what is known about it. No weights are loaded yet."""
+    """A backbone's folder on this host, with what is known about it. No weights are loaded yet. `prompts` can be asked
+    for by name."""
 
     info: BackboneInfo
     folder: Path
+    prompts: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> Backbone:
         """Raises `BackboneUnavailable`."""
         try:
-            return cls(BackboneInfo(**json.loads((folder / BACKBONE_FILE).read_bytes())), folder)
-        except (OSError, ValueError, TypeError) as error:
+            prompts = folder / PROMPTS_FILE
+            by_name = json.loads(prompts.read_bytes())["prompts"] if prompts.is_file() else {}
+            return cls(BackboneInfo(**json.loads((folder / BACKBONE_FILE).read_bytes())), folder, by_name)
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise BackboneUnavailable(f"{folder.name} holds no readable {BACKBONE_FILE}") from error
 
 
@@ -166,7 +173,7 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
     Raises `BackboneUnavailable`, `CheckpointRefused`, `ConfigRefused`, `UnsupportedArchitecture`.
     """
     note = _note(folder)
-    if (known := _ingested(store, note, name=name, source=source)) is not None:
+    if (known := _ingested(store, note, folder, name=name, source=source)) is not None:
         return known
     config = read_config(folder)
     modality = modality_of(config)
@@ -183,23 +190,24 @@ def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Bac
                 store.put_bytes(f"{prefix}/{BACKBONE_FILE}", info_bytes(info), create_only=True)
     with contextlib.suppress(ArtifactExists):
         store.put_bytes(note, info.digest.encode(), create_only=True)
-    return Backbone(info, store.local_path(prefix))
+    return Backbone(info, store.local_path(prefix), checkpoint.prompts)
 
 
 def find_ingested(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Backbone | None:
     """What `ingest` made of the same content before, without a look into it. Raises `BackboneUnavailable`."""
-    return _ingested(store, _note(folder), name=name, source=source)
+    return _ingested(store, _note(folder), folder, name=name, source=source)
 
 
 def _note(folder: Path) -> str:
     return f"backbones/sources/{_source_digest(folder)}"
 
 
-def _ingested(store: ArtifactStore, note: str, *, name: str, source: str) -> Backbone | None:
+def _ingested(store: ArtifactStore, note: str, folder: Path, *, name: str, source: str) -> Backbone | None:
     if not store.exists(note):
         return None
     stored = Backbone.open(store.local_path(backbone_prefix(store.get_bytes(note, max_bytes=64).decode())))
-    return replace(stored, info=replace(stored.info, name=name, source=source))
+    prompts = READERS[stored.info.modality].prompts(folder)
+    return replace(stored, info=replace(stored.info, name=name, source=source), prompts=prompts)
 
 
 def _as_stored(info: BackboneInfo, files: Mapping[str, Path], folder: Path) -> Backbone:
@@ -214,12 +222,56 @@ def _as_stored(info: BackboneInfo, files: Mapping[str, Path], folder: Path) -> B
 def _source_digest(folder: Path) -> str:
     """Over everything in a source that decides what is kept of it, so that a known one needs no library to read."""
     digest = hashlib.sha256(f"{_SCHEMA} {importlib.metadata.version('transformers')}".encode())
-    documents = [*folder.glob("*.json"), *folder.glob("*/config.json")]
+    documents = [*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*/*.safetensors")]
     for path in sorted({*documents, *weight_files(folder)}):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder)}\0{content}\n".encode())
     return digest.hexdigest()
+
+
+def why_retrain(store: ArtifactStore, digest: str, now: Backbone) -> str | None:
+    """Why a version that was trained on the backbone `digest` should be trained again on the one that its name means
+    `now`; None if they are the same."""
+    if digest == now.info.digest:
+        return None
+    prefix, changes = backbone_prefix(digest), "the earlier reading is no longer in the store"
+    if store.exists(f"{prefix}/{BACKBONE_FILE}"):
+        changes = _changes(store.local_path(prefix), now.folder)
+    return (
+        f"the backbone {now.info.name} is read otherwise now ({changes}); this version goes on with what it was "
+        "trained on, in memory of its own: train it again"
+    )
+
+
+@lru_cache(maxsize=256)
+def _changes(before: Path, now: Path) -> str:
+    """What differs between two stored backbones."""
+    try:
+        infos = [asdict(Backbone.open(folder).info) for folder in (before, now)]
+        configs = [json.loads((folder / "config.json").read_bytes()) for folder in (before, now)]
+        weights = [_plain_weight_files(folder) for folder in (before, now)]
+    except (BackboneUnavailable, OSError, ValueError):
+        return "the earlier reading cannot be read"
+    found = [
+        f"{name} {infos[0][name]} before, {infos[1][name]} now"
+        for name in ("model_type", "pooling", "normalize", "max_length", "hidden_size")
+        if infos[0][name] != infos[1][name]
+    ]
+    keys = sorted(key for key in {*configs[0], *configs[1]} if configs[0].get(key) != configs[1].get(key))
+    found += [f"config.json: {', '.join(keys[:10])}"] if keys else []
+    files = {"tokenizer.json": "its tokenizer", DENSE_FILE: "its Dense layers", PROMPTS_FILE: "its default prompt"}
+    found += [words for name, words in files.items() if not _are_same([before / name, now / name])]
+    same = len(weights[0]) == len(weights[1]) and all(map(_are_same, zip(*weights, strict=False)))
+    found += [] if same else ["its weights"]
+    return "; ".join(found) or "its composition"
+
+
+def _are_same(paths: Sequence[Path]) -> bool:
+    one, other = paths
+    if not one.is_file() or not other.is_file():
+        return one.is_file() == other.is_file()
+    return filecmp.cmp(one, other, shallow=False)
 
 
 def info_bytes(info: BackboneInfo) -> bytes:

@@ -5,6 +5,7 @@ Both become a backbone folder plus a head, so the server knows one way to run th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from modeling.adapters_in_encoder import Composition, plain_weights, write_compo
 from modeling.backbone import BACKBONE_FILE, Backbone, describe, info_bytes
 from modeling.encoder import load_pretrained
 from modeling.errors import CheckpointRefused, UnsupportedArchitecture
-from modeling.heads import Activation, DenseLayer, TaskHead
+from modeling.heads import Activation, DenseLayer, LayerNorm, TaskHead
 from modeling.ingestion import READERS, Pooling, modality_of, read_config
+from modeling.ingestion.base import PROMPTS_FILE
+from modeling.ingestion.text import prompts_document
 from modeling.ingestion.text_audit import PROBES
+from modeling.inputs.text import default_prompt
 from modeling.proof import check_logits
 from modeling.tasks import DEFAULT_MODALITY, Task, task_of_kind
 
@@ -32,10 +36,14 @@ _HEAD_LAYERS: dict[str, tuple[tuple[str, Activation], ...]] = {
     "deberta-v2": (("pooler.dense", "gelu"), ("classifier", "linear")),
     "distilbert": (("pre_classifier", "relu"), ("classifier", "linear")),
     "electra": (("classifier.dense", "gelu"), ("classifier.out_proj", "linear")),
+    "modernbert": (("head.dense", "gelu"), ("classifier", "linear")),
     "mpnet": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
+    "nomic_bert": (("nomic_bert.pooler.dense", "tanh"), ("classifier", "linear")),
+    "qwen3": (("score", "linear"),),
     "roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
     "xlm-roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
 }
+_NORMS = {"head.dense": "head.norm"}  # behind the activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +65,10 @@ def write_encoder(
     normalize: bool,
     max_length: int | None = None,
     composition: Composition | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> Backbone:
     """Writes `encoder` as a backbone folder, with the configuration, the other files and the limit of the folder
-    `like`; `max_length` lowers the limit.
+    `like`; `max_length` lowers the limit. `prompts` can be asked for by name.
 
     `composition` is what `modeling.adapters_in_encoder.compose` made it with, if it did.
     """
@@ -67,7 +76,7 @@ def write_encoder(
 
     target.mkdir(parents=True, exist_ok=True)
     plain = encoder.state_dict() if composition is None else plain_weights(encoder)
-    state = {key: value.detach().cpu().float().contiguous() for key, value in plain.items()}
+    state = {key: value.detach().cpu().float().contiguous() for key, value in _untied(plain).items()}
     if composition is not None:
         write_composition(target, encoder, composition)
     save_file(state, str(target / "model.safetensors"), metadata={"format": "pt"})
@@ -78,7 +87,15 @@ def write_encoder(
     limit = min(max_length or original.max_length, base.max_length)
     info = replace(base, pooling=pooling, normalize=normalize, max_length=limit)
     (target / BACKBONE_FILE).write_bytes(info_bytes(info))
-    return Backbone(info, target)
+    if prompts:
+        (target / PROMPTS_FILE).write_bytes(prompts_document(prompts, default_prompt(like)))
+    return Backbone(info, target, prompts or {})
+
+
+def _untied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor under the first of its names: transformers ties the others again."""
+    firsts: dict[int, str] = {}
+    return {name: tensor for name, tensor in state.items() if firsts.setdefault(tensor.data_ptr(), name) == name}
 
 
 def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> ImportedClassifier:
@@ -98,7 +115,7 @@ def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> 
         like=folder,
         name=name,
         source=source,
-        pooling="cls",
+        pooling=_pooling(original.config),
         normalize=False,
     )
     del original
@@ -110,7 +127,13 @@ def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> 
 def _load_classifier(folder: Path) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    modality_of(read_config(folder))
+    config = read_config(folder)
+    modality_of(config)
+    if config["model_type"] not in _HEAD_LAYERS:
+        raise UnsupportedArchitecture(
+            f"a classifier of model_type {config['model_type']!r} cannot be imported: transformers runs its decoder "
+            "too; use its encoder as a backbone and train a head"
+        )
     return load_pretrained(AutoModelForSequenceClassification, folder, is_whole=True)
 
 
@@ -153,14 +176,30 @@ def _is_name(label: str) -> bool:
     return bool(label.strip()) and "\0" not in label and not any("\ud800" <= letter <= "\udfff" for letter in label)
 
 
+def _pooling(config: Any) -> Pooling:
+    """Which state a sequence classifier of transformers takes."""
+    if config.model_type == "qwen3":
+        return "lasttoken"
+    return str(config.classifier_pooling) if config.model_type == "modernbert" else "cls"
+
+
 def _extract_head(model: Any, model_type: str) -> TaskHead:
     layers = []
     for path, activation in _HEAD_LAYERS[model_type]:
         linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear):
             raise UnsupportedArchitecture(f"{path} of this {model_type} checkpoint is no linear layer")
-        layers.append(DenseLayer(_numpy(linear.weight), _numpy(linear.bias), activation))
+        norm = _extract_norm(model.get_submodule(_NORMS[path])) if path in _NORMS else None
+        layers.append(DenseLayer(_numpy(linear.weight), _bias(linear), activation, norm))
     return TaskHead(tuple(layers))
+
+
+def _extract_norm(module: Any) -> LayerNorm:
+    return LayerNorm(_numpy(module.weight), _bias(module), float(module.eps))
+
+
+def _bias(module: Any) -> Any:
+    return np.zeros(len(module.weight), np.float32) if module.bias is None else _numpy(module.bias)
 
 
 def _numpy(parameter: torch.Tensor) -> Any:

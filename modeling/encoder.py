@@ -13,14 +13,15 @@ from modeling.errors import BackboneUnavailable, CheckpointRefused
 from modeling.ingestion import read_config
 from modeling.ingestion.text import known_keys, transformers_config
 
-_EAGER_ONLY = frozenset({"deberta-v2", "mpnet"})  # no fused attention in transformers 5
+# transformers 5 has no fused attention for the first two, and torch 2.13 cannot export it with T5's position bias.
+_EAGER_ONLY = frozenset({"deberta-v2", "mpnet", "t5"})
 
 
 # Of checkpoints that were trained with a head of another kind; `pooler` also where the encoder has none of its own.
 _HEADS = (
     *("classifier", "cls", "discriminator_predictions", "generator_lm_head", "generator_predictions", "lm_head"),
     *("lm_predictions", "mask_predictions", "pooler", "pre_classifier", "predictions", "qa_outputs", "sop_classifier"),
-    *("vocab_layer_norm", "vocab_projector", "vocab_transform"),
+    *("vocab_layer_norm", "vocab_projector", "vocab_transform", "decoder", "head", "score", "classification_head"),
 )
 
 
@@ -29,13 +30,32 @@ def load_encoder(folder: Path, *, dtype: torch.dtype | None = None, is_whole: bo
 
     Raises `BackboneUnavailable` where the weights do not fit the configuration.
     """
-    from transformers import AutoModel
-
-    encoder = load_pretrained(AutoModel, folder, dtype=dtype, is_whole=is_whole, may_lack="pooler")
+    encoder = load_pretrained(_auto(folder), folder, dtype=dtype, is_whole=is_whole, may_lack="pooler")
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
+    _give_positions_to_each_row(encoder)
     model: torch.nn.Module = encoder.eval()
     return read_composed(model, folder)
+
+
+def _give_positions_to_each_row(encoder: torch.nn.Module) -> None:
+    """Rotary embeddings of positions alike for all rows are computed once for a batch, and exported that way; ONNX
+    Runtime's operator for them wants each row's."""
+
+    def expand(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, positions, *others = args
+        return (x, positions.expand(x.shape[0], -1), *others)
+
+    for name, module in encoder.named_modules():
+        if name.rpartition(".")[2] == "rotary_emb":
+            module.register_forward_pre_hook(expand)
+
+
+def _auto(folder: Path) -> Any:
+    """transformers' class for the encoder alone: of T5 it is another than for the whole."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if read_config(folder)["model_type"] == "t5" else AutoModel
 
 
 def load_pretrained(
@@ -54,6 +74,8 @@ def load_pretrained(
     transformers.utils.logging.disable_progress_bar()
     given = read_config(folder)
     config = transformers_config(given if is_whole else known_keys(given))
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # what a decoder would keep to go on writing
     weight_files(folder)
     try:
         model, report = auto.from_pretrained(

@@ -23,13 +23,15 @@ from modeling.child_process import private_stdout
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch
-from modeling.errors import ModelingError
+from modeling.errors import EngineFailed, ModelingError
 from modeling.heads import DenseLayer, TaskHead
 from modeling.inputs import MODALITIES, Features, open_preprocessor, single
 from modeling.weights import FloatArray
 
 # A candidate this much slower than the fastest on the first batches cannot win: it is not measured further.
 HOPELESS = 0.5
+EXPORT = "export"
+"""What a trial calls itself at work on before it opens the first engine that needs graphs."""
 _SCREENING_BATCHES = 8
 _SINGLES = 12
 
@@ -79,8 +81,7 @@ class _Contender:
 def run_trial(request: TrialRequest, say: Callable[[dict[str, Any]], None]) -> list[EngineReport]:
     """Exports what is missing, opens every candidate and lets them take turns on the same batches."""
     backbone = Backbone.open(Path(request.backbone))
-    files = _graphs(backbone, request, say)
-    contenders, reports = _open(backbone, files, request, say)
+    contenders, reports = _open(backbone, _graphs(backbone, request, say), request, say)
     examples, topics = MODALITIES[backbone.info.modality].probe_set(request.examples)
     batches, order = _batches(single(open_preprocessor(backbone).encode(examples)), request.batch_tokens)
     for number, batch in enumerate(batches):
@@ -97,17 +98,34 @@ def run_trial(request: TrialRequest, say: Callable[[dict[str, Any]], None]) -> l
     return reports
 
 
-def _graphs(backbone: Backbone, request: TrialRequest, say: Callable[[dict[str, Any]], None]) -> GraphFiles | None:
+def _graphs(
+    backbone: Backbone, request: TrialRequest, say: Callable[[dict[str, Any]], None]
+) -> GraphFiles | EngineFailed | None:
+    """The exported graphs, or why there are none; None if no candidate needs any. Raises `OSError`: a disk that is full
+    says nothing of the backbone."""
     if not any(EngineSpec.parse(name).needs_graphs for name in request.candidates):
         return None
     from modeling.export import export_graphs
 
-    say({"engine": "export", "stage": "export"})
-    return export_graphs(backbone, Path(request.graphs))
+    say({"engine": EXPORT, "stage": "export"})
+    try:
+        return export_graphs(backbone, Path(request.graphs))
+    except OSError:
+        raise
+    except Exception as error:  # torch's exporter raises whatever its stages raise, and texts that hold paths
+        return EngineFailed(f"{backbone.info.model_type} could not be exported ({_causes(error)})")
+
+
+def _causes(error: BaseException) -> str:
+    cause = error.__cause__
+    return type(error).__name__ + ("" if cause is None else f" from {_causes(cause)}")
 
 
 def _open(
-    backbone: Backbone, files: GraphFiles | None, request: TrialRequest, say: Callable[[dict[str, Any]], None]
+    backbone: Backbone,
+    files: GraphFiles | EngineFailed | None,
+    request: TrialRequest,
+    say: Callable[[dict[str, Any]], None],
 ) -> tuple[list[_Contender], list[EngineReport]]:
     options = EngineOptions(device=request.device, threads=request.threads, compiles=True)
     contenders, reports = [], []
@@ -117,7 +135,10 @@ def _open(
         reports.append(report)
         started = time.perf_counter()
         try:
-            engine = build_engine(spec, backbone, files, options)
+            if isinstance(files, EngineFailed) and spec.needs_graphs:
+                raise files
+            graphs = None if isinstance(files, EngineFailed) else files
+            engine = build_engine(spec, backbone, graphs, options)
         except ModelingError as error:
             report.error = str(error)[:300]
             continue

@@ -19,7 +19,7 @@ from model_registry.logs import errors_alone
 from modeling.adapters import LoraLayout
 from modeling.backbone import Backbone
 from modeling.engines.graphs import POOLED, SLOTS_INPUT, STATES, GraphFiles, a_input, b_input, weights_file
-from modeling.engines.torch import pool
+from modeling.engines.torch import Pooler
 from modeling.multi_lora import Routing, route
 from modeling.networks import NETWORKS
 
@@ -102,7 +102,7 @@ class _Graph(nn.Module):
         super().__init__()
         self.network = NETWORKS[backbone.info.modality]
         self.encoder = self.network.load(backbone.folder)
-        self.pooling = backbone.info.pooling
+        self.pooler = Pooler.of(backbone)
         self.inputs = self.network.example(self.encoder, rows=_EXAMPLE_ROWS, positions=_EXAMPLE_LENGTH)
         self.routing = Routing()
         self.layout = route(self.encoder, self.routing, self.network) if is_routed else LoraLayout(())
@@ -113,7 +113,7 @@ class _Graph(nn.Module):
             self._take(stacks[0], stacks[1:])
         states = self.network.states(self.encoder, inputs)
         self.routing.clear()
-        return pool(states, self.network.mask(inputs), self.pooling), states
+        return self.pooler(states, self.network.mask(inputs)), states
 
     def _take(self, slots: torch.Tensor, stacks: Sequence[torch.Tensor]) -> None:
         a, b, position = {}, {}, 0

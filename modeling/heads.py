@@ -21,15 +21,32 @@ _ACTIVATIONS: tuple[Activation, ...] = ("linear", "tanh", "relu", "gelu")
 
 
 @dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """Each row at mean 0 and variance 1, times `weight` plus `bias`, both float32[width] (Ba et al., 2016)."""
+
+    weight: FloatArray
+    bias: FloatArray
+    eps: float
+
+    def __call__(self, x: FloatArray) -> FloatArray:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + np.float32(self.eps))
+        result: FloatArray = centred / deviation * self.weight + self.bias
+        return result
+
+
+@dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """`activation(x @ weight.T + bias)`; weight is float32[out, in], bias float32[out]."""
+    """`norm(activation(x @ weight.T + bias))`; weight is float32[out, in], bias float32[out]."""
 
     weight: FloatArray
     bias: FloatArray
     activation: Activation = "linear"
+    norm: LayerNorm | None = None
 
     def __call__(self, x: FloatArray) -> FloatArray:
-        return _activate(x @ self.weight.T + self.bias, self.activation)
+        y = _activate(x @ self.weight.T + self.bias, self.activation)
+        return y if self.norm is None else self.norm(y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +85,14 @@ class TaskHead:
 
     def to_bytes(self) -> bytes:
         tensors = {}
+        metadata = {"activations": ",".join(layer.activation for layer in self.layers)}
+        metadata["normalize"] = str(self.normalize).lower()
         for index, layer in enumerate(self.layers):
             tensors[f"{index}.weight"], tensors[f"{index}.bias"] = layer.weight, layer.bias
-        activations = ",".join(layer.activation for layer in self.layers)
-        return weights.to_bytes(tensors, {"activations": activations, "normalize": str(self.normalize).lower()})
+            if layer.norm is not None:
+                tensors[f"{index}.norm.weight"], tensors[f"{index}.norm.bias"] = layer.norm.weight, layer.norm.bias
+                metadata[f"{index}.norm.eps"] = repr(layer.norm.eps)
+        return weights.to_bytes(tensors, metadata)
 
     @classmethod
     def read(cls, path: Path, *, temperature: float = 1.0) -> TaskHead:
@@ -87,10 +108,26 @@ class TaskHead:
                 raise WeightsInvalid(f"{path.name}: layer {index} has shapes {weight.shape} and {bias.shape}")
             if layers and layers[-1].weight.shape[0] != weight.shape[1]:
                 raise WeightsInvalid(f"{path.name}: layer {index} does not fit the layer before it")
-            layers.append(DenseLayer(weight, bias, activation))
+            layers.append(DenseLayer(weight, bias, activation, _read_norm(tensors, metadata, index, bias.shape)))
         if tensors:
             raise WeightsInvalid(f"{path.name} holds tensors that no layer uses: {', '.join(sorted(tensors))[:200]}")
         return cls(tuple(layers), normalize=metadata.get("normalize") == "true", temperature=temperature)
+
+
+def _read_norm(
+    tensors: dict[str, FloatArray], metadata: dict[str, str], index: int, shape: tuple[int, ...]
+) -> LayerNorm | None:
+    """What is behind a layer, taken out of `tensors`. Raises `WeightsInvalid`."""
+    weight, bias = tensors.pop(f"{index}.norm.weight", None), tensors.pop(f"{index}.norm.bias", None)
+    if weight is None and bias is None:
+        return None
+    try:
+        eps = float(metadata[f"{index}.norm.eps"])
+    except (KeyError, ValueError) as error:
+        raise WeightsInvalid(f"the norm of layer {index} has no eps") from error
+    if weight is None or bias is None or weight.shape != shape or bias.shape != shape or not 0 < eps < 1:
+        raise WeightsInvalid(f"the norm of layer {index} does not fit it")
+    return LayerNorm(weight, bias, eps)
 
 
 def normalized(vectors: FloatArray) -> FloatArray:

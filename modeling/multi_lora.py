@@ -44,6 +44,11 @@ class RoutedLinear(nn.Module):
         self.routing = routing
         self.group, self.index, self.group_size = group, index, group_size
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """T5 asks its last layer for the type that it computes in."""
+        return self.base.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         rows = self.routing.rows

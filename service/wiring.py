@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from model_registry.migrations import migrate
 from model_registry.registry import Registry
 from model_registry.removal import Keep, Removal
 from model_registry.store import FileStore
-from modeling.backbone import Backbone
+from modeling.backbone import Backbone, why_retrain
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.intake import IntakeLimits, ingest
 from service.api.deps import Services, Workers
@@ -123,7 +123,7 @@ async def build(settings: ServingSettings, drain: DrainState, metrics: ServingMe
         stack.push_async_callback(
             _cancelled,
             [
-                asyncio.create_task(_load(settings, store, pool, watcher, backbones, stopping), name="load"),
+                asyncio.create_task(_load(settings, store, pool, watcher, registry, backbones, stopping), name="load"),
                 asyncio.create_task(intake.sweep(), name="dataset-sweep"),
                 asyncio.create_task(_watch_jobs(jobs, metrics, services.workers), name="job-watch"),
                 asyncio.create_task(housekeeping.run(), name="housekeeping"),
@@ -227,6 +227,7 @@ async def _load(
     store: FileStore,
     pool: ModelPool,
     watcher: RegistryWatcher,
+    registry: Registry,
     backbones: dict[str, Backbone],
     stopping: threading.Event,
 ) -> None:
@@ -244,6 +245,7 @@ async def _load(
                 stop=stopping,
             )
             await pool.add_backbone(name, backbones[name])
+        await asyncio.to_thread(_name_outdated, registry, store, backbones)
         await pool.settled()
         # Full collections stop every thread; those to come need not look at all that was imported. What loading left in
         # cycles, an engine's weights among it, must go before.
@@ -255,6 +257,19 @@ async def _load(
         pool.has_failed = True
         return
     await watcher.follow()
+
+
+def _name_outdated(registry: Registry, store: FileStore, backbones: Mapping[str, Backbone]) -> None:
+    """Log which versions were trained on another backbone than the one that its name means now, and why it is."""
+    outdated: dict[str, list[str]] = {}
+    for (tenant, name, number), version in registry.snapshot().versions.items():
+        now = backbones.get(version.backbone or "")
+        if now is not None and version.backbone_digest is not None:
+            reason = why_retrain(store, version.backbone_digest, now)
+            if reason is not None:
+                outdated.setdefault(reason, []).append(f"{tenant}/{name}:{number}")
+    for reason, versions in outdated.items():
+        _log.warning(f"{', '.join(sorted(versions))}: {reason}", extra={"action": "retrain"})
 
 
 async def _watch_jobs(jobs: JobStore, metrics: ServingMetrics, workers: Workers) -> None:

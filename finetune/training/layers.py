@@ -12,6 +12,18 @@ from finetune.jobs.failures import RunError
 
 # The outputs of frozen layers are kept for the whole run up to this many bytes; beyond it they are computed each time.
 KEEP_BYTES = 512 << 20
+_BERT_LIKE = frozenset(
+    {"albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
+)
+
+
+def is_bert_like(encoder: nn.Module) -> bool:
+    """Whether all layers take the same arguments, norms are layer norms, and attention is nothing but a masked softmax.
+
+    Others mix kinds of attention, share what the first layer computes, or scale without centring.
+    """
+    model_type = getattr(getattr(encoder, "config", None), "model_type", None)
+    return model_type is None or model_type in _BERT_LIKE
 
 
 def layer_depths(encoder: nn.Module) -> dict[str, int]:
@@ -99,9 +111,10 @@ class FrozenTrunk(nn.Module):
 
 def set_trunk(encoder: nn.Module) -> FrozenTrunk | None:
     """Puts the layers below the lowest trainable one into a `FrozenTrunk`; None where there are none, or where
-    something of the encoder's own happens between them (DeBERTa v2's convolution)."""
+    something of the encoder's own happens between them (DeBERTa v2's convolution) or they differ in kind."""
     place = _layers(encoder)
-    if place is None or getattr(getattr(encoder, "encoder", None), "conv", None) is not None:
+    has_more_between = getattr(getattr(encoder, "encoder", None), "conv", None) is not None
+    if place is None or has_more_between or not is_bert_like(encoder):
         return None
     path, layers = place
     frozen = 0

@@ -32,6 +32,7 @@ from finetune.training.checkpoints import (
     to_checkpoint,
     trainable,
 )
+from finetune.training.layers import is_bert_like
 from finetune.training.losses import build_loss
 from finetune.training.memory import OutOfMemory, PassSize, is_out_of_memory, largest_that_fits, release
 from finetune.training.methods.candidate import CANCELLED, OUT_OF_TIME
@@ -100,7 +101,7 @@ class _Loop:
         self.run, self.plan, self.method = run, plan, method
         self.folder = run.work_dir / method
         on_cpu = run.plan.device == "cpu"
-        self.has_own_bf16 = on_cpu and run.plan.precision == "bf16"
+        self.has_own_bf16 = on_cpu and run.plan.precision == "bf16" and is_bert_like(model.encoder)
         precision = "no" if self.has_own_bf16 or run.plan.precision == "fp32" else run.plan.precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
         self.exchange = Exchange(self.accelerator, self._lost)

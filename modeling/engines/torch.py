@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional
 
 from modeling.adapters import Adapter
 from modeling.backbone import Backbone
 from modeling.engines.protocol import EngineBatch, EngineOutputs, MemoryUse
 from modeling.engines.slots import AdapterStacks, Stack, adapters_first, in_parts
 from modeling.errors import EngineFailed
+from modeling.heads import DenseLayer, TaskHead
+from modeling.ingestion.base import DENSE_FILE
 from modeling.inputs import Features, open_preprocessor
 from modeling.multi_lora import Routing, route
 from modeling.networks import NETWORKS
@@ -42,7 +46,7 @@ class TorchEngine:
         self.name = "torch-compile" if is_compiled else "torch"
         self.device = device
         self.precision = precision
-        self._pooling = backbone.info.pooling
+        self._pooler = Pooler.of(backbone).to(device)
         self._hidden_size = backbone.info.hidden_size
         self._network = NETWORKS[backbone.info.modality]
         self._collate = open_preprocessor(backbone).collate
@@ -94,7 +98,7 @@ class TorchEngine:
                 self._route(self._stacks.rows(keys))
             encoder = self._encoder if keys or self._compiled is None else self._compiled
             states = self._network.states(encoder, inputs)
-            pooled = pool(states, self._network.mask(inputs), self._pooling).float().cpu().numpy()
+            pooled = self._pooler(states, self._network.mask(inputs)).cpu().numpy()
             return pooled, states.float().cpu().numpy() if has_states else None
         finally:
             self._routing.clear()
@@ -153,10 +157,81 @@ def _tensor(stack: Stack) -> torch.Tensor:
     return torch.from_numpy(stack)
 
 
+class Pooler(nn.Module):
+    """States [rows, positions, hidden] to one vector per row, float32: pooled, then through the backbone's dense
+    layers. Its weights stay as they are, also in a fine-tune."""
+
+    def __init__(self, pooling: str, dense: Sequence[DenseLayer] = ()) -> None:
+        super().__init__()
+        self.pooling, self.activations = pooling, [layer.activation for layer in dense]
+        for index, layer in enumerate(dense):
+            self.register_buffer(f"weight{index}", torch.from_numpy(layer.weight), persistent=False)
+            self.register_buffer(f"bias{index}", torch.from_numpy(layer.bias), persistent=False)
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Pooler:
+        """Raises `WeightsInvalid`."""
+        file = backbone.folder / DENSE_FILE
+        return cls(backbone.info.pooling, TaskHead.read(file).layers if file.is_file() else ())
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        vectors = pool(states, mask, self.pooling).float()
+        for index, activation in enumerate(self.activations):
+            weight, bias = self.get_buffer(f"weight{index}"), self.get_buffer(f"bias{index}")
+            vectors = _ACTIVATIONS[activation](functional.linear(vectors, weight, bias))
+        return vectors
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "linear": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+}
+
+
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Reduce states [rows, positions, hidden] to one vector per row: the first position's, or the mean over unmasked
-    ones. The mean is summed in float32: hundreds of states can exceed what fp16 holds."""
-    if pooling == "cls":
-        return states[:, 0]
+    """Reduce states [rows, positions, hidden], padded behind, to one vector per row; several poolings are joined by
+    `+`, and so are their vectors."""
+    vectors = [_POOLED[mode](states, mask) for mode in pooling.split("+")]
+    return vectors[0] if len(vectors) == 1 else torch.cat([vector.float() for vector in vectors], dim=-1)
+
+
+def _first(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return states[:, 0]
+
+
+def _last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    places = (mask.sum(1) - 1).clamp(min=0)
+    return states.gather(1, places[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
+
+
+def _largest(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return states.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(states.dtype).min).amax(1)
+
+
+# Sums are in float32: hundreds of states can exceed what fp16 holds.
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     weights = mask.unsqueeze(-1).float()
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+def _mean_sqrt(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask.unsqueeze(-1).float()
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9).sqrt()
+
+
+def _weighted_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Of n positions the first counts 1/n of what the last does (Muennighoff, 2022, arXiv:2202.08904)."""
+    weights = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).unsqueeze(-1).float()
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+_POOLED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cls": _first,
+    "lasttoken": _last,
+    "max": _largest,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _mean_sqrt,
+    "weightedmean": _weighted_mean,
+}

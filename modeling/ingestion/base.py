@@ -6,16 +6,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from modeling.errors import BackboneUnavailable, CheckpointRefused, ConfigRefused
 
 if TYPE_CHECKING:
     from modeling.backbone import Backbone
 
-Pooling = Literal["mean", "cls"]
+Pooling = str
+"""Names of `POOLING_MODES`; the vectors of several, as in `cls+max`, are joined in that order."""
+POOLING_MODES: Final = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+DENSE_FILE: Final = "dense.safetensors"
+"""Layers behind the pooling, as `TaskHead` writes its own; most backbones have none."""
+PROMPTS_FILE: Final = "prompts.json"
+"""`prompts` by name, and the `default` one, which comes before every text unless a request names another."""
 Value = TypeVar("Value", dict[str, Any], list[Any])
 # Configuration keys through which published attacks made a loader run code of the checkpoint's choosing.
 _REFUSED_KEYS = frozenset(
@@ -38,6 +44,7 @@ class Checkpoint:
 
     `files` are kept beside `config.json` and the weights, by name. `max_length` counts special tokens too,
     `hidden_size` is the output's width. `identity` is what else decides the answers, as JSON; it goes into the digest.
+    `prompts` can be asked for by name.
     """
 
     config: dict[str, Any]
@@ -48,6 +55,7 @@ class Checkpoint:
     pooling: Pooling
     normalize: bool
     identity: Any
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reader(Protocol):
@@ -60,6 +68,9 @@ class Reader(Protocol):
 
         Raises `BackboneUnavailable`, `UnsupportedArchitecture`.
         """
+
+    def prompts(self, folder: Path) -> Mapping[str, str]:
+        """Return the prompts of a folder by name. Raises `BackboneUnavailable`."""
 
     def check(self, folder: Path, taken: Backbone) -> None:
         """Raise unless what was taken of a folder is fit to serve and computes what the folder's own files compute.

@@ -6,12 +6,21 @@ What their files ask for is served as transformers and sentence-transformers ser
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from modeling.errors import BackboneUnavailable, UnsupportedArchitecture
-from modeling.ingestion.base import Checkpoint, Pooling, read_config, read_json
+from modeling.heads import TaskHead
+from modeling.ingestion.base import DENSE_FILE, PROMPTS_FILE, Checkpoint, read_config, read_json
+from modeling.ingestion.sentence_transformers import (
+    Prompts,
+    VectorPlan,
+    read_plan,
+    read_prompts,
+    transformer_settings,
+    unserved,
+)
 
 if TYPE_CHECKING:
     from modeling.backbone import Backbone
@@ -31,25 +40,15 @@ _UNLISTED_KEYS: dict[str, dict[str, Any]] = {
         "share_att_key": False,
     }
 }
+# Their configurations take further keys and translate them, so all are kept but those that say who wrote the file.
+_KEPT_WHOLE: Final = frozenset({"modernbert", "nomic_bert", "qwen3", "t5"})
+_ORIGIN_KEYS: Final = frozenset({"dtype", "torch_dtype", "transformers_version"})
 _CLASSIFIER_KEYS = frozenset({"id2label", "label2id", "problem_type", "architectures"})
 _ROBERTA_FAMILY = ("roberta", "xlm-roberta", "camembert")
+# Longer texts are cut: an engine is measured and a graph exported up to here.
+MOST_POSITIONS: Final = 8192
+_RELATIVE_LENGTH: Final = 512  # of an encoder without a table of positions whose files set no limit
 
-_MODULES = ("Transformer", "Pooling", "Dropout", "Normalize")  # in this order; dropout does nothing here
-_LEGACY_MODES = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-# Settings of a Transformer module that change its answers, with the one value that is served; others must be empty.
-_SETTINGS = {
-    "transformer_task": "feature-extraction",
-    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    "module_output_name": "token_embeddings",
-}
-_FREE_SETTINGS = frozenset({"max_seq_length", "do_lower_case", "unpad_inputs"})
 # What tokenizer classes make of their settings, by the names in `tokenizer.json`; the others take the file as it is.
 _BERT_SETTINGS = {
     "do_lower_case": "lowercase",
@@ -63,13 +62,14 @@ _LOWER_CASING = {"albert": "Albert", "deberta-v2": "DebertaV2"}
 class TextReader:
     # Encoders whose output is a row of token states; each was checked against this loader.
     model_types = frozenset(
-        {"albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
+        {"albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert"}
+        | {"qwen3", "roberta", "t5", "xlm-roberta"}
     )
 
     def read(self, folder: Path, config: dict[str, Any], *, has_head: bool = False) -> Checkpoint:
         try:
             return self._read(folder, config, has_head)
-        except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another shape than these files have
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON, but of another shape
             raise BackboneUnavailable(
                 f"the JSON files of {folder.name} cannot be read: {error}; save it again"
             ) from error
@@ -77,26 +77,34 @@ class TextReader:
     def _read(self, folder: Path, config: dict[str, Any], has_head: bool) -> Checkpoint:
         kept = known_keys(config)
         full = transformers_config(kept)
-        # Position tables of the RoBERTa family start behind the padding index, which MPNet's code sets to 1.
-        paddings = {"mpnet": 1, **dict.fromkeys(_ROBERTA_FAMILY, full.pad_token_id or 0)}
-        positions = int(full.max_position_embeddings) - paddings.get(full.model_type, -1) - 1
+        positions = _positions(full)
         own = read_json(folder / _OWN_FILE, {})
-        settings = _transformer_settings(folder)
+        settings = transformer_settings(folder)
+        plan, prompts = VectorPlan(), Prompts()
         if own:
-            pooling, normalize, length = own["pooling"], own["normalize"], own["max_length"]
+            pooling, normalize, length, width = (own[k] for k in ("pooling", "normalize", "max_length", "hidden_size"))
         else:
-            pooling, normalize = ("cls", False) if has_head else _pooling(folder, settings)
-            length = _length(folder, settings, positions)
+            if not has_head:
+                plan = read_plan(folder)
+                prompts = read_prompts(folder, includes_prompt=plan.includes_prompt)
+            pooling, normalize = ("cls", False) if has_head else (plan.pooling, plan.normalize)
+            length, width = _length(folder, settings, positions), plan.width(int(full.hidden_size))
+        fallback = _RELATIVE_LENGTH if full.model_type == "t5" else positions
+        files = _own_files(folder) if own else _vector_files(plan, prompts)
         return Checkpoint(
             config=kept,
-            files={"tokenizer.json": _tokenizer(folder, full.model_type, bool(settings.get("do_lower_case")))},
-            hidden_size=int(full.hidden_size),
+            files={"tokenizer.json": _tokenizer(folder, full.model_type, bool(settings.get("do_lower_case"))), **files},
+            hidden_size=int(width),
             layers=int(full.num_hidden_layers),
-            max_length=min(length or positions, positions),
+            max_length=min(length or fallback, positions),
             pooling=pooling,
             normalize=normalize,
             identity=(pooling, normalize, length),
+            prompts=prompts.by_name,
         )
+
+    def prompts(self, folder: Path) -> Mapping[str, str]:
+        return read_prompts(folder, includes_prompt=read_plan(folder).includes_prompt).by_name
 
     def check(self, folder: Path, taken: Backbone) -> None:
         from modeling.ingestion import text_audit
@@ -112,8 +120,33 @@ class TextReader:
         check_states(folder, taken, text_audit.PROBES)
 
 
+def _positions(config: Any) -> int:
+    """How many tokens the encoder takes, at most `MOST_POSITIONS`."""
+    # Position tables of the RoBERTa family start behind the padding index, which MPNet's code sets to 1.
+    paddings = {"mpnet": 1, **dict.fromkeys(_ROBERTA_FAMILY, config.pad_token_id or 0)}
+    table = int(getattr(config, "max_position_embeddings", MOST_POSITIONS))
+    return min(table - paddings.get(config.model_type, -1) - 1, MOST_POSITIONS)
+
+
+def _vector_files(plan: VectorPlan, prompts: Prompts) -> dict[str, bytes]:
+    """What a folder keeps of these; prompts that are used only by name change no answer, and are not kept in it."""
+    files = {DENSE_FILE: TaskHead(plan.dense).to_bytes()} if plan.dense else {}
+    if prompts.default:
+        files[PROMPTS_FILE] = prompts_document(prompts.by_name, prompts.default)
+    return files
+
+
+def prompts_document(by_name: Mapping[str, str], default: str) -> bytes:
+    return json.dumps({"prompts": dict(by_name), "default": default}, sort_keys=True).encode()
+
+
+def _own_files(folder: Path) -> dict[str, bytes]:
+    paths = (folder / name for name in (DENSE_FILE, PROMPTS_FILE))
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
 def known_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that the model type's configuration or code reads. Raises `UnsupportedArchitecture`."""
+    """The keys that the model type's configuration or code may read. Raises `UnsupportedArchitecture`."""
     from transformers import AutoConfig
 
     positions = config.get("position_embedding_type")
@@ -121,6 +154,8 @@ def known_keys(config: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedArchitecture(
             f"config.json: position_embedding_type {positions!r} is not computed by transformers 5; only absolute is"
         )
+    if config["model_type"] in _KEPT_WHOLE:
+        return {key: value for key, value in config.items() if key not in _ORIGIN_KEYS}
     known = set(AutoConfig.for_model(config["model_type"]).to_dict()) | _CLASSIFIER_KEYS
     unlisted = _UNLISTED_KEYS.get(config["model_type"], {})
     return {key: value for key, value in config.items() if key in known or value != unlisted.get(key, value)}
@@ -134,48 +169,6 @@ def transformers_config(config: dict[str, Any]) -> Any:
         return AutoConfig.for_model(**config)
     except Exception as error:  # values that contradict each other or have another type: half a dozen classes
         raise BackboneUnavailable(f"config.json cannot be read by transformers: {str(error)[:300]}") from error
-
-
-def _transformer_settings(folder: Path) -> dict[str, Any]:
-    """Those of sentence-transformers: of the first file that has any, as it looks for them."""
-    files = sorted(
-        folder.glob("sentence_*_config.json"), key=lambda path: (path.name != "sentence_bert_config.json", path)
-    )
-    return next(filter(None, (read_json(path, {}) for path in files)), {})
-
-
-def _pooling(folder: Path, settings: dict[str, Any]) -> tuple[Pooling, bool]:
-    """How sentence-transformers makes a vector of the states, and whether it has length 1. A plain encoder gets the
-    mean. Raises `UnsupportedArchitecture` for what is computed otherwise here."""
-    modules = read_json(folder / "modules.json", [])
-    types = [str(module.get("type")) for module in modules]
-    names = [name.rpartition(".")[2] for name in types]
-    if names != [name for name in _MODULES if name in names] or any(not t.startswith("sentence_transf") for t in types):
-        raise _unserved("modules.json", types, f"{', '.join(_MODULES)} of sentence_transformers, in this order,")
-    paths = dict(zip(names, (str(module.get("path", "")) for module in modules), strict=True))
-    if paths.get("Transformer", "") not in {"", "."}:
-        raise _unserved("modules.json", paths["Transformer"], "a Transformer whose files are beside modules.json")
-    odd = {key: value for key, value in settings.items() if value and value != _SETTINGS.get(key)}
-    if odd.keys() - _FREE_SETTINGS:
-        raise _unserved("sentence_bert_config.json", odd, "an encoder without settings of its own")
-    prompts = read_json(folder / "config_sentence_transformers.json", {})
-    default = prompts.get("default_prompt_name")
-    if default and prompts.get("prompts", {}).get(default) != "":
-        raise _unserved("config_sentence_transformers.json", {"default_prompt_name": default}, "no default prompt")
-    if "Pooling" in paths:
-        return _pooling_mode(folder, paths["Pooling"]), "Normalize" in paths
-    return "mean", "Normalize" in paths
-
-
-def _pooling_mode(folder: Path, path: str) -> Pooling:
-    pooling = read_json(folder / path / "config.json", {}) if re.fullmatch(r"[\w-]{1,40}", path) else {}
-    if not pooling:
-        raise BackboneUnavailable(f"modules.json names {path[:40]!r}, but there is no {path[:40]}/config.json; add it")
-    modes = pooling.get("pooling_mode") or [mode for key, mode in _LEGACY_MODES.items() if pooling.get(key)] or "mean"
-    match [modes] if isinstance(modes, str) else modes:
-        case ["mean" | "cls" as mode]:
-            return mode
-    raise _unserved(f"{path}/config.json", {"pooling_mode": modes}, "mean or cls alone")
 
 
 def _length(folder: Path, settings: dict[str, Any], positions: int) -> int | None:
@@ -205,7 +198,7 @@ def _tokenizer(folder: Path, model_type: str, is_lowered: bool) -> bytes:
     if before.get("type") == "BertNormalizer" and not name.startswith(_PLAIN_CLASSES):
         after = before | {ours: said[theirs] for theirs, ours in _BERT_SETTINGS.items() if theirs in said}
     elif heeds and said.get("do_lower_case", lowers) != lowers:
-        raise _unserved("tokenizer_config.json", {"do_lower_case": not lowers}, "what tokenizer.json does")
+        raise unserved("tokenizer_config.json", {"do_lower_case": not lowers}, "what tokenizer.json does")
     if is_lowered and not _lowers(after):
         after = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *([after] if after else [])]}
     if after == before:
@@ -216,10 +209,3 @@ def _tokenizer(folder: Path, model_type: str, is_lowered: bool) -> bytes:
 def _lowers(step: dict[str, Any]) -> bool:
     inner = step.get("normalizers") or []
     return step.get("type") == "Lowercase" or bool(step.get("lowercase")) or any(map(_lowers, inner))
-
-
-def _unserved(file: str, found: Any, served: str) -> UnsupportedArchitecture:
-    return UnsupportedArchitecture(
-        f"{file} asks for {json.dumps(found)[:200]}, which cannot be served; {served} can. Take another checkpoint, or "
-        "correct the file if it is wrong"
-    )

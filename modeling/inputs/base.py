@@ -140,6 +140,10 @@ class Modality(Protocol):
     def is_empty(self, example: Example) -> bool:
         """Say whether there is nothing in it to predict on."""
 
+    def with_prompt(self, example: Example, prompt: str) -> Example:
+        """Return the example behind this prompt instead of the backbone's own; asked for only of a backbone that has
+        prompts."""
+
     def to_json(self, example: Example) -> Any:
         """Return the example as golden rows store it."""
 

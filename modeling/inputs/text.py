@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modeling.errors import BackboneUnavailable, InputTooLong, PreprocessorFailed, UnsupportedArchitecture
+from modeling.ingestion.base import PROMPTS_FILE
 from modeling.inputs import text_probe_set
 from modeling.inputs.base import Arrays, BadCell, Cell, Features, FileReference, padded
 from modeling.inputs.text_identity import normalise
@@ -49,11 +50,21 @@ _ONE_TOKEN = {
 # Padding id and number of segments by model type, where `config.json` leaves them out.
 _DEFAULTS = {
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), (1, 2)),
-    **dict.fromkeys(("bert", "albert", "electra"), (0, 2)),
+    **dict.fromkeys(("bert", "albert", "electra", "nomic_bert"), (0, 2)),
+    "modernbert": (50283, 0),
     "mpnet": (1, 0),
 }
 
-TextInput = str | tuple[str, str]
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """A text or pair that comes behind a prompt of its own, instead of behind the backbone's."""
+
+    prompt: str
+    text: str | tuple[str, str]
+
+
+TextInput = str | tuple[str, str] | Prompted
 
 
 class Text:
@@ -76,20 +87,23 @@ class Text:
         return (first, second) if "text_pair" in cells else first
 
     def content(self, example: TextInput) -> bytes:
-        return "\0".join(_parts(example)).encode("utf-8", "surrogatepass")
+        return "\0".join(_prompted(example)).encode("utf-8", "surrogatepass")
 
     def digest(self, example: TextInput) -> bytes:
         joined = "\0".join(map(normalise, _parts(example)))
         return blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def size(self, example: TextInput) -> int:
-        return len(example) if isinstance(example, str) else sum(map(len, example))
+        return len(example) if isinstance(example, str) else sum(map(len, _prompted(example)))
 
     def is_empty(self, example: TextInput) -> bool:
         return not any(part.strip() for part in _parts(example))
 
+    def with_prompt(self, example: TextInput, prompt: str) -> TextInput:
+        return Prompted(prompt, example.text if isinstance(example, Prompted) else example)
+
     def to_json(self, example: TextInput) -> str | list[str]:
-        return example if isinstance(example, str) else list(example)
+        return example if isinstance(example, str) else list(_parts(example))
 
     def from_json(self, value: Any) -> TextInput:
         if isinstance(value, str):
@@ -103,12 +117,20 @@ class Text:
 
 
 def _parts(example: TextInput) -> tuple[str, ...]:
+    if isinstance(example, Prompted):
+        example = example.text
     return (example,) if isinstance(example, str) else example
+
+
+def _prompted(example: TextInput, default: str = "") -> tuple[str, ...]:
+    """The parts as they are read: the first one behind the example's own prompt, or else the default one."""
+    first, *others = _parts(example)
+    return (example.prompt if isinstance(example, Prompted) else default) + first, *others
 
 
 def as_one(example: TextInput) -> str:
     """Return a pair as one text, for what knows no pairs."""
-    return example if isinstance(example, str) else " ".join(example)
+    return example if isinstance(example, str) else " ".join(_parts(example))
 
 
 class TextPreprocessor:
@@ -120,6 +142,7 @@ class TextPreprocessor:
         config = _config(folder)
         self.padding = {"input_ids": int(config["pad_token_id"] or 0)}
         self._takes_types = takes_type_ids(config)
+        self._prompt = default_prompt(folder)
         self._tokenizer = _tokenizer((folder / "tokenizer.json").read_text("utf-8"))
         self._layouts = {1: _layout(self._tokenizer, 1), 2: _layout(self._tokenizer, 2)}
         self._edge = _edge_words(self._tokenizer)
@@ -133,10 +156,11 @@ class TextPreprocessor:
         Raises `InputTooLong` with the example's index if it does not fit and `truncate` is off.
         """
         most = min(limit or self.limit, self.limit)
-        pieces = self._read([part for item in examples for part in _parts(item)], most if truncate else None)
+        parts = [_prompted(item, self._prompt) for item in examples]
+        pieces = self._read([part for own in parts for part in own], most if truncate else None)
         encoded, position = [], 0
-        for index, item in enumerate(examples):
-            width = 1 if isinstance(item, str) else 2
+        for index, own in enumerate(parts):
+            width = len(own)
             encoded.append([self._assemble(pieces[position : position + width], most, truncate=truncate, index=index)])
             position += width
         return encoded
@@ -316,6 +340,12 @@ def _layout(tokenizer: Tokenizer, texts: int) -> _Layout:
 def takes_type_ids(config: Mapping[str, Any]) -> bool:
     """Say whether the encoder tells the two halves of a pair apart by segment ids."""
     return bool(config["type_vocab_size"] > 1 and config["model_type"] != "distilbert")
+
+
+def default_prompt(folder: Path) -> str:
+    """Return what comes before every text that has no prompt of its own."""
+    file = folder / PROMPTS_FILE
+    return str(json.loads(file.read_bytes())["default"]) if file.is_file() else ""
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -25,13 +25,15 @@ Answers = npt.NDArray[np.int64] | npt.NDArray[np.bool_] | npt.NDArray[np.float32
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a request asks for. `top_k` bounds the scores returned; `threshold` is the score below which a model
-    abstains, or from which on a label is given; embeddings come only if asked for."""
+    abstains, or from which on a label is given; embeddings come only if asked for. `prompt_name` names a prompt of the
+    backbone to be used instead of its default one."""
 
     top_k: int | None = None
     threshold: float | None = None
     truncate: bool = True
     max_length: int | None = None
     return_embedding: bool = False
+    prompt_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

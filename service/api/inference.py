@@ -139,7 +139,12 @@ async def predict(body: wire.PredictRequest, call: Call) -> Reply:
         raise Problem(422, "invalid_request", f"the path names {call.model!r}, the body {body.model!r}; name it once")
     given = body.parameters or wire.NO_PARAMETERS
     options = options_of(
-        given.top_k, given.threshold, given.truncate is not False, given.max_length, given.return_embedding is True
+        given.top_k,
+        given.threshold,
+        given.truncate is not False,
+        given.max_length,
+        given.return_embedding is True,
+        given.prompt_name,
     )
     inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     result = await predicted(call, call.model or body.model, inputs, options, timeout_ms=given.timeout_ms)

@@ -14,6 +14,7 @@ from model_registry.refs import CHAMPION, MAX_VERSION, ModelRef
 from model_registry.registry import AliasChange, ModelVersion, RegisteredModel
 from model_registry.removal import Deletion
 from model_registry.store import load_manifest
+from modeling.backbone import why_retrain
 from modeling.tasks import DEFAULT_MODALITY, TASKS
 from service.api import schemas
 from service.api.auth import Principal
@@ -421,6 +422,8 @@ def _backbone(name: str, services: Services, tenant: str) -> schemas.BackboneDoc
         "state": served.state if served is not None else "failed" if services.pool.has_failed else "loading",
         "reason": reason,
         "engine": None if served is None else served.lane.engine_name,
+        "engine_reason": None if served is None else services.pool.status.reason_of(served.lane),
+        "prompts": [] if served is None else sorted(served.prompts),
         "labels": [],
         "bytes": 0 if served is None else served.own_bytes,
         "engine_reports": [
@@ -524,6 +527,7 @@ def _version(version: ModelVersion, model: RegisteredModel, services: Services) 
         "aliases": sorted(alias for alias, number in model.aliases.items() if number == version.version),
         "parent": version.backbone,
         "root": version.backbone_digest,
+        "retrain": _why_retrain(version, services),
         "kind": version.kind,
         "task": version.task,
         "capabilities": _capabilities(version.task, has_embedding=_has_embedding(version)),
@@ -532,11 +536,20 @@ def _version(version: ModelVersion, model: RegisteredModel, services: Services) 
         "state": state,
         "reason": reason,
         "engine": status.engine_of(key),
+        "engine_reason": status.engine_reason(key),
         "labels": version.labels or [],
         "metrics": version.metrics or {},
         "bytes": version.bytes or 0,
         "created": int(version.created_at),
     }
+
+
+def _why_retrain(version: ModelVersion, services: Services) -> str | None:
+    """The reason, if what its backbone's name means now is another backbone; no longer configured, it is not said."""
+    now = None if version.backbone is None else services.backbones.get(version.backbone)
+    if now is None or version.backbone_digest is None:
+        return None
+    return why_retrain(services.store, version.backbone_digest, now)
 
 
 def _change(change: AliasChange) -> schemas.AliasMove:

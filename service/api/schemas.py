@@ -286,6 +286,8 @@ class BackboneDocument(TypedDict):
     state: str
     reason: str | None
     engine: str | None
+    engine_reason: str | None
+    prompts: list[str]
     labels: list[str]
     bytes: int
     engine_reports: list[EngineReport]
@@ -332,6 +334,7 @@ class Version(TypedDict):
     aliases: list[str]
     parent: str | None
     root: str | None
+    retrain: str | None
     kind: str
     task: str
     capabilities: Capabilities
@@ -340,6 +343,7 @@ class Version(TypedDict):
     state: str
     reason: str | None
     engine: str | None
+    engine_reason: str | None
     labels: list[str]
     metrics: dict[str, Any]
     bytes: int

@@ -24,6 +24,7 @@ ModelName = Annotated[str, Meta(min_length=1, max_length=140)]
 TopK = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Length = Annotated[int, Meta(ge=4, le=100_000)]
+PromptName = Annotated[str, Meta(min_length=1, max_length=140)]
 Milliseconds = Annotated[int, Meta(ge=1, le=MAX_TIMEOUT_MS)]
 Input = str | tuple[str, str]
 
@@ -40,6 +41,10 @@ class PredictParameters(Struct, frozen=True, forbid_unknown_fields=True):
     max_length: Annotated[Length | None, Meta(description="tokens to keep, special ones included")] = None
     return_embedding: Annotated[bool | None, Meta(description="add each input's vector")] = False
     timeout_ms: Annotated[Milliseconds | None, Meta(description="deadline of this request")] = None
+    prompt_name: Annotated[
+        PromptName | None,
+        Meta(description="a prompt of the backbone, to come before each input instead of its default"),
+    ] = None
 
 
 NO_PARAMETERS = PredictParameters()

@@ -73,6 +73,7 @@ class Assembler:
             labels=(),
             lane=lane,
             normalize_embedding=backbone.info.normalize,
+            prompts=backbone.prompts,
             owns_weights=True,
         )
         self._engines.attach(model)
@@ -110,6 +111,7 @@ class Assembler:
             parts=replace(parts, adapter=None),
             calibration=parts.calibration,
             max_length=parts.max_length,
+            prompts=lane.backbone.prompts if isinstance(lane, BackboneLane) else {},
             state="warming",
             # Another one each time: the version may come back while its last load still drains.
             adapter_key=f"{tenant}/{name}/{number}#{next(self._load_ids)}" if parts.adapter else None,

@@ -12,13 +12,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
+from model_registry.errors import ArtifactError
 from model_registry.spare_time import beside_requests
 from model_registry.store import ArtifactStore
 from modeling.adapters import Adapter
 from modeling.assemble import read_adapter
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineSpec
-from modeling.errors import EngineFailed
+from modeling.errors import EngineFailed, ModelingError
 from service.inference.batch_log import BatchLog
 from service.inference.engine_selection import EngineSelector
 from service.inference.engine_worker import BatchLimits, Runtime
@@ -50,6 +51,8 @@ class EngineDirector:
         self._users: dict[Lane, set[ServedModel]] = {}
         self._linear: LinearLane | None = None
         self._background: set[asyncio.Task[None]] = set()
+        self.reasons: dict[str, str] = {}
+        """Why weights, by digest, stay on another engine than the settings ask for."""
         self.steady = asyncio.Lock()
 
     def lanes(self) -> list[Lane]:
@@ -144,6 +147,7 @@ class EngineDirector:
             lane.engine.unload_adapter(model.adapter_key)
         if not self.is_configured(lane) and not self._users[lane]:
             del self._users[lane], self.opened[lane.backbone.info.digest]
+            self.reasons.pop(lane.backbone.info.digest, None)
             await lane.close()
 
     def _same_shape(self, backbone: Backbone) -> BackboneLane | None:
@@ -168,8 +172,10 @@ class EngineDirector:
                 await self._change(lane, EngineSpec.parse(choice.engine))
             self._show(lane)
             if policy.engine not in {"auto", lane.engine.name}:
-                raise EngineFailed("; ".join(f"{name}: {why}" for name, why in choice.refused.items()))
+                refused = "; ".join(f"{name}: {why}" for name, why in choice.refused.items())
+                raise EngineFailed(refused or f"no engine of {policy.engine} is installed for {policy.precision}")
         except Exception as error:
+            self._explain(lane, error)
             _log.warning(f"{label} stays on {lane.engine_name}: {error}", extra={"action": "engine_fallback"})
             self._count_fallback(lane, policy.engine, type(error).__name__, to_engine=lane.engine_name)
 
@@ -179,6 +185,7 @@ class EngineDirector:
         label, before = lane.worker.name[0], lane.engine_name
         if before == str(REFERENCE):
             return
+        self._explain(lane, EngineFailed(f"{before} failed while it served: {reason}"))
         self._count_fallback(lane, before, "EngineFailed", to_engine=str(REFERENCE))
         try:
             await self._change(lane, REFERENCE)
@@ -202,6 +209,11 @@ class EngineDirector:
                 self._metrics.model_memory_bytes.labels(*model.metric_labels).set(model.own_bytes)
         await lane.measure()
         _log.info(f"{spec} serves instead of {before}", extra={"action": "engine_switched", "backbone": label})
+
+    def _explain(self, lane: BackboneLane, error: Exception) -> None:
+        """Keep why; what is no error of this project's may have a text with paths of this host."""
+        known = isinstance(error, ModelingError | ArtifactError)
+        self.reasons[lane.backbone.info.digest] = str(error)[:1000] if known else type(error).__name__
 
     def _adapters_of(self, models: Sequence[ServedModel]) -> dict[str, Adapter]:
         """Read anew: the engine in use holds them in its own precision."""

@@ -21,7 +21,7 @@ from model_registry.engine_reports import EngineMeasurement, EngineReports
 from model_registry.errors import DatabaseUnavailable
 from model_registry.spare_time import take_spare_time_only
 from modeling.backbone import GRAPHS_FOLDER, Backbone
-from modeling.engine_benchmark import EngineReport, TrialRequest
+from modeling.engine_benchmark import EXPORT, EngineReport, TrialRequest
 from modeling.engines.build import (
     CAPTURED,
     COMPILED,
@@ -224,7 +224,7 @@ async def measure(
     """Runs the trial; an engine that takes the process down, or hangs, is left out of the next try. With
     `in_demand` it is patient: it takes only spare time, and a tenth of that while requests are in demand.
 
-    Raises `EngineFailed` where the export or the reference itself fails.
+    Raises `EngineFailed` where the reference itself fails.
     """
     lost: list[EngineReport] = []
     while True:
@@ -232,6 +232,10 @@ async def measure(
         reports, culprit, reason = await _attempt(replace(request, candidates=left), stall_s, in_demand, command)
         if reports is not None:
             return [*reports, *lost]
+        if culprit == EXPORT:
+            without = [name for name in left if EngineSpec.parse(name).needs_graphs]
+            lost += [EngineReport(name, error=f"{reason} during the export") for name in without]
+            continue
         if culprit not in left or culprit == str(REFERENCE):
             raise EngineFailed(f"engines could not be measured: {reason} during {culprit or 'the start'}")
         lost.append(EngineReport(culprit, error=f"{reason} while it was measured"))

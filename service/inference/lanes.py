@@ -231,6 +231,7 @@ class ServedModel:
     """State `loading warming ready draining unloading`. Leases count the requests that use it now.
 
     `owns_weights`: the weights of its lane were loaded for this model, which is a backbone or a full fine-tune.
+    `prompts` can be asked for by name.
     """
 
     tenant: str
@@ -244,6 +245,7 @@ class ServedModel:
     adapter_key: str | None = None
     max_length: int | None = None
     normalize_embedding: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
     state: str = "ready"
     owns_weights: bool = False
     head: TaskHead | None = field(init=False)

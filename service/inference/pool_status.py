@@ -6,6 +6,7 @@ import time
 
 from service.inference.aliases import Aliases, AliasKey, AliasState, Key
 from service.inference.engine_director import EngineDirector
+from service.inference.lanes import BackboneLane, Lane
 from service.inference.loader import Loader
 from service.inference.residency import Residency
 
@@ -45,3 +46,11 @@ class PoolStatus:
     def engine_of(self, key: Key) -> str | None:
         model = self._residency.get(key)
         return None if model is None else model.lane.engine_name
+
+    def engine_reason(self, key: Key) -> str | None:
+        """Why a version that is in memory runs on another engine than the settings ask for; None if it does not."""
+        model = self._residency.get(key)
+        return None if model is None else self.reason_of(model.lane)
+
+    def reason_of(self, lane: Lane) -> str | None:
+        return self._engines.reasons.get(lane.backbone.info.digest) if isinstance(lane, BackboneLane) else None

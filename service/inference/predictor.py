@@ -135,6 +135,8 @@ class Predictor:
         """The ticket of some inputs, with all of its entries computed."""
         now = self._clock()
         examples = [example for own in expanded for example in own]
+        if options.prompt_name is not None:
+            examples = with_prompt(model, examples, options.prompt_name)
         ticket = self._admit(model, series, examples, options, deadline=deadline, now=now)
         try:
             await self._answered(model.lane, ticket, deadline - now)
@@ -220,6 +222,18 @@ def check_options(task: Task, options: Options) -> None:
     for name in ("top_k", "threshold"):
         if getattr(options, name) is not None and name not in task.options:
             raise ParameterUnfit(f"{name} means nothing for {task.name}; leave {name} out", parameter=name)
+
+
+def with_prompt(model: ServedModel, examples: Sequence[Example], name: str) -> list[Example]:
+    """The examples behind the prompt of this name. Raises `ParameterUnfit` if the model has none."""
+    prompts = model.prompts
+    if name not in prompts:
+        known = f"its prompts are {', '.join(sorted(prompts))[:300]}" if prompts else "it has no prompts"
+        raise ParameterUnfit(
+            f"prompt_name: {model.name} has no prompt {name[:140]!r}; {known}", parameter="prompt_name"
+        )
+    prompted = MODALITIES[model.task.modality].with_prompt
+    return [prompted(example, prompts[name]) for example in examples]
 
 
 def _answer(model: ServedModel, rows: Sequence[QueueEntry], options: Options) -> Answer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ from finetune.jobs.hyperparameters import NOT_YET, Hyperparameters
 from finetune.worker.metrics import WorkerMetrics
 from finetune.worker.settings import WorkerSettings
 from model_registry.settings import RETIRED
+from modeling.ingestion import READERS
 from service.api.problems import _CODE_BY_STATUS, STATUS_BY_CODE, STATUS_BY_ERROR
 from service.metrics import ServingMetrics
 from service.settings import FOREIGN, ServingSettings
@@ -186,6 +188,21 @@ def test_every_hyperparameter_is_documented_with_its_default() -> None:
 def test_what_is_not_available_yet_is_listed() -> None:
     listed = set(re.findall(r"`([a-z_]+)`", section(page("hyperparameters"), "Not available yet").split(".")[0]))
     assert listed == NOT_YET
+
+
+# Encoders
+
+
+def test_every_family_of_encoders_is_documented() -> None:
+    assert set(table_rows(section(page("encoders"), "Model types"))) == READERS["text"].model_types
+
+
+def test_the_table_of_engines_has_every_family_on_every_engine() -> None:
+    """Made by `python -m benchmarks families` as a whole, or not yet made."""
+    text = section(page("encoders"), "Engines and uses")
+    found = re.findall(r"^\| `([\w-]+)` \| (\w+) \|", text, re.MULTILINE)
+    families = sorted(READERS["text"].model_types)
+    assert sorted(found) in ([], sorted(itertools.product(families, ("torch", "onnx", "openvino"))))
 
 
 # Routes

@@ -42,6 +42,7 @@ from tests.support.asgi import STEADY_FOLDER, Answered, AppUnderTest
 from tests.support.rows import encoded_texts
 from tests.support.world import World
 
+PROMPT = "the good plot: "
 LONG_WAY = {"content-type": "application/json; way=long"}
 TEXTS = ["a good film", "dull plot and a very bad actor", "wheat and oil", "the"]
 LABELS = ("sport", "money", "art")
@@ -120,7 +121,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     database = Database(f"sqlite:///{folder / 'registry.db'}")
     migrate(database)
     store = FileStore(folder / "store")
-    backbone = ingest(store, write_tiny_checkpoint(folder / "tiny"), name="tiny", source="file:tiny")
+    checkpoint = write_tiny_checkpoint(folder / "tiny")
+    (checkpoint / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": PROMPT}}))
+    backbone = ingest(store, checkpoint, name="tiny", source="file:tiny")
     made = World(Registry(database), store, backbone, folder)
     made.publish("one", LABELS, seed=1)
     made.publish("many", LABELS, seed=2, task="text-multi-label", thresholds=THRESHOLDS)
@@ -362,3 +365,36 @@ def test_an_import_of_another_task_under_a_name_is_refused(world: World) -> None
     checkpoint = write_tiny_checkpoint(world.folder / "one-output", labels=["only"])
     with pytest.raises(InvalidReference, match="another name"):
         imported(world, "many", checkpoint)
+
+
+# Prompts of the backbone
+
+
+@pytest.mark.parametrize("model", ["one", "many", "value", "tiny"])
+def test_a_prompt_that_is_named_comes_before_each_input(served: ServedWorld, model: str) -> None:
+    parameters = {"return_embedding": True}
+    named = served.rows(model, TEXTS, prompt_name="query", **parameters)
+    written = served.rows(model, [PROMPT + text for text in TEXTS], **parameters)
+    assert named == written
+    assert named != served.rows(model, TEXTS, **parameters)
+    assert served.rows(model, TEXTS, prompt_name="document", **parameters) == served.rows(model, TEXTS, **parameters)
+
+
+def test_a_prompt_can_be_named_where_openais_clients_ask(served: ServedWorld) -> None:
+    def vectors(**fields: Any) -> list[Any]:
+        answered = served.ask("/v1/embeddings", json.dumps({"model": "tiny", **fields}).encode())
+        assert answered.status == 200, answered.body
+        return [row["embedding"] for row in answered.document["data"]]
+
+    assert vectors(input=TEXTS, prompt_name="query") == vectors(input=[PROMPT + text for text in TEXTS])
+    assert vectors(input=TEXTS, prompt_name=None) == vectors(input=TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"), [("tiny", "its prompts are document, query"), ("value-words", "no prompts")]
+)
+def test_a_prompt_that_there_is_not_is_refused_by_name(served: ServedWorld, model: str, says: str) -> None:
+    answered = served.predict(model, TEXTS, prompt_name="passage", return_embedding=model == "tiny")
+    assert answered.status == 422
+    assert "'passage'" in answered.document["detail"] and says in answered.document["detail"]
+    assert served.ask("/models/tiny", b"", method="GET").document["prompts"] == ["document", "query"]

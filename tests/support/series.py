@@ -76,6 +76,9 @@ class SeriesModality:
     def is_empty(self, example: Series) -> bool:
         return len(example) == 0
 
+    def with_prompt(self, example: Series, prompt: str) -> Series:
+        raise NotImplementedError("no checkpoint of this modality has prompts")
+
     def to_json(self, example: Series) -> list[list[float]]:
         found: list[list[float]] = example.tolist()
         return found
@@ -182,6 +185,9 @@ class SeriesReader:
             normalize=False,
             identity="mean",
         )
+
+    def prompts(self, folder: Path) -> Mapping[str, str]:
+        return {}
 
     def check(self, folder: Path, taken: Backbone) -> None:
         SeriesNetwork().load(taken.folder)

@@ -28,7 +28,10 @@ from finetune.training.methods.tuned import (
 from finetune.training.run_context import Run
 from modeling.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter
 
-_ATTENTION = ("query", "key", "value", "q_lin", "k_lin", "v_lin", "q", "k", "v", "query_proj", "key_proj", "value_proj")
+_ATTENTION = (
+    *("query", "key", "value", "q_lin", "k_lin", "v_lin", "q", "k", "v", "query_proj", "key_proj", "value_proj"),
+    *("q_proj", "k_proj", "v_proj", "Wqkv"),
+)
 _SERVING_KEY = "candidate"
 
 

@@ -26,7 +26,7 @@ from modeling.adapters_in_encoder import Composition
 from modeling.backbone import Backbone
 from modeling.checkpoints import write_encoder
 from modeling.engines.protocol import Engine
-from modeling.engines.torch import TorchEngine, pool
+from modeling.engines.torch import Pooler, TorchEngine
 from modeling.heads import DenseLayer, TaskHead
 from modeling.inputs import Example
 from modeling.networks import NETWORKS, Network, Tensors
@@ -40,11 +40,11 @@ class Classifier(nn.Module):
     """Encoder, pooling and one linear layer; forward gives logits [rows, labels] in float32."""
 
     def __init__(
-        self, encoder: nn.Module, network: Network, *, pooling: str, hidden_size: int, labels: int, dropout: float
+        self, encoder: nn.Module, network: Network, *, pooler: Pooler, hidden_size: int, labels: int, dropout: float
     ) -> None:
         super().__init__()
         self.encoder, self.network = encoder, network
-        self.pooling = pooling
+        self.pooler = pooler
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, labels)
         self._trunk: tuple[FrozenTrunk, ...] = ()  # a tuple, or its weights would have two names
@@ -66,7 +66,8 @@ class Classifier(nn.Module):
         mask = self.network.mask(inputs)
         if self.trunk is not None:
             self.trunk.expect(inputs, mask)
-        return pool(self.network.states(self.encoder, inputs), mask, self.pooling).float()
+        vectors: torch.Tensor = self.pooler(self.network.states(self.encoder, inputs), mask)
+        return vectors
 
     def task_head(self) -> TaskHead:
         weight, bias = (np.array(p.detach().float().cpu().numpy()) for p in (self.head.weight, self.head.bias))
@@ -79,7 +80,7 @@ def new_classifier(run: Run, encoder: nn.Module) -> Classifier:
     return Classifier(
         encoder,
         NETWORKS[info.modality],
-        pooling=info.pooling,
+        pooler=Pooler.of(run.backbone),
         hidden_size=info.hidden_size,
         labels=run.outputs,
         dropout=run.plan.dropout,
@@ -108,6 +109,9 @@ def set_dropout(encoder: nn.Module, value: float) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Dropout):
             module.p = value
+        for name in ("dropout", "attention_dropout"):  # of attention that drops its weights without a module
+            if isinstance(getattr(module, name, None), int | float):
+                setattr(module, name, value)
 
 
 Serving = tuple[Engine, str | None, Callable[[Path], None]]
@@ -129,6 +133,7 @@ def serve_own(run: Run, encoder: nn.Module, *, method: str, composition: Composi
             normalize=False,
             max_length=min(run.plan.max_length, info.max_length - taken),
             composition=composition,
+            prompts=run.backbone.prompts,
         )
 
     def write_extra(folder: Path) -> None:

@@ -29,6 +29,10 @@ class EmbeddingsRequest(Struct, frozen=True):
     encoding_format: Annotated[Encoding | None, Meta(description="how each embedding is written")] = "float"
     dimensions: Annotated[int | None, Meta(description="taken if it is what the model has")] = None
     user: Annotated[str | None, Meta(description="not used")] = None
+    prompt_name: Annotated[
+        wire.PromptName | None,
+        Meta(description="beyond OpenAI's call: a prompt of the backbone, before each input instead of its default"),
+    ] = None
 
 
 class Embedding(Struct, gc=False):
@@ -55,7 +59,7 @@ async def embeddings(body: EmbeddingsRequest, call: Call) -> Reply:
     """Raises what `Predictor.predict` raises, and problems of the request that its schema does not show."""
     inputs = [body.input] if isinstance(body.input, str) else body.input
     at_most = max(MAX_INPUTS, call.services.settings.max_client_batch_size)
-    options = options_of(return_embedding=True)
+    options = options_of(return_embedding=True, prompt_name=body.prompt_name)
     result = await predicted(call, body.model, inputs, options, needs_labels=False, max_inputs=at_most)
     vectors = result.vectors
     if body.dimensions is not None and body.dimensions != len(vectors[0]):

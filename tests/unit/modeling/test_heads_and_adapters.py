@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from modeling.encoder import load_encoder
 from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine, pool
 from modeling.errors import AdapterMismatch, WeightsInvalid
-from modeling.heads import DenseLayer, TaskHead, softmax
+from modeling.heads import DenseLayer, LayerNorm, TaskHead, softmax
 from tests.support.rows import encoded_texts
 
 TEXTS = ["a good film", "dull plot and a bad actor", "wheat", "the movie was not very good and it was dull"]
@@ -41,6 +42,23 @@ def test_a_head_comes_back_from_its_file_unchanged(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.logits(x), original.logits(x))
     assert (read.input_size, read.labels, read.normalize, read.temperature) == (8, 3, True, 2.0)
     np.testing.assert_allclose(read.probabilities(read.logits(x)).sum(1), 1, atol=1e-6)
+
+
+def test_a_norm_is_torchs_and_comes_back_from_its_file(tmp_path: Path) -> None:
+    path, draw = tmp_path / "head.safetensors", np.random.default_rng(2)
+    weight, bias = (draw.normal(size=6).astype(np.float32) for _ in range(2))
+    first, last = head([8, 6, 3]).layers
+    original = TaskHead((replace(first, norm=LayerNorm(weight, bias, 1e-5)), last))
+    path.write_bytes(original.to_bytes())
+    x = draw.normal(size=(5, 8)).astype(np.float32)
+    np.testing.assert_array_equal(TaskHead.read(path).logits(x), original.logits(x))
+    plain, normed = torch.from_numpy(first(x)), replace(first, norm=LayerNorm(weight, bias, 1e-5))(x)
+    wanted = torch.nn.functional.layer_norm(plain, (6,), torch.from_numpy(weight), torch.from_numpy(bias), 1e-5)
+    np.testing.assert_allclose(normed, wanted.numpy(), atol=1e-5)
+    for wrong in (LayerNorm(weight[:5], bias, 1e-5), LayerNorm(weight, bias, -1.0)):
+        path.write_bytes(TaskHead((replace(first, norm=wrong), last)).to_bytes())
+        with pytest.raises(WeightsInvalid, match="norm of layer 0"):
+            TaskHead.read(path)
 
 
 def test_heads_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:

@@ -325,6 +325,8 @@ def test_poolers_and_position_ids_may_be_missing_or_left_over(plain: Path) -> No
 @pytest.mark.parametrize("head", ["ForPreTraining", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"])
 @pytest.mark.parametrize("model_type", sorted(READERS["text"].model_types))
 def test_heads_of_published_checkpoints_are_left_out(tmp_path: Path, model_type: str, head: str) -> None:
+    if (model_type, head) == ("qwen3", "ForQuestionAnswering"):
+        pytest.skip("transformers gives its encoder another name there, and reads none of it as an encoder either")
     folder = write_tiny_checkpoint(tmp_path / "w", model_type=model_type)
     auto = getattr(transformers, f"AutoModel{head}")
     try:
@@ -390,6 +392,8 @@ TRANSFORMER_OF_5_4 = {
         ({"tokenizer_config": {"model_max_length": 10**30}}, 66),
         ({"tokenizer_config": {"model_max_length": 1e30}}, 66),
         ({"sentence_bert_config": {"max_seq_length": 512}}, 66),
+        ({"sentence_bert_config": {"max_seq_length": 40, "processor_kwargs": {"model_max_length": 20}}}, 20),
+        ({"sentence_mpnet_config": {"max_seq_length": 20}}, 66),
     ],
 )
 def test_the_limit_is_the_one_of_the_files(plain: Path, documents: Any, limit: int) -> None:
@@ -449,30 +453,23 @@ MEAN = {"pooling_mode": "mean"}
 @pytest.mark.parametrize(
     ("documents", "says"),
     [
-        *(({"1_Pooling__config": {"pooling_mode": mode}}, mode) for mode in ("max", "lasttoken", "weightedmean")),
-        ({"1_Pooling__config": {"pooling_mode": ["cls", "mean"]}}, r'"cls", "mean"'),
-        ({"1_Pooling__config": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}}, r'"cls", "mean"'),
-        ({"1_Pooling__config": {"pooling_mode_lasttoken": True}}, "lasttoken"),
-        ({"1_Pooling__config": {"pooling_mode_weightedmean_tokens": True}}, "weightedmean"),
-        ({"1_Pooling__config": {"pooling_mode_mean_sqrt_len_tokens": True}}, "mean_sqrt_len_tokens"),
+        ({"1_Pooling__config": {"pooling_mode": "median"}}, "median"),
         ({"1_Pooling__config": {}}, "1_Pooling/config.json; add it"),
         ({"modules": [*SERVED[:1], SERVED[1] | {"path": "../elsewhere"}]}, "elsewhere"),
-        ({"modules": modules("Transformer", "Pooling", "Dense")}, "Dense"),
+        ({"modules": modules("Transformer", "Pooling", "Dense")}, "2_Dense/config.json; add it"),
         ({"modules": modules("Transformer", "Pooling", "LayerNorm")}, "LayerNorm"),
         ({"modules": modules("Transformer", "Normalize", "Pooling")}, "modules.json"),
         ({"modules": [SERVED[0] | {"type": "custom_st.Transformer"}, *SERVED[1:]]}, "custom_st"),
         ({"modules": [SERVED[0] | {"path": "0_Transformer"}, *SERVED[1:]]}, "0_Transformer"),
         ({"modules": {}}, "modules.json holds no list"),
         ({"modules": [1]}, "JSON files of plain"),
-        ({"config_sentence_transformers": {"prompts": None, "default_prompt_name": "q"}}, "JSON files of plain"),
+        ({"config_sentence_transformers": {"prompts": None, "default_prompt_name": "q"}}, "default_prompt_name"),
+        ({"config_sentence_transformers": {"prompts": {"q": 1}}}, "prompts must be"),
         ({"tokenizer": {"normalizer": [1]}}, "JSON files of plain"),
         ({"sentence_bert_config": {"transformer_task": "fill-mask"}}, "fill-mask"),
         ({"sentence_bert_config": {"module_output_name": "sentence_embedding"}}, "module_output_name"),
         ({"sentence_bert_config": {"model_args": {"torch_dtype": "float16"}}}, "model_args"),
-        (
-            {"config_sentence_transformers": {"prompts": {"q": "query: "}, "default_prompt_name": "q"}},
-            "default_prompt_name",
-        ),
+        ({"sentence_bert_config": {"processor_kwargs": {"do_lower_case": True}}}, "processor_kwargs"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(plain: Path, documents: Any, says: str) -> None:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from modeling.backbone import Backbone
 from modeling.errors import InputTooLong, PreprocessorFailed
 from modeling.inputs import Features, single
-from modeling.inputs.text import TextInput, TextPreprocessor, _shares
+from modeling.inputs.text import Prompted, TextInput, TextPreprocessor, _shares
 from modeling.testing import write_tokenizer
 
 
@@ -203,6 +203,7 @@ def test_a_long_text_has_the_tokens_that_it_has_as_a_whole(
     slicing, whole = slicing_and_whole
     whole.enable_truncation(limit)
     (encoded,) = rows_of(slicing, [item], limit=limit)
+    assert not isinstance(item, Prompted)
     expected = whole.encode(item) if isinstance(item, str) else whole.encode(*item)
     assert encoded.arrays["input_ids"].tolist() == expected.ids
     assert encoded.arrays["token_type_ids"].tolist() == expected.type_ids

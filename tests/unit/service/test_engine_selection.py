@@ -25,7 +25,7 @@ from model_registry.refs import ModelRef
 from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.checkpoints import write_encoder
 from modeling.encoder import load_encoder
-from modeling.engine_benchmark import EngineReport, TrialRequest
+from modeling.engine_benchmark import EngineReport, TrialRequest, run_trial
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec
 from modeling.engines.graphs import GraphFiles
 from modeling.engines.protocol import Engine, EngineBatch, EngineOutputs
@@ -156,6 +156,57 @@ def test_where_the_trial_itself_does_not_start_it_is_said() -> None:
     request = TrialRequest(backbone="-", graphs="-", candidates=("a/fp32",))
     with pytest.raises(EngineFailed, match="during the start"):
         run(measure(request, stall_s=20, command=(sys.executable, "-c", "raise SystemExit(3)")))
+
+
+# Dies where it would export.
+_DIES_AT_EXPORT = _TRIAL.replace(
+    "for name in names:",
+    """if any(not name.startswith("torch") for name in names):
+    print(json.dumps({"engine": "export", "stage": "export"}), flush=True)
+    sys.exit(11)
+for name in names:""",
+    1,
+)
+
+
+def test_an_export_that_takes_the_process_down_leaves_torch_measured() -> None:
+    request = TrialRequest(backbone="-", graphs="-", candidates=("torch/bf16", "onnx/fp32", "openvino/bf16"))
+    found = run(measure(request, stall_s=20, command=(sys.executable, "-c", _DIES_AT_EXPORT)))
+    errors = {report.engine: report.error for report in found}
+    assert errors["torch/fp32"] is None and errors["torch/bf16"] is None
+    assert "status 11 during the export" in str(errors["onnx/fp32"]) and errors["openvino/bf16"]
+
+
+def test_a_backbone_that_cannot_be_exported_is_measured_without_graphs(
+    world: World, reports: EngineReports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is kept says why: for `/models`, and for the next start."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("/a/path/of/this/host") from ValueError("no such operator")
+
+    monkeypatch.setattr("modeling.export.export_graphs", fails)
+    finder = selector(world, reports)
+    request = TrialRequest(
+        str(world.backbone.folder), str(world.folder / "g"), ("onnx/fp32", "torch/fp32"), examples=64
+    )
+    found = run_trial(request, lambda line: None)
+
+    async def measured(*_: Any, **__: Any) -> list[EngineReport]:
+        return found
+
+    monkeypatch.setattr("service.inference.engine_selection.measure", measured)
+    assert run(finder.select(world.backbone)).engine == "torch/fp32"
+    (kept,) = finder.measurements([world.backbone.info.digest])
+    refused = {row["engine"]: row["refused"] for row in kept.engines}
+    assert refused["onnx/fp32"] == "bert could not be exported (RuntimeError from ValueError)"
+
+    def disk_is_full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("modeling.export.export_graphs", disk_is_full)
+    with pytest.raises(OSError, match="full"):
+        run_trial(request, lambda line: None)
 
 
 @pytest.fixture
@@ -349,6 +400,28 @@ def test_where_no_engine_comes_about_the_first_goes_on_and_it_is_counted(
     reason = type(failure).__name__ if isinstance(failure, Exception) else "EngineFailed"
     labels = {"backbone": "tiny", "from": "auto", "to": "torch/fp32", "reason": reason}
     assert metrics.registry.get_sample_value("polyhead_engine_fallback_total", labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"), [(EngineFailed("no exporter"), "no exporter"), (RuntimeError("/a/path"), "RuntimeError")]
+)
+def test_why_an_engine_does_not_serve_is_kept(world: World, failure: Exception, says: str) -> None:
+    async def scenario() -> tuple[str | None, str | None]:
+        limits = BatchLimits(1024, 32, 0.0)
+        chosen = Scripted(world, failure)
+        pool = ModelPool(world.store, chosen, limits, ServingMetrics(), memory_budget_bytes=1 << 30)
+        try:
+            await pool.add_backbone("tiny", world.backbone)
+            await pool.engines.idle()
+            await pool.apply(world.registry.snapshot())
+            await ask(pool, "m")
+            lane = pool.backbones()["tiny"].lane
+            return pool.status.reason_of(lane), pool.status.engine_reason(("default", "m", 1))
+        finally:
+            await pool.stop()
+
+    world.publish("m", seed=1)
+    assert run(scenario()) == (says, says)
 
 
 class Fragile:
