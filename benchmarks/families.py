@@ -106,14 +106,21 @@ def run(options: Namespace) -> None:
         write_table(cells)
 
 
-def measure(family: str, folder: Path, *, export: Export = export_graphs) -> list[Cell]:
+def measure(
+    family: str,
+    folder: Path,
+    *,
+    engines: Sequence[str] = tuple(ENGINES),
+    uses: Sequence[str] = USES,
+    export: Export = export_graphs,
+) -> list[Cell]:
     cases: dict[str, Case | str] = {}
-    for use, make in _MAKERS.items():
+    for use in uses:
         try:
-            cases[use] = make(family, folder)
+            cases[use] = _MAKERS[use](family, folder)
         except ModelingError as error:
             cases[use] = str(error)
-    return [_cell(family, engine, use, cases[use], folder, export) for use in USES for engine in ENGINES]
+    return [_cell(family, engine, use, cases[use], folder, export) for use in uses for engine in engines]
 
 
 def _cell(family: str, engine: str, use: str, case: Case | str, folder: Path, export: Export) -> Cell:
