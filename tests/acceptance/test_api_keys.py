@@ -36,6 +36,8 @@ ROUTES: dict[tuple[str, str], str | None] = {
     ("post", "/finetune/{job_id}/cancel"): "finetune",
     ("post", "/finetune/{job_id}/pause"): "finetune",
     ("post", "/finetune/{job_id}/resume"): "finetune",
+    ("post", "/finetune/{job_id}/rerun"): "finetune",
+    ("get", "/finetune/{job_id}/suspects"): "finetune",
     ("get", "/models"): None,
     ("get", "/v1/models"): None,
     ("get", "/models/{name}"): None,
