@@ -121,7 +121,7 @@ def _calibration(numbers: Mapping[str, Any], evaluation: Mapping[str, Any]) -> l
 
 def _by_chance(numbers: Mapping[str, Any]) -> str:
     chance = numbers.get("ece_by_chance")
-    return "" if chance is None else f" Faultless probabilities would show up to {chance:.4f} on so many rows."
+    return "" if chance is None else f" Faultless probabilities would show up to {chance:.4f} on this number of rows."
 
 
 def _per_class(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -42,9 +42,9 @@ class Keep:
     """Which ready versions a model keeps: those that either rule keeps; all of them without a rule."""
 
     versions: int | None = None
-    """The newest so many."""
+    """How many of the newest."""
     days: float | None = None
-    """Those that were registered within so many days."""
+    """Those registered within this number of days."""
 
     def outdated(self, versions: Sequence[ModelVersion], *, needed: Collection[int], now: float) -> list[ModelVersion]:
         """Those of a model's ready `versions` that no rule keeps and that are not `needed`, the oldest first."""

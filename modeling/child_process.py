@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 
 _PR_SET_PDEATHSIG = 1
 _ROOT = Path(__file__).resolve().parents[1]
-# What native code says before it ends the process for want of memory: Rust's and C++'s allocators, and the loader.
+# What native code says before it ends the process because memory is short: Rust's and C++'s allocators, and the loader.
 _OUT_OF_MEMORY = (b"memory allocation of", b"bad_alloc", b"MemoryError", b"Cannot allocate memory", b"out of memory")
 _STDERR_BYTES, _TOLD_CHARACTERS = 1 << 18, 4000  # what is looked at, backtraces included, and what is told
 

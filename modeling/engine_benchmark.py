@@ -112,7 +112,7 @@ def _graphs(
         return export_graphs(backbone, Path(request.graphs))
     except OSError:
         raise
-    except Exception as error:  # torch's exporter raises whatever its stages raise, and texts that hold paths
+    except Exception as error:  # torch's exporter raises whatever its stages raise, and messages that hold paths
         return EngineFailed(f"{backbone.info.model_type} could not be exported ({_causes(error)})")
 
 

@@ -30,7 +30,7 @@ class ConfigRefused(ModelingError):
 
 
 class CheckpointRefused(ModelingError):
-    """A checkpoint that takes more time, memory or files than it may, or whose numbers or tokenizer cannot serve."""
+    """A checkpoint that takes more time, memory or files than it may, or whose numbers or preprocessor cannot serve."""
 
 
 class UnsupportedArchitecture(ModelingError):
@@ -54,7 +54,7 @@ class InputTooLong(ModelingError):
 
 
 class PreprocessorFailed(ModelingError):
-    """The checkpoint's own preprocessor, its tokenizer for texts, could not read an input."""
+    """The checkpoint's own preprocessor could not read an input."""
 
 
 class GoldenRowsDiffer(ModelingError):

@@ -29,7 +29,7 @@ from modeling.ingestion.taking import take_folder
 from modeling.inputs import open_preprocessor, single
 
 _log = logging.getLogger("modeling.intake")
-# What a process may have for itself: interpreter, libraries and tokenizer, and so many times what the files have. They
+# What a process may have for itself: interpreter, libraries and tokenizer, and a multiple of what the files have. They
 # are read twice, written once, and half precision doubles.
 _BASE_BYTES, _TIMES_FILES = 2 << 30, 8
 _THREADS = 2

@@ -173,7 +173,7 @@ class DatasetIntake:
 
 
 class Turns:
-    """Lets so many through at once; of those that wait the smallest is next."""
+    """Let a number of checks through at once; of those that wait the smallest is next."""
 
     def __init__(self, at_once: int) -> None:
         self._free = at_once

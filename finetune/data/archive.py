@@ -239,7 +239,7 @@ def _check_directory(stream: BinaryIO, budget: _Budget) -> None:
     entries = _count_entries(stream.read(directory), budget.limits.zip_entries)
     if entries > budget.limits.zip_entries:
         what = f"hold more than {budget.limits.zip_entries:,} entries, which is too many for a zip"
-        raise budget.refuse("(all)", what, fix="pack them as .tar.gz, or put the texts into one csv or jsonl file")
+        raise budget.refuse("(all)", what, fix="pack them as .tar.gz, or put the rows into one csv or jsonl file")
     stream.seek(0)
 
 

@@ -22,7 +22,7 @@ SIDE_NAMES = {
 AUTO: Final = "auto"
 _MOST_JOINED = 10
 JOINTS: Final[dict[str, str]] = {"text": "\n"}
-"""What stands between the cells of several columns that make up one role; a modality without has one column each."""
+"""What separates the cells of several columns that make up one role; a modality without has one column each."""
 
 
 def _known_task(name: str) -> str:

@@ -8,7 +8,7 @@ Where inputs decide the side (`hash`, `stratified`, `random`) there is none. Whe
 compare with those of others. `split.leaks` may say otherwise.
 
 A class with too few inputs to be on every side trains, where inputs decide, and none of its rows is held out. If all
-classes are so rare, those with two inputs are divided after all; if none has two, the training rows stand in for
+classes are so rare, those with two inputs are divided after all; if none has two, the training rows serve as
 validation rows, which is told.
 """
 
@@ -166,8 +166,8 @@ def _nothing_held_out(rows: LabelledRows) -> Finding:
         severity="warning",
         rows=[],
         count=len(rows),
-        message=f"no class has two different {rows.modality.plural}, so none can be held out: the training rows stand "
-        "in for validation rows, and the figures are those of rows that were trained on",
+        message=f"no class has two different {rows.modality.plural}, so none can be held out: the training rows "
+        "serve as validation rows, and the figures are those of rows that were trained on",
         fix="add rows of the same classes, or bring a validation_dataset",
     )
 

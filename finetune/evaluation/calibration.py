@@ -120,7 +120,7 @@ def binary_calibration_error(
 
 
 def error_by_chance(logits: FloatArray, *, temperature: float = 1.0, is_binary: bool = False) -> float:
-    """The calibration error that probabilities without any fault stay below on so many rows, 19 times of 20.
+    """The calibration error that probabilities without any fault stay below on this number of rows, 19 times of 20.
 
     Each bin's gap is a sum of independent outcomes, and taken for normal.
     """

@@ -171,7 +171,7 @@ def _memorised(figures: Figures) -> list[Judgement]:
 
 
 def _chance_of(share: float, rows: int | None) -> float:
-    """Two standard errors of a share of so many rows."""
+    """Two standard errors of a share of this number of rows."""
     return 0.0 if not rows else 2 * math.sqrt(max(0.0, share * (1 - share)) / rows)
 
 

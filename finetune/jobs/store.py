@@ -341,7 +341,7 @@ class JobStore:
         """Takes the oldest queued job, or one whose lease ran out. None if there is nothing to do.
 
         A job that has used up its attempts, or was being cancelled, is ended here instead. `started_at` moves by the
-        time that nobody worked on the job, so that `max_seconds` counts running alone.
+        time in which no worker had the job, so that `max_seconds` counts running alone.
         """
         while True:
             with self._database.write() as connection:
@@ -396,7 +396,7 @@ class JobStore:
         return True
 
     def _end_orphan(self, connection: sa.Connection, job: FineTuneJob, now: float) -> None:
-        """Does what a job was asked for whose worker is gone: it is cancelled, or nobody holds it any more."""
+        """Does what a job was asked for whose worker is gone: it is cancelled, or no worker holds it any more."""
         token = {"lease_token": job.lease_token + 1, "lease_expires_at": None}
         if job.status in _PAUSED:
             self._update(connection, job.id, worker_id=None, phase=None, **token)

@@ -44,7 +44,7 @@ _PASSES, _STEPS = (3, 100), 40_000  # over the rows, so that few rows are seen a
 
 def all_rows(train: LabelledRows, validation: LabelledRows, test: LabelledRows) -> LabelledRows:
     """The rows of all sides, with the name of each one's side as the extra `SIDE`."""
-    known = set(map(id, train.examples))  # which stand in for validation rows if nothing could be held out
+    known = set(map(id, train.examples))  # which serve as validation rows if nothing could be held out
     parts = {"train": train, "validation": validation, "test": test}
     given = {side: rows for side, rows in parts.items() if side == "train" or known.isdisjoint(map(id, rows.examples))}
     return LabelledRows(

@@ -179,7 +179,7 @@ class Worker:
         return outcome
 
     def _supervised(self, supervisor: Supervisor, lease: Lease) -> str:
-        """How the run ended. What nobody foresaw fails the job, and the worker goes on with the next one."""
+        """How the run ended. An unforeseen error fails the job, and the worker goes on with the next one."""
         try:
             return supervisor.run()
         except DatabaseUnavailable:

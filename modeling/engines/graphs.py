@@ -136,7 +136,7 @@ class GraphFiles:
                         convert(Path(folder, source.name), Path(folder, target.name))
                     except (
                         Exception
-                    ) as error:  # the libraries raise many kinds, whose texts may hold paths of this host
+                    ) as error:  # the libraries raise many kinds, whose messages may hold paths of this host
                         raise EngineFailed(
                             f"{source.name} could not be converted to {suffix} "
                             f"({error if isinstance(error, EngineFailed) else type(error).__name__})"

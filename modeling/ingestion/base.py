@@ -28,7 +28,7 @@ _REFUSED_KEYS = frozenset(
     {"auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "quantization_config"}
 )
 _HARMLESS_PRIVATE_KEYS = frozenset({"_name_or_path", "_commit_hash", "_num_labels"})
-MAX_JSON_BYTES = 64 << 20  # of one file; the largest published tokenizer.json have some 35 MB
+MAX_JSON_BYTES = 64 << 20  # of one file; the largest that are published have some 35 MB
 # Far beyond any encoder; what exceeds them would only fill memory before it fails.
 _MOST: Mapping[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_attention_heads", "n_heads"), 1024),

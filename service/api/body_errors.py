@@ -74,7 +74,7 @@ def _read(content: bytes, wanted: type[Body]) -> Body:
 def refuse_unstorable(content: bytes) -> None:
     """Raise 400 or 422 if a JSON body holds what is in it by an escape and in no database: NUL, half a surrogate pair.
 
-    Other faults are left to whoever reads the body.
+    Other faults are left to what reads the body.
     """
     if b"\\u" in content:
         with contextlib.suppress(ValueError):

@@ -128,7 +128,7 @@ def get_preview(
     services: ServicesDep,
     principal: Uploading,
     limit: int = Query(20, ge=1, le=200),
-    offset: int = Query(0, ge=0, le=10_000_000, description="leave out so many rows"),
+    offset: int = Query(0, ge=0, le=10_000_000, description="how many rows to skip"),
 ) -> schemas.DatasetPreview:
     record = services.datasets.get(principal.tenant, dataset_id)
     if record.status is not DatasetStatus.READY or record.columns is None:

@@ -26,7 +26,7 @@ _MAX_SIZE = 200_000
 # Changes of thread cost more than what they are for where each request comes alone.
 _PATIENT_S, _GATHER_S = 0.2, 0.02
 
-# A text of the largest body takes a second or two. No thread can be stopped, so only so many are given up.
+# A text of the largest body takes a second or two. No thread can be stopped, so few are given up.
 _HUNG_S, _MOST_HUNG = 10.0, 8
 
 Asked = tuple[Lane, Ticket]

@@ -1,4 +1,4 @@
-"""What the worker does with a run whose supervision fails in a way that nobody foresaw."""
+"""What the worker does with a run whose supervision fails in an unforeseen way."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _characters_help(run: Run, strength: float) -> bool:
 
 
 def _read(rows: int) -> int:
-    """How many characters of each of so many texts are made runs of."""
+    """How many characters of each text are made runs of, by the number of texts."""
     return min(MOST_READ, max(_LEAST_READ, _CHARACTERS_IN_ALL // max(1, rows)))
 
 
