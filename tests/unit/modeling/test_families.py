@@ -34,9 +34,8 @@ def test_a_family_answers_as_transformers_does_in_every_use(family: str, tmp_pat
 
 @pytest.mark.parametrize("family", EXPORTED)
 def test_so_do_its_graphs_with_and_without_adapters(family: str, tmp_path: Path, exports: Exports) -> None:
-    for cell in families.measure(family, tmp_path, engines=["onnx", "openvino"], uses=["lora"], export=exports):
-        check(cell)
-    for cell in families.measure(family, tmp_path, engines=["onnx", "openvino"], uses=["backbone"], export=exports):
+    engines, uses = ["onnx", "openvino"], ["backbone", "lora"]
+    for cell in families.measure(family, tmp_path, engines=engines, uses=uses, export=exports):
         check(cell)
 
 
