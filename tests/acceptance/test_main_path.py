@@ -177,20 +177,23 @@ def test_every_kind_of_version_answers_as_its_report_says(
         assert waited_s < HOT_LOAD_S + SLACK_S
 
 
-def test_auto_tries_every_method_and_reports_them_all(
+def test_auto_takes_methods_in_order_of_cost_and_says_what_it_left_out(
     service: Service, words: tuple[Table, Table], service_words: tuple[str, str]
 ) -> None:
     client, (data, held_out) = service.client, service_words
     job = client.train(data, "auto-words", test=held_out, method="auto", epochs=3, learning_rate=3e-3)
     report = client.get(f"/finetune/{job['id']}/evaluation")
-    assert [method["method"] for method in report["methods"]] == ["baseline", "linear_probe", "lora", "full"]
+    trained, left_out = [one["method"] for one in report["methods"]], report["left_out"]
+    assert trained[:2] == ["baseline", "linear_probe"], "the cheap ones are always trained"
+    assert trained + [one["method"] for one in left_out] == ["baseline", "linear_probe", "lora", "full"]
+    assert {one["reason"] for one in left_out} <= {"cannot_be_told_apart"}
     scores = {method["method"]: method["validation"]["macro_f1"] for method in report["methods"]}
     assert scores[report["chosen"]] == max(scores.values())
     client.wait_served("auto-words", words[1].texts[0], within_s=30)
     served = words[1].share_of(client.labels("auto-words", words[1].texts))
     assert served == pytest.approx(report["test"]["accuracy"], abs=1e-9)
     assert client.get("/models/auto-words")["method"] == report["chosen"]
-    announced = {event["data"].get("method") for event in client.events(job["id"])}
+    announced = {event["data"].get("method") for event in client.events(job["id"])}  # what is left out, too
     assert {"baseline", "linear_probe", "lora", "full"} <= announced
 
 
@@ -221,8 +224,9 @@ def test_a_cancelled_job_may_keep_its_best(service: Service, service_words: tupl
     cancelled = client.http.post(f"/finetune/{job_id}/cancel", json={"keep_best": True})
     assert cancelled.json()["status"] == "cancelling"
     job = client.wait(job_id, status="cancelled")
-    assert job["result"] == {"name": "cancelled", "version": 1, "is_champion": True}
-    assert client.wait_served("cancelled", "a good film", within_s=30)["version"] == 1
+    assert job["result"] == {"name": "cancelled", "version": 1, "is_champion": False}
+    assert (job["cut_short"]["by"], job["cut_short"]["method"]) == ("cancel", "full")
+    assert client.wait_served("cancelled:1", "a good film", within_s=30)["version"] == 1
     again = client.http.post(f"/finetune/{job_id}/cancel", json={})
     assert (again.status_code, again.json()["code"]) == (409, "job_not_cancellable")
 

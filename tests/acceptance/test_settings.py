@@ -36,7 +36,7 @@ def test_the_server_refuses_to_start(make_home: Callable[..., Home], settings: d
         timeout=60,
         check=False,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert complaint in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not home.data.exists()
