@@ -160,13 +160,14 @@ def test_one_method_that_fails_leaves_the_others_running(
         raise RunError("non_finite_loss", "the loss became infinite")
 
     monkeypatch.setitem(methods.METHODS, "baseline", broken)
-    monkeypatch.setitem(methods.METHODS, "full", unlucky)
+    monkeypatch.setitem(methods.METHODS, "linear_probe", unlucky)
     link = train(rows_of({"a": 20, "b": 20}), method="auto", max_seconds=60)
     failed = {one["method"]: one["reason"] for one in link.evaluation["failed_methods"]}
-    assert set(failed) == {"baseline", "full"} and "infinite" in failed["full"] and "ValueError" in failed["baseline"]
-    assert {"linear_probe", "lora"} <= {item["method"] for item in link.evaluation["methods"]}
+    assert set(failed) == {"baseline", "linear_probe"}
+    assert "infinite" in failed["linear_probe"] and "ValueError" in failed["baseline"]
+    assert [item["method"] for item in link.evaluation["methods"]], "the others go on"
     told = [event for event in link.of("data_warning") if event["data"].get("code") == "method_failed"]
-    assert [event["data"]["method"] for event in told] == ["baseline", "full"]
+    assert [event["data"]["method"] for event in told] == ["baseline", "linear_probe"]
     with pytest.raises(ValueError, match="out of luck"):
         train(rows_of({"a": 20, "b": 20}), method="baseline")
     for name in methods.METHODS:

@@ -85,7 +85,7 @@ def test_answers_are_counted_by_route_and_not_by_what_clients_choose(
         ("/datasets/ds_1", "DELETE, GET"),
         ("/finetune", "GET, POST"),
         ("/models/import", "POST"),
-        ("/models/reviews", "GET"),
+        ("/models/reviews", "DELETE, GET"),
         ("/models/m/versions/1/files/eval/report.json", "GET"),
         ("/readyz", "GET"),
         ("/docs", "GET"),

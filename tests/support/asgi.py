@@ -36,6 +36,7 @@ async def _there() -> None: ...
 
 STEADY_FOLDER: Any = SimpleNamespace(reason=None, require=_there)
 """A data directory that does not go away."""
+STEADY_WATCHER: Any = SimpleNamespace(is_database_away=False)
 HEADERS = {"host": "127.0.0.1:8000", "content-type": "application/json"}
 
 
@@ -143,7 +144,7 @@ class RecordingApp:
             settings=self.settings,
             pool=pool,
             predictor=predictor,
-            watcher=unused,
+            watcher=STEADY_WATCHER,
             registry=unused,
             removal=unused,
             jobs=unused,

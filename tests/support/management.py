@@ -34,6 +34,7 @@ class ManagementApp(AppUnderTest):
         unused: Any = SimpleNamespace()
         watcher: Any = SimpleNamespace(is_database_away=False)
         store = FileStore(self._folder / "store")
+        (self._folder / "datasets").mkdir(parents=True, exist_ok=True)
         status = SimpleNamespace(
             hidden=set(),
             alias=lambda alias, wanted: SimpleNamespace(wanted=wanted, serving=None, reason=None, retry_at=None),
