@@ -176,7 +176,9 @@ def test_auto_takes_the_best_by_the_metric_whichever_way_it_points(shop: Worksho
     record = Record()
     shop.register(job(shop, task, train, test, method="auto", epochs=2), record)
     evaluation = record.result["evaluation"]
-    assert [item["method"] for item in evaluation["methods"]] == METHODS
+    trained = [item["method"] for item in evaluation["methods"]]
+    assert trained + [one["method"] for one in evaluation["left_out"]] == METHODS
+    assert {one["reason"] for one in evaluation["left_out"]} <= {"cannot_be_told_apart"}
     by_method = {item["method"]: item["validation"][evaluation["metric"]] for item in evaluation["methods"]}
     pick = min if task == "text-regression" else max
     assert by_method[evaluation["chosen"]] == pick(by_method.values())
