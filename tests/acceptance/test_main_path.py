@@ -257,7 +257,7 @@ def test_a_rerun_gives_the_same_weights_and_shows_it(service: Service, service_w
     assert first["progress"]["percent"] == 100
     assert (first["best"]["method"], first["hyperparameters"]["split"]) == ("linear_probe", {"test": 0.2})
     problem(client.http.post("/finetune/ft_none/rerun"), 404, "job_not_found")
-    headers = {"idempotency-key": "once"}
+    headers = {"idempotency-key": "rerun once"}
     asked = [client.http.post(f"/finetune/{first['id']}/rerun", headers=headers) for _ in range(2)]
     assert [(one.status_code, one.json()["rerun_of"]) for one in asked] == [(202, first["id"])] * 2
     assert asked[0].json()["id"] == asked[1].json()["id"], "the key makes it one job"
