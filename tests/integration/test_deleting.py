@@ -219,8 +219,8 @@ def test_a_job_goes_when_it_has_ended(make: Callable[..., tuple[World, Replica]]
         assert replica.delete(f"/finetune/{job}").status == 204
     assert replica.get(f"/finetune/{job}").status == 404 and replica.get(f"/finetune/{job}/events").status == 404
     assert not log.exists() and not work.parent.exists()
-    for job_id in ("ft_none", "..", "%2e%2e"):
-        assert replica.delete(f"/finetune/{job_id}").status in {404, 405, 422}
+    for job_id, status in (("ft_none", 404), ("..", 422), ("%2e%2e", 422)):
+        assert replica.delete(f"/finetune/{job_id}").status == status, job_id
     assert replica.settings.data_dir.is_dir()
 
 
