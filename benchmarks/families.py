@@ -103,7 +103,7 @@ def run(options: Namespace) -> None:
             print(asdict(cell), flush=True)
     write_results(options.name, {"benchmark": "families", "rows": [asdict(cell) for cell in cells]})
     if set(options.family) == set(FAMILIES):
-        write_table(cells)
+        PAGE.write_text(render(PAGE.read_text(), cells))
 
 
 def measure(
@@ -255,10 +255,11 @@ def _over_texts(
 # The table
 
 
-def write_table(cells: Sequence[Cell], page: Path = PAGE) -> None:
-    before, _, rest = page.read_text().partition(_BEGIN)
+def render(page: str, cells: Sequence[Cell]) -> str:
+    """The page with its table made anew."""
+    before, _, rest = page.partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    page.write_text(f"{before}{_BEGIN}\n\n{table(cells)}\n{_END}{after}")
+    return f"{before}{_BEGIN}\n\n{table(cells)}\n{_END}{after}"
 
 
 def table(cells: Sequence[Cell]) -> str:

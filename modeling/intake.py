@@ -7,15 +7,18 @@ a tokenizer that was audited.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from model_registry.errors import RegistryError, StoreFull
 from model_registry.store import FileStore, space_errors
@@ -33,6 +36,7 @@ _log = logging.getLogger("modeling.intake")
 # are read twice, written once, and half precision doubles.
 _BASE_BYTES, _TIMES_FILES = 2 << 30, 8
 _THREADS = 2
+_TURN_FILE, _LOOK_S = ".reading", 0.2
 _GOLDEN_TEXTS = (
     "It works.",
     "This is not what I expected at all.",
@@ -98,8 +102,30 @@ def ingest(
     if (known := backbone.find_ingested(store, folder, name=name, source=source)) is not None:
         return known
     request = {"folder": str(folder.resolve()), "store": str(store.root.resolve()), "name": name, "source": source}
-    _ask("ingest", request, limits, stop)
+    with _turn(store.root / _TURN_FILE, stop):
+        if backbone.find_ingested(store, folder, name=name, source=source) is None:
+            _ask("ingest", request, limits, stop)
     return backbone.ingest(store, folder, name=name, source=source)
+
+
+@contextlib.contextmanager
+def _turn(path: Path, stop: threading.Event | None) -> Iterator[None]:
+    """Let the processes of this host read backbones one after another: a server and a worker start together, and the
+    second finds what the first has read. A filesystem without locks costs the reading twice."""
+    with path.open("ab") as file:
+        with contextlib.suppress(OSError):
+            while not _is_locked(file) and not (stop is not None and stop.is_set()):
+                time.sleep(_LOOK_S)
+        yield  # the lock goes with the file
+
+
+def _is_locked(file: BinaryIO) -> bool:
+    """Whether it is ours now. Raises `OSError` if there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _ask(what: str, request: dict[str, Any], limits: IntakeLimits, stop: threading.Event | None) -> dict[str, Any]:

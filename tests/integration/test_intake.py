@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from model_registry.store import FileStore
 from modeling import intake
 from modeling.backbone import Backbone
+from modeling.child_process import ChildFailed, ask
 from modeling.errors import BackboneUnavailable, CheckpointRefused, ModelingError
 from modeling.intake import IntakeLimits, import_classifier, ingest
 from modeling.testing import write_tiny_checkpoint
@@ -92,6 +96,31 @@ def test_a_backbone_is_read_once_in_a_process_of_its_own(tmp_path: Path, monkeyp
     monkeypatch.setattr(intake, "ask", refuse)
     again = ingest(store, f"file:{folder}", name="other", offline=True, limits=LIMITS)
     assert (again.info.digest, again.info.name) == (first.info.digest, "other")
+
+
+def test_processes_that_start_together_read_a_backbone_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, store, asked = write_tiny_checkpoint(tmp_path / "tiny"), FileStore(tmp_path / "store"), []
+
+    def count(*args: Any, **named: Any) -> Any:
+        asked.append(args)
+        return ask(*args, **named)
+
+    monkeypatch.setattr(intake, "ask", count)
+    with ThreadPoolExecutor(4) as threads:  # each opens the lock's file for itself, as a process does
+        take_in = partial(ingest, store, f"file:{folder}", name="tiny", offline=True, limits=LIMITS)
+        found = [future.result() for future in [threads.submit(take_in) for _ in range(4)]]
+    assert len({backbone.info.digest for backbone in found}) == 1
+    assert len(asked) == 1
+
+
+def test_who_waits_for_a_reader_ends_when_it_is_to_stop(tmp_path: Path) -> None:
+    folder, store, stop = write_tiny_checkpoint(tmp_path / "tiny"), FileStore(tmp_path / "store"), threading.Event()
+    with intake._turn(store.root / ".reading", None), ThreadPoolExecutor(1) as thread:
+        waits = thread.submit(ingest, store, f"file:{folder}", name="tiny", offline=True, limits=LIMITS, stop=stop)
+        assert not wait([waits], timeout=0.5).done
+        stop.set()
+        with pytest.raises(ChildFailed, match="ending"):
+            waits.result(timeout=30)
 
 
 def test_a_hostile_backbone_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import families
+from benchmarks import families, report
 from benchmarks.families import Cell
 from tests.support.exports import Exports
 
@@ -48,3 +48,10 @@ def test_the_table_says_what_does_not_run_and_why() -> None:
     text = families.table(cells)
     assert "| `bert` | onnx | 1e-07, 0.99999 | 1e-07, 0.99999 | 1e-07, 0.99999 | no (1) |" in text
     assert text.endswith("1. no such operator\n")
+
+
+def test_the_page_has_the_table_of_the_latest_results() -> None:
+    cells = [Cell(**row) for row in report.load()["families"]["rows"]]
+    assert families.render(families.PAGE.read_text(), cells) == families.PAGE.read_text()
+    for cell in cells:
+        check(cell)
