@@ -358,7 +358,7 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _plain(text: str) -> str:
-    """On one line, without what a terminal would obey: labels and messages come from whoever made the data."""
+    """On one line, without what a terminal would obey: labels and messages come from the data."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 

@@ -534,7 +534,7 @@ class JobStore:
                 lease_expires_at=None,
                 phase=None,
             )
-            level, why = ("info", "the worker let go of the paused job") if is_paused else ("warn", reason)
+            level, why = ("info", "the worker released the paused job") if is_paused else ("warn", reason)
             self._append(connection, lease.job_id, "state_changed", why, {"status": status}, level=level)
             return status
 

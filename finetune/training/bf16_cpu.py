@@ -25,7 +25,7 @@ _BF16 = torch.bfloat16
 
 class Copies:
     """The bf16 copies of a model's weights. Torch's fused optimisers change weights without raising their version, so
-    whoever steps says so with `expire`."""
+    the caller of `step` says so with `expire`."""
 
     def __init__(self) -> None:
         self.generation = 0

@@ -53,7 +53,7 @@ def freeze_below(encoder: nn.Module, top: int) -> None:
 
 
 class FrozenTrunk(nn.Module):
-    """Stands in the place of an encoder's lower layers: no gradients, and each row's output is computed once.
+    """Replaces an encoder's lower layers: no gradients, and each row's output is computed once.
 
     `expect` says which rows the next forward pass has. Kept are the states of a row's own positions; padding is masked
     in every layer above, so zeros do. What would exceed `budget_bytes` is not kept, nor anything else then.

@@ -232,7 +232,7 @@ def planner(
     test: LabelledRows,
     link: Link,
 ) -> Replan:
-    """Make the function that plans this job, with a trial's hyperparameters in the place of those asked for."""
+    """Make the function that plans this job, with a trial's hyperparameters instead of those asked for."""
     info, task = vectors.backbone.info, train.target.task
     lengths = vectors.lengths(train.examples).tolist()
     data = DatasetProfile(

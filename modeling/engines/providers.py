@@ -78,7 +78,7 @@ def tensorrt(
     - `trt_builder_optimization_level`: 3 is the default; below it the documentation promises no good engine.
     - `trt_max_workspace_size` is all of the GPU's memory by default; other engines share it.
 
-    Whoever changes an option raises `_ENGINE_SCHEMA`.
+    A change of an option raises `_ENGINE_SCHEMA`.
     """
     options = {
         "device_id": str(device_id),

@@ -131,7 +131,7 @@ class AdapterStacks:
             for key in self._stale:
                 self._table.remove(key)
             self._stale.clear()
-            # Whoever has a slot is loaded, and the stacks have room for its rank.
+            # An adapter with a slot is loaded, and the stacks have room for its rank.
             incoming = {key: self._adapters.get(key) for key in self._table.missing(keys)}
         adapters: dict[str, Adapter] = {}
         for key, adapter in incoming.items():

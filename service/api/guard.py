@@ -66,7 +66,7 @@ def body_limits(max_body_bytes: int, max_upload_bytes: int) -> Callable[[str, st
 class DrainState:
     """What the server's shutdown and the guard tell each other.
 
-    `draining`: served as ever, but the probe says no and connections close after their answer.
+    `draining`: requests are served, but the probe says no and connections close after their answer.
     `refusing`: new requests are refused; those in flight may finish.
     """
 

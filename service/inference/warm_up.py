@@ -32,7 +32,7 @@ def timed_runs(*, max_tokens: int, max_rows: int, max_length: int, seconds: floa
 
     Single rows show what a run costs before its first token; then rows double until speed no longer grows or `seconds`
     are spent. A batch should hold as much as the smallest run with 97 % of the highest speed: more only adds to the
-    wait. What the engine failed at, for want of memory, bounds it from above; last comes a run of the longest rows that
+    wait. What the engine failed at, out of memory, bounds it from above; last comes a run of the longest rows that
     fill it, which need the most. Raises `EngineFailed` where not even the smallest run succeeds.
     """
     points: list[Point] = []

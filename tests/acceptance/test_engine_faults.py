@@ -117,7 +117,7 @@ def faulty(make_home: Callable[..., Home], tiny_checkpoint: Path) -> Iterator[Fa
 
 @pytest.fixture(scope="module")
 def patient(make_home: Callable[..., Home], tiny_checkpoint: Path) -> Iterator[Faulty]:
-    """Nobody is refused for want of room, and no run is soon taken for hung."""
+    """No request is refused for lack of room, and no run is soon taken for hung."""
     home = make_home(
         POLYHEAD_ENGINE_TIMEOUT_S="120",
         POLYHEAD_REQUEST_TIMEOUT_S="120",

@@ -1,4 +1,4 @@
-"""Moving the champion while clients predict: nobody fails, nobody gets a version that was not the champion."""
+"""Moving the champion while clients predict: no request fails, and none gets a version that was not the champion."""
 
 from __future__ import annotations
 

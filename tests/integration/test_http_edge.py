@@ -148,7 +148,7 @@ def edge() -> Iterator[Edge]:
 
 @pytest.fixture(scope="module")
 def hasty_edge() -> Iterator[Edge]:
-    """A server that waits for nobody."""
+    """A server that waits for no request."""
     limits = GuardLimits(body_grace_s=0.3, max_body_chunks=64)
     with running(limits, HeaderLimits(header_timeout_s=0.4)) as edge:
         yield edge

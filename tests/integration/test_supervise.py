@@ -33,7 +33,7 @@ IDLE = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("worker: term", flush=True), sys.exit(0)))
 print("worker: up", os.getpid(), flush=True)
-while True: time.sleep(0.05)  # not signal.pause(): a signal just before it would wake nobody
+while True: time.sleep(0.05)  # not signal.pause(): a signal just before it would be lost
 """
 STUBBORN = """
 import signal, subprocess, sys

@@ -1,4 +1,4 @@
-"""The packing rule: the oldest is in, the limits hold, nobody starves, and little is spent on padding."""
+"""The packing rule: the oldest is in, the limits hold, no request starves, and little is spent on padding."""
 
 from __future__ import annotations
 

@@ -364,7 +364,7 @@ JOBS = [
         hyperparameters=split("time", time_column="at"),
     ),
     Job(
-        "a split nobody knows",
+        "an unknown split",
         csv(*many("a", 12, "train"), *many("b", 12, "trial"), header=TIMED),
         "unknown_split",
         13,

@@ -1,4 +1,4 @@
-"""The model card from a report: what stands in it, and that user text cannot break its tables."""
+"""The model card from a report: what it says, and that user text cannot break its tables."""
 
 from __future__ import annotations
 
