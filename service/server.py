@@ -42,7 +42,7 @@ class DrainTimes:
     """How the process ends, in seconds from the first signal."""
 
     drain_delay_s: float = 15.0
-    """Serve on while load balancers learn that the readiness probe fails."""
+    """Requests are served while load balancers learn that the readiness probe fails."""
     grace_s: float = 30.0
     """Then new requests are refused while those in flight may finish for this long."""
     exit_within_s: float = 60.0
