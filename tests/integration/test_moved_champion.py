@@ -109,7 +109,7 @@ def run(world: World, meanwhile: Any) -> tuple[dict[str, Any], list[dict[str, An
     supervisor = world.supervisor()
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(supervisor.run)
-        with world.pipe.open("w"):  # opens when the child has opened the other end: it has heard who is champion by then
+        with world.pipe.open("w"):  # opens when the child has opened the other end: by then it knows the champion
             meanwhile()
         assert ended.result() == "succeeded"
     return world.outcome()
