@@ -26,7 +26,7 @@ from tests.acceptance.processes import REPOSITORY, environment
     ],
 )
 def test_the_server_refuses_to_start(make_home: Callable[..., Home], settings: dict[str, str], complaint: str) -> None:
-    home = make_home(**settings)
+    home = make_home(is_new=True, **settings)
     ended = subprocess.run(
         [sys.executable, "-m", "service"],
         cwd=REPOSITORY,

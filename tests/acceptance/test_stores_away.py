@@ -42,7 +42,7 @@ def volume(source: Path, target: Path) -> Iterator[Callable[[bool], None]]:
 def test_a_volume_that_is_unmounted_takes_nothing_along(
     make_home: Callable[..., Home], words: tuple[Table, Table]
 ) -> None:
-    home = make_home()
+    home = make_home(is_new=True)
     with volume(home.folder / "volume", home.data) as mount, home.server() as server, Client(server.url) as client:
         server.wait_ready()
         before = client.upload(words[0].csv)["id"]
