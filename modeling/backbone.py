@@ -26,7 +26,7 @@ from model_registry.manifest import backbone_prefix
 from model_registry.store import ArtifactStore
 from modeling.errors import BackboneUnavailable
 from modeling.ingestion import READERS, Checkpoint, Pooling, modality_of, read_config
-from modeling.ingestion.base import DENSE_FILE, PROMPTS_FILE
+from modeling.ingestion.base import DENSE_FILE, PROMPTS_FILE, read_json
 
 _FIRST_MODALITY = "text"
 BACKBONE_FILE = "backbone.json"
@@ -34,6 +34,8 @@ GRAPHS_FOLDER = "graphs"  # of a backbone that came with its export
 # Modules beside the plain weights, see `modeling.adapters_in_encoder`; most backbones have none.
 COMPOSITION_FILE = "composition.json"
 COMPOSITION_WEIGHTS = "composition.safetensors"
+# What a folder of ours has beside the checkpoint; it is believed where we wrote it.
+OWN_FILES = (BACKBONE_FILE, DENSE_FILE, PROMPTS_FILE, COMPOSITION_FILE, COMPOSITION_WEIGHTS)
 
 _HUB_SOURCE = re.compile(r"(?P<repo>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?)@(?P<revision>[0-9a-f]{40})")
 _HUB_FILES = ["*.json", "*.safetensors"]
@@ -224,8 +226,13 @@ def _source_digest(folder: Path) -> str:
     digest = hashlib.sha256(f"{_SCHEMA} {importlib.metadata.version('transformers')}".encode())
     documents = [*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*/*.safetensors")]
     for path in sorted({*documents, *weight_files(folder)}):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BackboneUnavailable(
+                f"{folder.name}: {path.name} cannot be read ({error.strerror}); copy the whole checkpoint again"
+            ) from error
         digest.update(f"{path.relative_to(folder)}\0{content}\n".encode())
     return digest.hexdigest()
 
@@ -296,10 +303,11 @@ def _plain_weight_files(folder: Path) -> list[Path]:
         raise BackboneUnavailable(
             f"{folder.name} has no model.safetensors; pickled weights are never loaded, convert them"
         )
-    shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    if any("/" in name or not name.endswith(".safetensors") for name in shards):
+    places = read_json(index, {}).get("weight_map")
+    shards = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if not shards or any("/" in name or not name.endswith(".safetensors") for name in shards):
         raise BackboneUnavailable(f"{folder.name}: the index names files that are not safetensors shards beside it")
-    return [index, *(folder / name for name in shards)]
+    return [index, *(folder / name for name in sorted(shards))]
 
 
 def describe(
@@ -333,9 +341,14 @@ def describe(
 
 
 def _parameters(path: Path) -> int:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
         return 0
-    with safe_open(str(path), framework="numpy") as file:
-        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (not a dict)
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise BackboneUnavailable(
+            f"{path.name} is not a complete safetensors file ({error}); copy the checkpoint again"
+        ) from error

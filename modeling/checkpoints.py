@@ -5,10 +5,11 @@ Both become a backbone folder plus a head, so the server knows one way to run th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ _HEAD_LAYERS: dict[str, tuple[tuple[str, Activation], ...]] = {
     "roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
     "xlm-roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
 }
+_OTHER_HEAD: Final = re.compile("For(?!(Text|Sequence)Classification)[A-Z]")
 _NORMS = {"head.dense": "head.norm"}  # behind the activation
 
 
@@ -129,12 +131,23 @@ def _load_classifier(folder: Path) -> Any:
 
     config = read_config(folder)
     modality_of(config)
+    _check_head(config.get("architectures") or [])
     if config["model_type"] not in _HEAD_LAYERS:
         raise UnsupportedArchitecture(
             f"a classifier of model_type {config['model_type']!r} cannot be imported: transformers runs its decoder "
             "too; use its encoder as a backbone and train a head"
         )
     return load_pretrained(AutoModelForSequenceClassification, folder, is_whole=True)
+
+
+def _check_head(architectures: Any) -> None:
+    """Raise for heads of another kind: those that label tokens have tensors of the same names and shapes."""
+    others = [str(name) for name in architectures if _OTHER_HEAD.search(str(name))]
+    if others:
+        raise UnsupportedArchitecture(
+            f"config.json: architectures names {others[0][:60]}, which classifies no whole texts; only a model for "
+            "sequence classification can be imported"
+        )
 
 
 def _task(config: Any) -> Task:
@@ -144,9 +157,9 @@ def _task(config: Any) -> Task:
     kind = None
     if problem == "multi_label_classification":
         kind = "multi_label"
-    elif outputs == 1 and problem in {None, "regression"}:
+    elif outputs == 1 and problem in (None, "regression"):
         kind = "regression"
-    elif outputs > 1 and problem in {None, "single_label_classification"}:
+    elif outputs > 1 and problem in (None, "single_label_classification"):
         kind = "single_label"
     if kind is not None:
         return task_of_kind(DEFAULT_MODALITY, kind)

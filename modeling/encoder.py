@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from modeling.adapters_in_encoder import read_composed
 from modeling.backbone import weight_files
-from modeling.errors import BackboneUnavailable, CheckpointRefused
+from modeling.errors import BackboneUnavailable, CheckpointRefused, UnsupportedArchitecture
 from modeling.ingestion import read_config
 from modeling.ingestion.text import known_keys, transformers_config
 
 # transformers 5 has no fused attention for the first two, and torch 2.13 cannot export it with T5's position bias.
 _EAGER_ONLY = frozenset({"deberta-v2", "mpnet", "t5"})
+_ADAPTER_FILE: Final = "adapter_config.json"
+_FRACTIONS: Final = ("F64", "F32", "F16", "BF16")
+_COUNTERS: Final = ("position_ids", "token_type_ids")  # buffers of old checkpoints, which are not read
 
 
 # Of checkpoints that were trained with a head of another kind; `pooler` also where the encoder has none of its own.
@@ -76,7 +81,10 @@ def load_pretrained(
     config = transformers_config(given if is_whole else known_keys(given))
     if hasattr(config, "use_cache"):
         config.use_cache = False  # what a decoder would keep to go on writing
-    weight_files(folder)
+    config.return_dict = True  # outputs by name; no answer depends on it
+    files = weight_files(folder)
+    if is_whole:
+        _check_files(files, folder)
     try:
         model, report = auto.from_pretrained(
             str(folder),
@@ -99,7 +107,10 @@ def load_pretrained(
     }
     missing = sorted(key for key in report["missing_keys"] if modules[key] != may_lack)
     misshapen = sorted(key for key, *_ in report["mismatched_keys"])
-    left_over = sorted(key for key in report["unexpected_keys"] if is_whole and modules[key] not in _HEADS)
+    # A head that is built must take all tensors of its name.
+    built = {name for part in (model, model.base_model) for name, _ in part.named_children()}
+    left_out = {may_lack, *_HEADS} - (built - {may_lack})
+    left_over = sorted(key for key in report["unexpected_keys"] if is_whole and modules[key] not in left_out)
     for what, keys in {"lack": missing, "misshape": misshapen, "have no place for": left_over}.items():
         if keys:
             raise BackboneUnavailable(
@@ -109,6 +120,35 @@ def load_pretrained(
     if is_whole:
         _check_finite(model, folder)
     return model.eval()
+
+
+def _check_files(files: Sequence[Path], folder: Path) -> None:
+    """Raise unless the weights are all there is, and fractions: integers are multiples of scales that nothing reads."""
+    if (folder / _ADAPTER_FILE).is_file():
+        raise UnsupportedArchitecture(
+            f"{folder.name} holds a PEFT adapter ({_ADAPTER_FILE}) beside its weights; merge it into them with "
+            "merge_and_unload, or remove it"
+        )
+    for path in files:
+        for name, dtype in _types(path):
+            if dtype not in _FRACTIONS and not name.endswith(_COUNTERS):
+                raise CheckpointRefused(
+                    f"{path.name}: {name} is {dtype}, which cannot be served; save the checkpoint in one of "
+                    f"{', '.join(_FRACTIONS)}"
+                )
+
+
+def _types(path: Path) -> list[tuple[str, str]]:
+    """Return the tensors of a file by name, with the type that each is stored in."""
+    if path.suffix != ".safetensors":
+        return []
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return [(name, file.get_slice(name).get_dtype()) for name in file.keys()]  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise BackboneUnavailable(
+            f"{path.name} is not a complete safetensors file ({str(error)[:200]}); copy the checkpoint again"
+        ) from error
 
 
 def _check_finite(model: torch.nn.Module, folder: Path) -> None:

@@ -178,6 +178,8 @@ def _import(request: dict[str, Any], allow: Callable[[int], None]) -> dict[str, 
         taken = Path(temporary) / folder.name  # which messages name
         taken.mkdir()
         allow(take_folder(folder, taken, root=root, max_bytes=request["limits"]["memory_bytes"] // 2))
+        for name in backbone.OWN_FILES:
+            (taken / name).unlink(missing_ok=True)
         modality_of(read_config(taken))  # what this refuses needs no torch
         return _write_version(taken, target, name=request["name"], source=request["source"])
 
@@ -209,7 +211,7 @@ def _ingest(request: dict[str, Any], allow: Callable[[int], None]) -> dict[str, 
 
     torch.set_num_threads(_THREADS)
     folder = Path(request["folder"])
-    allow(sum(path.stat().st_size for path in backbone.weight_files(folder)))
+    allow(sum(path.stat().st_size for path in backbone.weight_files(folder) if path.is_file()))
     backbone.ingest(FileStore(Path(request["store"])), folder, name=request["name"], source=request["source"])
     return {}
 

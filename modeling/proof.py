@@ -29,7 +29,13 @@ _NEAR = 1e-4
 def check_states(folder: Path, taken: Backbone, probes: Sequence[Example]) -> None:
     """Compare the states of every position. Raises `GoldenRowsDiffer`, `CheckpointRefused` if one is not finite."""
     rows = single(open_preprocessor(taken).encode(probes))
-    wanted = _reference_states(folder, taken, rows)
+    try:
+        wanted = _reference_states(folder, taken, rows)
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointRefused(
+            f"{folder.name}: transformers cannot read a plain text with it ({str(error)[:200]}); check the numbers in "
+            "its config.json"
+        ) from error
     given = TorchEngine(taken).run(EngineBatch(rows, states=range(len(rows)))).states
     for place, states in enumerate(wanted):
         if not np.isfinite(states).all():

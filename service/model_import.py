@@ -134,9 +134,13 @@ def _folder(source: str, import_root: Path | None) -> Path | None:
         raise ImportRefused("imports from a folder are off; the operator can set import_root")
     relative = Path(source.removeprefix("file:"))
     root = import_root.resolve()
-    folder = (root / relative).resolve()  # an absolute path stays itself, and is then outside or inside like any other
+    try:  # an absolute path stays itself, and is then outside or inside like any other
+        folder = (root / relative).resolve()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or not readable; a loop of links; a NUL
+        raise InvalidReference(f"the folder {str(relative)[:200]!r} cannot be opened; name one that can") from error
     if not folder.is_relative_to(root):
         raise ImportRefused("the source must be below the import root")
-    if not folder.is_dir():
+    if not is_folder:
         raise InvalidReference(f"there is no folder {str(relative)[:200]!r} below the import root")
     return folder

@@ -34,6 +34,7 @@ _MOST: Mapping[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_attention_heads", "n_heads"), 1024),
     **dict.fromkeys(("hidden_size", "dim", "d_model", "embedding_size"), 1 << 16),
     **dict.fromkeys(("intermediate_size", "hidden_dim", "d_ff", "type_vocab_size"), 1 << 20),
+    "num_labels": 1 << 20,
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "position_buckets"), 1 << 23),
 }
 

@@ -193,6 +193,9 @@ def _tokenizer(folder: Path, model_type: str, is_lowered: bool) -> bytes:
     document = read_json(path, {})
     before = after = document.get("normalizer") or {}
     said = read_json(folder / "tokenizer_config.json", {})
+    side = (document.get("truncation") or {}).get("direction") or said.get("truncation_side") or "right"
+    if side.lower() != "right":
+        raise unserved("the tokenizer", {"truncation_side": side}, "right, which keeps the start of a text,")
     name, lowers = said.get("tokenizer_class") or "", _lowers(before)
     heeds = (name or _LOWER_CASING.get(model_type, "")).startswith(tuple(_LOWER_CASING.values()))
     if before.get("type") == "BertNormalizer" and not name.startswith(_PLAIN_CLASSES):

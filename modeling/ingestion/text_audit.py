@@ -6,6 +6,7 @@ Documents first, since to build a tokenizer runs its normaliser; then vocabulary
 
 from __future__ import annotations
 
+import base64
 import itertools
 import re
 import time
@@ -31,12 +32,15 @@ _SENTENCE = "Another, rather longer text: it has numbers (42), punctuation; and 
 PROBES = ("a short text", _SENTENCE, _SENTENCE * 20, ("a short text", _SENTENCE), (_SENTENCE * 20, "a short text"))
 _REPEATED = (
     *(" ", "a", "A", "1", "\n", "\t", "\r\n", "\u0301", "\u200d", "\ufeff", "\x00", "\ufffd", "中", "あ", "é", "😀"),
+    *("Ж", "Ω", "ש", "ع", "क", "ก", "한"),
     *("-", ".", "'", "_", "/", "\u00a0", "\u2581", "\ufdfa", "ß", "a ", "a1", "a.", "1,", "e\u0301", " \n", "Aa"),
 )
 # Behind the repetition: what does not match makes a pattern try all over again, and some try only if a literal follows.
-_BREAKS = "!\u00a7a\n"
+# The first is in no class but negated ones.
+_BREAKS = "\ue000!\u00a7a\n"
 _PARTS = ("normalizer", "pre_tokenizer")
 _LITERAL = re.compile(r"\\(.)|([^\\\[\](){}|?*+^$.])")
+_CODE_POINT = re.compile(r"\\(?:x\{([0-9a-fA-F]{1,6})\}|x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{4}))")
 _CLASSES = {"s": " ", "S": "a", "w": "a", "W": "-", "d": "1", "D": "a", "p": "a", "P": "-", "n": "\n", "r": "\r"}
 
 
@@ -98,6 +102,8 @@ def _check_steps(part: str, step: Any) -> None:
                 f"tokenizer.json: a pattern or replacement in {part} has more than {MAX_REPLACEMENT:,} characters; "
                 "shorten it"
             )
+        if found.get("type") == "Precompiled":
+            growth *= max(1.0, _longest_mapping(str(found.get("precompiled_charsmap") or "")))
         if found.get("type") == "Replace":
             is_string = "String" in (found.get("pattern") or {})
             growth *= max(1.0, len(content) / (max(1, len(pattern)) if is_string else 1))
@@ -106,6 +112,19 @@ def _check_steps(part: str, step: Any) -> None:
             f"tokenizer.json: the replacements in {part} can make a text {growth:.3g} times as long, more than "
             f"{MAX_GROWTH}; remove those that lengthen texts"
         )
+
+
+def _longest_mapping(charsmap: str) -> int:
+    """Return how many bytes a table of sentencepiece puts in place of a character at most: behind the size of a trie
+    and the trie come the texts that it points to, each with a NUL at its end."""
+    try:
+        table = base64.b64decode(charsmap, validate=True)
+    except ValueError as error:
+        raise BackboneUnavailable(
+            "tokenizer.json: precompiled_charsmap is not base64; save the tokenizer again"
+        ) from error
+    texts = 4 + int.from_bytes(table[:4], "little")
+    return max(map(len, table[texts:].split(b"\0")))
 
 
 def _steps(step: Any) -> Iterator[dict[str, Any]]:
@@ -171,8 +190,10 @@ def _first_added(document: Mapping[str, Any]) -> list[str]:
 
 
 def _literals(pattern: str) -> list[str]:
-    found = [_CLASSES.get(escaped, escaped) if escaped else plain for escaped, plain in _LITERAL.findall(pattern)]
-    return list(dict.fromkeys(found))[:40]
+    written = [chr(int("".join(found), 16) % 0x110000) for found in _CODE_POINT.findall(pattern)]
+    others = _LITERAL.findall(_CODE_POINT.sub("", pattern))
+    found = [*written, *(_CLASSES.get(escaped, escaped) if escaped else plain for escaped, plain in others)]
+    return [letter for letter in dict.fromkeys(found) if not "\ud800" <= letter <= "\udfff"][:40]
 
 
 def _check_text(preprocessor: TextPreprocessor, unit: str, behind: str) -> None:

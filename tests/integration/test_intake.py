@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +40,18 @@ def test_what_is_written_is_a_version_whose_files_are_ours(tmp_path: Path) -> No
     assert {"full/model.safetensors", "full/tokenizer.json", "head.safetensors", "golden.json", "labels.json"} <= files
     assert Backbone.open(tmp_path / "version" / "full").info.source == "file:fine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fine", "version"], "what was taken is gone"
+
+
+def test_files_of_ours_are_not_believed_in_a_foreign_folder(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "odd", labels=LABELS)
+    own = {"pooling": "max", "normalize": True, "max_length": 9, "hidden_size": 7}
+    (folder / "backbone.json").write_text(json.dumps(own))
+    (folder / "prompts.json").write_text(json.dumps({"prompts": {}, "default": "a bad film: "}))
+    take(folder)
+    taken = Backbone.open(tmp_path / "version" / "full")
+    assert (taken.info.hidden_size, taken.info.max_length, taken.info.pooling) == (32, 66, "cls")
+    assert not (taken.folder / "prompts.json").exists()
+    assert (folder / "backbone.json").is_file(), "the source stays as it was"
 
 
 def test_a_bomb_ends_at_the_limit_of_memory(tmp_path: Path) -> None:

@@ -75,6 +75,33 @@ def test_a_shard_index_may_name_only_files_beside_it(copy: Path) -> None:
         ingest(FileStore(copy.parent / "store"), copy, name="x", source="x")
 
 
+@pytest.mark.parametrize(
+    "index",
+    ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000, "no JSON"],
+    ids=["list", "empty", "map", "number", "deep", "text"],
+)
+def test_an_index_of_another_shape_is_refused(copy: Path, index: str) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BackboneUnavailable, match="index"):
+        ingest(FileStore(copy.parent / "store"), copy, name="x", source="x")
+
+
+def test_a_shard_that_is_missing_is_told_by_name(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
+    with pytest.raises(BackboneUnavailable, match=r"part-1\.safetensors cannot be read \(No such file"):
+        ingest(FileStore(copy.parent / "store"), copy, name="x", source="x")
+
+
+@pytest.mark.parametrize("kept", [0, 7, -100])
+def test_a_source_whose_weights_are_cut_off_is_refused(copy: Path, kept: int) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(BackboneUnavailable, match=r"model\.safetensors is not a complete safetensors file"):
+        ingest(FileStore(copy.parent / "store"), copy, name="x", source="x")
+
+
 def test_truncated_weights_and_missing_tensors_are_errors(copy: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -230,6 +230,7 @@ def test_labels_are_read_as_transformers_reads_them(tmp_path: Path, keys: Any, l
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than 1,024"),
         ({"max_position_embeddings": 1 << 40}, "max_position_embeddings"),
         ({"hidden_size": 1e300}, "hidden_size"),
+        ({"num_labels": 10**30}, "num_labels"),
     ],
 )
 def test_numbers_that_no_encoder_can_have_are_refused_by_their_key(plain: Path, keys: Any, says: str) -> None:
@@ -335,6 +336,84 @@ def test_heads_of_published_checkpoints_are_left_out(tmp_path: Path, model_type:
         pytest.skip(f"transformers has no {head} for {model_type}")
     model.save_pretrained(folder)
     taken(folder)
+
+
+@pytest.mark.parametrize(("model_type", "tensor"), [("roberta", "classifier.norm.weight"), ("bert", "classifier.gain")])
+def test_a_head_with_tensors_left_over_is_refused_by_their_name(tmp_path: Path, model_type: str, tensor: str) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "w", model_type=model_type, labels=LABELS)
+    tensors = load_file(folder / "model.safetensors") | {tensor: torch.full((32,), 3.0)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneUnavailable, match=re.escape(f"no place for 1 tensors, {tensor}")):
+        import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+
+
+def test_a_problem_type_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = edit(write_tiny_checkpoint(tmp_path / "w", labels=LABELS), problem_type=["regression"])
+    with pytest.raises(UnsupportedArchitecture, match=r"problem_type \['regression'\]"):
+        import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+
+
+@pytest.mark.parametrize("name", ["ModernBertForTokenClassification", "BertForMultipleChoice"])
+def test_a_head_that_classifies_no_whole_texts_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "w", model_type="modernbert", labels=LABELS)
+    with pytest.raises(UnsupportedArchitecture, match=name):
+        import_classifier(edit(folder, architectures=[name]), tmp_path / "parts", name="m", source="file:m")
+
+
+def test_a_token_classifier_has_the_tensors_of_a_text_classifier(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "w", model_type="modernbert")
+    config = AutoConfig.from_pretrained(folder, id2label=dict(enumerate(LABELS)))
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
+    with pytest.raises(UnsupportedArchitecture, match="ModernBertForTokenClassification"):
+        import_classifier(folder, tmp_path / "parts", name="m", source="file:m")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused_by_their_tensor(plain: Path, dtype: torch.dtype) -> None:
+    path, tensor = plain / "model.safetensors", "encoder.layer.0.output.dense.weight"
+    tensors = load_file(path)
+    save_file(tensors | {tensor: (tensors[tensor] * 100).to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointRefused, match=rf"model\.safetensors: {re.escape(tensor)} is .*save the checkpoint in"
+    ):
+        taken(plain)
+
+
+def test_an_adapter_beside_the_weights_is_refused(plain: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    expected = answers(taken(plain))
+    config = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    get_peft_model(AutoModel.from_pretrained(plain), config).save_pretrained(str(plain))
+    with pytest.raises(UnsupportedArchitecture, match=r"adapter_config\.json.*merge_and_unload"):
+        taken(plain)
+    (plain / "adapter_config.json").unlink()
+    np.testing.assert_array_equal(answers(taken(plain)), expected)
+
+
+def test_outputs_without_names_change_no_answer(plain: Path) -> None:
+    expected = answers(taken(plain))
+    np.testing.assert_array_equal(answers(taken(edit(plain, return_dict=False))), expected)
+
+
+def test_a_configuration_that_transformers_cannot_compute_with_is_refused(plain: Path) -> None:
+    with pytest.raises(CheckpointRefused, match=r"transformers cannot read a plain text .*config\.json"):
+        taken(edit(plain, num_attention_heads=-1))
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        {"tokenizer_config": {"truncation_side": "left"}},
+        {"tokenizer": {"truncation": {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}}},
+    ],
+    ids=["tokenizer_config", "tokenizer"],
+)
+def test_a_tokenizer_that_keeps_the_end_of_a_text_is_refused(plain: Path, documents: Any) -> None:
+    if "tokenizer" in documents:
+        documents = {"tokenizer": json.loads((plain / "tokenizer.json").read_text()) | documents["tokenizer"]}
+    with pytest.raises(UnsupportedArchitecture, match=r"truncation_side.*[Ll]eft"):
+        taken(write(plain, **documents))
 
 
 def test_a_stored_backbone_with_tensors_left_over_loads_as_it_did(plain: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,10 @@ def test_tokenizers_of_published_kinds_pass(folder: Path, make: Callable[[], Tok
         "(.*)*;",
         r"(-|--)+\|",
         r"^(([a-z])+.)+[A-Z]$",
+        r"(\x{451}+)+$",
+        r"(\x62+)+$",
+        r"(\u0451+)+$",
+        r"\p{Greek}+$",
     ],
 )
 def test_patterns_that_try_again_and_again_are_refused(folder: Path, pattern: str) -> None:
@@ -90,6 +95,22 @@ def test_replacements_one_inside_another_are_refused_before_they_run(folder: Pat
     change_tokenizer(folder, replacing({"Regex": "."}, "a" * 900, times=3))
     with pytest.raises(CheckpointRefused, match="times as long"):
         check(folder)
+
+
+def mapping_to(text: bytes) -> Callable[[dict[str, Any]], None]:
+    """A table of sentencepiece: the size of its trie, the trie, and the texts that it points to."""
+    table = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + text + b"\0").decode()
+
+    def change(document: dict[str, Any]) -> None:
+        document["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": table}
+
+    return change
+
+
+def test_a_character_map_that_lengthens_texts_is_refused_before_it_runs(folder: Path) -> None:
+    check(change_tokenizer(folder, mapping_to("صلى الله عليه وسلم".encode())))  # of one character, under NFKC
+    with pytest.raises(CheckpointRefused, match="normalizer can make a text 1e\\+05 times as long"):
+        check(change_tokenizer(folder, mapping_to(b"x" * 100_000)))
 
 
 def test_a_text_that_grows_where_nothing_was_is_refused(folder: Path) -> None:

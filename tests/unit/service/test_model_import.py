@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from model_registry.errors import InvalidReference
 from modeling.child_process import ChildFailed
 from modeling.errors import CheckpointRefused
 from modeling.intake import Imported, IntakeLimits
@@ -65,6 +66,13 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 def kinds(outcomes: list[Any]) -> list[type]:
     return [type(outcome) for outcome in outcomes]
+
+
+@pytest.mark.parametrize("source", ["a\0b", "x" * 5000, "loop/model"], ids=["nul", "long", "loop"])
+def test_a_folder_that_cannot_be_opened_is_an_invalid_reference(tmp_path: Path, source: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InvalidReference, match="cannot be opened"):
+        asyncio.run(run(imports(tmp_path), source))
 
 
 def test_one_is_read_at_a_time_and_so_many_wait(tmp_path: Path, reader: Reader) -> None:
