@@ -27,7 +27,7 @@ from modeling.assemble import GoldenRow, write_version_files
 from modeling.child_process import ChildFailed, ask, die_with_parent, limit_self, private_stdout, step_back
 from modeling.engines.protocol import EngineBatch
 from modeling.errors import CheckpointRefused, ModelingError
-from modeling.ingestion import modality_of, read_config
+from modeling.ingestion import READERS, modality_of, read_config
 from modeling.ingestion.taking import take_folder
 from modeling.inputs import open_preprocessor, single
 
@@ -180,7 +180,7 @@ def _import(request: dict[str, Any], allow: Callable[[int], None]) -> dict[str, 
         allow(take_folder(folder, taken, root=root, max_bytes=request["limits"]["memory_bytes"] // 2))
         for name in backbone.OWN_FILES:
             (taken / name).unlink(missing_ok=True)
-        modality_of(read_config(taken))  # what this refuses needs no torch
+        _check_files(taken)
         return _write_version(taken, target, name=request["name"], source=request["source"])
 
 
@@ -207,13 +207,19 @@ def _write_version(taken: Path, target: Path, *, name: str, source: str) -> dict
 
 
 def _ingest(request: dict[str, Any], allow: Callable[[int], None]) -> dict[str, Any]:
+    folder = Path(request["folder"])
+    allow(sum(path.stat().st_size for path in backbone.weight_files(folder) if path.is_file()))
+    _check_files(folder)
     import torch
 
     torch.set_num_threads(_THREADS)
-    folder = Path(request["folder"])
-    allow(sum(path.stat().st_size for path in backbone.weight_files(folder) if path.is_file()))
     backbone.ingest(FileStore(Path(request["store"])), folder, name=request["name"], source=request["source"])
     return {}
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what needs no torch, whose import takes seconds."""
+    READERS[modality_of(read_config(folder))].check_files(folder)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

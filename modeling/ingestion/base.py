@@ -73,6 +73,9 @@ class Reader(Protocol):
     def prompts(self, folder: Path) -> Mapping[str, str]:
         """Return the prompts of a folder by name. Raises `BackboneUnavailable`."""
 
+    def check_files(self, folder: Path) -> None:
+        """Raise for what a folder's own files alone show to be unfit. Needs no torch. Raises as `check` does."""
+
     def check(self, folder: Path, taken: Backbone) -> None:
         """Raise unless what was taken of a folder is fit to serve and computes what the folder's own files compute.
 

@@ -106,6 +106,11 @@ class TextReader:
     def prompts(self, folder: Path) -> Mapping[str, str]:
         return read_prompts(folder, includes_prompt=read_plan(folder).includes_prompt).by_name
 
+    def check_files(self, folder: Path) -> None:
+        from modeling.ingestion import text_audit
+
+        text_audit.check_document(folder)
+
     def check(self, folder: Path, taken: Backbone) -> None:
         from modeling.ingestion import text_audit
         from modeling.proof import check_states

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ _REPEATED = (
 # The first is in no class but negated ones.
 _BREAKS = "\ue000!\u00a7a\n"
 _PARTS = ("normalizer", "pre_tokenizer")
+_SHORT = 32  # characters
+_NO_TOKENIZER = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
 _LITERAL = re.compile(r"\\(.)|([^\\\[\](){}|?*+^$.])")
 _CODE_POINT = re.compile(r"\\(?:x\{([0-9a-fA-F]{1,6})\}|x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{4}))")
 _CLASSES = {"s": " ", "S": "a", "w": "a", "W": "-", "d": "1", "D": "a", "p": "a", "P": "-", "n": "\n", "r": "\r"}
@@ -50,25 +53,28 @@ def audit(folder: Path, *, limit: int, vocabulary: int, types: int) -> None:
 
     Raises `CheckpointRefused` with what, where and how to fix it; `modeling.errors` if it cannot be read at all.
     """
+    check_document(folder)
     document = read_json(folder / "tokenizer.json", {})
-    try:
-        _check_document(document)
-    except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another shape
-        raise BackboneUnavailable(f"tokenizer.json cannot be read: {error}; save the tokenizer again") from error
     preprocessor = TextPreprocessor(folder, limit=limit)
     _check_ids(preprocessor, limit=limit, vocabulary=vocabulary, types=types)
-    literals = [_literals(_pattern(step)) for part in _PARTS for step in _steps(document.get(part))]
+    literals = _literals_of(document)
     behind = _BREAKS + "".join(letter for found in literals for letter in found)
-    for unit in dict.fromkeys((*_REPEATED, *_provocations(literals), *_first_added(document))):
-        if unit:
-            _check_text(preprocessor, unit, behind)
+    for unit in _units(document, literals):
+        _check_text(preprocessor, unit, behind)
 
 
-def _check_document(document: Mapping[str, Any]) -> None:
-    _check_added_tokens(document)
-    for part in _PARTS:
-        _check_steps(part, document.get(part))
-    _check_model(document.get("model") or {})
+def check_document(folder: Path) -> None:
+    """Check what a folder's `tokenizer.json` says, and each step of its normaliser by itself: the part of `audit` that
+    needs neither a tokenizer nor torch. Raises as `audit` does."""
+    document = read_json(folder / "tokenizer.json", {})
+    try:
+        _check_added_tokens(document)
+        for part in _PARTS:
+            _check_steps(part, document.get(part))
+        _check_model(document.get("model") or {})
+        _check_normaliser(document)
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another shape
+        raise BackboneUnavailable(f"tokenizer.json cannot be read: {error}; save the tokenizer again") from error
 
 
 def _check_added_tokens(document: Mapping[str, Any]) -> None:
@@ -127,13 +133,49 @@ def _longest_mapping(charsmap: str) -> int:
     return max(map(len, table[texts:].split(b"\0")))
 
 
+def _check_normaliser(document: Mapping[str, Any]) -> None:
+    """Run the steps one after another, each on what the one before it made, so that none sees a text that has grown
+    beyond bounds: a pattern that matches where there is nothing doubles a text at each step."""
+    from tokenizers import Tokenizer
+
+    steps = []
+    for step in _steps(document.get("normalizer")):
+        if "normalizers" not in step:
+            alone = {**_NO_TOKENIZER, "normalizer": step}
+            try:
+                steps.append(Tokenizer.from_str(json.dumps(alone)).normalizer)
+            except Exception as error:  # it raises no other class
+                raise BackboneUnavailable(
+                    f"tokenizer.json cannot be read: {str(error)[:200]}; save the tokenizer again"
+                ) from error
+    for unit in _units(document, _literals_of(document)):
+        text = made = unit * (_SHORT // len(unit) + 1)
+        for step in steps:
+            try:
+                made = step.normalize_str(made)
+            except Exception:  # `_read` says more of it
+                break
+            _check_growth(len(made), "characters", text, unit)
+
+
+def _units(document: Mapping[str, Any], literals: Sequence[Sequence[str]]) -> list[str]:
+    """What is repeated to make texts that provoke."""
+    found = dict.fromkeys((*_REPEATED, *_provocations(literals), *_first_added(document)))
+    return [unit for unit in found if unit]
+
+
+def _literals_of(document: Mapping[str, Any]) -> list[list[str]]:
+    return [_literals(_pattern(step)) for part in _PARTS for step in _steps(document.get(part))]
+
+
 def _steps(step: Any) -> Iterator[dict[str, Any]]:
+    """The steps in their order, and before those that it is made of each that has some."""
     waiting = [step]
     while waiting:
-        found = waiting.pop()
+        found = waiting.pop(0)
         if isinstance(found, dict):
             yield found
-            waiting += [*(found.get("normalizers") or []), *(found.get("pretokenizers") or [])]
+            waiting = [*(found.get("normalizers") or []), *(found.get("pretokenizers") or []), *waiting]
 
 
 def _pattern(step: Mapping[str, Any]) -> str:
@@ -198,7 +240,7 @@ def _literals(pattern: str) -> list[str]:
 
 def _check_text(preprocessor: TextPreprocessor, unit: str, behind: str) -> None:
     """Raise unless `unit` repeated takes time and tokens in proportion to its length, and gives the same ones twice."""
-    _read(preprocessor, unit, behind, 32)  # some need minutes for a few hundred characters
+    _read(preprocessor, unit, behind, _SHORT)  # some need minutes for a few hundred characters
     small, large = (_read(preprocessor, unit, behind, size) for size in _SIZES)
     if large > _NOTICED_S:  # the first run also fills caches
         small, large = (_read(preprocessor, unit, behind, size) for size in _SIZES)

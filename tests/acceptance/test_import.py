@@ -117,7 +117,7 @@ def make_pipe(folder: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "bomb": (lambda folder: hostile.change_tokenizer(folder, hostile.bomb), "more memory than"),
+    "bomb": (lambda folder: hostile.change_tokenizer(folder, hostile.bomb()), "steps that lengthen"),
     "pattern": (lambda folder: hostile.change_tokenizer(folder, hostile.splitting("(a+)+$")), "retry-limit"),
     "nan": (spoil_weights, "not finite"),
     "outside": (point_outside, "outside of the import root"),

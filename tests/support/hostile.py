@@ -43,8 +43,10 @@ def replacing(pattern: dict[str, str], content: str, *, times: int = 1) -> Calla
     return change
 
 
-# Each step doubles a text, and puts a character where nothing was: what a step holds does not show how much it makes.
-bomb = replacing({"Regex": "(?=.)"}, "a", times=40)
+def bomb(*, before: str = "") -> Callable[[Tokenizer], None]:
+    """Each step doubles a text, or a letter, by a pattern that takes up nothing: what a step holds does not show how
+    much it makes."""
+    return replacing({"Regex": f"(?={before or '.'})"}, before or "a", times=40)
 
 
 def splitting(pattern: str) -> Callable[[Tokenizer], None]:

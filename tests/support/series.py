@@ -189,6 +189,8 @@ class SeriesReader:
     def prompts(self, folder: Path) -> Mapping[str, str]:
         return {}
 
+    def check_files(self, folder: Path) -> None: ...
+
     def check(self, folder: Path, taken: Backbone) -> None:
         SeriesNetwork().load(taken.folder)
 
