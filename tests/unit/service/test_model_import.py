@@ -177,12 +177,11 @@ def test_checks_and_imports_hold_no_thread_of_others(tmp_path: Path, reader: Rea
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         task = asyncio.create_task(run(imports(tmp_path)))
         await until(lambda: reader.entered == 1)
-        async with asyncio.timeout(10):
-            assert await asyncio.to_thread(lambda: 1) == 1
-        reader.end.set()
-        await asyncio.gather(task, return_exceptions=True)
+        try:
+            async with asyncio.timeout(10):
+                assert await asyncio.to_thread(lambda: 1) == 1
+        finally:
+            reader.end.set()
+            await asyncio.gather(task, return_exceptions=True)
 
-    try:
-        asyncio.run(scenario())
-    finally:
-        reader.end.set()
+    asyncio.run(scenario())
