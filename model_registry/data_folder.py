@@ -78,7 +78,7 @@ def _read(root: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not _ID.fullmatch(text):
-        raise StoreUnavailable(f"{root / MARKER} does not hold an id of 32 hex digits; restore it from a backup")
+        raise StoreUnavailable(f"{MARKER} of the data directory holds no id of 32 hex digits; restore it from a backup")
     return text
 
 

@@ -157,6 +157,12 @@ class Registry:
         mine = (model_versions.c.job_id == job_id) & (model_versions.c.status == "reserved")
         connection.execute(model_versions.update().where(mine).values(status="abandoned"))
 
+    def abandon_version(self, *, tenant: str, name: str, version: int) -> None:
+        """Gives up a reserved number that nothing will fill."""
+        with self._database.write() as connection:
+            mine = of_version(model_versions.update(), tenant, name, version)
+            connection.execute(mine.where(model_versions.c.status == "reserved").values(status="abandoned"))
+
     def publish(
         self, connection: sa.Connection, manifest: ModelManifest, *, actor: str, promotion: Promotion | None = None
     ) -> bool:

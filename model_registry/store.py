@@ -43,6 +43,7 @@ _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errn
 _HERE, _NO_REPLACE = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _AWAY = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ENOENT}
+_AWAY |= {errno.ENOTDIR, errno.EACCES, errno.EPERM}
 
 
 class ArtifactStore(Protocol):
@@ -147,7 +148,8 @@ class FileStore:
         except FileExistsError as error:
             raise ArtifactExists(f"{key} exists already and is never overwritten") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a volume that takes no writes says so here once more
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

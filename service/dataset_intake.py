@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -21,9 +21,9 @@ from finetune.data.errors import CheckGaveUp, DatasetCheckFailed, DatasetUnreada
 from finetune.data.readers import detect_format, unrecognised
 from finetune.data.records import DatasetRecord, DatasetReport, DatasetStatus
 from finetune.data.store import DatasetStore, new_dataset_id
-from model_registry.errors import DatabaseUnavailable
+from model_registry.errors import DatabaseUnavailable, StoreUnavailable
 from model_registry.store import space_errors
-from service.threads import on_database, on_disk
+from service.threads import on_database, on_disk, on_process
 
 _log = logging.getLogger("service.dataset_intake")
 RAW_FILE = "raw"
@@ -87,6 +87,17 @@ class DatasetIntake:
 
     def folder(self, tenant: str, dataset_id: str) -> Path:
         return self._root / tenant / dataset_id
+
+    @contextlib.contextmanager
+    def reading(self, tenant: str, dataset_ids: Collection[str]) -> Iterator[None]:
+        """Files of these datasets are read. Raises `DatasetNotFound` if one was deleted meanwhile, `StoreUnavailable`
+        if its files are gone otherwise."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            for id_ in dataset_ids:
+                self._store.get(tenant, id_)
+            raise StoreUnavailable(f"rows of {', '.join(dataset_ids)} are not in the data directory") from error
 
     async def delete(
         self,
@@ -160,7 +171,7 @@ class DatasetIntake:
         if not await on_database(self._store.set_validating, record.id):
             return None
         folder = self.folder(record.tenant, record.id)
-        return await asyncio.to_thread(
+        return await on_process(
             lambda: check_upload(
                 folder / RAW_FILE,
                 record.format,
@@ -210,7 +221,7 @@ class Turns:
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with space_errors("the upload"), path.open("rb") as file:
         return file.read(4096)
 
 

@@ -6,6 +6,7 @@ Each chore is done by one of the processes that share the database; any may cras
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 from collections.abc import Mapping
@@ -80,6 +81,7 @@ class Housekeeping:
 
 
 def remove_job_files(data_dir: Path, job_id: str) -> None:
-    """The log and what is left of the checkpoints of a job that is deleted."""
-    (data_dir / "logs" / "jobs" / f"{job_id}.log").unlink(missing_ok=True)
+    """The log and what is left of the checkpoints of a job that is deleted; what cannot be removed is the sweep's."""
+    with contextlib.suppress(OSError):
+        (data_dir / "logs" / "jobs" / f"{job_id}.log").unlink(missing_ok=True)
     shutil.rmtree(data_dir / "work" / job_id, ignore_errors=True)

@@ -9,7 +9,7 @@ that a rate is 0 before the first request instead of missing, and the first fail
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Generic, TypeVar
 
 from prometheus_client import (
     CONTENT_TYPE_PLAIN_0_0_4,
@@ -109,11 +109,128 @@ class EngineSeries:
             self.queue_duration.observe(wait_s)
 
 
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+
+
+class Declared(Generic[Metric]):
+    """A metric of a class, named as its attribute is. Each instance makes its own."""
+
+    def __init__(self, kind: type[Metric], documentation: str, labels: Sequence[str], **options: Any) -> None:
+        self._kind: Any = kind
+        self._documentation, self._labels, self._options = documentation, labels, options
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> Metric:  # what an instance holds comes before this
+        raise AttributeError(f"{owner.__name__} declares {self._name}; its instances have it")
+
+    def made(self, registry: CollectorRegistry) -> Metric:
+        metric: Metric = self._kind(
+            self._name, self._documentation, self._labels, namespace=NAMESPACE, registry=registry, **self._options
+        )
+        return metric
+
+
+def counter(documentation: str, *labels: str) -> Declared[Counter]:
+    return Declared(Counter, documentation, labels)
+
+
+def gauge(documentation: str, *labels: str) -> Declared[Gauge]:
+    return Declared(Gauge, documentation, labels)
+
+
+def histogram(documentation: str, *labels: str, buckets: tuple[float, ...]) -> Declared[Histogram]:
+    return Declared(Histogram, documentation, labels, buckets=buckets)
+
+
 class ServingMetrics:
     """The metrics of one serving process. Thread-safe: observe from the event loop and from engine threads.
 
     `registry` must not hold process collectors yet; by default a new one is made, so two instances never collide.
     """
+
+    # Requests: model, version, task
+    requests_total = counter("Requests answered, by HTTP status code", *REQUEST_LABELS, "code")
+    request_duration_seconds = histogram(
+        "Time from a request's arrival to its answer",
+        *REQUEST_LABELS,
+        buckets=DURATION_BUCKETS_S,
+    )
+    tokenize_duration_seconds = histogram(
+        "Time spent turning a request's inputs into tensors",
+        *REQUEST_LABELS,
+        buckets=DURATION_BUCKETS_S,
+    )
+    requests_in_progress = gauge("Requests accepted and not answered yet", *REQUEST_LABELS)
+    rejected_total = counter("Requests refused before any compute", *REQUEST_LABELS, "reason")
+    cancelled_total = counter(
+        "Requests whose client left or whose deadline passed, by the stage reached",
+        *REQUEST_LABELS,
+        "stage",
+    )
+    prediction_confidence = histogram(
+        "Calibrated probability of the predicted label",
+        *REQUEST_LABELS,
+        buckets=CONFIDENCE_BUCKETS,
+    )
+    prediction_labels = histogram("Labels given to an input", *REQUEST_LABELS, buckets=LABEL_COUNT_BUCKETS)
+    prediction_quantile = histogram(
+        "Place of the answered value among the version's answers on validation",
+        *REQUEST_LABELS,
+        buckets=QUANTILE_BUCKETS,
+    )
+
+    # Queue, batches and engines: backbone, engine
+    queue_requests = gauge("Entries waiting for a batch", *ENGINE_LABELS)
+    queue_tokens = gauge("Tokens waiting for a batch", *ENGINE_LABELS)
+    queue_duration_seconds = histogram(
+        "Time an entry waited for its batch",
+        *ENGINE_LABELS,
+        buckets=DURATION_BUCKETS_S,
+    )
+    inference_duration_seconds = histogram(
+        "Time an engine took for a batch, heads included",
+        *ENGINE_LABELS,
+        buckets=DURATION_BUCKETS_S,
+    )
+    batch_size = histogram("Entries in a batch", *ENGINE_LABELS, buckets=BATCH_SIZE_BUCKETS)
+    batch_tokens = histogram("Tokens in a batch, padding not counted", *ENGINE_LABELS, buckets=BATCH_TOKENS_BUCKETS)
+    batch_padding_ratio = histogram("Padding's share of a batch's tokens", *ENGINE_LABELS, buckets=PADDING_BUCKETS)
+    batch_tokens_limit = gauge("Most tokens of a batch, padding counted, as measured at warm-up", *ENGINE_LABELS)
+    worker_restarts_total = counter("Restarts of an engine's thread after a crash", *ENGINE_LABELS)
+    engine_parity_max_abs_diff = gauge("Largest change of a probability against torch in fp32", *ENGINE_LABELS)
+    engine_label_flips_ratio = gauge("Share of answers that differ from torch in fp32", *ENGINE_LABELS)
+    engine_min_cosine = gauge("Smallest cosine of a vector to that of torch in fp32", *ENGINE_LABELS)
+    engine_texts_per_second = gauge("Speed measured on the calibration texts", *ENGINE_LABELS)
+    engine_selected = gauge("1 for the engine that serves, else 0", *ENGINE_LABELS)
+    adapter_slots_bytes = gauge("Memory of the slots that adapters run from, however many are loaded", "backbone")
+    engine_fallback_total = counter("Times an engine was given up for another", "backbone", "from", "to", "reason")
+
+    # The model pool
+    model_info = gauge("1 for each model in the pool", *REQUEST_LABELS, *ENGINE_LABELS)
+    model_state = gauge("1 for the state a model is in, else 0", *REQUEST_LABELS, "state")
+    model_memory_bytes = gauge("Memory a model holds beyond its shared backbone", *REQUEST_LABELS)
+    alias_wanted_version = gauge("Version that an alias should serve, by the registry", *ALIAS_LABELS)
+    alias_serving_version = gauge("Version that an alias serves in this process; 0: none", *ALIAS_LABELS)
+    adapter_loads_total = counter("Versions loaded: heads, adapters, full models")
+    adapter_load_duration_seconds = histogram("Time from reading a version to its being ready", buckets=LOAD_BUCKETS_S)
+    adapter_evictions_total = counter("Versions unloaded to stay within the memory budget")
+
+    # The job table, as this process last read it
+    finetune_jobs = gauge("Fine-tune jobs in the database, by state", "state")
+    finetune_workers = gauge("Fine-tune workers heard from within the last minute")
+    finetune_worker_last_seen_timestamp_seconds = gauge("Unix time at which a worker was last heard from; 0: never")
+
+    # All other routes: method, route
+    management_requests_total = counter("Requests to other routes answered", "method", "route", "code")
+    management_duration_seconds = histogram(
+        "Time from such a request's arrival to the first byte of its answer",
+        "method",
+        "route",
+        buckets=MANAGEMENT_BUCKETS_S,
+    )
+    event_streams = gauge("Event streams of jobs that are open")
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         # Otherwise each counter and histogram child exports one more series that nothing here asks about.
@@ -122,140 +239,9 @@ class ServingMetrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-
-        # Requests: model, version, task
-        self.requests_total = self._counter(
-            "requests_total", "Requests answered, by HTTP status code", *REQUEST_LABELS, "code"
-        )
-        self.request_duration_seconds = self._histogram(
-            "request_duration_seconds",
-            "Time from a request's arrival to its answer",
-            *REQUEST_LABELS,
-            buckets=DURATION_BUCKETS_S,
-        )
-        self.tokenize_duration_seconds = self._histogram(
-            "tokenize_duration_seconds",
-            "Time spent turning a request's inputs into tensors",
-            *REQUEST_LABELS,
-            buckets=DURATION_BUCKETS_S,
-        )
-        self.requests_in_progress = self._gauge(
-            "requests_in_progress", "Requests accepted and not answered yet", *REQUEST_LABELS
-        )
-        self.rejected_total = self._counter(
-            "rejected_total", "Requests refused before any compute", *REQUEST_LABELS, "reason"
-        )
-        self.cancelled_total = self._counter(
-            "cancelled_total",
-            "Requests whose client left or whose deadline passed, by the stage reached",
-            *REQUEST_LABELS,
-            "stage",
-        )
-        self.prediction_confidence = self._histogram(
-            "prediction_confidence",
-            "Calibrated probability of the predicted label",
-            *REQUEST_LABELS,
-            buckets=CONFIDENCE_BUCKETS,
-        )
-        self.prediction_labels = self._histogram(
-            "prediction_labels", "Labels given to an input", *REQUEST_LABELS, buckets=LABEL_COUNT_BUCKETS
-        )
-        self.prediction_quantile = self._histogram(
-            "prediction_quantile",
-            "Place of the answered value among the version's answers on validation",
-            *REQUEST_LABELS,
-            buckets=QUANTILE_BUCKETS,
-        )
-
-        # Queue, batches and engines: backbone, engine
-        self.queue_requests = self._gauge("queue_requests", "Entries waiting for a batch", *ENGINE_LABELS)
-        self.queue_tokens = self._gauge("queue_tokens", "Tokens waiting for a batch", *ENGINE_LABELS)
-        self.queue_duration_seconds = self._histogram(
-            "queue_duration_seconds",
-            "Time an entry waited for its batch",
-            *ENGINE_LABELS,
-            buckets=DURATION_BUCKETS_S,
-        )
-        self.inference_duration_seconds = self._histogram(
-            "inference_duration_seconds",
-            "Time an engine took for a batch, heads included",
-            *ENGINE_LABELS,
-            buckets=DURATION_BUCKETS_S,
-        )
-        self.batch_size = self._histogram(
-            "batch_size", "Entries in a batch", *ENGINE_LABELS, buckets=BATCH_SIZE_BUCKETS
-        )
-        self.batch_tokens = self._histogram(
-            "batch_tokens", "Tokens in a batch, padding not counted", *ENGINE_LABELS, buckets=BATCH_TOKENS_BUCKETS
-        )
-        self.batch_padding_ratio = self._histogram(
-            "batch_padding_ratio", "Padding's share of a batch's tokens", *ENGINE_LABELS, buckets=PADDING_BUCKETS
-        )
-        self.batch_tokens_limit = self._gauge(
-            "batch_tokens_limit", "Most tokens of a batch, padding counted, as measured at warm-up", *ENGINE_LABELS
-        )
-        self.worker_restarts_total = self._counter(
-            "worker_restarts_total", "Restarts of an engine's thread after a crash", *ENGINE_LABELS
-        )
-        self.engine_parity_max_abs_diff = self._gauge(
-            "engine_parity_max_abs_diff", "Largest change of a probability against torch in fp32", *ENGINE_LABELS
-        )
-        self.engine_label_flips_ratio = self._gauge(
-            "engine_label_flips_ratio", "Share of answers that differ from torch in fp32", *ENGINE_LABELS
-        )
-        self.engine_min_cosine = self._gauge(
-            "engine_min_cosine", "Smallest cosine of a vector to that of torch in fp32", *ENGINE_LABELS
-        )
-        self.engine_texts_per_second = self._gauge(
-            "engine_texts_per_second", "Speed measured on the calibration texts", *ENGINE_LABELS
-        )
-        self.engine_selected = self._gauge("engine_selected", "1 for the engine that serves, else 0", *ENGINE_LABELS)
-        self.adapter_slots_bytes = self._gauge(
-            "adapter_slots_bytes", "Memory of the slots that adapters run from, however many are loaded", "backbone"
-        )
-        self.engine_fallback_total = self._counter(
-            "engine_fallback_total", "Times an engine was given up for another", "backbone", "from", "to", "reason"
-        )
-
-        # The model pool
-        self.model_info = self._gauge("model_info", "1 for each model in the pool", *REQUEST_LABELS, *ENGINE_LABELS)
-        self.model_state = self._gauge("model_state", "1 for the state a model is in, else 0", *REQUEST_LABELS, "state")
-        self.model_memory_bytes = self._gauge(
-            "model_memory_bytes", "Memory a model holds beyond its shared backbone", *REQUEST_LABELS
-        )
-        self.alias_wanted_version = self._gauge(
-            "alias_wanted_version", "Version that an alias should serve, by the registry", *ALIAS_LABELS
-        )
-        self.alias_serving_version = self._gauge(
-            "alias_serving_version", "Version that an alias serves in this process; 0: none", *ALIAS_LABELS
-        )
-        self.adapter_loads_total = self._counter("adapter_loads_total", "Versions loaded: heads, adapters, full models")
-        self.adapter_load_duration_seconds = self._histogram(
-            "adapter_load_duration_seconds", "Time from reading a version to its being ready", buckets=LOAD_BUCKETS_S
-        )
-        self.adapter_evictions_total = self._counter(
-            "adapter_evictions_total", "Versions unloaded to stay within the memory budget"
-        )
-
-        # The job table, as this process last read it
-        self.finetune_jobs = self._gauge("finetune_jobs", "Fine-tune jobs in the database, by state", "state")
-        self.finetune_workers = self._gauge("finetune_workers", "Fine-tune workers heard from within the last minute")
-        self.finetune_worker_last_seen_timestamp_seconds = self._gauge(
-            "finetune_worker_last_seen_timestamp_seconds", "Unix time at which a worker was last heard from; 0: never"
-        )
-
-        # All other routes: method, route
-        self.management_requests_total = self._counter(
-            "management_requests_total", "Requests to other routes answered", "method", "route", "code"
-        )
-        self.management_duration_seconds = self._histogram(
-            "management_duration_seconds",
-            "Time from such a request's arrival to the first byte of its answer",
-            "method",
-            "route",
-            buckets=MANAGEMENT_BUCKETS_S,
-        )
-        self.event_streams = self._gauge("event_streams", "Event streams of jobs that are open")
+        for name, declared in vars(ServingMetrics).items():
+            if isinstance(declared, Declared):
+                setattr(self, name, declared.made(self.registry))
 
         self._request_histograms = (
             self.request_duration_seconds,
@@ -471,12 +457,3 @@ class ServingMetrics:
         if not task:
             return (self.prediction_confidence,)
         return tuple(self._answer_histograms[name] for name in TASKS[task].observes) if task in TASKS else ()
-
-    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
-        return Counter(name, documentation, labels, namespace=NAMESPACE, registry=self.registry)
-
-    def _gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
-        return Gauge(name, documentation, labels, namespace=NAMESPACE, registry=self.registry)
-
-    def _histogram(self, name: str, documentation: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, documentation, labels, namespace=NAMESPACE, registry=self.registry, buckets=buckets)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_registry.errors import InvalidReference, RegistryError
+from model_registry.errors import DatabaseUnavailable, InvalidReference, RegistryError
 from model_registry.manifest import MANIFEST_NAME, ModelManifest
 from model_registry.registry import Registry
-from model_registry.store import ArtifactStore, put_tree
+from model_registry.store import ArtifactStore, put_tree, space_errors
 from modeling.child_process import ChildFailed
 from modeling.intake import Imported, IntakeLimits, import_classifier
 from service.inference.errors import ModelNotReady
+from service.threads import on_process
 
 _WAITING = 8
 
@@ -75,12 +77,12 @@ class ModelImports:
     async def _in_turn(self, wanted: Wanted, actor: str) -> int:
         async with self._one_at_a_time:
             try:
-                return await asyncio.to_thread(self._import, wanted, actor)
+                return await on_process(self._import, wanted, actor)
             except ChildFailed as error:
                 raise ModelNotReady("the service is shutting down", retry_after_s=1.0) from error
 
     def _import(self, wanted: Wanted, actor: str) -> int:
-        with tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
+        with space_errors("the checkpoint"), tempfile.TemporaryDirectory(prefix="polyhead-import-") as temporary:
             staged = Path(temporary) / "version"
             imported = import_classifier(
                 wanted.folder,
@@ -95,13 +97,22 @@ class ModelImports:
             self._registry.check_task(tenant=wanted.tenant, name=wanted.name, task=imported.task)
             card = f"# {wanted.name}\n\nImported from {wanted.source}; not evaluated here.\n"
             (staged / "MODEL_CARD.md").write_text(card)
-            manifest = self._stored(wanted, imported, staged)
-        self._store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
-        with self._registry.transaction() as connection:
-            self._registry.publish(connection, manifest, actor=actor)
+            return self._published(self._reserved(wanted, imported), staged, actor)
+
+    def _published(self, draft: ModelManifest, staged: Path, actor: str) -> int:
+        try:
+            manifest = draft.model_copy(update={"files": put_tree(self._store, draft.prefix, staged)})
+            self._store.put_bytes(f"{manifest.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), create_only=True)
+            with self._registry.transaction() as connection:
+                self._registry.publish(connection, manifest, actor=actor)
+        except BaseException:
+            with contextlib.suppress(DatabaseUnavailable):  # then it is abandoned a day later
+                self._registry.abandon_version(tenant=draft.tenant, name=draft.name, version=draft.version)
+            raise
         return manifest.version
 
-    def _stored(self, wanted: Wanted, imported: Imported, staged: Path) -> ModelManifest:
+    def _reserved(self, wanted: Wanted, imported: Imported) -> ModelManifest:
+        """A manifest without files, under a number that is taken."""
         with self._registry.transaction() as connection:
             version = self._registry.reserve(
                 connection,
@@ -112,7 +123,7 @@ class ModelImports:
                 method="import",
                 job_id=None,
             )
-        draft = ModelManifest(
+        return ModelManifest(
             tenant=wanted.tenant,
             name=wanted.name,
             version=version,
@@ -123,7 +134,6 @@ class ModelImports:
             created_at=time.time(),
             files=(),
         )
-        return draft.model_copy(update={"files": put_tree(self._store, draft.prefix, staged)})
 
 
 def _folder(source: str, import_root: Path | None) -> Path | None:

@@ -29,3 +29,5 @@ class Threads:
 on_database: Final = Threads("database", 8)
 """As many as the connections that one process opens."""
 on_disk: Final = Threads("disk", 4)
+on_process: Final = Threads("process", 6)
+"""Wait for child processes, minutes long: four checks of uploads, an import, and the backbones at start."""

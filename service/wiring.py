@@ -40,7 +40,7 @@ from service.inference.registry_watcher import RegistryWatcher
 from service.metrics import ServingMetrics
 from service.model_import import ModelImports
 from service.settings import ServingSettings
-from service.threads import on_database
+from service.threads import on_database, on_process
 
 _log = logging.getLogger("service.wiring")
 _JOB_COUNTS_EVERY_S = 2.0
@@ -235,7 +235,7 @@ async def _load(
     try:
         await _read_when_there(watcher)  # from here on the names of models are known
         for name, source in settings.backbones.items():
-            backbones[name] = await asyncio.to_thread(
+            backbones[name] = await on_process(
                 ingest,
                 store,
                 source,

@@ -74,7 +74,7 @@ class JobRequest(FrozenModel):
     backbone: str | None = Field(None, pattern=NAME_PATTERN)
     task: WantedTask = AUTO
     columns: TaskColumns = Field(Columns(), validate_default=True)
-    exclude_rows: list[Annotated[int, Field(ge=1, le=10_000_000)]] = Field([], max_length=10_000)
+    exclude_rows: list[Annotated[int, Field(ge=1, le=10_000_000, strict=True)]] = Field([], max_length=10_000)
     validation_columns: TaskSideColumns = None
     test_columns: TaskSideColumns = None
     register_as: str = Field(pattern=NAME_PATTERN)

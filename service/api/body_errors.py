@@ -71,18 +71,17 @@ def _read(content: bytes, wanted: type[Body]) -> Body:
     raise Problem(422, "invalid_request", f"The request is not valid: {errors[0]['message']}{more}.", errors=errors)
 
 
-def refuse_unstorable(content: bytes) -> None:
-    """Raise 400 or 422 if a JSON body holds what is in it by an escape and in no database: NUL, half a surrogate pair.
+async def read_storable(content: bytes) -> Any:
+    """Read JSON that is to be stored; large bodies off the event loop.
 
-    Other faults are left to what reads the body.
+    Raises 400 if it is none, 422 for values that no database can hold.
     """
-    if b"\\u" in content:
-        with contextlib.suppress(ValueError):
-            refuse_unstorable_values(json.loads(content))
+    if len(content) > OFF_LOOP_BYTES:
+        return await asyncio.to_thread(_storable, content)
+    return _storable(content)
 
 
-def parsed_storable(content: bytes) -> Any:
-    """Read JSON that is to be stored. Raises 400 if it is none, 422 for values that no database can hold."""
+def _storable(content: bytes) -> Any:
     value = _parsed(content)
     refuse_unstorable_values(value)
     return value

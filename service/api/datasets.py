@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
@@ -17,7 +17,7 @@ from finetune.data.records import ColumnReport, DatasetRecord, DatasetStatus
 from service.api import schemas
 from service.api.deps import NeedsData, Reason, Services, ServicesDep, Uploading
 from service.api.problems import Problem, json_response
-from service.api.routing import Cursor, DatasetId, ManagementRoute, refusals
+from service.api.routing import Cursor, DatasetId, ManagementRoute, WholeNumber, refusals
 from service.api.uploads import receive_multipart
 from service.dataset_intake import RAW_FILE
 from service.threads import on_disk
@@ -80,7 +80,10 @@ async def take_upload(request: Request, services: Services, tenant: str) -> tupl
 
 @router.get("/datasets", summary="List datasets, newest first", responses=_NO_DATASET)
 def list_datasets(
-    services: ServicesDep, principal: Uploading, after: Cursor = None, limit: int = Query(20, ge=1, le=100)
+    services: ServicesDep,
+    principal: Uploading,
+    after: Cursor = None,
+    limit: Annotated[WholeNumber, Query(ge=1, le=100)] = 20,
 ) -> schemas.DatasetList:
     records = services.datasets.list(principal.tenant, after=after, limit=limit + 1)
     return {
@@ -127,8 +130,8 @@ def get_preview(
     dataset_id: DatasetId,
     services: ServicesDep,
     principal: Uploading,
-    limit: int = Query(20, ge=1, le=200),
-    offset: int = Query(0, ge=0, le=10_000_000, description="how many rows to skip"),
+    limit: Annotated[WholeNumber, Query(ge=1, le=200)] = 20,
+    offset: Annotated[WholeNumber, Query(ge=0, le=10_000_000, description="how many rows to skip")] = 0,
 ) -> schemas.DatasetPreview:
     record = services.datasets.get(principal.tenant, dataset_id)
     if record.status is not DatasetStatus.READY or record.columns is None:
@@ -136,14 +139,15 @@ def get_preview(
     names = [column.name for column in record.columns]
     rows: list[schemas.PreviewRow] = []
     file = services.intake.folder(principal.tenant, record.id) / ROWS_FILE
-    for batch in read_batches(file, names, offset=offset):
-        cells = zip(batch.row_numbers, *batch.columns, strict=True)
-        rows += [
-            {"row": row, "values": dict(zip(names, values, strict=True))}
-            for row, *values in islice(cells, limit - len(rows))
-        ]
-        if len(rows) >= limit:
-            break
+    with services.intake.reading(principal.tenant, [record.id]):
+        for batch in read_batches(file, names, offset=offset):
+            cells = zip(batch.row_numbers, *batch.columns, strict=True)
+            rows += [
+                {"row": row, "values": dict(zip(names, values, strict=True))}
+                for row, *values in islice(cells, limit - len(rows))
+            ]
+            if len(rows) >= limit:
+                break
     return {
         "object": "dataset.preview",
         "dataset": record.id,

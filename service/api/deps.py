@@ -19,7 +19,6 @@ from service.api import schemas
 from service.api.auth import Principal, require
 from service.api.event_streams import EventStreams
 from service.api.guard import DrainState
-from service.api.problems import Problem
 from service.dataset_intake import DatasetIntake
 from service.folder_watch import FolderWatch
 from service.inference.model_pool import ModelPool
@@ -68,19 +67,6 @@ class Services:
     workers: Workers = field(default_factory=Workers)
 
 
-def json_body(request: Request) -> None:
-    """A JSON route takes JSON and says so: curl's default type would otherwise end in a puzzling 422. Raises 415."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not media_type.endswith("json") and request.headers.get("content-length") != "0":
-        raise not_json()
-
-
-def not_json() -> Problem:
-    return Problem(
-        415, "unsupported_media_type", "send the body as JSON with 'Content-Type: application/json' (curl: -H)"
-    )
-
-
 def services(request: Request) -> Services:
     found = request.app.state.services
     assert isinstance(found, Services)
@@ -96,7 +82,6 @@ _data_there.refuses = ("storage_unavailable",)  # type: ignore[attr-defined]
 
 
 ServicesDep = Annotated[Services, Depends(services)]
-JsonBody = Depends(json_body)
 NeedsData = Depends(_data_there)
 Reason = Annotated[str, Query(max_length=1024, description="for the history")]
 Reading = Annotated[Principal, Depends(require(None))]

@@ -30,6 +30,8 @@ _log = logging.getLogger("service.event_streams")
 POLL_S = 0.3
 PING_S = 15.0
 """Proxies close a connection that is silent for long."""
+STALL_S = 60.0
+"""A client that takes nothing for so long loses its stream; it knows where to go on."""
 _KEPT_EVENTS = 256
 _PAGE_EVENTS = 100
 _PING: Final = b": ping\n\n"
@@ -148,12 +150,16 @@ class EventStreams:
 
     async def run(self) -> None:
         """Looks for what is new, as long as there is a stream, until cancelled."""
+        is_away = False
         while True:
             await self._is_wanted.wait()
             try:
                 await self._look()
+                is_away = False
             except DatabaseUnavailable as error:
-                _log.warning(f"events cannot be read: {error}", extra={"action": "events_unreachable"})
+                if not is_away:  # once, and not three times a second
+                    _log.warning(f"events cannot be read: {error}", extra={"action": "events_unreachable"})
+                is_away = True
             except Exception:
                 _log.exception("reading events failed", extra={"action": "events_failed"})
             if self._drain.refusing:
@@ -192,15 +198,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, subscription: Subscription, is_ending: Callable[[], bool]) -> None:
+    def __init__(self, subscription: Subscription, is_ending: Callable[[], bool], *, stall_s: float = STALL_S) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._subscription, self._is_ending = subscription, is_ending
+        self._subscription, self._is_ending, self._stall_s = subscription, is_ending, stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._subscription:
             try:
                 await unless_gone(scope, self._send(send))
+            except TimeoutError:
+                return  # the server closes what is left unfinished
             except Problem as problem:
                 if problem.code != "client_closed_request":
                     raise
@@ -209,7 +217,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with contextlib.suppress(DatabaseUnavailable):  # its client comes back and says what it had last
             async for chunk in self._subscription.chunks(self._is_ending):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                async with asyncio.timeout(self._stall_s):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
@@ -33,13 +33,13 @@ from model_registry.refs import NAME_PATTERN
 from modeling.tasks import DEFAULT_MODALITY, task_of_kind
 from service.api import schemas
 from service.api.auth import Principal
-from service.api.body_errors import parsed_storable, refuse_unstorable_values
+from service.api.body_errors import read_storable, refuse_unstorable_values
 from service.api.datasets import take_upload
-from service.api.deps import NeedsData, Reason, Services, ServicesDep, Training, json_body
+from service.api.deps import NeedsData, Reason, Services, ServicesDep, Training
 from service.api.event_streams import EventStream, event_document
 from service.api.guard import GuardLimits, checked_json
 from service.api.problems import Problem, json_response
-from service.api.routing import MAX_SEQ, Cursor, JobId, ManagementRoute, Responses, refusals
+from service.api.routing import MAX_SEQ, Cursor, JobId, ManagementRoute, Responses, WholeNumber, json_body, refusals
 from service.api.schemas import CancelRequest, FinetuneRequest
 from service.housekeeping import remove_job_files
 from service.inference.errors import ModelNotReady
@@ -112,7 +112,7 @@ async def start(
     body, digest = await _read(request, services, principal)
     spec, records, wanted = await on_database(_accept, body, services, principal)
     if dry_run:
-        return json_response(await asyncio.to_thread(_dry_run, spec, records, wanted, services, principal))
+        return json_response(await asyncio.to_thread(_planned, spec, records, wanted, services, principal))
     await asyncio.to_thread(_refuse_rows, spec, records, wanted, services, principal)
     is_ready = all(record.status is DatasetStatus.READY for record in records.values())
     job = await on_database(
@@ -168,7 +168,7 @@ async def _read(request: Request, services: Services, principal: Principal) -> t
         canonical = json.dumps({**values, "file": record.sha256}, sort_keys=True)
         return _validated({**values, "dataset": record.id}), hashlib.sha256(canonical.encode()).hexdigest()
     json_body(request)
-    values = parsed_storable(await _json_content(request, services.settings.max_body_bytes))
+    values = await read_storable(await _json_content(request, services.settings.max_body_bytes))
     return _validated(values), hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -185,7 +185,7 @@ async def _json_content(request: Request, max_bytes: int) -> bytes:
 async def _json_field(name: str, text: str) -> Any:
     """A field of a multipart body that holds JSON, read like a body of its own."""
     try:
-        return parsed_storable(await checked_json(text.encode(), GuardLimits()))
+        return await read_storable(await checked_json(text.encode(), GuardLimits()))
     except Problem as problem:
         problem.detail = f"the field {name!r}: {problem.detail}"
         raise
@@ -304,11 +304,19 @@ def _refuse_rows(
     spec: JobSpec, records: dict[str, DatasetRecord], wanted: Hyperparameters, services: Services, principal: Principal
 ) -> None:
     """What the rows themselves forbid, and a dry run would tell, is refused before the job waits for a worker."""
-    sides = _sides(spec, records, wanted, services, principal)
+    with services.intake.reading(principal.tenant, records):
+        sides = _sides(spec, records, wanted, services, principal)
     errors = [finding for finding in sides.findings if finding.severity == "error"] if sides is not None else []
     if errors:
         message = "; ".join(finding.message for finding in errors)[:1000]
         raise DatasetUnreadable(f"these rows cannot be trained on: {message}", findings=errors)
+
+
+def _planned(
+    spec: JobSpec, records: dict[str, DatasetRecord], wanted: Hyperparameters, services: Services, principal: Principal
+) -> schemas.JobPlan:
+    with services.intake.reading(principal.tenant, records):
+        return _dry_run(spec, records, wanted, services, principal)
 
 
 def _dry_run(
@@ -360,7 +368,7 @@ def list_jobs(
     services: ServicesDep,
     principal: Training,
     after: Cursor = None,
-    limit: int = Query(20, ge=1, le=100),
+    limit: Annotated[WholeNumber, Query(ge=1, le=100)] = 20,
     status: JobStatus | None = None,
 ) -> schemas.JobList:
     found = services.jobs.page(principal.tenant, after=after, limit=limit + 1, status=status)
@@ -416,9 +424,11 @@ async def get_events(
     request: Request,
     services: ServicesDep,
     principal: Training,
-    after: int = Query(0, ge=0, le=MAX_SEQ, description="only events with a larger seq"),
-    limit: int = Query(100, ge=1, le=1000),
-    last_event_id: int | None = Header(None, ge=0, le=MAX_SEQ, description="of a stream: go on after this event"),
+    after: Annotated[WholeNumber, Query(ge=0, le=MAX_SEQ, description="only events with a larger seq")] = 0,
+    limit: Annotated[WholeNumber, Query(ge=1, le=1000)] = 100,
+    last_event_id: WholeNumber | None = Header(
+        None, ge=0, le=MAX_SEQ, description="of a stream: go on after this event"
+    ),
 ) -> Response:
     tenant = principal.tenant
     if "text/event-stream" in request.headers.get("accept", ""):

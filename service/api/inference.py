@@ -24,9 +24,10 @@ from service.api import wire
 from service.api.auth import KeyAuthentication, Principal
 from service.api.body_errors import read_or_explain
 from service.api.cancellation import unless_gone
-from service.api.deps import Services, not_json
+from service.api.deps import Services
 from service.api.guard import headers_of
 from service.api.problems import MEDIA_TYPE, Problem, refusal
+from service.api.routing import not_json
 from service.inference.predictor import PredictResult
 from service.metrics import ServingMetrics
 

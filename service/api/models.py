@@ -21,7 +21,6 @@ from service.api.auth import Principal
 from service.api.deps import (
     Administering,
     Deleting,
-    JsonBody,
     NeedsData,
     Promoting,
     Reading,
@@ -30,7 +29,7 @@ from service.api.deps import (
     ServicesDep,
 )
 from service.api.problems import Problem, json_response
-from service.api.routing import AliasName, ManagementRoute, ModelName, VersionNumber, refusals
+from service.api.routing import AliasName, JsonBody, ManagementRoute, ModelName, VersionNumber, WholeNumber, refusals
 from service.api.schemas import AliasRequest, ImportRequest, RollbackRequest
 from service.inference.aliases import AliasState
 from service.threads import on_database
@@ -180,7 +179,7 @@ def get_alias_history(
     alias: AliasName,
     services: ServicesDep,
     principal: Reading,
-    limit: int = Query(100, ge=1, le=1000),
+    limit: Annotated[WholeNumber, Query(ge=1, le=1000)] = 100,
 ) -> schemas.AliasMoveList:
     changes = services.registry.history(tenant=principal.tenant, name=name, alias=alias, limit=limit)
     return {"object": "list", "data": [_change(change) for change in changes]}
@@ -192,7 +191,10 @@ def get_alias_history(
     responses=_NO_MODEL,
 )
 def get_history(
-    name: ModelName, services: ServicesDep, principal: Reading, limit: int = Query(100, ge=1, le=1000)
+    name: ModelName,
+    services: ServicesDep,
+    principal: Reading,
+    limit: Annotated[WholeNumber, Query(ge=1, le=1000)] = 100,
 ) -> schemas.History:
     changes = services.registry.history(tenant=principal.tenant, name=name, limit=limit)
     deletions = services.removal.deletions(tenant=principal.tenant, name=name, limit=limit)
@@ -275,7 +277,7 @@ async def delete_alias(
     alias: AliasName,
     services: ServicesDep,
     principal: Promoting,
-    expected_version: Annotated[int | None, Query(ge=1, le=MAX_VERSION)] = None,
+    expected_version: Annotated[WholeNumber | None, Query(ge=1, le=MAX_VERSION)] = None,
     reason: Reason = "",
 ) -> Response:
     """With `expected_version` only if the alias points there. A repeat is 204 too."""

@@ -210,7 +210,7 @@ def problem_of_validation(error: RequestValidationError) -> Problem:
     listed = [_place(item) for item in found[:MAX_LISTED_ERRORS]]
     more = f" (the first {MAX_LISTED_ERRORS} are listed)" if len(found) > MAX_LISTED_ERRORS else ""
     places = "1 place" if len(found) == 1 else f"{len(found)} places"
-    first = f"{'.'.join(map(str, listed[0]['loc'][1:]))}: {listed[0]['message']}"
+    first = f"{'.'.join(map(str, listed[0]['loc'][1:])) or 'the body'}: {listed[0]['message']}"
     return Problem(422, "invalid_request", f"The request is not valid in {places}{more}; {first}.", errors=listed)
 
 

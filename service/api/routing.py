@@ -9,28 +9,41 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Annotated, Any, Final
 from urllib.parse import unquote
 
-from fastapi import Path, Query, Request
+from fastapi import Depends, Path, Query, Request
 from fastapi.routing import APIRoute
+from pydantic import BeforeValidator
 from starlette.responses import Response
 from starlette.routing import BaseRoute, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_registry.refs import MAX_VERSION, NAME_PATTERN
-from service.api.body_errors import refuse_unstorable
+from service.api.body_errors import read_storable
 from service.api.problems import MEDIA_TYPE, STATUS_BY_CODE, Problem, json_response
 from service.metrics import ServingMetrics
 
 ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"
 MAX_SEQ: Final = 2**31 - 1
+_DIGITS: Final = re.compile(r"-?(0|[1-9][0-9]*)")
 
+
+def _in_digits(value: object) -> object:
+    """Raises `ValueError` for what Python reads as a number and other readers do not: `+1`, `1_0`, `1.0`, ` 1`."""
+    if isinstance(value, str) and not _DIGITS.fullmatch(value):
+        raise ValueError("write a whole number in digits alone")
+    return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_in_digits)]
+"""An integer of a path, a query or a header, of which there is one spelling."""
 ModelName = Annotated[str, Path(pattern=NAME_PATTERN)]
 AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
-VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
+VersionNumber = Annotated[WholeNumber, Path(ge=1, le=MAX_VERSION)]
 JobId = Annotated[str, Path(pattern=ID_PATTERN)]
 DatasetId = Annotated[str, Path(pattern=ID_PATTERN)]
 Cursor = Annotated[str | None, Query(pattern=ID_PATTERN, description="id of the last row of the page before")]
@@ -120,8 +133,9 @@ class ManagementRoute(APIRoute):
 
         async def checked(request: Request) -> Response:
             _refuse_unstorable_target(request)
-            if self.body_field is not None:
-                refuse_unstorable(await request.body())
+            if self.body_field is not None and (content := await request.body()):
+                json_body(request)
+                await read_storable(content)
             return await handler(request)
 
         return checked
@@ -164,6 +178,22 @@ class CountedRoutes:
             await send(message)
 
         await self._app(scope, receive, counted)
+
+
+def json_body(request: Request) -> None:
+    """A JSON route takes JSON and says so: curl's default type would otherwise end in a puzzling 422. Raises 415."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not media_type.endswith("json") and request.headers.get("content-length") != "0":
+        raise not_json()
+
+
+def not_json() -> Problem:
+    return Problem(
+        415, "unsupported_media_type", "send the body as JSON with 'Content-Type: application/json' (curl: -H)"
+    )
+
+
+JsonBody = Depends(json_body)
 
 
 def _refuse_unstorable_target(request: Request) -> None:

@@ -36,14 +36,14 @@ class FinetuneRequest(JobRequest):
 
 
 class CancelRequest(FrozenModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"keep_best": True}]})
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"keep_best": True}]})
 
     keep_best: bool = Field(True, description="register the best so far before ending")
 
 
 class AliasRequest(FrozenModel):
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"version": 2, "expected_version": 1, "reason": "better on test"}]}
+        strict=True, json_schema_extra={"examples": [{"version": 2, "expected_version": 1, "reason": "better on test"}]}
     )
 
     version: int = Field(ge=1, le=MAX_VERSION)
@@ -54,14 +54,18 @@ class AliasRequest(FrozenModel):
 
 
 class RollbackRequest(FrozenModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"alias": "champion", "reason": "complaints"}]})
+    model_config = ConfigDict(
+        strict=True, json_schema_extra={"examples": [{"alias": "champion", "reason": "complaints"}]}
+    )
 
     alias: str = Field("champion", pattern=NAME_PATTERN)
     reason: str = Field("", max_length=1024)
 
 
 class ImportRequest(FrozenModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "topics", "source": "file:topics-bert"}]})
+    model_config = ConfigDict(
+        strict=True, json_schema_extra={"examples": [{"name": "topics", "source": "file:topics-bert"}]}
+    )
 
     name: str = Field(pattern=NAME_PATTERN, description="model to register the checkpoint as")
     source: str = Field(min_length=1, max_length=512, description="folder below import_root, or hub:org/name@revision")

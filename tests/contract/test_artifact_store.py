@@ -248,7 +248,7 @@ def test_a_write_that_fails_leaves_the_name_free(tmp_path: Path, monkeypatch: py
     assert store.get_bytes("a/x", max_bytes=9) == b"2"
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_volume_that_takes_no_writes_is_no_fault_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -259,6 +259,20 @@ def test_a_volume_that_takes_no_writes_is_no_fault_of_ours(
 
     monkeypatch.setattr("model_registry.store.os.fsync", refuse)
     with pytest.raises(StoreUnavailable, match=errno.errorcode[number]):
+        store.put_bytes("a/x", b"1")
+
+
+def test_a_volume_that_takes_no_writes_takes_no_removals_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path / "store")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for call in ("open", "unlink"):
+        monkeypatch.setattr(f"pathlib.Path.{call}", refuse)
+    with pytest.raises(StoreUnavailable, match="EROFS"):
         store.put_bytes("a/x", b"1")
 
 

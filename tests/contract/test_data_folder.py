@@ -141,6 +141,10 @@ def test_a_volume_that_goes_and_comes_back_is_seen_and_never_made_anew(
     (root / MARKER).write_text("1" * 32)
     with pytest.raises(StoreUnavailable, match="not the one"):
         folder.check()
+    (root / MARKER).write_text("spoilt")
+    with pytest.raises(StoreUnavailable, match="no id of 32") as refused:
+        folder.check()
+    assert str(root) not in str(refused.value)  # the probe shows it to everyone
     shutil.rmtree(root)
     (tmp_path / "away").rename(root)
     folder.check()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -222,6 +224,40 @@ def test_a_job_goes_when_it_has_ended(make: Callable[..., tuple[World, Replica]]
     for job_id, status in (("ft_none", 404), ("..", 422), ("%2e%2e", 422)):
         assert replica.delete(f"/finetune/{job_id}").status == status, job_id
     assert replica.settings.data_dir.is_dir()
+
+
+def test_a_job_goes_although_its_log_cannot(
+    make: Callable[..., tuple[World, Replica]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, replica = make()
+    job = replica.job(replica.dataset().id)
+    replica.jobs.request_cancel("default", job, keep_best=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    assert replica.delete(f"/finetune/{job}").status == 204
+    assert replica.get(f"/finetune/{job}").status == 404
+
+
+def test_a_dataset_that_goes_while_its_rows_are_read_is_not_found(
+    make: Callable[..., tuple[World, Replica]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, replica = make()
+    record = replica.dataset()
+    answered = replica.get(f"/datasets/{record.id}/preview")  # it has no rows, and is not deleted
+    assert (answered.status, answered.document["code"]) == (503, "storage_unavailable")
+
+    def deleted(*_: object, **__: object) -> None:
+        replica.datasets.delete("default", record.id)
+        raise FileNotFoundError(record.id)
+
+    monkeypatch.setattr("service.api.datasets.read_batches", deleted)
+    monkeypatch.setattr("service.api.finetune.load_sides", deleted)
+    monkeypatch.setattr("service.api.finetune._check_dataset", lambda *_, **__: None)
+    started = replica.ask("/finetune", json.dumps({"dataset": record.id, "register_as": "n"}).encode())
+    assert (started.status, started.document["code"]) == (404, "dataset_not_found"), started.body
 
 
 # The data directory

@@ -247,3 +247,33 @@ def test_a_client_that_leaves_gives_its_place_back_at_once(jobs: CountingStore) 
         assert running.metrics.event_streams._value.get() == 0
 
     play(jobs, scenario)
+
+
+def test_a_client_that_takes_nothing_gives_its_place_back(jobs: CountingStore) -> None:
+    async def scenario(running: Running) -> None:
+        lost = asyncio.get_running_loop().create_future()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # its buffers are full for good
+
+        async def receive() -> Any:
+            raise AssertionError("nothing is asked")
+
+        stream = EventStream(await running.open(), running.streams.is_ending, stall_s=POLL_S)
+        await stream({"type": "http", "extensions": {CONNECTION_LOST: {"future": lost}}}, receive, send)
+        assert running.metrics.event_streams._value.get() == 0
+
+    play(jobs, scenario)
+
+
+def test_a_database_that_is_away_is_logged_once(jobs: CountingStore, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(running: Running) -> None:
+        with await running.open():
+            running.jobs.is_away = True
+            looks = running.jobs.looks
+            while running.jobs.looks < looks + 4:
+                await asyncio.sleep(POLL_S)
+
+    play(jobs, scenario)
+    assert len([record for record in caplog.records if "events cannot be read" in record.message]) == 1

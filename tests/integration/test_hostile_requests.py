@@ -60,13 +60,21 @@ def refused(answered: Answered, statuses: set[int] = frozenset({400, 422})) -> d
         "/models/m/versions/0",
         "/models/m/aliases/a%00b/history",
         "/models/m/history?limit=" + "9" * 400,
+        "/models/m/versions/1.0",
+        "/models/m/versions/+1",
+        "/models/m/versions/01",
+        "/models/m/versions/%201",
+        "/models/m/versions/1%0A/card",
+        "/datasets?limit=1_0",
+        "/finetune?limit=2.0",
+        "/finetune/ft_1/events?after=+1",
     ],
 )
 def test_a_path_or_query_that_names_nothing(app: ManagementApp, path: str) -> None:
     refused(app.ask(path, b"", method="GET"))
 
 
-@pytest.mark.parametrize("given", ["²", str(BIG), "-1", "abc", "9" * 500])
+@pytest.mark.parametrize("given", ["²", str(BIG), "-1", "abc", "9" * 500, "1_0", "1.0"])
 @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
 def test_a_last_event_id_that_is_none(app: ManagementApp, given: str, accept: str) -> None:
     headers = {"accept": accept, "last-event-id": given}
@@ -101,6 +109,43 @@ def test_a_body_that_no_database_can_hold(
     document = refused(app.ask(path, json.dumps(body).encode(), method=method))
     assert place in document["errors"][0]["loc"], document
     assert place in document["detail"] + document["errors"][0]["message"]
+
+
+@pytest.mark.parametrize("path", ["/models/m/rollback", "/finetune/ft_1/cancel"])
+@pytest.mark.parametrize("kind", ["text/csv", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"])
+@pytest.mark.parametrize("body", [b'{"reason": "a"}', b"[" * 3000 + b'"\\u0041"' + b"]" * 3000])
+def test_a_body_of_another_type_where_it_may_be_left_out(app: ManagementApp, path: str, kind: str, body: bytes) -> None:
+    refused(app.ask(path, body, headers={"content-type": kind}), {400, 415})
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", "/models/m/aliases/a"), ("POST", "/models/m/rollback"), ("POST", "/finetune"), ("POST", "/models/import")],
+)
+@pytest.mark.parametrize("body", [b'{"reason": NaN}', b'{"reason": -Infinity}', b'{"reason": ' + b"9" * 5000 + b"}"])
+def test_numbers_that_are_no_json(app: ManagementApp, method: str, path: str, body: bytes) -> None:
+    assert "NaN, infinite or too long" in refused(app.ask(path, body, method=method), {400})["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "place"),
+    [
+        ("PUT", "/models/m/aliases/a", {**ALIAS, "version": "1"}, "version"),
+        ("PUT", "/models/m/aliases/a", {**ALIAS, "version": 1.0}, "version"),
+        ("PUT", "/models/m/aliases/a", {**ALIAS, "version": True}, "version"),
+        ("PUT", "/models/m/aliases/a", {**ALIAS, "expected_version": "1"}, "expected_version"),
+        ("POST", "/finetune/ft_1/cancel", {"keep_best": "no"}, "keep_best"),
+        ("POST", "/finetune/ft_1/cancel", {"keep_best": 0}, "keep_best"),
+        ("POST", "/finetune", {"dataset": "ds_1", "register_as": "m", "exclude_rows": ["5"]}, "exclude_rows"),
+        ("POST", "/finetune", {"dataset": "ds_1", "register_as": "m", "exclude_rows": [5.0]}, "exclude_rows"),
+    ],
+)
+def test_a_value_of_another_type(app: ManagementApp, method: str, path: str, body: dict[str, Any], place: str) -> None:
+    assert place in refused(app.ask(path, json.dumps(body).encode(), method=method), {422})["errors"][0]["loc"]
+
+
+def test_what_is_wrong_with_the_whole_body_has_a_place(app: ManagementApp) -> None:
+    assert "; the body: " in refused(app.ask("/models/m/aliases/a", b"[]", method="PUT"))["detail"]
 
 
 def form(fields: dict[str, bytes], boundary: str = "b") -> bytes:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model_registry.errors import InvalidReference
+from model_registry.db import Database
+from model_registry.errors import InvalidReference, StoreFull
+from model_registry.migrations import migrate
+from model_registry.registry import Registry
+from model_registry.removal import Removal
+from model_registry.store import FileStore
 from modeling.child_process import ChildFailed
 from modeling.errors import CheckpointRefused
 from modeling.intake import Imported, IntakeLimits
@@ -132,3 +139,56 @@ def test_a_source_outside_of_the_root_reaches_no_process(tmp_path: Path, reader:
     with pytest.raises(ImportRefused, match="import_root"):
         asyncio.run(run(imports(None)))
     assert reader.entered == 0
+
+
+def test_an_import_that_cannot_be_stored_gives_its_number_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the model could not be deleted until a sweep a day later."""
+    database = Database(f"sqlite:///{tmp_path / 'registry.db'}")
+    migrate(database)
+    registry = Registry(database)
+
+    def written(_: Path, target: Path, **__: Any) -> Imported:
+        target.mkdir()
+        return Imported("text-classification", ("a", "b"))
+
+    def full(*_: Any) -> None:
+        raise StoreFull("no space left")
+
+    monkeypatch.setattr(model_import, "import_classifier", written)
+    monkeypatch.setattr(model_import, "put_tree", full)
+    (tmp_path / "folder").mkdir()
+    store = FileStore(tmp_path / "store")
+    made = ModelImports(registry, store, import_root=tmp_path, is_offline=True, limits=LIMITS, stop=threading.Event())
+    with pytest.raises(StoreFull):
+        asyncio.run(run(made))
+    assert [version.status for version in registry.model("t", "m").versions] == ["abandoned"]
+    Removal(database, registry, store).delete_model(tenant="t", name="m", is_forced=False, actor="a", reason="")
+    assert registry.models("t") == []
+
+
+def test_a_full_disk_for_what_is_read_is_told(tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(StoreFull):
+        asyncio.run(run(imports(tmp_path)))
+
+
+def test_checks_and_imports_hold_no_thread_of_others(tmp_path: Path, reader: Reader) -> None:
+    """Even where there is but one of them."""
+    (tmp_path / "folder").mkdir()
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        task = asyncio.create_task(run(imports(tmp_path)))
+        await until(lambda: reader.entered == 1)
+        try:
+            async with asyncio.timeout(10):
+                assert await asyncio.to_thread(lambda: 1) == 1
+        finally:
+            reader.end.set()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(scenario())
