@@ -39,7 +39,7 @@ OWN_FILES = (BACKBONE_FILE, DENSE_FILE, PROMPTS_FILE, COMPOSITION_FILE, COMPOSIT
 
 _HUB_SOURCE = re.compile(r"(?P<repo>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?)@(?P<revision>[0-9a-f]{40})")
 _HUB_FILES = ["*.json", "*.safetensors"]
-_HUB_ANSWERS_S = 5.0
+_HUB_ANSWERS_S, _HUB_IS_SILENT_S = 5.0, 15.0
 # Raise it when the same files are to be read otherwise: every source is then ingested anew. A backbone whose answers
 # stay keeps its digest, and versions keep the one that they were trained on.
 _SCHEMA = 3
@@ -157,11 +157,14 @@ def _from_hub(rest: str, *, offline: bool, cache_dir: Path | None) -> Path:
 
 
 def _check_reachable(rest: str) -> None:
-    """Raise at once if the hub does not answer: its client tries again for half a minute."""
+    """Raise at once if the hub does not answer: its client tries again for half a minute, and waits for ever for a hub
+    that falls silent."""
     from huggingface_hub import constants, get_session
 
+    session = get_session()
+    session.timeout = _HUB_IS_SILENT_S
     try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_ANSWERS_S)
+        session.head(constants.ENDPOINT, timeout=_HUB_ANSWERS_S)
     except Exception as error:
         raise BackboneUnavailable(
             f"hub:{rest}: the hub cannot be reached from here ({type(error).__name__}); allow the connection, or copy "
