@@ -73,6 +73,26 @@ def too_long(rows: LabelledRows, lengths: Sequence[int], max_length: int) -> lis
     ]
 
 
+def foreign_to_backbone(foreign: LabelledRows, *, of: int, pieces_per_word: float, unknown_share: float) -> Finding:
+    """Texts that the backbone's tokenizer does not know the words of, among `of` that were looked at."""
+    message = (
+        f"{len(foreign):,} of {of:,} training texts that were looked at are foreign to the backbone: it reads them "
+    )
+    message += (
+        f"as {pieces_per_word:.1f} tokens a word, {unknown_share:.0%} of them unknown. In its own language that is "
+    )
+    message += "1.0 to 1.5, and hardly any"
+    fix = "choose a backbone of this language, or a multilingual one, and compare with method baseline, which reads "
+    fix += "characters"
+    return row_finding(
+        code="texts_foreign_to_backbone",
+        severity="warning",
+        message=message,
+        rows=foreign.row_numbers.tolist(),
+        fix=fix,
+    )
+
+
 def too_many(names: Iterable[str]) -> list[Finding]:
     """An error if a version could not hold these labels."""
     return [excessive(excess)] if (excess := too_many_labels(names)) is not None else []
