@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from finetune.data.record_batches import NOTHING, FindingLog, Limits, RowSource,
 from finetune.data.text_lines import TextFile, Utf8Lines
 
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# Excel's first line for a delimiter of its own
+_STATED = re.compile(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t|])\"?[ ,;\t]*\r?\n", re.IGNORECASE)
 _SAMPLE_BYTES, _SAMPLE_RECORDS = 256 * 1024, 100
 
 
@@ -28,11 +31,15 @@ def open_csv(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSource]
         yield NOTHING
         return
     with text.open() as stream:
-        delimiter = _delimiter(stream.read(_SAMPLE_BYTES))
+        sample = stream.read(_SAMPLE_BYTES)
+    stated = _STATED.match(sample)
+    delimiter = stated[1].decode() if stated else _delimiter(sample)
     if delimiter in _OTHER_DELIMITERS:
         message = f"the columns are separated by {_OTHER_DELIMITERS[delimiter]}"
         log.note("delimiter", message, severity="info", fix="nothing to do, or save with commas")
     with text.open() as stream:
+        if stated:
+            stream.readline()
         reader = _CsvRows(Utf8Lines(stream, log, limits), delimiter, log, limits)
         header = reader.header()
         yield NOTHING if header is None else table(header, reader.rows(header), log, limits)
@@ -80,6 +87,9 @@ class _CsvRows:
             # What follows would be parsed from the middle of a cell: every later row would be wrong too.
             message = f"{where} has a cell larger than {self._limits.cell_bytes:,} bytes; reading stopped there"
             fix = "shorten the cell; if it is not long, a double quote before it is never closed"
+        elif "new-line character" in reason:
+            message = f"{where} has a carriage return alone, outside of double quotes, where other lines end otherwise"
+            fix = "save the file with one kind of line end, or put cells with a carriage return in double quotes"
         else:
             message = f"{where} cannot be parsed: {reason}"
             fix = 'put cells with quotes, commas or line breaks in double quotes, and double the quotes inside: ""'

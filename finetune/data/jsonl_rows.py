@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.record_batches import NOTHING, FindingLog, Limits, RowSource, table
+from finetune.data.spellings import list_items
 from finetune.data.text_lines import TextFile, Utf8Lines
 
 Row = dict[str, str | None]
@@ -97,8 +98,8 @@ def _as_cell(name: str, cell: Any) -> str | None:
         return "true" if cell else "false"
     if cell is None or isinstance(cell, str):
         return cell
-    if isinstance(cell, list) and all(isinstance(item, str | bool) for item in cell):
-        return json.dumps([item if isinstance(item, str) else str(item).lower() for item in cell], ensure_ascii=False)
+    if isinstance(cell, list) and (items := list_items(cell)) is not None:
+        return json.dumps(items, ensure_ascii=False)
     what = f"has an object or a nested list under {name[:80]!r}; a cell must be a single value or a list of values"
     raise _Refused("nested", what, _FLATTEN)
 

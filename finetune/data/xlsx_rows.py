@@ -23,7 +23,8 @@ _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, ParseError, EOFError, NotImplementedError),
     *(KeyError, IndexError, ValueError, TypeError, AttributeError),  # of parts that contradict each other
 )
-_LOOKED_AT = 100  # rows in which a sheet's first value is looked for
+_ERRORS = frozenset({"#DIV/0!", "#N/A", "#NAME?", "#NULL!", "#NUM!", "#REF!", "#VALUE!"})
+_LOOKED_AT = 10_000  # rows in which a sheet's first value is looked for
 _SAVE_AGAIN = "save the workbook again as .xlsx, or the sheet as CSV UTF-8"
 
 
@@ -109,6 +110,12 @@ def _rows(
                 message = f"row {number} has values beside the columns of the header, which are left out"
                 log.note("beside", message, severity="warning", row=number, fix="name their columns in the header")
             cells = [_text(value) for value in values[:width]]
+            if failed := _ERRORS.intersection(cells):
+                message = f"row {number} holds {min(failed)}, the error of a formula, which counts as no value"
+                log.note(
+                    "error", message, severity="warning", row=number, fix="correct the formula, or leave the cell empty"
+                )
+                cells = [None if cell in _ERRORS else cell for cell in cells]
             yield number, cells + [None] * (width - len(cells))
 
 
