@@ -9,8 +9,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
+
+from modeling.inputs.text_identity import normalise
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 ListSpelling = Literal["json", "python"]
@@ -113,6 +116,17 @@ def label_name(label: str) -> str:
         return label.lower()
     found = _WHOLE.fullmatch(label) or _PADDED.fullmatch(label)
     return found[1] if found else label
+
+
+def one_label(label: str) -> str:
+    """What labels have in common that were meant to be one: all but case, blanks, and what cannot be seen."""
+    return normalise("".join(one for one in label if unicodedata.category(one) != "Cf"))
+
+
+def side_by_side(labels: Sequence[str]) -> str:
+    """Labels for a message, with escapes if they look alike."""
+    looks = {unicodedata.normalize("NFKC", "".join(filter(str.isprintable, label))) for label in labels}
+    return " / ".join(map(repr if len(looks) == len(labels) else ascii, labels))
 
 
 # Numbers

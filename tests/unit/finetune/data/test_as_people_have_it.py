@@ -462,3 +462,10 @@ def test_a_table_may_begin_far_down_a_sheet(tmp_path: Path) -> None:
 def test_a_json_array_is_refused_by_name() -> None:
     finding = unrecognised("rows.json", b'\xef\xbb\xbf [{"text": "a", "label": "x"}]')
     assert "JSON array" in finding.message and ".jsonl" in finding.fix
+
+
+@pytest.mark.parametrize("named", [{"text": "label"}, {"text": ["text", "label"]}, {"text": "text", "label": "text"}])
+def test_a_label_that_is_read_as_text_is_refused(tmp_path: Path, named: dict[str, Any]) -> None:
+    table = [["text", "label"], *([f"text number {n}", "ab"[n % 2]] for n in range(40))]
+    sides = job(tmp_path, written(table).encode(), columns=Columns.model_validate(named))
+    assert codes(sides.findings)["label_among_inputs"].severity == "error"
