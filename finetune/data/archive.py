@@ -111,7 +111,12 @@ class _Budget:
         self._left, self._entries = self._most, 0
 
     def refuse(self, name: str, what: str, *, fix: str) -> ArchiveRefused:
-        message = f"the entry {name[:200]!r} {what}"
+        return self._refuse(f"the entry {name[:200]!r} {what}", fix)
+
+    def refuse_all(self, what: str, *, fix: str) -> ArchiveRefused:
+        return self._refuse(f"the archive {what}", fix)
+
+    def _refuse(self, message: str, fix: str) -> ArchiveRefused:
         self._log.note("unsafe", message, code="archive_unsafe", row=self._entries, fix=fix)
         return ArchiveRefused(message)
 
@@ -233,13 +238,13 @@ def _check_directory(stream: BinaryIO, budget: _Budget) -> None:
         end = place - 76  # `zipfile` takes the sizes of a zip64 that are here, whatever the others say
         directory = int(struct.unpack_from("<Q", tail, end + 40)[0])
     if directory > budget.limits.directory_bytes:
-        raise budget.refuse("(all)", f"has {directory:,} bytes of names", fix="pack fewer files")
+        raise budget.refuse_all(f"has {directory:,} bytes of names", fix="pack fewer files")
     stream.seek(max(0, start + end - directory))
     # Before its end, whatever place it states: there `zipfile` looks for it too.
     entries = _count_entries(stream.read(directory), budget.limits.zip_entries)
     if entries > budget.limits.zip_entries:
-        what = f"hold more than {budget.limits.zip_entries:,} entries, which is too many for a zip"
-        raise budget.refuse("(all)", what, fix="pack them as .tar.gz, or put the rows into one csv or jsonl file")
+        what = f"has more than {budget.limits.zip_entries:,} entries, which is too many for a zip"
+        raise budget.refuse_all(what, fix="pack them as .tar.gz, or put the rows into one csv or jsonl file")
     stream.seek(0)
 
 

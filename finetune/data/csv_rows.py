@@ -9,23 +9,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from finetune.data.record_batches import (
-    NOTHING,
-    FindingLog,
-    Limits,
-    RowSource,
-    are_cells_sound,
-    are_names_sound,
-    batched,
-    note_too_many_rows,
-)
+from finetune.data.record_batches import NOTHING, FindingLog, Limits, RowSource, table, unnamed_column
 from finetune.data.text_lines import TextFile, Utf8Lines
 
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# Excel's first line for a delimiter of its own
+_STATED = re.compile(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t|])\"?[ ,;\t]*\r?\n", re.IGNORECASE)
 _SAMPLE_BYTES, _SAMPLE_RECORDS = 256 * 1024, 100
 
 
@@ -37,14 +31,18 @@ def open_csv(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSource]
         yield NOTHING
         return
     with text.open() as stream:
-        delimiter = _delimiter(stream.read(_SAMPLE_BYTES))
+        sample = stream.read(_SAMPLE_BYTES)
+    stated = _STATED.match(sample)
+    delimiter = stated[1].decode() if stated else _delimiter(sample)
     if delimiter in _OTHER_DELIMITERS:
         message = f"the columns are separated by {_OTHER_DELIMITERS[delimiter]}"
         log.note("delimiter", message, severity="info", fix="nothing to do, or save with commas")
     with text.open() as stream:
+        if stated:
+            stream.readline()
         reader = _CsvRows(Utf8Lines(stream, log, limits), delimiter, log, limits)
         header = reader.header()
-        yield NOTHING if header is None else RowSource(header, batched(reader.rows(header), len(header), limits))
+        yield NOTHING if header is None else table(header, reader.rows(header), log, limits)
 
 
 class _CsvRows:
@@ -59,26 +57,15 @@ class _CsvRows:
         fields = self._next_record()
         if fields is None or self._lines.is_damaged:
             return None
-        names = tuple(name.strip() or self._unnamed(position) for position, name in enumerate(fields, 1))
-        return names if are_names_sound(names, self._log, self._limits) else None
+        return tuple(name.strip() or unnamed_column(place, self._log) for place, name in enumerate(fields, 1))
 
-    def _unnamed(self, position: int) -> str:
-        name = f"column_{position}"
-        message = f"column {position} has no name in the header; it is called {name!r}"
-        self._log.note("unnamed", message, severity="warning", column=name, fix="name the column in the header")
-        return name
-
-    def rows(self, header: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    def rows(self, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
         while True:
             self._lines.row += 1
-            if self._lines.row > self._limits.rows:
-                if self._next_record() is not None:
-                    note_too_many_rows(self._log, self._limits, row=self._lines.row)
-                return
             fields = self._next_record()
             if fields is None:
                 return
-            if self._is_sound(fields, header):
+            if not self._lines.is_damaged and self._has_all_fields(fields, header):
                 yield self._lines.row, fields
 
     def _next_record(self) -> list[str] | None:
@@ -100,6 +87,9 @@ class _CsvRows:
             # What follows would be parsed from the middle of a cell: every later row would be wrong too.
             message = f"{where} has a cell larger than {self._limits.cell_bytes:,} bytes; reading stopped there"
             fix = "shorten the cell; if it is not long, a double quote before it is never closed"
+        elif "new-line character" in reason:
+            message = f"{where} has a carriage return alone, outside of double quotes, where other lines end otherwise"
+            fix = "save the file with one kind of line end, or put cells with a carriage return in double quotes"
         else:
             message = f"{where} cannot be parsed: {reason}"
             fix = 'put cells with quotes, commas or line breaks in double quotes, and double the quotes inside: ""'
@@ -107,16 +97,13 @@ class _CsvRows:
         self._lines.is_damaged = True
         return None if is_too_large else []
 
-    def _is_sound(self, fields: list[str], header: tuple[str, ...]) -> bool:
-        row = self._lines.row
-        if self._lines.is_damaged:
-            return False
-        if len(fields) != len(header):
-            message = f"row {row} has {_fields(len(fields))}, the header has {len(header)}"
-            fix = "give every row as many fields as the header; put cells with commas in double quotes"
-            self._log.note("ragged", message, row=row, fix=fix)
-            return False
-        return are_cells_sound(row, zip(header, fields, strict=True), self._log, self._limits)
+    def _has_all_fields(self, fields: Sequence[str], header: Sequence[str]) -> bool:
+        if len(fields) == len(header):
+            return True
+        message = f"row {self._lines.row} has {_fields(len(fields))}, the header has {len(header)}"
+        fix = "give every row as many fields as the header; put cells with commas in double quotes"
+        self._log.note("ragged", message, row=self._lines.row, fix=fix)
+        return False
 
 
 def _fields(count: int) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from finetune.data.duplicates import SHINGLINGS, Duplicates, Indices, find_duplicates
 from finetune.data.labelled import LabelledRows
 from finetune.data.records import Finding, Severity, row_finding
+from finetune.data.spellings import one_label, side_by_side
 from finetune.data.targets.base import Keys, listed
 from model_registry.manifest import too_many_labels
-from modeling.inputs.text_identity import normalise
 
 _MANY_DUPLICATES = 0.1
 _MANY_CUT = 0.05
@@ -73,6 +73,26 @@ def too_long(rows: LabelledRows, lengths: Sequence[int], max_length: int) -> lis
     ]
 
 
+def foreign_to_backbone(foreign: LabelledRows, *, of: int, pieces_per_word: float, unknown_share: float) -> Finding:
+    """Texts that the backbone's tokenizer does not know the words of, among `of` that were looked at."""
+    message = (
+        f"{len(foreign):,} of {of:,} training texts that were looked at are foreign to the backbone: it reads them "
+    )
+    message += (
+        f"as {pieces_per_word:.1f} tokens a word, {unknown_share:.0%} of them unknown. In its own language that is "
+    )
+    message += "1.0 to 1.5, and hardly any"
+    fix = "choose a backbone of this language, or a multilingual one, and compare with method baseline, which reads "
+    fix += "characters"
+    return row_finding(
+        code="texts_foreign_to_backbone",
+        severity="warning",
+        message=message,
+        rows=foreign.row_numbers.tolist(),
+        fix=fix,
+    )
+
+
 def too_many(names: Iterable[str]) -> list[Finding]:
     """An error if a version could not hold these labels."""
     return [excessive(excess)] if (excess := too_many_labels(names)) is not None else []
@@ -104,13 +124,15 @@ def _label_case_collision(train: LabelledRows, held_out: dict[str, LabelledRows]
     counts = Counter(name for rows in everything for label in rows.labels for name in rows.target.names_of(label))
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for label, _ in counts.most_common():
-        spellings[normalise(label)].append(label)
+        spellings[one_label(label)].append(label)
     collisions = [labels for labels in spellings.values() if len(labels) > 1]
     if not collisions:
         return []
     rarer = {label for labels in collisions for label in labels[1:]}
     affected = [row for rows in everything for row in rows.numbers_with(rarer)]
-    message = f"labels that differ only in case or whitespace: {listed([' / '.join(map(repr, c)) for c in collisions])}"
+    message = (
+        f"labels that differ only in case, whitespace or signs that look alike: {listed(map(side_by_side, collisions))}"
+    )
     return [
         row_finding(
             code="label_case_collision",

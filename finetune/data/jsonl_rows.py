@@ -9,19 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.data.record_batches import (
-    NOTHING,
-    FindingLog,
-    Limits,
-    RowSource,
-    are_cells_sound,
-    are_names_sound,
-    batched,
-    note_too_many_rows,
-)
+from finetune.data.record_batches import NOTHING, FindingLog, Limits, RowSource, table
+from finetune.data.spellings import list_items
 from finetune.data.text_lines import TextFile, Utf8Lines
 
 Row = dict[str, str | None]
@@ -43,29 +36,25 @@ def open_jsonl(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSourc
         yield NOTHING
         return
     columns = _column_names(text, limits)
-    if not are_names_sound(columns, log, limits):
-        yield NOTHING
-        return
     with text.open() as stream:
-        found = _rows(Utf8Lines(stream, log, limits), log, limits)
+        found = _rows(Utf8Lines(stream, log, limits), log)
         rows = ((number, [row.get(name) for name in columns]) for number, row in found)
-        yield RowSource(columns, batched(rows, len(columns), limits))
+        yield table(columns, rows, log, limits)
 
 
 def _column_names(text: TextFile, limits: Limits) -> tuple[str, ...]:
     names: dict[str, None] = {}
     with text.open() as stream:
         log = FindingLog()  # the second reading reports
-        for _, row in _rows(Utf8Lines(stream, log, limits), log, limits):
+        for _, row in islice(_rows(Utf8Lines(stream, log, limits), log), limits.rows):
             names.update(dict.fromkeys(row))
             if len(names) > limits.columns:
                 break
     return tuple(names)
 
 
-def _rows(lines: Utf8Lines, log: FindingLog, limits: Limits) -> Iterator[tuple[int, Row]]:
+def _rows(lines: Utf8Lines, log: FindingLog) -> Iterator[tuple[int, Row]]:
     """Line numbers and rows; blank and bad lines are left out."""
-    read = 0
     while True:
         lines.row += 1
         lines.is_damaged = False
@@ -74,11 +63,8 @@ def _rows(lines: Utf8Lines, log: FindingLog, limits: Limits) -> Iterator[tuple[i
             return
         if lines.is_damaged or not line.strip():
             continue
-        read += 1
-        if read > limits.rows:
-            return note_too_many_rows(log, limits, row=lines.row)
         row = _parse(line, lines.row, log)
-        if row is not None and are_cells_sound(lines.row, row.items(), log, limits):
+        if row is not None:
             yield lines.row, row
 
 
@@ -112,8 +98,8 @@ def _as_cell(name: str, cell: Any) -> str | None:
         return "true" if cell else "false"
     if cell is None or isinstance(cell, str):
         return cell
-    if isinstance(cell, list) and all(isinstance(item, str | bool) for item in cell):
-        return json.dumps([item if isinstance(item, str) else str(item).lower() for item in cell], ensure_ascii=False)
+    if isinstance(cell, list) and (items := list_items(cell)) is not None:
+        return json.dumps(items, ensure_ascii=False)
     what = f"has an object or a nested list under {name[:80]!r}; a cell must be a single value or a list of values"
     raise _Refused("nested", what, _FLATTEN)
 

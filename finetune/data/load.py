@@ -10,7 +10,7 @@ import numpy as np
 from finetune.data.canonical import column_names, read_batches
 from finetune.data.errors import ColumnMissing
 from finetune.data.labelled import LabelledRows, load_labelled
-from finetune.data.options import AUTO, Columns, RareClasses, SplitOptions
+from finetune.data.options import AUTO, Columns, RareClasses, SplitOptions, modality_of
 from finetune.data.records import Finding, has_errors, row_finding
 from finetune.data.sides import Sides, divide, with_extras
 from finetune.data.targets import Target, target_of
@@ -83,10 +83,18 @@ class _LabelCells:
                 yield from batch.columns[0]
 
 
+def _answer_among_inputs(label: str) -> Finding:
+    message = f"the label column {label!r} is among the columns to read, so a model would be given the answer"
+    fix = "name another label column, or leave it out of the columns to read"
+    return row_finding(code="label_among_inputs", severity="error", message=message, rows=[], column=label, fix=fix)
+
+
 def _load(
     file: Path, columns: Columns, options: SplitOptions, target: Target, *, is_divided: bool
 ) -> tuple[LabelledRows, list[Finding]]:
     """The rows of one table with the columns that its split and its slices ask for."""
+    if columns.label in [name for names in columns.inputs(modality_of(target.task)).values() for name in names]:
+        return NOTHING, [_answer_among_inputs(columns.label)]
     wanted = [*columns.slices, *([options.column_read] if options.column_read else [])]
     available = column_names(file)
     # Only the rows to divide need the split's column; data given as a side may lack what it is sliced by.

@@ -29,7 +29,7 @@ from finetune.data.record_batches import (
 )
 
 _WRITE_AGAIN = "write the file again and upload it whole"
-_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string)
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _SCALAR_TYPES = (
     *_TEXT_TYPES,
@@ -126,10 +126,12 @@ def _as_strings(array: Any, name: str, first_row: int, log: FindingLog) -> list[
 
 def _as_json(array: Any, name: str, first_row: int, log: FindingLog) -> list[str | None]:
     cells: list[str | None] = []
+    is_number = pa.types.is_floating(array.type.value_type)
     if not any(is_type(array.type.value_type) for is_type in _TEXT_TYPES):
         array = array.cast(pa.large_list(pa.large_string()))
+    nothing = {None, b"nan"} if is_number else {None}
     for row, value in enumerate(array.cast(pa.large_list(pa.large_binary())).to_pylist(), first_row):
-        items = None if value is None else [_decode(item, name, row, log) or "" for item in value]
+        items = None if value is None else [_decode(item, name, row, log) for item in value if item not in nothing]
         cells.append(None if items is None else json.dumps(items, ensure_ascii=False))
     return cells
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from finetune.data.errors import ColumnMissing
 from finetune.data.records import ColumnReport, ColumnType, Finding
-from finetune.data.spellings import NUMBER, label_name
+from finetune.data.spellings import NUMBER, label_name, one_label, side_by_side
 from finetune.data.targets.base import parse_list
 from model_registry.manifest import too_many_labels
-from modeling.inputs.text_identity import normalise
 
 _DISTINCT_AT_MOST = 1000
 _EXAMPLE_CHARACTERS = 200
@@ -77,8 +76,8 @@ class ColumnProfile:
         found: defaultdict[str, list[str]] = defaultdict(list)
         for value in [value for value, _ in self._counts.most_common()] + sorted(self._padded):
             if value.strip():
-                found[normalise(value)].append(value)
-        pairs = [" / ".join(map(repr, values)) for values in found.values() if len(values) > 1]
+                found[one_label(value)].append(value)
+        pairs = [side_by_side(values) for values in found.values() if len(values) > 1]
         if not pairs:
             return []
         message = f"values of {self._name!r} that differ only in case or blanks: {', '.join(pairs)}"[:2000]

@@ -63,6 +63,9 @@ def unrecognised(filename: str, first_bytes: bytes) -> Finding:
     elif first_bytes.startswith(_OLE_MAGIC):
         message = f"{filename!r} is a workbook of an old format, or has a password"
         fix = "save it as .xlsx without a password, or the sheet as CSV UTF-8"
+    elif first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        message = f"{filename!r} is a JSON array, or no table"
+        fix = "write one JSON object on each line and call the file .jsonl; or upload csv, parquet or xlsx"
     else:
         message = f"the format of {filename!r} is not known"
         fix = "upload a .csv, .jsonl, .parquet or .xlsx file, or a .zip or .tar.gz of text files"

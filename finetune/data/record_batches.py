@@ -111,6 +111,34 @@ class FindingLog:
         ]
 
 
+def table(
+    columns: Sequence[str], rows: Iterable[tuple[int, Sequence[str | None]]], log: FindingLog, limits: Limits
+) -> RowSource:
+    """A table of these columns, with those of the numbered rows whose cells are sound, up to the limit; nothing if the
+    names are not sound."""
+    if not are_names_sound(columns, log, limits):
+        return NOTHING
+    return RowSource(tuple(columns), batched(_sound(columns, rows, log, limits), len(columns), limits))
+
+
+def _sound(
+    columns: Sequence[str], rows: Iterable[tuple[int, Sequence[str | None]]], log: FindingLog, limits: Limits
+) -> Iterator[tuple[int, Sequence[str | None]]]:
+    for count, (number, cells) in enumerate(rows, 1):
+        if count > limits.rows:
+            return note_too_many_rows(log, limits, row=number)
+        if are_cells_sound(number, zip(columns, cells, strict=True), log, limits):
+            yield number, cells
+
+
+def unnamed_column(place: int, log: FindingLog) -> str:
+    """The name of a column, counted from 1, whose header is empty."""
+    name = f"column_{place}"
+    message = f"column {place} has no name in the header; it is called {name!r}"
+    log.note("unnamed", message, severity="warning", column=name, fix="name the column in the header")
+    return name
+
+
 def batched(rows: Iterable[tuple[int, Sequence[str | None]]], width: int, limits: Limits) -> Iterator[RowBatch]:
     """Gather rows of `width` cells, each with its number, into batches within the limits."""
     most, characters = rows_per_batch(width, limits), 0

@@ -9,8 +9,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
+
+from modeling.inputs.text_identity import normalise
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 ListSpelling = Literal["json", "python"]
@@ -22,6 +25,7 @@ _TOKEN = re.compile(
 )
 _ARRAY = re.compile(r"array\(\s*(\[.*\])\s*(?:,\s*dtype=[^()]{1,40})?\)", re.DOTALL)
 _BOOLEANS = frozenset({"true", "false"})
+_NOTHING = frozenset({"None", "NaN", "nan", "null"})
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))\.0+", re.ASCII)
 _PADDED = re.compile(r"([+-]?(?:0|[1-9]\d*)\.\d*[1-9])0+", re.ASCII)
 _LONGEST_NUMBER = 40
@@ -53,9 +57,16 @@ def _json_list(text: str) -> list[str] | None:
         value: Any = json.loads(text, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, list) or not all(isinstance(item, str | bool) for item in value):
+    items = list_items(value) if isinstance(value, list) else None
+    return items if items or not value else None  # `[null]` may be the name of a class
+
+
+def list_items(values: Iterable[Any]) -> list[str] | None:
+    """Strings and booleans as items, without what is null; None if there is anything else."""
+    given = [value for value in values if value is not None]
+    if not all(isinstance(item, str | bool) for item in given):
         return None
-    return [item if isinstance(item, str) else str(item).lower() for item in value]
+    return [item if isinstance(item, str) else str(item).lower() for item in given]
 
 
 def _printed_list(text: str) -> list[str] | None:
@@ -63,7 +74,7 @@ def _printed_list(text: str) -> list[str] | None:
     if text[-1] != _CLOSING.get(text[0]):
         return None
     items: list[str] = []
-    at, end, is_open = 1, len(text) - 1, True
+    at, end, is_open, has_nothing = 1, len(text) - 1, True, False
     while at < end:
         token = _TOKEN.match(text, at, end)
         if token is None:
@@ -72,12 +83,17 @@ def _printed_list(text: str) -> list[str] | None:
         if token["gap"]:
             is_open = True
             continue
+        if not is_open:
+            return None
+        is_open = False
+        if token["bare"] in _NOTHING and text[0] == "[":
+            has_nothing = True
+            continue
         item = _item(token, only_quoted=text[0] != "[")
-        if item is None or not is_open:
+        if item is None:
             return None
         items.append(item)
-        is_open = False
-    return items if items or text[0] == "[" else None
+    return items if items or (text[0] == "[" and not has_nothing) else None
 
 
 def _item(token: re.Match[str], *, only_quoted: bool) -> str | None:
@@ -100,6 +116,17 @@ def label_name(label: str) -> str:
         return label.lower()
     found = _WHOLE.fullmatch(label) or _PADDED.fullmatch(label)
     return found[1] if found else label
+
+
+def one_label(label: str) -> str:
+    """What labels have in common that were meant to be one: all but case, blanks, and what cannot be seen."""
+    return normalise("".join(one for one in label if unicodedata.category(one) != "Cf"))
+
+
+def side_by_side(labels: Sequence[str]) -> str:
+    """Labels for a message, with escapes if they look alike."""
+    looks = {unicodedata.normalize("NFKC", "".join(filter(str.isprintable, label))) for label in labels}
+    return " / ".join(map(repr if len(looks) == len(labels) else ascii, labels))
 
 
 # Numbers

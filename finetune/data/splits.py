@@ -122,6 +122,8 @@ def split_rows(
     units.sides[units.is_fixed] = TRAIN
     _top_up(units, shares)
     _train_every_class(units, rows, shares)
+    if strategy == "group":
+        _fill(units, rows, shares)
     return Split.of(units.sides[units.of_row])
 
 
@@ -208,6 +210,26 @@ def _top_up(units: _Units, shares: _Shares) -> None:
             if held[side] == 0 and len(spare):
                 distances = shares.distances(units.positions[spare], side)
                 units.sides[spare[int(np.argmin(distances))]] = side
+
+
+def _fill(units: _Units, rows: LabelledRows, shares: _Shares) -> None:
+    """Moves the unit that is closest to a side without any, as far as one remains where it was and every class still
+    trains: a group has rows of several classes, and was topped up for one."""
+    for side in shares.wanted():
+        held = np.bincount(units.sides, minlength=3)
+        if held[side]:
+            continue
+        distances = shares.distances(units.positions, side)
+        for unit in np.argsort(distances, kind="stable").tolist():
+            if held[units.sides[unit]] > 1 and _trains_without(units, rows, unit):
+                units.sides[unit] = side
+                break
+
+
+def _trains_without(units: _Units, rows: LabelledRows, unit: int) -> bool:
+    """Whether every class still has a row to train on if this unit is elsewhere."""
+    is_trained = (units.sides == TRAIN) & (np.arange(len(units.sides)) != unit)
+    return rows.take(np.flatnonzero(is_trained[units.of_row])).names() == rows.names()
 
 
 def _has_name(rows: LabelledRows, names: frozenset[str]) -> npt.NDArray[np.bool_]:

@@ -214,7 +214,9 @@ class Utf8Lines:
         if len(line) > self._limits.row_bytes:
             return self._skip_long_line()
         if b"\0" in line:
-            self._damage("NUL", "holds a NUL byte", fix="remove the NUL bytes, or export the file again as text")
+            self._damage(
+                "NUL", "holds a NUL byte", fix="remove the NUL bytes, or, if the file is UTF-16, save it as UTF-8"
+            )
         return self._decode(line, offset)
 
     def _decode(self, line: bytes, offset: int) -> str:

@@ -17,22 +17,14 @@ from typing import Any
 from xml.etree.ElementTree import ParseError
 
 from finetune.data.archive import is_bounded_zip
-from finetune.data.record_batches import (
-    NOTHING,
-    FindingLog,
-    Limits,
-    RowSource,
-    are_cells_sound,
-    are_names_sound,
-    batched,
-    note_too_many_rows,
-)
+from finetune.data.record_batches import NOTHING, FindingLog, Limits, RowSource, table, unnamed_column
 
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, ParseError, EOFError, NotImplementedError),
     *(KeyError, IndexError, ValueError, TypeError, AttributeError),  # of parts that contradict each other
 )
-_LOOKED_AT = 100  # rows in which a sheet's first value is looked for
+_ERRORS = frozenset({"#DIV/0!", "#N/A", "#NAME?", "#NULL!", "#NUM!", "#REF!", "#VALUE!"})
+_LOOKED_AT = 10_000  # rows in which a sheet's first value is looked for
 _SAVE_AGAIN = "save the workbook again as .xlsx, or the sheet as CSV UTF-8"
 
 
@@ -96,40 +88,35 @@ def _source(sheet: Any, log: FindingLog, limits: Limits) -> RowSource:
     rows = enumerate(sheet.iter_rows(values_only=True), 1)
     header = next((values for _, values in rows if _has_value(values)), ())
     names = _names(header, log)
-    if not are_names_sound(names, log, limits):
-        return NOTHING
-    return RowSource(names, batched(_rows(rows, names, log, limits), len(names), limits))
+    return table(names, _rows(rows, len(names), log), log, limits)
 
 
 def _names(header: Sequence[Any], log: FindingLog) -> tuple[str, ...]:
     """Those up to the last cell with a value."""
     cells = [(_text(value) or "").strip() for value in header]
     width = max(place for place, cell in enumerate(cells, 1) if cell)
-    for place, cell in enumerate(cells[:width], 1):
-        if not cell:
-            message = f"column {place} has no name in the header; it is called 'column_{place}'"
-            fix = "name the column in the header"
-            log.note("unnamed", message, severity="warning", column=f"column_{place}", fix=fix)
-    return tuple(cell or f"column_{place}" for place, cell in enumerate(cells[:width], 1))
+    return tuple(cell or unnamed_column(place, log) for place, cell in enumerate(cells[:width], 1))
 
 
 def _rows(
-    rows: Iterator[tuple[int, Sequence[Any]]], names: Sequence[str], log: FindingLog, limits: Limits
+    rows: Iterator[tuple[int, Sequence[Any]]], width: int, log: FindingLog
 ) -> Iterator[tuple[int, list[str | None]]]:
     """Rows with a value, under the sheet's own numbers."""
     with _damage_noted(log):
         for number, values in rows:
-            if number > limits.rows:
-                return note_too_many_rows(log, limits, row=number)
             if not _has_value(values):
                 continue
-            cells = [_text(value) for value in values[: len(names)]]
-            cells += [None] * (len(names) - len(cells))
-            if _has_value(values[len(names) :]):
+            if _has_value(values[width:]):
                 message = f"row {number} has values beside the columns of the header, which are left out"
                 log.note("beside", message, severity="warning", row=number, fix="name their columns in the header")
-            if are_cells_sound(number, zip(names, cells, strict=True), log, limits):
-                yield number, cells
+            cells = [_text(value) for value in values[:width]]
+            if failed := _ERRORS.intersection(cells):
+                message = f"row {number} holds {min(failed)}, the error of a formula, which counts as no value"
+                log.note(
+                    "error", message, severity="warning", row=number, fix="correct the formula, or leave the cell empty"
+                )
+                cells = [None if cell in _ERRORS else cell for cell in cells]
+            yield number, cells + [None] * (width - len(cells))
 
 
 def _has_value(values: Sequence[Any]) -> bool:

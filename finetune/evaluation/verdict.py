@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.data.records import Finding
 from finetune.data.targets import metric_of
 from finetune.data.targets.base import all_named
 
@@ -41,7 +42,7 @@ class Figures:
     `history` is the chosen method's evaluations; `against_baseline` compares both on validation and is
     None where the baseline was not trained or won; `data_curve` is of `judgement.data_curve`. `train_score` and
     `validation_score` are of `fit_metric` (the metric where that is empty), which should reach `least_fit`. `cut_short`
-    and `left_out` are of the evaluation; `validation_rows` None: they are enough.
+    and `left_out` are of the evaluation, `foreign_texts` of the data; `validation_rows` None: they are enough.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Figures:
     validation_rows: int | None = None
     cut_short: Mapping[str, Any] | None = None
     left_out: Sequence[Mapping[str, str]] = ()
+    foreign_texts: Sequence[Finding] = ()
 
 
 def verdict(figures: Figures) -> list[Judgement]:
@@ -68,6 +70,7 @@ def verdict(figures: Figures) -> list[Judgement]:
     found = [
         *_cut_short(figures),
         *_left_out(figures),
+        *_foreign_texts(figures),
         *_underfitting(figures),
         *_overfitting(figures),
         *_baseline(figures),
@@ -99,8 +102,19 @@ def _left_out(figures: Figures) -> list[Judgement]:
     found = [one for one in figures.left_out if one["reason"] != "cancelled"]
     if not found:
         return []
-    message = " ".join(f"{one['message']}." for one in found)
-    return [Judgement("methods_left_out", "info", message[0].upper() + message[1:], {"left_out": found})]
+    message = " ".join(_sentence(one["message"]) for one in found)
+    return [Judgement("methods_left_out", "info", message, {"left_out": found})]
+
+
+def _foreign_texts(figures: Figures) -> list[Judgement]:
+    return [
+        Judgement(found.code, "warning", f"{_sentence(found.message)} {_sentence(found.fix)}", found.model_dump())
+        for found in figures.foreign_texts
+    ]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def of_rerun(found: Mapping[str, Any]) -> Judgement:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from finetune.training.feature_cache import FeatureCache, content_key, lengths_space, space_name
+from finetune.training.feature_cache import FeatureCache, content_key, counts_space, space_name
 from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, EngineSpec, build_engine
 from modeling.engines.device import DeviceFingerprint
@@ -90,7 +90,7 @@ class FrozenVectors:
     def lengths(self, examples: Sequence[Example]) -> IntArray:
         """What each example costs int64[examples], one more than the backbone's limit where it is cut there."""
         found = np.zeros((len(examples), 1), dtype=np.float32)
-        space = lengths_space(self.backbone.info.digest, self.modality.libraries)
+        space = counts_space("lengths", self.backbone.info.digest, self.modality.libraries)
         keys = [content_key(self.modality.content(example)) for example in examples]
         is_known = np.zeros(len(examples), dtype=np.bool_)
         if self.cache is not None and len(examples):

@@ -47,9 +47,9 @@ def space_name(backbone_digest: str, engine: str, libraries: Sequence[str]) -> s
     return _hashed([_SCHEMA, backbone_digest, engine, {name: _version(name) for name in names}])
 
 
-def lengths_space(backbone_digest: str, libraries: Sequence[str]) -> str:
-    """The folder of what examples cost a backbone, as vectors of one number."""
-    return _hashed([_SCHEMA, backbone_digest, "lengths", *map(_version, libraries)])
+def counts_space(what: str, backbone_digest: str, libraries: Sequence[str]) -> str:
+    """The folder of what a backbone's preprocessor counts in examples, such as what they cost it."""
+    return _hashed([_SCHEMA, backbone_digest, what, *map(_version, libraries)])
 
 
 def _hashed(document: Any) -> str:

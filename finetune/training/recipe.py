@@ -42,6 +42,7 @@ from finetune.training.artefact import (
     write_judgement,
     write_weights,
 )
+from finetune.training.coverage import foreign_texts
 from finetune.training.embedding import FrozenVectors, release_free_memory
 from finetune.training.feature_cache import FeatureCache
 from finetune.training.methods import METHODS
@@ -94,6 +95,8 @@ def prepare(job: ChildJob, link: Link, pace: Pace) -> tuple[Run, Replan]:
     vectors = frozen_vectors(job, backbone, cache)
     replan = planner(job, wanted, vectors, train, validation, test, link)
     plan = replan({})
+    foreign = [] if [one.method for one in plan.methods] == ["baseline"] else foreign_texts(train, vectors)
+    tell(link, foreign)
     link.set(plan=plan.model_dump(mode="json"))
     run = Run(
         train=_rows(train, labels),
@@ -110,6 +113,7 @@ def prepare(job: ChildJob, link: Link, pace: Pace) -> tuple[Run, Replan]:
         suspects=suspects,
         pace=pace,
         is_rerun=job.original is not None,
+        foreign_texts=foreign,
     )
     pace.plan(stages(plan))
     pace.deadline = run.deadline

@@ -126,6 +126,7 @@ def _figures(run: Run, outcome: Outcome, evaluation: dict[str, Any]) -> Figures:
         validation_rows=len(run.validation),
         cut_short=outcome.cut_short,
         left_out=run.left_out,
+        foreign_texts=run.foreign_texts,
         least_fit=run.rules.least_fit,
         is_on_training_rows=len(run.train) == len(run.validation)
         and all(map(operator.is_, run.train.examples, run.validation.examples)),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.data.records import Finding
 from finetune.evaluation.tasks import rules_of
 from finetune.evaluation.tasks.rules import Scale, Targets, TaskRules
 from finetune.jobs.failures import Cancelled, Stopped
@@ -72,6 +73,7 @@ class Run:
     rates of each step to take, and `tokens` for their rows.
     `left_out` are the methods of the plan that were not trained, and why. A run that `is_finishing` has its models, and
     goes to its end unless nothing of it is to be kept. One that `is_rerun` trains what the job before trained.
+    `foreign_texts` is what was found of texts that the backbone was not made for.
     """
 
     train: Rows
@@ -98,6 +100,7 @@ class Run:
     left_out: list[dict[str, str]] = field(default_factory=list)
     is_finishing: bool = False
     is_rerun: bool = False
+    foreign_texts: list[Finding] = field(default_factory=list)
     _features: dict[str, FloatArray] = field(default_factory=dict)
     _embedded: tuple[int, int] | None = None  # rows of other sides before these, and of all
 

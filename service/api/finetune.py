@@ -256,7 +256,10 @@ def _check_dataset(record: DatasetRecord, spec: JobSpec, *, split_column: str | 
         if wanted not in names:
             error = ColumnMissing(wanted, available=names)
             raise DatasetUnreadable(f"{record.id}: {error}", findings=[error.as_finding()])
-    _check_labels(record, next(column for column in record.columns if column.name == spec.columns.label), spec.task)
+    labels = {spec.columns_by_side[side].label for side, id_ in sides.items() if id_ == record.id}
+    for column in record.columns:
+        if column.name in labels:
+            _check_labels(record, column, spec.task)
 
 
 def _check_labels(record: DatasetRecord, column: ColumnReport, task: str) -> None:

@@ -88,8 +88,8 @@ class NumberTarget(Target):
                     code="constant_target",
                     severity="error",
                     rows=rows.row_numbers.tolist(),
-                    message=f"all {len(rows):,} rows have the target {float(rows.labels[0]):g}; there is nothing to "
-                    "learn",
+                    message=f"{'the only row has' if len(rows) == 1 else f'all {len(rows):,} rows have'} the target "
+                    f"{float(rows.labels[0]):g}; there is nothing to learn",
                     fix="add rows with other values, or choose another label column",
                 )
             ]

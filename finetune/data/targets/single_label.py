@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from finetune.data.records import Finding, row_finding
 from finetune.data.spellings import NUMBER, label_name
-from finetune.data.targets.base import FEW_ROWS, Keys, Target, looks_like_list, parse_list, with_sizes
+from finetune.data.targets.base import FEW_ROWS, Keys, Target, listed, looks_like_list, parse_list, with_sizes
 from finetune.data.targets.metric import Metric
 from modeling.inputs import BadCell
 
 if TYPE_CHECKING:
     from finetune.data.labelled import LabelledRows
 
+_NOTHING = frozenset({"nan", "NaN", "NAN", "None", "NULL", "null", "<NA>", "NaT", "#N/A"})
 _IMBALANCE_RATIO = 20
 _LEAST_OF_A_QUANTITY = 10  # rows
 
@@ -55,6 +56,7 @@ class ClassTarget(Target):
             return quantity
         return [
             *_single_class(rows),
+            *_written_nothing(rows),
             *_unread_lists(rows),
             *_class_sizes(rows, groups, needed),
             *_imbalance(rows),
@@ -70,6 +72,19 @@ def _single_class(rows: LabelledRows) -> list[Finding]:
     fix = "add rows of at least one other class, or choose another label column"
     every_row = rows.row_numbers.tolist()
     return [row_finding(code="single_class", severity="error", message=message, rows=every_row, fix=fix)]
+
+
+def _written_nothing(rows: LabelledRows) -> list[Finding]:
+    """Classes that are called as programs write a value that is missing."""
+    found = _NOTHING & set(rows.labels)
+    if not found:
+        return []
+    numbers = rows.numbers_with(set(found))
+    message = (
+        f"{len(numbers):,} rows are of class {listed(map(repr, sorted(found)))}, which programs write for no value"
+    )
+    fix = "nothing to do if it is a class; else leave the cell empty"
+    return [row_finding(code="empty_value", severity="warning", message=message, rows=numbers, fix=fix)]
 
 
 def _quantity(rows: LabelledRows) -> list[Finding]:

@@ -86,7 +86,10 @@ class LabelSetRules(Summed):
         return np.stack([right] * ADDED + [wrong] * ADDED)
 
     def shares(self, parts: Values) -> dict[str, list[float]]:
-        return {"subset_accuracy": wilson(int(parts[:, -3].sum()), len(parts))}
+        """And those of F1 where no label is due, so that nothing is known of it."""
+        labels = (parts.shape[1] - 3) // 3
+        unknown = {} if parts[:, 2 * labels : 3 * labels].any() else {"micro_f1": [0.0, 1.0], "macro_f1": [0.0, 1.0]}
+        return {"subset_accuracy": wilson(int(parts[:, -3].sum()), len(parts)), **unknown}
 
     def _answers(self, outputs: FloatArray, answering: Calibration) -> Any:
         return _TASK.answers(_TASK.scores(outputs, answering), answering)

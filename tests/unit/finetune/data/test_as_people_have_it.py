@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import zipfile
 from datetime import date, datetime
 from pathlib import Path
@@ -401,3 +402,70 @@ def test_a_side_may_have_other_column_names(tmp_path: Path) -> None:
     assert len(sides.test) == 40 and sides.test.names() == {"a", "b"}
     assert all(example.startswith("test text") for example in sides.test.examples)
     assert codes(load_sides(files, columns=columns, options=SplitOptions(), seed=1).findings)["missing_column"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"text,label\r\ngood,pos\r\nbad,neg\rugly,neg\r\n", b'text,label\r"a\nb",x\rc,y\r']
+)
+def test_a_carriage_return_among_other_line_ends_is_named(tmp_path: Path, content: bytes) -> None:
+    _, findings = read(put(tmp_path, content))
+    (finding,) = [finding for finding in findings if finding.severity == "error"]
+    assert "carriage return" in finding.message and "universal-newline" not in finding.message
+    assert "one kind of line end" in finding.fix
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;"])
+def test_a_line_that_states_the_delimiter_is_no_header(tmp_path: Path, first: str) -> None:
+    rows, findings = read(put(tmp_path, f"{first}\r\ntext;label\r\na, b;pos\r\n".encode("utf-16")))
+    assert rows == [["text", "label"], ["a, b", "pos"]]
+    assert {finding.severity for finding in findings} == {"info"}
+    column = put(tmp_path, b"sep=,text\na,b\n")
+    assert read(column)[0] == [["sep=", "text"], ["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"text": "a", "label": ["x", null]}\n', b'text,label\na,"[""x"", null]"\n', b"text,label\na,\"['x', None]\"\n"],
+)
+def test_nothing_in_a_list_is_no_label(tmp_path: Path, content: bytes) -> None:
+    sides = job(tmp_path, content, "jsonl" if content[:1] == b"{" else "csv", task="text-multi-label")
+    assert sides.train.labels == ['["x"]']
+
+
+def test_nothing_in_a_list_of_parquet_is_no_label(tmp_path: Path) -> None:
+    for values, expected in ((["x", None], '["x"]'), ([1.0, math.nan], '["1"]'), ([2, None], '["2"]')):
+        pq.write_table(pa.table({"text": ["a"], "label": [values]}), tmp_path / "raw")
+        assert read(tmp_path / "raw", "parquet")[0][1] == ["a", expected]
+
+
+def test_texts_of_parquet_may_be_views(tmp_path: Path) -> None:
+    texts = pa.array(["a", "b"], pa.string_view())
+    pq.write_table(
+        pa.table({"text": texts, "label": pa.array([["x"], ["y"]], pa.list_(pa.string_view()))}), tmp_path / "raw"
+    )
+    assert read(tmp_path / "raw", "parquet") == ([["text", "label"], ["a", '["x"]'], ["b", '["y"]']], [])
+
+
+def test_an_error_of_a_formula_is_no_value(tmp_path: Path) -> None:
+    path = workbook(tmp_path, ("s", [["text", "label"], ["a", "#DIV/0!"], ["#N/A", "x"], ["# 1", "#N/A yet"]]))
+    rows, findings = read(path, "xlsx")
+    assert rows[1:] == [["a", None], [None, "x"], ["# 1", "#N/A yet"]]
+    (finding,) = findings
+    assert finding.severity == "warning" and finding.rows == [2, 3] and "#DIV/0!" in finding.message
+
+
+def test_a_table_may_begin_far_down_a_sheet(tmp_path: Path) -> None:
+    path = workbook(tmp_path, ("s", [*[[]] * 500, ["text", "label"], ["a", "x"]]))
+    assert read(path, "xlsx")[0] == [["text", "label"], ["a", "x"]]
+
+
+def test_a_json_array_is_refused_by_name() -> None:
+    finding = unrecognised("rows.json", b'\xef\xbb\xbf [{"text": "a", "label": "x"}]')
+    assert "JSON array" in finding.message and ".jsonl" in finding.fix
+
+
+@pytest.mark.parametrize("named", [{"text": "label"}, {"text": ["text", "label"]}, {"text": "text", "label": "text"}])
+def test_a_label_that_is_read_as_text_is_refused(tmp_path: Path, named: dict[str, Any]) -> None:
+    table = [["text", "label"], *([f"text number {n}", "ab"[n % 2]] for n in range(40))]
+    sides = job(tmp_path, written(table).encode(), columns=Columns.model_validate(named))
+    assert codes(sides.findings)["label_among_inputs"].severity == "error"

@@ -115,3 +115,18 @@ def test_labels_that_no_version_could_hold_are_an_error(labels: list[str], says:
 def test_as_many_labels_as_a_version_can_hold_are_none() -> None:
     rows = rows_of(*((f"text {number}", str(number)) for number in range(10_000)))
     assert "too_many_labels" not in {finding.code for finding in inspect_rows(rows)}
+
+
+@pytest.mark.parametrize("other", ["cafe\u0301", "caf\u00e9\u200b", "\ufeffcaf\u00e9"])
+def test_labels_that_look_alike_are_shown_by_their_code_points(other: str) -> None:
+    rows = rows_of(*many("caf\u00e9", 12), *many("news", 12), ("x", other))
+    finding = named(inspect_rows(rows), "label_case_collision")
+    assert (finding.severity, finding.rows) == ("error", [25])
+    assert ascii("caf\u00e9") in finding.message and ascii(other) in finding.message
+
+
+@pytest.mark.parametrize("label", ["nan", "None", "NULL", "<NA>"])
+def test_a_class_that_is_called_like_no_value_is_told(label: str) -> None:
+    finding = named(inspect_rows(rows_of(*many("a", 12), *many(label, 12))), "empty_value")
+    assert (finding.severity, finding.count) == ("warning", 12) and repr(label) in finding.message
+    assert not [one for one in inspect_rows(rows_of(*many("a", 12), *many("none", 12))) if one.code == "empty_value"]

@@ -14,7 +14,7 @@ from finetune.data.load import load_sides
 from finetune.data.options import Columns, SplitOptions
 from finetune.data.record_batches import RowBatch
 from finetune.training import feature_cache
-from finetune.training.feature_cache import content_key, lengths_space, space_name
+from finetune.training.feature_cache import content_key, counts_space, space_name
 from modeling.inputs.text import Text
 
 WORDS = "der Straße FILM ﬁne naïve 良い 映画 plot dull good and was the a of 2024 ¿qué".split()
@@ -69,4 +69,4 @@ def test_vectors_are_kept_in_the_folders_that_they_were_always_kept_in(monkeypat
     monkeypatch.setattr(feature_cache, "_version", lambda name: f"{name} 1")
     assert space_name("digest", "torch/fp32", Text.libraries) == "9792275fb2283ad2664ce1009709e182"
     assert space_name("digest", "onnx/int8", Text.libraries) == "d7859716549186bc3bdcb809443febbf"
-    assert lengths_space("digest", Text.libraries) == "5e1f38f4b06a04b5663c122f4da13926"
+    assert counts_space("lengths", "digest", Text.libraries) == "5e1f38f4b06a04b5663c122f4da13926"

@@ -150,3 +150,12 @@ def test_normalise_and_the_hash_never_change() -> None:
 def test_fractions_lie_in_the_unit_interval_and_normalising_is_idempotent(text: str, seed: int) -> None:
     assert 0 <= fraction(Text().digest(text), seed) < 1
     assert normalise(normalise(text)) == normalise(text)
+
+
+@pytest.mark.parametrize("groups", [3, 4, 9])
+def test_as_many_groups_as_sides_leave_none_empty(groups: int) -> None:
+    for salt in range(20):
+        rows = rows_of([(f"text {n}", "ab"[n % 2]) for n in range(36)])
+        values = [f"group {salt} {n % groups}" for n in range(36)]
+        found = split_rows(rows, strategy="group", validation=0.15, test=0.15, seed=1, groups=values)
+        assert all(len(side) for side in sides(found)), (groups, salt)

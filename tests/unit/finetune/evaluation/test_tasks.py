@@ -385,3 +385,9 @@ def test_the_rows_that_a_perfect_model_would_answer_differently() -> None:
     assert NumberRules().misses(values, wanted) == len(wanted)
     outputs = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
     assert rules_of("text-classification").misses(outputs, np.asarray([0, 1, 1, 2])) == 2
+
+
+def test_nothing_is_known_of_f1_where_no_label_is_due() -> None:
+    outputs, targets = np.full((30, 4), -4, np.float32), np.zeros((30, 4), np.float32)
+    found = rules_of("text-multi-label").report(side(outputs, targets, "micro_f1"))["intervals_95"]
+    assert found["micro_f1"] == found["macro_f1"] == [0.0, 1.0]
