@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from model_registry.errors import ArtifactExists
 from model_registry.manifest import backbone_prefix
@@ -161,8 +162,10 @@ def _check_reachable(rest: str) -> None:
     that falls silent."""
     from huggingface_hub import constants, get_session
 
-    session = get_session()
-    session.timeout = _HUB_IS_SILENT_S
+    # Requests say that they wait for ever, so a timeout of the client would not do.
+    hooks = (session := get_session()).event_hooks
+    if _bound_request not in hooks["request"]:
+        session.event_hooks = {**hooks, "request": [*hooks["request"], _bound_request]}
     try:
         session.head(constants.ENDPOINT, timeout=_HUB_ANSWERS_S)
     except Exception as error:
@@ -170,6 +173,13 @@ def _check_reachable(rest: str) -> None:
             f"hub:{rest}: the hub cannot be reached from here ({type(error).__name__}); allow the connection, or copy "
             "the checkpoint to a folder and name that"
         ) from error
+
+
+def _bound_request(request: Any) -> None:
+    given = request.extensions["timeout"]
+    request.extensions["timeout"] = {
+        kind: _HUB_IS_SILENT_S if seconds is None else seconds for kind, seconds in given.items()
+    }
 
 
 def ingest(store: ArtifactStore, folder: Path, *, name: str, source: str) -> Backbone:
