@@ -78,7 +78,7 @@ def _sheet(workbook: Any, log: FindingLog) -> Any:
         return None
     if len(filled) > 1:
         others = ", ".join(repr(sheet.title[:60]) for sheet in filled[1:6])
-        message = f"the sheet {filled[0].title[:60]!r} was read; {len(filled) - 1} others were not: {others}"
+        message = f"of {len(filled)} sheets only {filled[0].title[:60]!r} was read, not {others}"
         fix = "nothing to do, or upload the other sheets as workbooks or csv files of their own"
         log.note("sheets", message, severity="warning", fix=fix)
     return filled[0]

@@ -110,7 +110,8 @@ def label_drop(duel: Duel, *, most: float) -> Gate:
     figures["classes"] = drops
     by = max(worst["recall_drop"], worst["f1_drop"])
     of = "recall" if worst["recall_drop"] >= worst["f1_drop"] else "F1"
-    told = f"{worst['label']} loses {by:.4f} of {of} on {worst['rows']} rows"
+    of_rows = "1 row" if worst["rows"] == 1 else f"{worst['rows']} rows"
+    told = f"{worst['label']} loses {by:.4f} of {of} on {of_rows}"
     # A difference of two ratios may pass the limit by its last bit alone.
     if by > most + 1e-9:
         message = f"{told}, more than max_class_drop {most:g}"
@@ -131,7 +132,7 @@ def _judged_groups(duel: Duel) -> tuple[dict[str, list[int]], dict[str, int]]:
     together = sum(rows[index] for index in few)
     # Where no class has enough rows, what there is must do: McNemar's test says whether it does.
     if together >= LEAST_CLASS_ROWS or (together and not groups):
-        named = "the class" if len(few) == 1 else f"the {len(few)} classes together"
+        named = "the class" if len(few) == 1 else f"the group of {len(few)} classes"
         groups[f"{named} with fewer than {LEAST_CLASS_ROWS} rows"] = few
     return groups, {duel.names[index]: count for index, count in rows.items() if count < LEAST_CLASS_ROWS}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from modeling.errors import BackboneUnavailable, CheckpointRefused, PreprocessorFailed
 from modeling.ingestion.base import read_json
-from modeling.inputs.text import TextPreprocessor
+from modeling.inputs.text import TextPreprocessor, normaliser
 
 MAX_ADDED_TOKENS = 20_000
 MAX_ADDED_CHARACTERS = 1000  # of one
@@ -41,7 +40,6 @@ _REPEATED = (
 _BREAKS = "\ue000!\u00a7a\n"
 _PARTS = ("normalizer", "pre_tokenizer")
 _SHORT = 32  # characters
-_NO_TOKENIZER = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
 _LITERAL = re.compile(r"\\(.)|([^\\\[\](){}|?*+^$.])")
 _CODE_POINT = re.compile(r"\\(?:x\{([0-9a-fA-F]{1,6})\}|x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{4}))")
 _CLASSES = {"s": " ", "S": "a", "w": "a", "W": "-", "d": "1", "D": "a", "p": "a", "P": "-", "n": "\n", "r": "\r"}
@@ -136,24 +134,13 @@ def _longest_mapping(charsmap: str) -> int:
 def _check_normaliser(document: Mapping[str, Any]) -> None:
     """Run the steps one after another, each on what the one before it made, so that none sees a text that has grown
     beyond bounds: a pattern that matches where there is nothing doubles a text at each step."""
-    from tokenizers import Tokenizer
-
-    steps = []
-    for step in _steps(document.get("normalizer")):
-        if "normalizers" not in step:
-            alone = {**_NO_TOKENIZER, "normalizer": step}
-            try:
-                steps.append(Tokenizer.from_str(json.dumps(alone)).normalizer)
-            except Exception as error:  # it raises no other class
-                raise BackboneUnavailable(
-                    f"tokenizer.json cannot be read: {str(error)[:200]}; save the tokenizer again"
-                ) from error
+    steps = [normaliser(step) for step in _steps(document.get("normalizer")) if "normalizers" not in step]
     for unit in _units(document, _literals_of(document)):
         text = made = unit * (_SHORT // len(unit) + 1)
         for step in steps:
             try:
-                made = step.normalize_str(made)
-            except Exception:  # `_read` says more of it
+                made = step(made)
+            except PreprocessorFailed:  # `_read` says more of it
                 break
             _check_growth(len(made), "characters", text, unit)
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -253,6 +253,9 @@ class TextPreprocessor:
         return self._features(*layout.fill(kept), is_truncated=True)
 
 
+_NO_WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
+
+
 @lru_cache(maxsize=4)
 def _tokenizer(document: str) -> Tokenizer:
     """Fine-tunes have their backbone's: to build one holds all threads up, 25 ms for 30,000 words."""
@@ -268,6 +271,18 @@ def _tokenizer(document: str) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def normaliser(step: Mapping[str, Any]) -> Callable[[str], str]:
+    """Make one step of a `tokenizer.json`'s normaliser, by itself. Raises `BackboneUnavailable`; what it returns raises
+    `PreprocessorFailed`."""
+    alone = _tokenizer(json.dumps({**_NO_WORDS, "normalizer": step})).normalizer
+
+    def normalised(text: str) -> str:
+        with _told():
+            return str(alone.normalize_str(text))
+
+    return normalised
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import hashlib
 import io
@@ -43,7 +42,7 @@ from service.api.routing import MAX_SEQ, Cursor, JobId, ManagementRoute, Respons
 from service.api.schemas import CancelRequest, FinetuneRequest
 from service.housekeeping import remove_job_files
 from service.inference.errors import ModelNotReady
-from service.threads import on_database, on_disk
+from service.threads import on_database, on_disk, on_rows
 
 router = APIRouter(tags=["fine-tuning"], route_class=ManagementRoute)
 _NO_JOB = refusals("job_not_found")
@@ -112,8 +111,8 @@ async def start(
     body, digest = await _read(request, services, principal)
     spec, records, wanted = await on_database(_accept, body, services, principal)
     if dry_run:
-        return json_response(await asyncio.to_thread(_planned, spec, records, wanted, services, principal))
-    await asyncio.to_thread(_refuse_rows, spec, records, wanted, services, principal)
+        return json_response(await on_rows(_planned, spec, records, wanted, services, principal))
+    await on_rows(_refuse_rows, spec, records, wanted, services, principal)
     is_ready = all(record.status is DatasetStatus.READY for record in records.values())
     job = await on_database(
         lambda: services.jobs.enqueue(

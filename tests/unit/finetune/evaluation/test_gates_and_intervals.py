@@ -333,7 +333,7 @@ def test_classes_with_few_rows_are_judged_together() -> None:
     better = gates.class_drop(Duel(labels, labels, champion, names, names), most=0.05)
     (group,) = better.figures["classes"]
     assert better.status == "passed"
-    assert (group["label"], group["rows"]) == ("the 4 classes together with fewer than 20 rows", 60)
+    assert (group["label"], group["rows"]) == ("the group of 4 classes with fewer than 20 rows", 60)
     assert better.figures["not_judged"] == dict.fromkeys(names, 15)
     worse = gates.class_drop(Duel(labels, champion, labels, names, names), most=0.05)
     assert worse.status == "failed" and "loses 0.2000" in worse.message
