@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 _PR_SET_PDEATHSIG = 1
 _ROOT = Path(__file__).resolve().parents[1]
 # What native code says before it ends the process because memory is short: Rust's and C++'s allocators, and the loader.
-_OUT_OF_MEMORY = (b"memory allocation of", b"bad_alloc", b"MemoryError", b"Cannot allocate memory", b"out of memory")
+_OUT_OF_MEMORY = (b"memory allocation of", b"bad_alloc", b"memoryerror", b"cannot allocate memory", b"out of memory")
 _STDERR_BYTES, _TOLD_CHARACTERS = 1 << 18, 4000  # what is looked at, backtraces included, and what is told
 
 _LOOK_S = 0.2  # how soon a stop is noticed
@@ -105,7 +105,7 @@ def _failure(code: int, errors: IO[bytes]) -> ChildFailed:
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _STDERR_BYTES))
     said = errors.read()
     # The kernel kills for memory alone, and some code dies of the allocation that it does not get.
-    is_memory = code == -signal.SIGKILL or any(words in said for words in _OUT_OF_MEMORY)
+    is_memory = code == -signal.SIGKILL or any(words in said.lower() for words in _OUT_OF_MEMORY)
     cause: Cause = "time" if code == -signal.SIGXCPU else "memory" if is_memory else "crash"
     return ChildFailed(cause, describe_exit(code), said=said.decode(errors="replace")[-_TOLD_CHARACTERS:])
 

@@ -105,7 +105,7 @@ def test_too_few_rows_fail_and_say_so(shop: Workshop, weak: ModelManifest) -> No
     found, _ = judged(shop, weak, train, test)
     assert found["is_passed"] is False
     assert found["mcnemar"]["status"] == "failed" and "too few rows" in found["mcnemar"]["message"]
-    assert "together with fewer than 20 rows" in json.dumps(found["class_drop"]["figures"])
+    assert "with fewer than 20 rows" in json.dumps(found["class_drop"]["figures"])
 
 
 def test_rows_that_the_champion_was_trained_on_prove_nothing(shop: Workshop, weak: ModelManifest) -> None:
