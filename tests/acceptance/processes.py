@@ -35,6 +35,8 @@ QUICK = {
     # Measuring engines takes a processor for a minute; the test that is about it says so.
     "POLYHEAD_ENGINE": "torch",
     "POLYHEAD_CPU_THREADS": "1",
+    # It imports torch for some seconds of a processor; the service that all share has one.
+    "POLYHEAD_SPARE_PROCESS": "false",
 }
 Result = TypeVar("Result")
 
