@@ -112,7 +112,9 @@ def ingest(
 def _turn(path: Path, stop: threading.Event | None) -> Iterator[None]:
     """Let the processes of this host read backbones one after another: a server and a worker start together, and the
     second finds what the first has read. A filesystem without locks costs the reading twice."""
-    with path.open("ab") as file:
+    with space_errors("the store"):
+        file = path.open("ab")
+    with file:
         with contextlib.suppress(OSError):
             while not _is_locked(file) and not (stop is not None and stop.is_set()):
                 time.sleep(_LOOK_S)

@@ -32,7 +32,7 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_UNSPACED}]|[^ {_UNSPACED}]+")
-# Signs of extinct scripts, in whose place a tokenizer has its unknown token, or bytes that differ in the end.
+# Signs of extinct scripts: a tokenizer reads them as its unknown token, or as bytes that differ at the end.
 _EXTINCT = ("\U00012000", "\U00013001", "\U00010a82")
 
 
@@ -91,12 +91,12 @@ def _count(text: str, preprocessor: TextPreprocessor, unknown: int | None) -> tu
 
 
 def _letters(text: str) -> str:
-    """Its letters and the marks on them, with one blank in the place of all between."""
+    """Its letters and the marks on them, separated by one blank each."""
     kept = (one if one.isalpha() or unicodedata.category(one).startswith("M") else " " for one in text)
     return " ".join("".join(kept).split())
 
 
 def _unknown_token(preprocessor: TextPreprocessor) -> int | None:
-    """The token that stands for what the vocabulary lacks, if there is one."""
+    """Return the tokenizer's unknown token, or None if it has none."""
     last = {tokens[-1] if (tokens := preprocessor.tokens(sign)) else None for sign in _EXTINCT}
     return last.pop() if len(last) == 1 else None
