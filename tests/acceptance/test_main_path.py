@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,8 +70,7 @@ def test_events_tell_the_whole_story_in_order(service: Service, probe: dict[str,
     assert {(event["object"], event["job_id"]) for event in events} == {("finetune.event", job_id)}
     phases = [event["data"]["phase"] for event in events if event["type"] == "phase_changed"]
     for phase in (
-        "preparing_data",
-        "loading_backbone",
+        "preparing_data",  # the backbone is loaded only if the vectors of some row are not there yet
         "embedding",
         "training",
         "evaluating",
@@ -282,4 +282,5 @@ def test_a_job_that_waits_says_for_what(lone: Service, lone_words: str, start_wo
     assert (done["waiting_for"], done["queue_position"]) == (None, None)
     seen = until(lambda: client.get("/info")["workers"]["last_seen"], within_s=10, what="the service to see a worker")
     assert seen > 0
-    assert "polyhead_finetune_workers 1.0" in client.http.get("/metrics").text
+    live = re.search(r"^polyhead_finetune_workers (\d+)", client.http.get("/metrics").text, re.MULTILINE)
+    assert live is not None and int(live[1]) >= 1  # those that other tests have killed count for a minute
