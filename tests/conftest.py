@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 SUITES = ("acceptance", "integration", "contract", "unit", "docs")
 """The longest first, so that parallel workers end together."""
 SERVICES = ("service", "lone")
-"""Fixtures of tests/acceptance that start processes for the whole run."""
+"""Fixtures of tests/acceptance that start processes for that whole suite."""
 
 
 @pytest.hookimpl(tryfirst=True)
