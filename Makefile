@@ -13,15 +13,19 @@ PIP_DOWNLOAD := $(BIN)/python -m pip --disable-pip-version-check -q download
 # Only files whose hashes requirements/ lists; nothing beside them, as each file is complete.
 LOCKED := $(PIP) --no-deps --require-hashes
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+IN_PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: up test check fmt bench docs lock clean
+.PHONY: up test test-slow check fmt bench docs lock clean
 
 up: $(VENV)/.installed-cpu
 	@exec $(BIN)/polyhead up
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(IN_PARALLEL) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(IN_PARALLEL) -m slow $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -66,6 +66,7 @@ def test_a_killed_worker_loses_its_job_to_the_next_one(
     assert_one_version(client, "worker-killed", job)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_lease_was_taken_cannot_write(
     lone: Service, lone_words: str, start_worker: Callable[[], Worker]
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_worker_whose_lease_was_taken_cannot_write(
     assert old.is_alive
 
 
+@pytest.mark.slow
 def test_a_worker_told_to_stop_gives_its_job_back_uncharged(
     lone: Service, lone_words: str, start_worker: Callable[[], Worker]
 ) -> None:
@@ -113,6 +115,7 @@ def test_a_worker_told_to_stop_gives_its_job_back_uncharged(
     assert_one_version(client, "worker-stopped", job)
 
 
+@pytest.mark.slow
 def test_a_paused_job_frees_its_worker_outlives_it_and_goes_on(
     lone: Service, lone_words: str, start_worker: Callable[[], Worker]
 ) -> None:
@@ -141,6 +144,7 @@ def test_a_paused_job_frees_its_worker_outlives_it_and_goes_on(
     problem(client.http.post(f"/finetune/{job_id}/pause"), 409, "job_not_pausable")
 
 
+@pytest.mark.slow
 def test_a_job_that_loses_every_run_fails_and_says_so(
     lone: Service, lone_words: str, start_worker: Callable[[], Worker]
 ) -> None:
@@ -162,6 +166,7 @@ def test_a_job_that_loses_every_run_fails_and_says_so(
     client.train(lone_words, "after-hopeless", method="baseline")
 
 
+@pytest.mark.slow
 def test_checkpoints_that_find_no_space_are_left_out_and_the_job_succeeds(
     lone: Service, lone_words: str, start_worker: Callable[[], Worker]
 ) -> None:
@@ -178,6 +183,7 @@ def test_checkpoints_that_find_no_space_are_left_out_and_the_job_succeeds(
     assert client.wait_served("no-checkpoints", "a good film", within_s=30)["version"] == 1
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_artefact_ends_the_job_and_nothing_else(
     lone: Service, lone_words: str, start_worker: Callable[[], Worker]
 ) -> None:

@@ -125,6 +125,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_checkpoints_are_refused_and_requests_in_flight_are_unharmed(
     service: Service, import_root: Path
 ) -> None:

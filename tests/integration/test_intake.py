@@ -63,12 +63,14 @@ def test_a_bomb_is_refused_before_it_has_grown(tmp_path: Path, letter: str) -> N
         take(folder, limits=IntakeLimits(memory_bytes=1 << 30, timeout_s=60))
 
 
+@pytest.mark.slow
 def test_reading_ends_at_the_limit_of_memory(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "fine", labels=LABELS)
     with pytest.raises(CheckpointRefused, match=r"takes more memory than.*import_memory_bytes"):
         take(folder, limits=IntakeLimits(memory_bytes=100 << 20, timeout_s=60))
 
 
+@pytest.mark.slow
 def test_reading_ends_at_the_limit_of_time(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "fine", labels=LABELS)
     with pytest.raises(CheckpointRefused, match=r"took more than 0\.5 s.*import_timeout_s"):
@@ -99,6 +101,7 @@ def test_every_refusal_comes_back_by_its_class_and_in_its_words(tmp_path: Path, 
     assert not (tmp_path / "version" / "head.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_thirty_thousand_labels_are_refused_by_their_number(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "many", labels=[f"label {number}" for number in range(30_000)])
     with pytest.raises(CheckpointRefused, match="more than 10,000 labels"):

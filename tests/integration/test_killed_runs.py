@@ -18,6 +18,8 @@ from finetune.jobs.link import ChildJob
 from finetune.training.settings import child_environment
 from tests.integration.test_recipe import backbone_folder, job, rows_file, store
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["backbone_folder", "job", "rows_file", "store"]
 
 KILLS = 5

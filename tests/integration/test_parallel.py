@@ -110,6 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OPTIONS)
 def test_two_processes_train_what_one_does(
     pair: Build, store: FileStore, case: str, monkeypatch: pytest.MonkeyPatch
@@ -140,6 +141,7 @@ def test_two_processes_train_what_one_does(
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_last_step_of_one_row_is_taken_by_all(pair: Build, store: FileStore) -> None:
     rows = finish(pair("counted", processes=1, method="baseline"), RecordingLink())["evaluation"]["rows"]["train"]
     options = {"method": "full", "epochs": 2, "batch_size": rows - 1, "restore_best": False}
@@ -160,6 +162,7 @@ def weights(store: FileStore, result: dict[str, Any]) -> dict[str, npt.NDArray[A
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_paused_ends_as_if_it_had_not_been(pair: Build) -> None:
     options: dict[str, Any] = {"method": "lora", "epochs": 3, "dropout": 0.2}
     whole = finish(pair("whole", **options), RecordingLink())
@@ -171,6 +174,7 @@ def test_a_run_that_is_paused_ends_as_if_it_had_not_been(pair: Build) -> None:
     assert_same(resumed["evaluation"], whole["evaluation"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(pair: Build) -> None:
     options: dict[str, Any] = {"method": "full", "epochs": 3}
     whole = finish(pair("whole", processes=1, **options), RecordingLink())
@@ -180,6 +184,7 @@ def test_a_run_goes_on_with_another_number_of_processes(pair: Build) -> None:
     assert resumed["evaluation"]["test"]["loss"] == pytest.approx(whole["evaluation"]["test"]["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_search_keeps_its_processes(pair: Build, kept: list[Ranks]) -> None:
     finish(pair("first", method="lora", epochs=1), RecordingLink())
     before = [other.pid for other in kept[0]._others]
@@ -265,6 +270,7 @@ def test_one_that_dies_in_a_step_fails_the_job(
     assert lost.value.failure.code == "process_lost" and lost.value.failure.retryable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "said"), [(signal.SIGKILL, r"ended \(SIGKILL"), (signal.SIGSTOP, "gives no sign of life")]
 )
@@ -289,6 +295,7 @@ def test_one_that_dies_or_hangs_between_steps_fails_the_job(
     assert not started[0]._others, "they are gone at the end"
 
 
+@pytest.mark.slow
 def test_one_that_cannot_start_fails_the_job(two: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(ProcessLost, match=r"training process 1 of 2 ended \(exit status 3\)"):

@@ -33,6 +33,7 @@ def test_a_family_answers_as_transformers_does_in_every_use(family: str, tmp_pat
         check(cell)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXPORTED)
 def test_so_does_its_graph_with_an_adapter(family: str, tmp_path: Path, exports: Exports) -> None:
     for cell in families.measure(family, tmp_path, engines=["onnx", "openvino"], uses=["lora"], export=exports):
