@@ -23,6 +23,7 @@ from modeling.errors import GoldenRowsDiffer, WeightsInvalid
 from modeling.heads import TaskHead
 from modeling.inputs import MODALITIES, Example
 from modeling.linear_text import LinearText
+from modeling.linear_tokens import LinearTokens
 from modeling.tasks import DEFAULT_TASK, TASKS, Calibration, Task
 from modeling.weights import FloatArray
 
@@ -46,7 +47,7 @@ class VersionParts:
 
     manifest: ModelManifest
     head: TaskHead | None
-    linear: LinearText | None
+    linear: LinearText | LinearTokens | None
     adapter: Adapter | None
     backbone: Backbone | None
     max_length: int | None
@@ -68,7 +69,7 @@ def write_version_files(
     folder: Path,
     *,
     head: TaskHead | None = None,
-    linear: LinearText | None = None,
+    linear: LinearText | LinearTokens | None = None,
     labels: Sequence[str],
     max_length: int | None,
     temperature: float,
@@ -128,7 +129,7 @@ def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
         head=None
         if kind == "baseline"
         else TaskHead.read(folder / "head.safetensors", temperature=calibration.temperature),
-        linear=LinearText.read(folder) if kind == "baseline" else None,
+        linear=_linear(folder, task) if kind == "baseline" else None,
         adapter=read_adapter(store, manifest) if kind == "lora" else None,
         backbone=Backbone.open(folder / "full") if kind == "full" else None,
         max_length=_json(store, manifest, "preprocess.json")["max_length"],
@@ -139,6 +140,10 @@ def read_version(store: ArtifactStore, manifest: ModelManifest) -> VersionParts:
     if given != outputs:
         raise WeightsInvalid(f"the weights give {given} outputs; {task.name} with {len(labels)} labels needs {outputs}")
     return parts
+
+
+def _linear(folder: Path, task: Task) -> LinearText | LinearTokens:
+    return LinearTokens.read(folder) if task.needs == "states" else LinearText.read(folder)
 
 
 def read_adapter(store: ArtifactStore, manifest: ModelManifest) -> Adapter:

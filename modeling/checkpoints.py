@@ -1,4 +1,4 @@
-"""Checkpoints with weights of their own: a full fine-tune, or a published sequence classifier.
+"""Checkpoints with weights of their own: a full fine-tune, or a published classifier of sequences or of tokens.
 
 Both become a backbone folder plus a head, so the server knows one way to run them.
 """
@@ -6,7 +6,7 @@ Both become a backbone folder plus a head, so the server knows one way to run th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +44,14 @@ _HEAD_LAYERS: dict[str, tuple[tuple[str, Activation], ...]] = {
     "roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
     "xlm-roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "linear")),
 }
-_OTHER_HEAD: Final = re.compile("For(?!(Text|Sequence)Classification)[A-Z]")
+# The same of classifiers of tokens; of other model types `classifier` alone.
+_TOKEN_HEAD_LAYERS: dict[str, tuple[tuple[str, Activation], ...]] = {
+    "modernbert": (("head.dense", "gelu"), ("classifier", "linear")),
+    "qwen3": (("score", "linear"),),
+}
+_OTHER_HEAD: Final = re.compile("For(?!(Text|Sequence|Token)Classification)[A-Z]")
+_TOKEN_HEAD: Final = "ForTokenClassification"
+_NEVER: Final = np.float32(-30.0)  # the logit of a tag that the checkpoint does not know
 _NORMS = {"head.dense": "head.norm"}  # behind the activation
 
 
@@ -101,15 +108,22 @@ def _untied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> ImportedClassifier:
-    """Takes a Hugging Face sequence classifier apart into an encoder (written to `target`) and a head.
+    """Takes a Hugging Face classifier of sequences or tokens apart into an encoder (written to `target`) and a head.
 
     The parts must reproduce the original's logits on probe rows, or nothing is imported. `problem_type` says the task.
     Raises `BackboneUnavailable`, `CheckpointRefused`, `ConfigRefused`, `UnsupportedArchitecture`, `GoldenRowsDiffer`.
     """
     original = _load_classifier(folder)
-    task = _task(original.config)
-    labels = _labels(original.config, task)
-    head = _extract_head(original, original.config.model_type)
+    of_tokens = _is_of_tokens(read_config(folder))
+    outputs: list[int] | None = None
+    if of_tokens:
+        task = task_of_kind(DEFAULT_MODALITY, "token_labels")
+        labels, outputs = tag_types(_names(original.config))
+        head = _with_outputs(_extract_head(original, _token_layers(original.config.model_type)), outputs)
+    else:
+        task = _task(original.config)
+        labels = _labels(original.config, task)
+        head = _extract_head(original, _HEAD_LAYERS[original.config.model_type])
     original.base_model.pooler = None
     backbone = write_encoder(
         target,
@@ -117,21 +131,23 @@ def import_classifier(folder: Path, target: Path, *, name: str, source: str) -> 
         like=folder,
         name=name,
         source=source,
-        pooling=_pooling(original.config),
+        pooling="mean" if of_tokens else _pooling(original.config),
         normalize=False,
     )
     del original
     READERS[backbone.info.modality].check(folder, backbone)
-    check_logits(_load_classifier(folder), backbone, head, PROBES)
+    check_logits(_load_classifier(folder), backbone, head, PROBES, outputs=outputs)
     return ImportedClassifier(backbone, head, task, labels)
 
 
 def _load_classifier(folder: Path) -> Any:
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     config = read_config(folder)
     modality_of(config)
     _check_head(config.get("architectures") or [])
+    if _is_of_tokens(config):
+        return load_pretrained(AutoModelForTokenClassification, folder, is_whole=True)
     if config["model_type"] not in _HEAD_LAYERS:
         raise UnsupportedArchitecture(
             f"a classifier of model_type {config['model_type']!r} cannot be imported: transformers runs its decoder "
@@ -145,9 +161,47 @@ def _check_head(architectures: Any) -> None:
     others = [str(name) for name in architectures if _OTHER_HEAD.search(str(name))]
     if others:
         raise UnsupportedArchitecture(
-            f"config.json: architectures names {others[0][:60]}, which classifies no whole texts; only a model for "
-            "sequence classification can be imported"
+            f"config.json: architectures names {others[0][:60]}, which classifies neither texts nor tokens; only a "
+            "model for sequence or token classification can be imported"
         )
+
+
+def _is_of_tokens(config: Mapping[str, Any]) -> bool:
+    return any(str(name).endswith(_TOKEN_HEAD) for name in config.get("architectures") or [])
+
+
+def _token_layers(model_type: str) -> tuple[tuple[str, Activation], ...]:
+    return _TOKEN_HEAD_LAYERS.get(model_type, (("classifier", "linear"),))
+
+
+def tag_types(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Return the types of entities that a checkpoint's tags name, and where each of our outputs is among its own: O,
+    then the beginning and the inside of each type. -1: it has no such tag.
+
+    A tag without `B-` is the inside of its type. Raises `UnsupportedArchitecture` for other tags than O, B- and I-.
+    """
+    place = {name: index for index, name in enumerate(names)}
+    others = [name for name in names if name != "O" and not (name[:2] in {"B-", "I-"} and name[2:].strip())]
+    if "O" not in place or others or len(names) < 2:
+        raise UnsupportedArchitecture(
+            "config.json: only a model whose tags are O, B-TYPE and I-TYPE can be imported; id2label has "
+            f"{', '.join(others[:5])[:200] or ', '.join(names[:5])[:200]}"
+        )
+    types = tuple(dict.fromkeys(name[2:] for name in names if name != "O"))
+    return types, [place["O"], *(place.get(f"{prefix}-{type_}", -1) for type_ in types for prefix in "BI")]
+
+
+def _with_outputs(head: TaskHead, outputs: Sequence[int]) -> TaskHead:
+    """The head with its last layer's outputs in this order; those that it lacks are never the answer, but for the
+    beginning of a type that it knows only from inside."""
+    *below, last = head.layers
+    rows = np.asarray(outputs)
+    begins, insides = rows[1::2], rows[2::2]
+    rows[1::2] = np.where(begins < 0, insides, begins)
+    weight, bias = last.weight[np.maximum(rows, 0)], last.bias[np.maximum(rows, 0)]
+    weight[rows < 0], bias[rows < 0] = 0.0, _NEVER
+    bias[1::2] -= np.where(begins < 0, np.float32(1.0), np.float32(0.0))  # within an entity, go on
+    return TaskHead((*below, DenseLayer(weight, bias, last.activation)), normalize=head.normalize)
 
 
 def _task(config: Any) -> Task:
@@ -170,8 +224,11 @@ def _task(config: Any) -> Task:
 
 
 def _labels(config: Any, task: Task) -> tuple[str, ...]:
-    if task.kind == "regression":
-        return ()
+    return () if task.kind == "regression" else _names(config)
+
+
+def _names(config: Any) -> tuple[str, ...]:
+    """The name of each output."""
     if (excess := too_many_labels(str(name) for name in config.id2label.values())) is not None:
         raise CheckpointRefused(f"config.json: {excess}; a model may have no more")
     names = [config.id2label.get(index) for index in range(config.num_labels)]
@@ -196,12 +253,12 @@ def _pooling(config: Any) -> Pooling:
     return str(config.classifier_pooling) if config.model_type == "modernbert" else "cls"
 
 
-def _extract_head(model: Any, model_type: str) -> TaskHead:
+def _extract_head(model: Any, paths: Sequence[tuple[str, Activation]]) -> TaskHead:
     layers = []
-    for path, activation in _HEAD_LAYERS[model_type]:
-        linear = model.get_submodule(path)
+    for path, activation in paths:
+        linear = model.get_submodule(path) if hasattr(model, path.partition(".")[0]) else None
         if not isinstance(linear, nn.Linear):
-            raise UnsupportedArchitecture(f"{path} of this {model_type} checkpoint is no linear layer")
+            raise UnsupportedArchitecture(f"{path} of this {model.config.model_type} checkpoint is no linear layer")
         norm = _extract_norm(model.get_submodule(_NORMS[path])) if path in _NORMS else None
         layers.append(DenseLayer(_numpy(linear.weight), _bias(linear), activation, norm))
     return TaskHead(tuple(layers))

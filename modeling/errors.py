@@ -8,6 +8,7 @@ ModelingError
 ├── AdapterMismatch          an adapter's modules or shapes do not fit the backbone
 ├── WeightsInvalid           a weights file is truncated, misshaped or not finite
 ├── InputTooLong             an input exceeds the limit and may not be cut
+├── InputUnfit               an input of another shape than the task takes
 ├── PreprocessorFailed       the checkpoint's own preprocessor could not read an input
 ├── GoldenRowsDiffer         a loaded version does not reproduce its stored answers
 └── EngineFailed             the engine could not compute a batch
@@ -51,6 +52,10 @@ class InputTooLong(ModelingError):
     def __init__(self, message: str, *, index: int) -> None:
         super().__init__(message)
         self.index = index
+
+
+class InputUnfit(ModelingError):
+    """An input of another shape than the task takes: a pair where one text is read."""
 
 
 class PreprocessorFailed(ModelingError):

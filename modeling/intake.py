@@ -195,7 +195,10 @@ def _write_version(taken: Path, target: Path, *, name: str, source: str) -> dict
     torch.set_num_threads(_THREADS)
     parts = checkpoints.import_classifier(taken, target / "full", name=name, source=source)
     rows = single(open_preprocessor(parts.backbone).encode(_GOLDEN_TEXTS))
-    logits = parts.head.logits(TorchEngine(parts.backbone).run(EngineBatch(rows)).pooled)
+    by_position = parts.task.needs == "states"
+    computed = TorchEngine(parts.backbone).run(EngineBatch(rows, states=range(len(rows)) if by_position else ()))
+    values = [computed.states[row] if by_position else computed.pooled[row] for row in range(len(rows))]
+    logits = [parts.head.logits(own) for own in values]
     write_version_files(
         target,
         head=parts.head,

@@ -54,15 +54,23 @@ def _reference_states(folder: Path, taken: Backbone, rows: Sequence[Features]) -
 
 
 @torch.inference_mode()
-def check_logits(original: Any, taken: Backbone, head: TaskHead, probes: Sequence[Example]) -> None:
+def check_logits(
+    original: Any, taken: Backbone, head: TaskHead, probes: Sequence[Example], *, outputs: Sequence[int] | None = None
+) -> None:
     """Compare a classifier's logits with those of the encoder and the head that were made of it.
 
+    `outputs` are for classifiers of tokens: where each output of the head is among the original's, -1 if nowhere.
     Raises `GoldenRowsDiffer`.
     """
     rows = single(open_preprocessor(taken).encode(probes))
-    given = head.logits(TorchEngine(taken).run(EngineBatch(rows)).pooled)
+    computed = TorchEngine(taken).run(EngineBatch(rows, states=range(len(rows)) if outputs else ()))
     for place, row in enumerate(rows):
-        if not _is_near(given[place], original(**_alone(taken, row)).logits[0].numpy()):
+        given = head.logits(computed.states[place] if outputs else computed.pooled[place : place + 1])
+        wanted = original(**_alone(taken, row)).logits[0].numpy()
+        if outputs:
+            known = np.flatnonzero(np.asarray(outputs) >= 0)
+            given, wanted = given[:, known], wanted[:, np.asarray(outputs)[known]]
+        if not _is_near(given, wanted):
             raise GoldenRowsDiffer(
                 "taken apart into encoder and head, the checkpoint gives other logits than as a whole"
             )

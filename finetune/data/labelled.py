@@ -128,7 +128,7 @@ class _Cells:
         try:
             example = self._read(filled)
             column = self.columns[-1]
-            label = self._target.read(cells[-1] or "")
+            label = self._target.fit(self._target.read(cells[-1] or ""), example)
             self._note_name(row, column, cells[-1] or "", label)
             return example, label
         except BadCell as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
@@ -20,6 +20,7 @@ SIDE_NAMES = {
 
 
 AUTO: Final = "auto"
+DEFAULT_ANSWERS: Final = "label"
 _MOST_JOINED = 10
 JOINTS: Final[dict[str, str]] = {"text": "\n"}
 """What separates the cells of several columns that make up one role; a modality without has one column each."""
@@ -52,6 +53,8 @@ def _with_roles(schema: dict[str, Any], _: type[BaseModel], *, is_default: bool)
         for modality in MODALITIES.values()
         for role in modality.roles
     }
+    answers = {task.answer_column: name for task in TASKS.values()}
+    schema["properties"] = answers | schema["properties"]
     schema["properties"] |= {role: column | default for role, default in defaults.items()}
     schema["additionalProperties"] = False
 
@@ -81,6 +84,9 @@ class _ByRole(BaseModel):
     def named(self) -> dict[str, str | tuple[str, ...]]:
         """The columns of examples as far as they were named."""
         return self.model_extra or {}
+
+
+Roles = TypeVar("Roles", bound=_ByRole)
 
 
 class SideColumns(_ByRole):
@@ -117,16 +123,36 @@ class Columns(_ByRole):
 
 
 def _of_task(columns: Columns, info: ValidationInfo) -> Columns:
-    """The columns with the role that the field `task` needs, named or not."""
-    modality = modality_of(info.data.get("task", AUTO))
+    """The columns with the roles that the field `task` needs, named or not."""
+    task = info.data.get("task", AUTO)
+    columns, modality = _with_answers(columns, task), modality_of(task)
     columns.check(modality)
-    return columns.model_copy(update={modality.roles[0]: modality.roles[0], **columns.named})
+    update: dict[str, Any] = {modality.roles[0]: modality.roles[0], **columns.named}
+    if "label" not in columns.model_fields_set:
+        update["label"] = DEFAULT_ANSWERS if task == AUTO else TASKS[task].answer_column
+    return columns.model_copy(update=update)
 
 
 def _known_to_task(columns: SideColumns | None, info: ValidationInfo) -> SideColumns | None:
-    if columns is not None:
-        columns.check(modality_of(info.data.get("task", AUTO)))
+    if columns is None:
+        return None
+    task = info.data.get("task", AUTO)
+    columns = _with_answers(columns, task)
+    columns.check(modality_of(task))
     return columns
+
+
+def _with_answers(columns: Roles, task: str) -> Roles:
+    """The columns with that of the answers as `label`, if it was named by the role that the task has for it: `spans`.
+    Raises `ValueError` if it was named twice."""
+    role = DEFAULT_ANSWERS if task == AUTO else TASKS[task].answer_column
+    if role == DEFAULT_ANSWERS or role not in columns.named:
+        return columns
+    if "label" in columns.model_fields_set:
+        raise ValueError(f"{role} and label are both given, and mean the same for {task}; give one of them")
+    others = {name: value for name, value in columns.named.items() if name != role}
+    given = {name: getattr(columns, name) for name in columns.model_fields_set if name in type(columns).model_fields}
+    return type(columns).model_validate({**given, **others, "label": columns.named[role]})
 
 
 TaskColumns = Annotated[Columns, AfterValidator(_of_task)]

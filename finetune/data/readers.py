@@ -13,8 +13,9 @@ from typing import cast, get_args
 
 from finetune.data.archive import ArchiveFormat
 from finetune.data.archive_rows import open_archived
+from finetune.data.conll_rows import looks_like_conll, open_conll
 from finetune.data.csv_rows import open_csv
-from finetune.data.jsonl_rows import open_jsonl
+from finetune.data.jsonl_rows import open_json, open_jsonl
 from finetune.data.parquet_rows import open_parquet
 from finetune.data.record_batches import NOTHING, FindingLog, Limits, RowSource
 from finetune.data.records import FileFormat, Finding
@@ -35,10 +36,18 @@ _SUFFIXES: dict[str, FileFormat] = {
     ".tsv": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    **dict.fromkeys((".conll", ".conllu", ".conll2003", ".bio", ".iob", ".iob2"), "conll"),
     ".parquet": "parquet",
     ".tar": "tar",
 }
-_TABLES: dict[str, Opener] = {"csv": open_csv, "jsonl": open_jsonl, "parquet": open_parquet, "xlsx": open_xlsx}
+_TABLES: dict[str, Opener] = {
+    "csv": open_csv,
+    "jsonl": open_jsonl,
+    "json": open_json,
+    "conll": open_conll,
+    "parquet": open_parquet,
+    "xlsx": open_xlsx,
+}
 
 
 def detect_format(filename: str, first_bytes: bytes) -> FileFormat | None:
@@ -64,8 +73,8 @@ def unrecognised(filename: str, first_bytes: bytes) -> Finding:
         message = f"{filename!r} is a workbook of an old format, or has a password"
         fix = "save it as .xlsx without a password, or the sheet as CSV UTF-8"
     elif first_bytes.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        message = f"{filename!r} is a JSON array, or no table"
-        fix = "write one JSON object on each line and call the file .jsonl; or upload csv, parquet or xlsx"
+        message = f"{filename!r} is a JSON array of something else than objects, or no table"
+        fix = "write an array of objects, or one JSON object on each line; or upload csv, parquet or xlsx"
     else:
         message = f"the format of {filename!r} is not known"
         fix = "upload a .csv, .jsonl, .parquet or .xlsx file, or a .zip or .tar.gz of text files"
@@ -142,6 +151,10 @@ def _by_content(first_bytes: bytes) -> FileFormat | None:
     text = first_bytes.decode(wide_encoding(first_bytes) or "utf-8", "replace").removeprefix("\ufeff").lstrip()
     if text.startswith("{"):
         return "jsonl"
+    if text.startswith("[") and text[1:].lstrip().startswith("{"):
+        return "json"
+    if looks_like_conll(text):
+        return "conll"
     first_line = next(iter(text.splitlines()), "")
     is_table = any(delimiter in first_line for delimiter in ",;\t|")
     is_csv = is_table and "\0" not in text and not text.startswith(("[", "<"))

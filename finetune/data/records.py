@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FileFormat = Literal["csv", "jsonl", "parquet", "xlsx", "zip", "tar"]
+FileFormat = Literal["csv", "jsonl", "json", "conll", "parquet", "xlsx", "zip", "tar"]
 Severity = Literal["info", "warning", "error"]
 ColumnType = Literal["text", "number", "boolean", "list", "other"]
 
@@ -31,7 +31,8 @@ class Finding(BaseModel):
 
     `rows` holds the first 20 row numbers, counted from 1 as a person sees them in the file: for csv,
     row 1 is the first record after the header (blank lines are not counted, a record with quoted line
-    breaks counts once); for jsonl, the line number; for parquet, the row; for xlsx, the row of the sheet;
+    breaks counts once); for jsonl, the line number; for json, the place in the array; for conll, the line of
+    a sentence's first token; for parquet, the row; for xlsx, the row of the sheet;
     for an archive of files, the place of the file in it, or the row of its metadata. `count` is the number of
     occurrences in all.
     """

@@ -32,6 +32,7 @@ from modeling.tasks import Calibration
 
 _log = logging.getLogger("finetune.training.artefact")
 _GOLDEN_BYTES = 100_000  # of one row; as JSON it may be six times as long
+_GOLDEN_BYTES_BY_POSITION = 600  # of one that brings logits for each of its positions
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "safetensors")
 
 
@@ -65,8 +66,8 @@ def write_weights(
 ) -> None:
     """Writes the head, and all else that a server reads."""
     examples = _golden_examples(run)
-    logits = (servable.reference_logits or servable.logits)(examples)
-    golden = [GoldenRow(example, tuple(float(x) for x in row)) for example, row in zip(examples, logits, strict=True)]
+    logits = (servable.golden_logits or servable.reference_logits or servable.logits)(examples)
+    golden = [GoldenRow(example, row.tolist()) for example, row in zip(examples, logits, strict=True)]
     held_out = evaluation["validation"]
     calibration = {name: held_out[name] for name in ("ece_before", "ece_after") if name in held_out}
     write_version_files(
@@ -212,7 +213,8 @@ def _golden_examples(run: Run) -> list[Example]:
     firsts = run.rules.golden(rows.labels)
     rest = [row for row in range(len(rows)) if row not in set(firsts)]
     ordered = (rows.examples[row] for row in [*firsts, *rest])
-    short = (example for example in ordered if len(run.modality.content(example)) <= _GOLDEN_BYTES)
+    most = _GOLDEN_BYTES_BY_POSITION if run.rules.by_position else _GOLDEN_BYTES
+    short = (example for example in ordered if len(run.modality.content(example)) <= most)
     return list(islice(short, GOLDEN_ROWS)) or run.modality.probe_set(GOLDEN_ROWS)[0]
 
 

@@ -5,7 +5,7 @@ A step's rows are a function of seed, epoch and position, so a resumed run sees 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -35,10 +35,20 @@ class FeatureRows:
 
     @classmethod
     def encode(cls, preprocessor: Preprocessor, examples: Sequence[Example]) -> FeatureRows:
+        return cls.stacked(
+            preprocessor,
+            (
+                single(preprocessor.encode(examples[start : start + _ENCODED_AT_ONCE]))
+                for start in range(0, len(examples), _ENCODED_AT_ONCE)
+            ),
+        )
+
+    @classmethod
+    def stacked(cls, preprocessor: Preprocessor, several: Iterable[Sequence[Features]]) -> FeatureRows:
+        """Rows that are encoded already, some at a time."""
         parts: dict[str, list[npt.NDArray[Any]]] = {}
         lengths = [0]
-        for start in range(0, len(examples), _ENCODED_AT_ONCE):
-            rows = single(preprocessor.encode(examples[start : start + _ENCODED_AT_ONCE]))
+        for rows in several:
             for name in rows[0].arrays:
                 parts.setdefault(name, []).append(_narrow(np.concatenate([row.arrays[name] for row in rows])))
             lengths += [row.cost for row in rows]

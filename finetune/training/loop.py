@@ -39,6 +39,7 @@ from finetune.training.methods.candidate import CANCELLED, OUT_OF_TIME
 from finetune.training.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.training.parallel import Exchange, seed_of, share_of
 from finetune.training.run_context import Run
+from finetune.training.windows import UNTAGGED, Windows
 from modeling.weights import FloatArray, IntArray
 
 _CHECKPOINT_EVERY_S = 60.0
@@ -51,7 +52,7 @@ _CPU_TOKENS = 2048  # of a pass: larger ones only leave the caches (docs/log.md)
 class Trained:
     """The best model is in place; `validation_logits` are its answers, `details` says how the run went."""
 
-    validation_logits: FloatArray
+    validation_logits: Any
     details: dict[str, Any]
 
 
@@ -61,7 +62,7 @@ def run_training(run: Run, method: str, model: Any) -> Trained:
     In a process that takes orders nothing is to be read from the result. Raises `Cancelled` (without keep_best),
     `Stopped` (after saving a checkpoint), `NonFiniteLoss`, `OutOfMemory`, `ProcessLost`.
     """
-    rows = FeatureRows.encode(run.preprocessor, run.train.examples) if run.tokens is None else run.tokens
+    rows = _training_rows(run)
     with _others(run, method, rows):
         loop = _Loop(run, method, model, rows)
         with loop.prepared():
@@ -74,7 +75,39 @@ def run_training(run: Run, method: str, model: Any) -> Trained:
             return loop.finish()
 
 
-def _others(run: Run, method: str, rows: FeatureRows) -> contextlib.AbstractContextManager[None]:
+@dataclass(frozen=True, slots=True)
+class TrainingRows:
+    """What is trained on: rows of the encoder, their numbers in the file, and their targets, one a row or, of tasks
+    that label words, a tag for each position, int64[positions] end to end."""
+
+    features: FeatureRows
+    numbers: IntArray
+    targets: Any
+
+    def of(self, rows: IntArray, *, by_position: bool) -> torch.Tensor:
+        """The targets of some rows; tags as int64[rows, width], as wide as the longest of the rows."""
+        if not by_position:
+            return torch.from_numpy(self.targets[rows])
+        starts, lengths = self.features.starts[rows], self.features.lengths[rows]
+        tags = np.full((len(rows), int(lengths.max(initial=0))), UNTAGGED, np.int64)
+        for place, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            tags[place, :length] = self.targets[start : start + length]
+        return torch.from_numpy(tags)
+
+
+def _training_rows(run: Run) -> TrainingRows:
+    if run.tokens is not None:
+        return TrainingRows(run.tokens, run.train.numbers, run.train.labels)
+    if not run.rules.by_position:
+        features = FeatureRows.encode(run.preprocessor, run.train.examples)
+        return TrainingRows(features, np.asarray(run.train.numbers), run.scale.standard(run.train.labels))
+    windows = Windows.of(run.preprocessor, run.train.examples)
+    tags = [windows.tags(window, run.train.labels) for window in range(len(windows.rows))]
+    features = FeatureRows.stacked(run.preprocessor, [windows.rows])
+    return TrainingRows(features, np.asarray(run.train.numbers)[windows.example_of], np.concatenate(tags))
+
+
+def _others(run: Run, method: str, rows: TrainingRows) -> contextlib.AbstractContextManager[None]:
     """The training in the other processes, if there are any."""
     if run.ranks is None:
         return contextlib.nullcontext()
@@ -87,16 +120,16 @@ def _others(run: Run, method: str, rows: FeatureRows) -> contextlib.AbstractCont
         "earlier_work_dirs": run.earlier_work_dirs,
     }
     arrays = {
-        **{f"rows.{name}": array for name, array in rows.arrays.items()},
-        "starts": rows.starts,
-        "labels": run.train.labels,
-        "numbers": np.asarray(run.train.numbers),
+        **{f"rows.{name}": array for name, array in rows.features.arrays.items()},
+        "starts": rows.features.starts,
+        "labels": rows.targets,
+        "numbers": rows.numbers,
     }
     return run.ranks.training(assignment, arrays)
 
 
 class _Loop:
-    def __init__(self, run: Run, method: str, model: Any, rows: FeatureRows) -> None:
+    def __init__(self, run: Run, method: str, model: Any, rows: TrainingRows) -> None:
         plan: MethodPlan = run.plan_of(method)
         self.run, self.plan, self.method = run, plan, method
         self.folder = run.work_dir / method
@@ -114,8 +147,15 @@ class _Loop:
         self.factor = schedule(
             run.plan.scheduler, total_steps=plan.total_steps, warmup_ratio=run.plan.warmup_ratio, epochs=plan.epochs
         )
-        self.train_rows = rows
-        self.validation_rows = FeatureRows.encode(run.preprocessor, run.validation.examples)
+        self.rows, self.train_rows = rows, rows.features
+        self.held_out: Windows | None = None
+        if run.rules.by_position:
+            self.held_out = Windows.of(run.preprocessor, run.validation.examples)
+            self.validation_rows = FeatureRows.stacked(
+                run.preprocessor, [self.held_out.rows] if self.held_out.rows else []
+            )
+        else:
+            self.validation_rows = FeatureRows.encode(run.preprocessor, run.validation.examples)
         self.rows_per_step = plan.batch_size * plan.gradient_accumulation
         self.classes = run.train.labels if run.plan.oversample else None
         self.steps_per_epoch = max(1, -(-epoch_size(len(self.train_rows), self.classes) // self.rows_per_step))
@@ -126,7 +166,6 @@ class _Loop:
             kind=run.kind,
             weight=None if weights is None else torch.from_numpy(weights).to(self.accelerator.device),
         )
-        self.targets = torch.from_numpy(run.scale.standard(run.train.labels))
         # Losses that compare rows need the whole pass that was asked for; on a CPU short passes use the caches better.
         divides = on_cpu and run.plan.loss not in EMBEDDING_LOSSES
         self.most = PassSize(plan.batch_size, _CPU_TOKENS if divides else None)
@@ -266,7 +305,7 @@ class _Loop:
         part of the loss, the sum of its rows' plain losses, and its number of rows."""
         self.model.train()
         rows, batches = self.batches.get(step)
-        weight = float(self.objective.weights(self._targets(rows)).sum())
+        weight = float(self.objective.weights(self._targets(rows)).sum()) or 1.0  # rows may have no word
         losses = []
         for batch in batches:
             of_rows, of_vectors, plain = self._losses(batch, self._targets(batch.rows))
@@ -281,7 +320,7 @@ class _Loop:
         return total, plain_total, sum(len(batch.rows) for batch in batches)
 
     def _targets(self, rows: IntArray) -> torch.Tensor:
-        return self.targets[torch.from_numpy(rows)].to(self.accelerator.device)
+        return self.rows.of(rows, by_position=self.run.rules.by_position).to(self.accelerator.device)
 
     def _losses(self, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """float32[rows] of the output, one value for the pass of the vectors (0 where the loss has none), and the sum
@@ -298,7 +337,7 @@ class _Loop:
 
     def _broken(self, batch: Batch, values: torch.Tensor) -> list[int]:
         is_broken = ~torch.isfinite(values).cpu().numpy()
-        return [int(number) for number in self.run.train.numbers[batch.rows[is_broken]]]
+        return [int(number) for number in self.rows.numbers[batch.rows[is_broken]]]
 
     def _check_norm(self, norm: Any) -> None:
         # With a gradient scaler an infinite gradient is expected now and then: it skips the step and scales less.
@@ -359,14 +398,26 @@ class _Loop:
     # Evaluation and early stopping
 
     @torch.no_grad()  # not inference_mode: the bf16 copies made here serve the next step's gradients, too
-    def _validation_logits(self) -> FloatArray:
+    def _validation_logits(self) -> Any:
         self.model.eval()
         rows = np.arange(len(self.validation_rows))
+        if self.held_out is not None:
+            return self._tagged(self.held_out, rows)
         logits = np.zeros((len(rows), self.run.outputs), dtype=np.float32)
         for part in passes(self.validation_rows.lengths, rows, most_rows=len(rows), most_tokens=_EVALUATION_TOKENS):
             batch = make_batch(self.validation_rows, part, self.accelerator.device)
             logits[part] = self.model(batch.inputs).float().cpu().numpy()
         return self.run.scale.raw(logits)
+
+    def _tagged(self, windows: Windows, rows: IntArray) -> Any:
+        """Of texts whose words are labelled."""
+        words: list[FloatArray] = [np.zeros((0, self.run.outputs), np.float32)] * len(rows)
+        for part in passes(self.validation_rows.lengths, rows, most_rows=len(rows), most_tokens=_EVALUATION_TOKENS):
+            batch = make_batch(self.validation_rows, part, self.accelerator.device)
+            logits = self.model(batch.inputs).float().cpu().numpy()
+            for place, window in enumerate(part.tolist()):
+                words[window] = logits[place, windows.located(window).first]
+        return windows.gathered(words, len(self.run.validation.examples))
 
     def _evaluate(self) -> None:
         progress, plan, link = self.progress, self.run.plan, self.run.link
@@ -382,7 +433,8 @@ class _Loop:
             data = {"split": split, "step": progress.step, "epoch": self._epoch(), "values": numbers}
             link.event("metrics", f"{self.method} step {progress.step}: {split}", {**data, "method": self.method})
         if progress.observe(value, plan.early_stopping, plan.deciding):
-            self.best = Best(copied(trainable(self.raw)), torch.from_numpy(logits))
+            kept = torch.zeros(0) if self.held_out is not None else torch.from_numpy(logits)
+            self.best = Best(copied(trainable(self.raw)), kept)
             best = {"metric": plan.metric, "value": value, "step": progress.step, "method": self.method}
             link.event("best_updated", f"{self.method}: {plan.metric} {value:.4f} at step {progress.step}", best)
         if progress.step >= self.plan.total_steps:
@@ -405,7 +457,8 @@ class _Loop:
         restores = self.run.plan.restore_best and self.best is not None
         if restores and self.best is not None:
             load_weights(self.raw, self.best.weights)
-        logits = self.best.logits.numpy() if restores and self.best is not None else self._validation_logits()
+        is_known = restores and self.best is not None and self.held_out is None
+        logits = self.best.logits.numpy() if is_known and self.best is not None else self._validation_logits()
         self.raw.eval()
         details = {
             "steps": progress.step,

@@ -43,9 +43,10 @@ def build_loss(plan: TrainingPlan, *, kind: str = "single_label", weight: torch.
     """Build the plan's loss for a kind of task. `weight` is float32[classes], of several labels that of their
     positives, or None.
 
-    Targets are class indices int64[rows] for one label, values float[rows] for a number, or float[rows, labels] of
-    zeros and ones for several labels. Losses of vectors are added to cross-entropy, in equal
-    parts (Gunel et al., Supervised contrastive learning for pre-trained language model fine-tuning, ICLR 2021).
+    Targets are class indices int64[rows] for one label, values float[rows] for a number, float[rows, labels] of
+    zeros and ones for several labels, or tags int64[rows, width] for entities. Losses of vectors are added to
+    cross-entropy, in equal parts (Gunel et al., Supervised contrastive learning for pre-trained language model
+    fine-tuning, ICLR 2021).
     """
     if kind == "regression":
         of_values = {"mse": mse, "huber": huber}[plan.loss]
@@ -54,6 +55,8 @@ def build_loss(plan: TrainingPlan, *, kind: str = "single_label", weight: torch.
             _ones,
             plain=lambda output, targets: mse(output.squeeze(-1), targets.float()),
         )
+    if kind == "token_labels":
+        return Objective(tag_losses, _tagged_words, plain=_mean_tag_loss)
     if kind == "multi_label":
         of_labels = partial(focal_of_labels, gamma=plan.focal_gamma) if plan.loss == "focal" else bce
         return Objective(partial(of_labels, weight=weight), _ones, plain=bce)
@@ -84,6 +87,20 @@ def cross_entropy(
 ) -> torch.Tensor:
     """float32[rows] of logits [rows, classes] and class indices [rows], each times its class's weight."""
     return F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing, reduction="none")
+
+
+def tag_losses(logits: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+    """The sum float32[rows] of the cross-entropies of a row's words, of logits [rows, width, tags] and tags [rows,
+    width], which are -100 where no word begins."""
+    return F.cross_entropy(logits.transpose(1, 2), tags, reduction="none").sum(-1)
+
+
+def _tagged_words(tags: torch.Tensor) -> torch.Tensor:
+    return (tags >= 0).sum(-1).float()
+
+
+def _mean_tag_loss(logits: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+    return tag_losses(logits, tags) / _tagged_words(tags).clamp(min=1)
 
 
 def focal(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from finetune.evaluation.gates import Gate, parity
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run, embed
+from finetune.training.windows import tagged_by
 from modeling.adapters import Adapter
 from modeling.backbone import GRAPHS_FOLDER, Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, build_engine
@@ -17,6 +20,7 @@ from modeling.engines.graphs import GraphFiles, graphs_key
 from modeling.engines.onnx import is_available, onnx_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import ModelingError
+from modeling.heads import TaskHead
 from modeling.inputs import Example, open_preprocessor
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
@@ -86,18 +90,36 @@ def _compared(
         reference = build_engine(REFERENCE, backbone, None, EngineOptions())
     adapter = Adapter.read(folder / "adapter") if best.kind == "lora" else None
     other = onnx_engine(files, open_preprocessor(backbone).collate, threads=run.plan.cpu_threads)
-    wanted, got = (_vectors(engine, run, examples, adapter) for engine in (reference, other))
     assert servable.head is not None
-    flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)
+    if run.rules.by_position:
+        pair = [_tagged(engine, run, examples, adapter, servable.head) for engine in (reference, other)]
+        flips = run.rules.flips(pair[0], pair[1], answering)
+        wanted, got = (np.concatenate([one.logits for one in tagged]) for tagged in pair)
+    else:
+        wanted, got = (_vectors(engine, run, examples, adapter) for engine in (reference, other))
+        flips = run.rules.flips(servable.head.logits(wanted), servable.head.logits(got), answering)
     return parity("onnx/fp32", rows=len(examples), flips=flips, least_cosine=least_cosine(wanted, got))
 
 
+def _tagged(engine: Engine, run: Run, examples: Sequence[Example], adapter: Adapter | None, head: TaskHead) -> Any:
+    with _loaded(engine, adapter) as key:
+        return tagged_by(engine, head, run.preprocessor, examples, key)
+
+
 def _vectors(engine: Engine, run: Run, examples: Sequence[Example], adapter: Adapter | None) -> FloatArray:
+    with _loaded(engine, adapter) as key:
+        return embed(engine, run.preprocessor, examples, adapter=key)
+
+
+@contextlib.contextmanager
+def _loaded(engine: Engine, adapter: Adapter | None) -> Iterator[str | None]:
+    """The key under which the engine has the adapter meanwhile."""
     if adapter is None:
-        return embed(engine, run.preprocessor, examples)
+        yield None
+        return
     engine.load_adapter(_KEY, adapter)
     try:
-        return embed(engine, run.preprocessor, examples, adapter=_KEY)
+        yield _KEY
     finally:
         engine.unload_adapter(_KEY)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from finetune.evaluation.tasks.rules import Contest
 from finetune.jobs.link import ChildJob, Link
 from finetune.jobs.records import EventType
 from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.methods.token_baseline import tagged
 from finetune.training.parity import engine_parity
 from finetune.training.run_context import Run, embed
+from finetune.training.windows import tagged_by
 from model_registry.errors import RegistryError
 from model_registry.manifest import ModelManifest
 from model_registry.store import ArtifactStore, load_manifest
@@ -28,7 +31,9 @@ from modeling.backbone import Backbone
 from modeling.engines.build import REFERENCE, EngineOptions, build_engine
 from modeling.engines.protocol import Engine
 from modeling.errors import BackboneUnavailable, ModelingError
+from modeling.heads import TaskHead
 from modeling.inputs import Example, open_preprocessor
+from modeling.linear_tokens import LinearTokens
 from modeling.tasks import Calibration
 from modeling.weights import FloatArray
 
@@ -143,7 +148,7 @@ class Champion:
     version: int
     labels: tuple[str, ...]
     seen: frozenset[str] | None
-    logits: Callable[[Sequence[Example]], FloatArray]
+    logits: Callable[[Sequence[Example]], Any]
     task: str
     answering: Calibration
 
@@ -173,11 +178,13 @@ def _seen(store: ArtifactStore, manifest: ModelManifest) -> frozenset[str] | Non
     return frozenset(hashes["train"]) | frozenset(hashes["validation"])
 
 
-def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Sequence[Example]], FloatArray]:
+def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Sequence[Example]], Any]:
     if parts.linear is not None:
-        return parts.linear.margins
+        return partial(tagged, parts.linear) if isinstance(parts.linear, LinearTokens) else parts.linear.margins
     head = parts.head
     assert head is not None
+    if parts.task.needs == "states":
+        return _tagged(store, run, parts, head)
     if parts.backbone is None and parts.adapter is None and _base(store, run, parts) is run.backbone:
         return lambda examples: head.logits(
             run.reference.of(examples, max_length=parts.max_length or run.backbone.info.max_length)
@@ -189,6 +196,15 @@ def _logits(store: ArtifactStore, run: Run, parts: VersionParts) -> Callable[[Se
         engine.load_adapter(_KEY, parts.adapter)
         adapter = _KEY
     return lambda examples: head.logits(embed(engine, preprocessor, examples, adapter=adapter))
+
+
+def _tagged(store: ArtifactStore, run: Run, parts: VersionParts, head: TaskHead) -> Callable[[Sequence[Example]], Any]:
+    engine = _engine(store, run, parts)
+    preprocessor = open_preprocessor(parts.backbone or _base(store, run, parts), limit=parts.max_length)
+    if parts.adapter is not None:
+        engine.load_adapter(_KEY, parts.adapter)
+    adapter = _KEY if parts.adapter is not None else None
+    return lambda examples: tagged_by(engine, head, preprocessor, examples, adapter)
 
 
 def _engine(store: ArtifactStore, run: Run, parts: VersionParts) -> Engine:

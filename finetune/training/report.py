@@ -84,6 +84,7 @@ def _side(run: Run, outputs: FloatArray, rows: Rows, answering: Calibration) -> 
         answering=answering,
         metric=run.plan.deciding,
         seed=run.plan.seed,
+        numbers=rows.numbers,
     )
 
 

@@ -167,6 +167,11 @@ class Run:
         return self._frozen().of(examples, max_length=self.plan.max_length, on_batch=self._report_embedding)
 
     @property
+    def frozen_engine(self) -> Engine:
+        """The engine that the frozen backbone is served on."""
+        return self._frozen().engine
+
+    @property
     def engine_name(self) -> str:
         """The engine of the frozen backbone's vectors, written `runtime/precision`."""
         return self._frozen().engine_name

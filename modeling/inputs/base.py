@@ -95,6 +95,10 @@ class Preprocessor(Protocol):
         Raises `InputTooLong` with the example's index if it does not fit and `truncate` is off.
         """
 
+    def windows(self, examples: Sequence[Example], *, limit: int | None = None) -> list[list[Features]]:
+        """Encode each example whole, in as many windows of at most `limit` units as it takes, for tasks that answer
+        places inside of it. `extra` says what each window answers for. Raises `InputUnfit`."""
+
     def collate(self, rows: Sequence[Features], width: int) -> Arrays:
         """Stack rows into the arrays of a batch, [rows, width, …], padded behind."""
 

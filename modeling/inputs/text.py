@@ -8,7 +8,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -17,11 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from modeling.errors import BackboneUnavailable, InputTooLong, PreprocessorFailed, UnsupportedArchitecture
+from modeling.errors import (
+    BackboneUnavailable,
+    InputTooLong,
+    InputUnfit,
+    PreprocessorFailed,
+    UnsupportedArchitecture,
+)
 from modeling.ingestion.base import PROMPTS_FILE
 from modeling.inputs import text_probe_set
 from modeling.inputs.base import Arrays, BadCell, Cell, Features, FileReference, padded
 from modeling.inputs.text_identity import normalise
+from modeling.inputs.words import LOCATED, Located, find_words, pieces_of_words
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -41,6 +48,9 @@ _LOCAL_STEPS = frozenset(
     }
 )
 _LOCAL_PATTERNS = frozenset({" {2,}", r"\s+", r"\s{2,}|[\n\r\t]"})
+
+# Windows of a text that is longer than the model share this part of their tokens with the next.
+_OVERLAP = 0.25
 
 _ONE_TOKEN = {
     **{"ids": [0], "type_ids": [0], "tokens": [""], "words": [0], "offsets": [[0, 0]], "overflowing": []},
@@ -164,6 +174,52 @@ class TextPreprocessor:
             encoded.append([self._assemble(pieces[position : position + width], most, truncate=truncate, index=index)])
             position += width
         return encoded
+
+    def windows(self, examples: Sequence[TextInput], *, limit: int | None = None) -> list[list[Features]]:
+        """Encode each text whole, in windows of at most `limit` tokens that overlap. `extra` holds under `located` the
+        words that a window answers for: those that are further from its edges than from those of any other.
+
+        Raises `InputUnfit` for a pair.
+        """
+        most = min(limit or self.limit, self.limit)
+        parts = [_prompted(item, self._prompt) for item in examples]
+        for index, own in enumerate(parts):
+            if len(own) > 1:
+                raise InputUnfit(f"input {index} is a pair, and places in one text are asked for; send one text")
+        encodings = self._encode([text for (text,) in parts])
+        found = []
+        for item, (prompted,), encoding in zip(examples, parts, encodings, strict=True):
+            (text,) = _parts(item)
+            found.append(self._windows(text, encoding, len(prompted) - len(text), most))
+        return found
+
+    def _windows(self, text: str, encoding: Encoding, prompt: int, most: int) -> list[Features]:
+        """The windows of a text whose encoding begins with a prompt of so many characters."""
+        layout = self._layouts[1]
+        lead, room = len(layout.around[0][0]), max(1, most - layout.specials)
+        pieces = np.maximum(np.asarray(encoding.offsets, np.int32).reshape(-1, 2) - np.int32(prompt), 0)
+        words = find_words(text)
+        first, stop = pieces_of_words(words, pieces)
+        is_read = stop > first  # a tokenizer leaves some signs out
+        words, first, stop = words[is_read], first[is_read], stop[is_read]
+        starts, cuts = _window_places(len(encoding), room)
+        window_of = np.searchsorted(cuts[1:-1], first, side="right")
+        rows = []
+        for number, start in enumerate(starts):
+            own = window_of == number
+            features = self._features(*layout.fill([encoding.ids[start : start + room]]))
+            shift, end = lead - start, lead + min(room, len(encoding) - start)
+            answered = slice(int(cuts[number]), int(cuts[number + 1]))
+            located = Located(
+                text,
+                words[own],
+                first[own] + np.int32(shift),
+                np.minimum(stop[own] + np.int32(shift), np.int32(end)),
+                pieces[answered],
+                answered.start + shift,
+            )
+            rows.append(replace(features, extra={LOCATED: located}))
+        return rows
 
     def collate(self, rows: Sequence[Features], width: int) -> Arrays:
         """int64[rows, width] of each input that the encoder takes."""
@@ -389,6 +445,18 @@ def _is_local(step: dict[str, Any]) -> bool:
         pattern = step["pattern"]
         return pattern.get("Regex") in _LOCAL_PATTERNS or 0 < len(pattern.get("String", "")) <= _EDGE_WORDS
     return step["type"] in _LOCAL_STEPS
+
+
+def _window_places(tokens: int, room: int) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Where the windows of so many tokens start, evenly apart, and int64[windows + 1] where each begins to answer: in
+    the middle of what it shares with the one before. The last cut is the end."""
+    if tokens <= room:
+        return [0], np.array([0, tokens])
+    shared = int(room * _OVERLAP)
+    count = -(-(tokens - shared) // (room - shared))
+    starts = np.round(np.linspace(0, tokens - room, count)).astype(np.int64)
+    middles = (starts[1:] + starts[:-1] + room) // 2
+    return starts.tolist(), np.concatenate([[0], middles, [tokens]])
 
 
 def _shares(lengths: list[int], room: int) -> list[int]:

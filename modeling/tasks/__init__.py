@@ -10,6 +10,7 @@ from modeling.tasks.feature_extraction import FeatureExtraction
 from modeling.tasks.multi_label import DEFAULT_THRESHOLD, MultiLabel, reached
 from modeling.tasks.regression import Regression
 from modeling.tasks.single_label import SingleLabel
+from modeling.tasks.token_labels import TokenLabels
 
 __all__ = [
     "DEFAULT_MODALITY",
@@ -25,6 +26,7 @@ __all__ = [
     "RowOutput",
     "Score",
     "Task",
+    "TokenLabels",
     "reached",
     "task_of_kind",
 ]
@@ -33,6 +35,7 @@ TASKS: Final[dict[str, Task]] = {
     "text-classification": SingleLabel("text-classification", "text"),
     "text-multi-label": MultiLabel("text-multi-label", "text"),
     "text-regression": Regression("text-regression", "text"),
+    "token-classification": TokenLabels("token-classification", "text"),
 }
 DEFAULT_TASK: Final = "text-classification"
 DEFAULT_MODALITY: Final = TASKS[DEFAULT_TASK].modality

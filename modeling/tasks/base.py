@@ -26,7 +26,8 @@ Answers = npt.NDArray[np.int64] | npt.NDArray[np.bool_] | npt.NDArray[np.float32
 class Options:
     """What a request asks for. `top_k` bounds the scores returned; `threshold` is the score below which a model
     abstains, or from which on a label is given; embeddings come only if asked for. `prompt_name` names a prompt of the
-    backbone to be used instead of its default one."""
+    backbone to be used instead of its default one. `aggregation_strategy` says how the pieces of a word become one, and
+    `offset_unit` what offsets count."""
 
     top_k: int | None = None
     threshold: float | None = None
@@ -34,6 +35,8 @@ class Options:
     max_length: int | None = None
     return_embedding: bool = False
     prompt_name: str | None = None
+    aggregation_strategy: str | None = None
+    offset_unit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,9 @@ class Score(msgspec.Struct, gc=False):
 class Task(Protocol):
     """`kind` is what training goes by: the same kind serves several modalities. `needs` says what of the backbone's
     output the head takes: a vector for the row, or a state for each of its positions, which are then the rows of
-    `scores`, `answers` and `same`. `expands`: an input becomes other rows than itself. `options` are the request
+    `scores`, `answers` and `same`. `answer_column` is what a dataset's column of answers is called unless a job says
+    otherwise. `reads_windows`: an input is never cut, but read in windows that say where they are.
+    `expands`: an input becomes other rows than itself. `options` are the request
     parameters that mean something; `observes` names the histograms that describe answers, in the order in which
     `observed` gives their values."""
 
@@ -92,6 +97,8 @@ class Task(Protocol):
     options: ClassVar[frozenset[str]]
     observes: ClassVar[tuple[str, ...]]
     has_answers: ClassVar[bool] = True
+    answer_column: ClassVar[str] = "label"
+    reads_windows: ClassVar[bool] = False
     expands: ClassVar[bool] = False
     answer_type: ClassVar[type[Answer]]
 

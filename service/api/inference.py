@@ -146,6 +146,8 @@ async def predict(body: wire.PredictRequest, call: Call) -> Reply:
         given.max_length,
         given.return_embedding is True,
         given.prompt_name,
+        given.aggregation_strategy,
+        given.offset_unit,
     )
     inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     result = await predicted(call, call.model or body.model, inputs, options, timeout_ms=given.timeout_ms)

@@ -45,6 +45,7 @@ _EXAMPLES: Final[Mapping[type[msgspec.Struct], list[Document]]] = {
         _example("reviews", label="good", score=0.61, scores=[{"label": "good", "score": 0.61}]),
         _example("topics", labels=["sport"], scores=[{"label": "sport", "score": 0.93}]),
         _example("stars", value=3.42),
+        _example("people", entities=[{"start": 0, "end": 3, "label": "PER", "score": 0.98, "text": "Ada"}]),
     ],
     EmbeddingsRequest: [{"model": "minilm", "input": ["one text", "another"], "encoding_format": "float"}],
 }

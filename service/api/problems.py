@@ -52,6 +52,7 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     inference.ParameterUnfit: (422, "invalid_request"),
     inference.InferenceFailed: (500, "inference_failed"),
     modeling.InputTooLong: (422, "input_too_long"),
+    modeling.InputUnfit: (422, "invalid_request"),
     modeling.BackboneUnavailable: (422, "checkpoint_invalid"),
     modeling.ConfigRefused: (422, "checkpoint_invalid"),
     modeling.CheckpointRefused: (422, "checkpoint_invalid"),

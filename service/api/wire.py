@@ -26,6 +26,8 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Length = Annotated[int, Meta(ge=4, le=100_000)]
 PromptName = Annotated[str, Meta(min_length=1, max_length=140)]
 Milliseconds = Annotated[int, Meta(ge=1, le=MAX_TIMEOUT_MS)]
+Aggregation = Literal["none", "simple", "first", "average", "max"]
+OffsetUnit = Literal["codepoint", "utf16"]
 Input = str | tuple[str, str]
 
 
@@ -33,7 +35,9 @@ class PredictParameters(Struct, frozen=True, forbid_unknown_fields=True):
     top_k: Annotated[TopK | None, Meta(description="at most this many scores, the best; not for regression")] = None
     threshold: Annotated[
         Share | None,
-        Meta(description="one label: below it the label is null; several: from it on a label is given"),
+        Meta(
+            description="one label: below it the label is null; several, or entities: from it on one is given",
+        ),
     ] = None
     truncate: Annotated[bool | None, Meta(description="cut over-long inputs; otherwise they are refused with 422")] = (
         True
@@ -44,6 +48,14 @@ class PredictParameters(Struct, frozen=True, forbid_unknown_fields=True):
     prompt_name: Annotated[
         PromptName | None,
         Meta(description="a prompt of the backbone, to come before each input instead of its default"),
+    ] = None
+    aggregation_strategy: Annotated[
+        Aggregation | None,
+        Meta(description="entities: how the pieces of a word become one, by Hugging Face's names; first if left out"),
+    ] = None
+    offset_unit: Annotated[
+        OffsetUnit | None,
+        Meta(description="entities: what start and end count; codepoint if left out, utf16 for JavaScript and Java"),
     ] = None
 
 

@@ -21,7 +21,7 @@ from modeling.engines.build import REFERENCE
 from modeling.engines.protocol import EngineBatch
 from modeling.errors import GoldenRowsDiffer
 from modeling.heads import TaskHead
-from modeling.inputs import Example, single
+from modeling.inputs import Example
 from modeling.tasks import FeatureExtraction
 from modeling.weights import FloatArray
 from service.inference.aliases import Key
@@ -175,7 +175,7 @@ class Assembler:
             await lane.worker.call(functools.partial(check_golden, parts, parts.linear.margins))
             return
         assert isinstance(lane, BackboneLane) and head is not None
-        if head.input_size != lane.backbone.info.hidden_size:
+        if model.task.needs == "pooled" and head.input_size != lane.backbone.info.hidden_size:
             raise ArtifactError(
                 f"the head takes {head.input_size} values, the backbone gives {lane.backbone.info.hidden_size}"
             )
@@ -199,7 +199,9 @@ def _weights(folder: Path) -> int:
 
 
 def _golden_logits(model: ServedModel, lane: BackboneLane, head: TaskHead, example: Example) -> FloatArray:
-    work = single(lane.preprocess([example], truncate=True, max_length=model.max_length))
+    ((work, *_),) = lane.preprocess(
+        [example], truncate=True, max_length=model.max_length, in_windows=model.task.reads_windows
+    )
     keys = [model.adapter_key] if model.adapter_key else None
-    outputs = lane.engine.run(EngineBatch(work, keys, [0] if model.task.needs == "states" else ()))
+    outputs = lane.engine.run(EngineBatch([work], keys, [0] if model.task.needs == "states" else ()))
     return head.logits(taken(outputs, [0], model.task.needs)[0])

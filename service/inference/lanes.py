@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ from modeling.engines.protocol import Engine, EngineBatch, EngineOutputs
 from modeling.errors import EngineFailed
 from modeling.heads import TaskHead
 from modeling.inputs import MODALITIES, Example, Features, open_preprocessor
+from modeling.linear_tokens import located_words
 from modeling.tasks import DEFAULT_MODALITY, NO_CALIBRATION, Calibration, Task
 from modeling.weights import FloatArray
 from service.inference.capacity import CostEstimate
 from service.inference.engine_worker import BatchLimits, EngineWorker, Outputs, Record, Runtime
-from service.inference.queue import Model, QueueEntry, Work
+from service.inference.queue import Margins, Model, QueueEntry, Work
 from service.inference.warm_up import Measured, timed_runs
 from service.metrics import ModelLabels, ServingMetrics
 
@@ -35,6 +37,7 @@ _log = logging.getLogger("service.lanes")
 _CHECK_COST = 8
 _MEASURE_S = 0.5
 _SIZE_PER_UNIT = 16  # tf-idf costs a small part of what an encoder does
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Lane(Protocol):
@@ -48,9 +51,10 @@ class Lane(Protocol):
     def engine_name(self) -> str: ...
 
     def preprocess(
-        self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None
+        self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None, in_windows: bool = False
     ) -> Sequence[Sequence[Work]]:
-        """Prepare each example for the queue, in one or more windows; called on a preprocessor thread."""
+        """Prepare each example for the queue; called on a preprocessor thread. `in_windows`: whole, as tasks need it
+        that answer places."""
 
 
 class BackboneLane:
@@ -84,7 +88,11 @@ class BackboneLane:
             runtime=runtime,
         )
 
-    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[list[Features]]:
+    def preprocess(
+        self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None, in_windows: bool = False
+    ) -> list[list[Features]]:
+        if in_windows:
+            return self._preprocessor.windows(inputs, limit=max_length)
         return self._preprocessor.encode(inputs, truncate=truncate, limit=max_length)
 
     def open_states(self, adapter: str | None) -> None:
@@ -209,8 +217,14 @@ class LinearLane:
         self.cost_estimate = CostEstimate(self._size, _SIZE_PER_UNIT)
         self.worker = EngineWorker(("linear", self.engine_name), self, metrics, limits, record=record, runtime=runtime)
 
-    def preprocess(self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None) -> list[list[Raw]]:
-        return [[Raw(item, 1 + self._size(item) // _SIZE_PER_UNIT)] for item in inputs]
+    def preprocess(
+        self, inputs: Sequence[Example], *, truncate: bool, max_length: int | None, in_windows: bool = False
+    ) -> list[list[Raw]]:
+        extras = map(located_words, inputs) if in_windows else itertools.repeat(_NOTHING)
+        return [
+            [Raw(item, 1 + self._size(item) // _SIZE_PER_UNIT, extra)]
+            for item, extra in zip(inputs, extras, strict=False)
+        ]
 
     def compute(self, entries: Sequence[QueueEntry]) -> Outputs:
         vectors = np.zeros((len(entries), 1), dtype=np.float32)
@@ -218,7 +232,10 @@ class LinearLane:
 
         def margins(model: Model, rows: list[int]) -> Logits:
             assert model.margins is not None
-            return model.margins([works[row].example for row in rows]), None
+            found = model.margins([works[row].example for row in rows])
+            if isinstance(found, np.ndarray):
+                return found, None
+            return np.concatenate(found), [len(own) for own in found]
 
         return _answers(entries, vectors, margins)
 
@@ -249,7 +266,7 @@ class ServedModel:
     state: str = "ready"
     owns_weights: bool = False
     head: TaskHead | None = field(init=False)
-    margins: Callable[[Sequence[Example]], FloatArray] | None = field(init=False)
+    margins: Margins | None = field(init=False)
     metric_labels: ModelLabels = field(init=False)
     loaded_at: float = field(default_factory=time.time)
     used_at: float = field(default_factory=time.monotonic)

@@ -6,6 +6,7 @@ All the way it is one `Ticket` and one future: stages pass the ticket on, and it
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,9 @@ from service.inference.lanes import Lane, ServedModel
 from service.inference.preprocessing import PreprocessorStage
 from service.inference.queue import QueueEntry, Ticket
 from service.metrics import ModelSeries, ServingMetrics
+
+_UNCUT = 1 << 30
+_ON_LOOP = 4_096  # tokens that are decoded within some milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,7 @@ class Predictor:
                 raise
             finally:
                 series.in_progress.dec()
-            answers = [_answer(model, rows, options) for rows in rows_of]
+            answers = await _answers(model, rows_of, options)
             for histogram, values in zip(series.answers, model.task.observed(answers, model.calibration), strict=True):
                 for value in values:
                     histogram.observe(value)
@@ -165,7 +169,7 @@ class Predictor:
             asyncio.get_running_loop().create_future(),
             truncate=options.truncate,
             max_length=max_length,
-            tokens=lane.cost_estimate.cost(examples, max_length),
+            tokens=lane.cost_estimate.cost(examples, _UNCUT if model.task.reads_windows else max_length),
         )
         forecast = lane.worker.forecast(ticket.tokens)
         self._admission.admit(len(examples), forecast=forecast, time_left_s=deadline - now)
@@ -219,7 +223,7 @@ def refuse_unable(model: ServedModel, options: Options, *, needs_labels: bool) -
 
 def check_options(task: Task, options: Options) -> None:
     """Raises `ParameterUnfit` for a parameter that means nothing for the task."""
-    for name in ("top_k", "threshold"):
+    for name in ("top_k", "threshold", "aggregation_strategy", "offset_unit"):
         if getattr(options, name) is not None and name not in task.options:
             raise ParameterUnfit(f"{name} means nothing for {task.name}; leave {name} out", parameter=name)
 
@@ -234,6 +238,14 @@ def with_prompt(model: ServedModel, examples: Sequence[Example], name: str) -> l
         )
     prompted = MODALITIES[model.task.modality].with_prompt
     return [prompted(example, prompts[name]) for example in examples]
+
+
+async def _answers(model: ServedModel, rows_of: Sequence[Sequence[QueueEntry]], options: Options) -> list[Answer]:
+    """One for each input; those of long texts that are answered place by place, off the event loop."""
+    answers = [functools.partial(_answer, model, rows, options) for rows in rows_of]
+    if model.task.needs == "states" and sum([row.length for rows in rows_of for row in rows]) > _ON_LOOP:
+        return await asyncio.to_thread(lambda: [answer() for answer in answers])
+    return [answer() for answer in answers]
 
 
 def _answer(model: ServedModel, rows: Sequence[QueueEntry], options: Options) -> Answer:

@@ -136,9 +136,10 @@ class PreprocessorStage:
 
 def _prepare(call: Call) -> list[Prepared]:
     """On a preprocessor thread: one call for all requests that share a lane and their limits."""
-    groups: dict[tuple[Lane, bool, int], list[Ticket]] = {}
+    groups: dict[tuple[Lane, bool, int, bool], list[Ticket]] = {}
     for lane, ticket in call.burst:
-        groups.setdefault((lane, ticket.truncate, ticket.max_length), []).append(ticket)
+        how = (lane, ticket.truncate, ticket.max_length, ticket.model.task.reads_windows)
+        groups.setdefault(how, []).append(ticket)
     prepared = []
     for (lane, *_), tickets in groups.items():
         if call.given_up_for is None:
@@ -151,7 +152,12 @@ def _prepare_alike(lane: Lane, tickets: Sequence[Ticket]) -> list[Prepared]:
     first = tickets[0]
     inputs = [item for ticket in tickets for item in ticket.inputs]
     try:
-        works = lane.preprocess(inputs, truncate=first.truncate, max_length=first.max_length)
+        works = lane.preprocess(
+            inputs,
+            truncate=first.truncate,
+            max_length=first.max_length,
+            in_windows=first.model.task.reads_windows,
+        )
     except BaseException as error:  # a panic of native code is no `Exception`, and would end no ticket
         if len(tickets) > 1:  # whose fault it is shows when each is alone
             return [prepared for ticket in tickets for prepared in _prepare_alike(lane, [ticket])]

@@ -18,10 +18,14 @@ from service.metrics import ModelSeries
 _WINDOW_ROWS = 512  # sorting more costs more than it saves
 
 
+Margins = Callable[[Sequence[Example]], FloatArray | list[FloatArray]]
+"""Examples to logits float32[rows, labels], or float32[places, outputs] for each."""
+
+
 class Model(Protocol):
     """What rows are computed by, besides the lane's engine. Two objects are two models.
 
-    `margins` takes the place of backbone and head in a model without them: examples to logits float32[rows, labels].
+    `margins` takes the place of backbone and head in a model without them.
     """
 
     @property
@@ -29,7 +33,7 @@ class Model(Protocol):
     @property
     def head(self) -> TaskHead | None: ...
     @property
-    def margins(self) -> Callable[[Sequence[Example]], FloatArray] | None: ...
+    def margins(self) -> Margins | None: ...
     @property
     def task(self) -> Task: ...
     @property

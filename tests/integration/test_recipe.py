@@ -34,7 +34,6 @@ from modeling.engines.torch import TorchEngine
 from modeling.inputs import single
 from modeling.inputs.text import TextPreprocessor
 from modeling.testing import write_tiny_checkpoint
-from modeling.weights import FloatArray
 
 GOOD, BAD = ["good", "great", "very good"], ["bad", "dull", "not good"]
 
@@ -247,7 +246,7 @@ def test_a_refit_that_does_not_come_out_well_leaves_the_first_model(
                 self._end(reason)
         return is_over(self)
 
-    def answers(self: _Loop) -> FloatArray:
+    def answers(self: _Loop) -> Any:
         logits = validate(self)
         if reason != "worse":
             return logits

@@ -10,6 +10,7 @@ from modeling.tasks import TASKS, Score
 from modeling.tasks.multi_label import ManyLabels
 from modeling.tasks.regression import Value
 from modeling.tasks.single_label import OneLabel
+from modeling.tasks.token_labels import Entities, Entity
 
 ANY_TASK = ("feature-extraction", *TASKS)
 
@@ -24,6 +25,11 @@ def answers_of(task: str, *, texts: Any, numbers: Any) -> Any:
         return st.builds(ManyLabels, index, st.lists(texts, max_size=3), scores)
     if kind == "regression":
         return st.builds(Value, index, numbers)
+    if kind == "token_labels":
+        places = st.integers(0, 1 << 20)
+        return st.builds(
+            Entities, index, st.lists(st.builds(Entity, places, places, texts, numbers, texts), max_size=3)
+        )
     return st.builds(OneLabel, index, st.none() | texts, numbers, scores)
 
 

@@ -51,7 +51,9 @@ class WordLane:
             options["runtime"] = runtime
         self.worker = EngineWorker(("tiny", self.engine_name), self, self.metrics, limits, **options)
 
-    def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[list[Words]]:
+    def preprocess(
+        self, inputs: Sequence[str], *, truncate: bool, max_length: int | None, in_windows: bool = False
+    ) -> list[list[Words]]:
         limit = max_length or self.max_length
         words = [item.split() for item in inputs]
         for index, item in enumerate(words):

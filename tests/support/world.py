@@ -25,6 +25,7 @@ from modeling.engines.torch import TorchEngine
 from modeling.export import export_graphs
 from modeling.heads import DenseLayer, TaskHead
 from modeling.linear_text import LinearText
+from modeling.linear_tokens import LinearTokens
 from modeling.tasks import DEFAULT_TASK, TASKS
 from modeling.tasks.single_label import OneLabel
 from modeling.weights import FloatArray
@@ -75,9 +76,10 @@ class World:
         method = "linear_probe" if adapter is None else "lora"
         if adapter is not None:
             engine.load_adapter("adapter", adapter)
-        logits = head.logits(
-            engine.run(EngineBatch(encoded, None if adapter is None else ["adapter"] * len(encoded))).pooled
-        )
+        keys, by_position = None if adapter is None else ["adapter"] * len(encoded), TASKS[task].needs == "states"
+        computed = engine.run(EngineBatch(encoded, keys, range(len(encoded)) if by_position else ()))
+        values = [computed.states[row] if by_position else computed.pooled[row] for row in range(len(encoded))]
+        logits = [head.logits(own) for own in values]
 
         def write(staged: Path) -> None:
             write_version_files(
@@ -115,6 +117,20 @@ class World:
         terms = tuple(sorted({word for text in GOLDEN for word in text.split() if len(word) > 1}))
         weight = np.random.default_rng(seed).normal(size=(outputs, len(terms))).astype(np.float32)
         linear = LinearText(terms, np.ones(len(terms), np.float32), weight, np.zeros(outputs, np.float32))
+        return self.publish_linear(name, labels, linear, promote=promote, spoil=spoil, task=task, thresholds=thresholds)
+
+    def publish_linear(
+        self,
+        name: str,
+        labels: tuple[str, ...],
+        linear: LinearText | LinearTokens,
+        *,
+        promote: bool = False,
+        spoil: Callable[[Path], None] | None = None,
+        task: str = DEFAULT_TASK,
+        thresholds: Sequence[float] | None = None,
+    ) -> ModelVersion:
+        """A linear model as it is."""
         golden = _golden(linear.margins(GOLDEN))
 
         def write(staged: Path) -> None:
@@ -216,8 +232,8 @@ class _FixedEngine(EngineSelector):
         return self._world.make_engine(backbone)
 
 
-def _golden(logits: FloatArray) -> list[GoldenRow]:
-    return [GoldenRow(text, tuple(map(float, row))) for text, row in zip(GOLDEN, logits, strict=True)]
+def _golden(logits: Sequence[FloatArray] | FloatArray) -> list[GoldenRow]:
+    return [GoldenRow(text, row.tolist()) for text, row in zip(GOLDEN, logits, strict=True)]
 
 
 def one_labels(result: PredictResult) -> list[OneLabel]:

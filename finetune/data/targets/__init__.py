@@ -11,6 +11,7 @@ from finetune.data.targets.metric import Metric, MetricName
 from finetune.data.targets.multi_label import LabelSetTarget
 from finetune.data.targets.regression import NumberTarget
 from finetune.data.targets.single_label import ClassTarget
+from finetune.data.targets.spans import SpanTarget
 from modeling.tasks import DEFAULT_MODALITY, DEFAULT_TASK, TASKS, task_of_kind
 
 __all__ = [
@@ -31,6 +32,7 @@ TARGETS: Final[dict[str, type[Target]]] = {
     "single_label": ClassTarget,
     "multi_label": LabelSetTarget,
     "regression": NumberTarget,
+    "token_labels": SpanTarget,
 }
 DEFAULT_TARGET: Final = ClassTarget(DEFAULT_TASK)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 from finetune.data.records import Finding, row_finding
 from finetune.data.spellings import read_list
 from finetune.data.targets.metric import Metric
+from modeling.inputs import Example
 
 if TYPE_CHECKING:
     from finetune.data.labelled import LabelledRows
@@ -50,6 +51,10 @@ class Target(Protocol):
 
     def read(self, cell: str) -> str:
         """Return the label of a cell that is not empty. Raises `BadCell`."""
+
+    def fit(self, label: str, example: Example) -> str:
+        """Return the label as it is kept for its example. Raises `BadCell` if it does not fit it."""
+        return label
 
     def names_of(self, label: str) -> tuple[str, ...]:
         """Return the classes or labels that a label names; none for a number."""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-MetricName = Literal["macro_f1", "accuracy", "weighted_f1", "micro_f1", "subset_accuracy", "rmse", "mae", "r2"]
+MetricName = Literal[
+    "macro_f1", "accuracy", "weighted_f1", "micro_f1", "subset_accuracy", "rmse", "mae", "r2", "entity_f1"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,23 +61,7 @@ class LabelSetTarget(Target):
         return None if own and not left else json.dumps(sorted(left), ensure_ascii=False)
 
     def strata(self, labels: Sequence[str]) -> list[str]:
-        """The order of iterative stratification (Sechidis, Tsoumakas and Vlahavas, On the stratification of
-        multi-label data, ECML PKDD 2011): the label with the fewest rows left takes all of them, until none is left.
-        """
-        left: defaultdict[str, set[int]] = defaultdict(set)
-        names = [self.names_of(label) for label in labels]
-        for row, own in enumerate(names):
-            for name in own:
-                left[name].add(row)
-        strata = [NO_LABEL] * len(labels)
-        while left:
-            rarest = min(left, key=lambda name: (len(left[name]), name))
-            for row in left.pop(rarest):
-                strata[row] = rarest
-                for name in names[row]:
-                    left.get(name, set()).discard(row)
-            left = defaultdict(set, {name: rows for name, rows in left.items() if rows})
-        return strata
+        return iterative_strata([self.names_of(label) for label in labels])
 
     def told(self, column: str) -> list[Finding]:
         if self.spelling == "python":
@@ -107,7 +91,7 @@ class LabelSetTarget(Target):
                     fix="give rows labels, or choose another label column",
                 )
             ]
-        found = [*_rare(rows, inputs, needed), *_everywhere(names)]
+        found = [*rare_labels(rows, inputs, needed), *_everywhere(names)]
         if max(map(len, names)) == 1:
             found.append(
                 row_finding(
@@ -120,6 +104,25 @@ class LabelSetTarget(Target):
                 )
             )
         return found
+
+
+def iterative_strata(names: Sequence[Sequence[str]]) -> list[str]:
+    """Return one of each row's labels, in the order of iterative stratification (Sechidis, Tsoumakas and Vlahavas, On
+    the stratification of multi-label data, ECML PKDD 2011): the label with the fewest rows left takes all of them,
+    until none is left."""
+    left: defaultdict[str, set[int]] = defaultdict(set)
+    for row, own in enumerate(names):
+        for name in own:
+            left[name].add(row)
+    strata = [NO_LABEL] * len(names)
+    while left:
+        rarest = min(left, key=lambda name: (len(left[name]), name))
+        for row in left.pop(rarest):
+            strata[row] = rarest
+            for name in names[row]:
+                left.get(name, set()).discard(row)
+        left = defaultdict(set, {name: rows for name, rows in left.items() if rows})
+    return strata
 
 
 def _separator(cells: Iterable[str | None]) -> tuple[str | None, ListSpelling | None]:
@@ -135,7 +138,8 @@ def _separator(cells: Iterable[str | None]) -> tuple[str | None, ListSpelling | 
     return next((separator for separator in SEPARATORS if separator in found), None), None
 
 
-def _rare(rows: LabelledRows, inputs: dict[str, set[int]], needed: int) -> list[Finding]:
+def rare_labels(rows: LabelledRows, inputs: Mapping[str, set[int]], needed: int) -> list[Finding]:
+    """Warn of labels that are too rare to be learnt or measured."""
     sizes = {name: len(own) for name, own in inputs.items() if len(own) < FEW_ROWS}
     if not sizes:
         return []

@@ -8,12 +8,14 @@ from finetune.evaluation.tasks.multi_label import LabelSetRules
 from finetune.evaluation.tasks.regression import NumberRules
 from finetune.evaluation.tasks.rules import TaskRules
 from finetune.evaluation.tasks.single_label import ClassRules
+from finetune.evaluation.tasks.token_labels import EntityRules
 from modeling.tasks import TASKS
 
 RULES: Final[dict[str, TaskRules]] = {
     "single_label": ClassRules(),
     "multi_label": LabelSetRules(),
     "regression": NumberRules(),
+    "token_labels": EntityRules(),
 }
 
 

@@ -2,6 +2,7 @@
 
 Outputs are float32[rows, outputs] as a version's head gives them: logits, or values in the units of the target.
 Targets are int64[rows] for one label, float32[rows, labels] of zeros and ones for several, float32[rows] for numbers.
+For entities both are objects, one for each text (`evaluation.tagged`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from finetune.jobs.hyperparameters import GateOptions
 from model_registry.card import TaskTerms
 from modeling.heads import DenseLayer, TaskHead
 from modeling.tasks import Calibration
-from modeling.weights import FloatArray
+from modeling.weights import FloatArray, IntArray
 
 Targets = Any  # an array, see above
 Extras = Mapping[str, Sequence[str | None]]
@@ -59,7 +60,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """The rows of a side that are evaluated, with what belongs to them."""
+    """The rows of a side that are evaluated, with what belongs to them; `numbers` are theirs in their file."""
 
     outputs: FloatArray
     targets: Targets
@@ -68,6 +69,7 @@ class Side:
     answering: Calibration
     metric: Metric
     seed: int
+    numbers: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +93,12 @@ class TaskRules(Protocol):
 
     `fit_metric` is what tells a poor fit from a good one, and `least_fit` what it should reach on the training rows;
     None is the job's metric. `grows`: whether the worth of more rows is measured. `has_labels`: whether targets name
-    any. `card` is what a model card says by the kind of task.
+    any, `by_position`: whether outputs are of words and not of rows. `card` is what a model card says by the kind of
+    task.
     """
 
     has_labels: bool = True
+    by_position: bool = False
     card: TaskTerms
     figures: tuple[str, ...]
     contest_gate: str

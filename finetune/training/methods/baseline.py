@@ -41,6 +41,15 @@ _BY_CHANCE = 0.05
 
 
 def train(run: Run) -> Candidate:
+    """The linear model of the kind of task: of entities, or of whole texts."""
+    if run.rules.by_position:
+        from finetune.training.methods import token_baseline
+
+        return token_baseline.train(run)
+    return _train_on_texts(run)
+
+
+def _train_on_texts(run: Run) -> Candidate:
     """Words along a path of strengths. Characters beside them are tried if a look at some rows shows that they help,
     at the strength that suited words best. Without any word in the texts characters walk the path."""
     started = time.monotonic()

@@ -11,6 +11,7 @@ from model_registry.manifest import VersionKind
 from modeling.heads import TaskHead
 from modeling.inputs import Example
 from modeling.linear_text import LinearText
+from modeling.linear_tokens import LinearTokens
 from modeling.weights import FloatArray
 
 # Why a training ended before its last step, as `details["stopped"]` says.
@@ -22,15 +23,18 @@ OUT_OF_TIME: Final = "max_seconds is used up"
 class Servable:
     """The weights as they will be served: `head` or `linear`, plus whatever `write_extra` puts beside them.
 
-    `logits` runs what the server will run, from raw examples, on the engine that it is likely to run it on;
-    `reference_logits` in torch and fp32, for golden rows. None where the two are the same.
+    `logits` runs what the server will run, from raw examples, on the engine that it is likely to run it on, and gives
+    what the task's rules take;
+    `reference_logits` in torch and fp32, for golden rows. None where the two are the same. `golden_logits` are those of
+    every position, of tasks that go by them.
     """
 
-    logits: Callable[[Sequence[Example]], FloatArray]
+    logits: Callable[[Sequence[Example]], Any]
     head: TaskHead | None = None
-    linear: LinearText | None = None
+    linear: LinearText | LinearTokens | None = None
     write_extra: Callable[[Path], None] | None = None
-    reference_logits: Callable[[Sequence[Example]], FloatArray] | None = None
+    reference_logits: Callable[[Sequence[Example]], Any] | None = None
+    golden_logits: Callable[[Sequence[Example]], Sequence[FloatArray]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Candidate:
 
     method: str
     kind: VersionKind
-    validation_logits: FloatArray
+    validation_logits: Any
     finish: Callable[[], Servable]
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)

@@ -33,6 +33,10 @@ _MODELS: dict[str, tuple[Callable[..., Fit], Callable[..., Fit], Sequence[float]
 
 
 def train(run: Run) -> Candidate:
+    if run.rules.by_position:
+        from finetune.training.methods import position_probe
+
+        return position_probe.train(run)
     started = time.monotonic()
     train_features, validation_features = run.features("train"), run.features("validation")
     run.link.phase(JobPhase.TRAINING)

@@ -21,6 +21,7 @@ from finetune.training.layers import FrozenTrunk
 from finetune.training.loop import Trained, run_training
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run, embed, joined
+from finetune.training.windows import position_logits, tagged_by
 from model_registry.manifest import VersionKind
 from modeling.adapters_in_encoder import Composition
 from modeling.backbone import Backbone
@@ -37,13 +38,22 @@ _WORSE_BY_CHANCE = 0.05
 
 
 class Classifier(nn.Module):
-    """Encoder, pooling and one linear layer; forward gives logits [rows, labels] in float32."""
+    """Encoder, pooling and one linear layer; forward gives logits [rows, labels] in float32, or without pooling, of
+    each position, [rows, width, labels]."""
 
     def __init__(
-        self, encoder: nn.Module, network: Network, *, pooler: Pooler, hidden_size: int, labels: int, dropout: float
+        self,
+        encoder: nn.Module,
+        network: Network,
+        *,
+        pooler: Pooler,
+        hidden_size: int,
+        labels: int,
+        dropout: float,
+        by_position: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.network = encoder, network
+        self.encoder, self.network, self.by_position = encoder, network, by_position
         self.pooler = pooler
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, labels)
@@ -58,16 +68,20 @@ class Classifier(nn.Module):
         self._trunk = () if trunk is None else (trunk,)
 
     def forward(self, inputs: Tensors) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self.dropout(self.pooled(inputs)))
+        values = self.states(inputs).float() if self.by_position else self.pooled(inputs)
+        logits: torch.Tensor = self.head(self.dropout(values))
         return logits
 
     def pooled(self, inputs: Tensors) -> torch.Tensor:
         """Compute vectors float32[rows, hidden] of the encoder's inputs [rows, width, …]."""
-        mask = self.network.mask(inputs)
-        if self.trunk is not None:
-            self.trunk.expect(inputs, mask)
-        vectors: torch.Tensor = self.pooler(self.network.states(self.encoder, inputs), mask)
+        vectors: torch.Tensor = self.pooler(self.states(inputs), self.network.mask(inputs))
         return vectors
+
+    def states(self, inputs: Tensors) -> torch.Tensor:
+        """Compute the states [rows, width, hidden]."""
+        if self.trunk is not None:
+            self.trunk.expect(inputs, self.network.mask(inputs))
+        return self.network.states(self.encoder, inputs)
 
     def task_head(self) -> TaskHead:
         weight, bias = (np.array(p.detach().float().cpu().numpy()) for p in (self.head.weight, self.head.bias))
@@ -76,14 +90,17 @@ class Classifier(nn.Module):
 
 def new_classifier(run: Run, encoder: nn.Module) -> Classifier:
     set_dropout(encoder, run.plan.dropout)
-    info = run.backbone.info
+    info, width = run.backbone.info, run.backbone.info.hidden_size
+    if run.rules.by_position:  # a projection behind the pooling gives another width than the states have
+        width = int(getattr(getattr(encoder, "config", None), "hidden_size", width))
     return Classifier(
         encoder,
         NETWORKS[info.modality],
         pooler=Pooler.of(run.backbone),
-        hidden_size=info.hidden_size,
+        hidden_size=width,
         labels=run.outputs,
         dropout=run.plan.dropout,
+        by_position=run.rules.by_position,
     )
 
 
@@ -164,9 +181,15 @@ def train_tuned(
         head = scale.folded(final.task_head())
 
         def logits(examples: Sequence[Example]) -> FloatArray:
+            if run.rules.by_position:
+                return tagged_by(engine, head, run.preprocessor, examples, adapter)
             return head.logits(embed(engine, run.preprocessor, examples, adapter=adapter))
 
-        return Servable(logits=logits, head=head, write_extra=write_extra)
+        def of_positions(examples: Sequence[Example]) -> Sequence[FloatArray]:
+            return position_logits(engine, head, run.preprocessor, examples, adapter)
+
+        golden = of_positions if run.rules.by_position else None
+        return Servable(logits=logits, head=head, write_extra=write_extra, golden_logits=golden)
 
     return Candidate(
         method=method,

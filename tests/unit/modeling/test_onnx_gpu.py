@@ -197,6 +197,9 @@ class NoInputs:
     def encode(self, *_: Any, **__: Any) -> list[list[Features]]:
         raise NotImplementedError
 
+    def windows(self, *_: Any, **__: Any) -> list[list[Features]]:
+        raise NotImplementedError
+
     def collate(self, rows: Sequence[Features], width: int) -> dict[str, Any]:
         raise NotImplementedError
 

@@ -38,6 +38,7 @@ TORCH: dict[str, Any] = {
     "text-classification": lambda x: x.softmax(1),
     "text-multi-label": torch.sigmoid,
     "text-regression": lambda x: x,
+    "token-classification": lambda x: x.softmax(-1),
 }
 
 
@@ -59,7 +60,7 @@ def test_a_temperature_divides_logits_and_leaves_values_alone(logits: FloatArray
 
 def test_each_task_has_an_answer_of_its_own() -> None:
     scores = np.asarray([[0.2, 0.7, 0.7], [0.5, 0.1, 0.4]], np.float32)
-    one, many, value = TASKS.values()
+    one, many, value, _ = TASKS.values()
     assert one.answers(scores, NO_CALIBRATION).tolist() == [1, 0]
     assert many.answers(scores, NO_CALIBRATION).tolist() == [[False, True, True], [True, False, False]]
     chosen = many.answers(scores, Calibration(thresholds=(0.1, 0.8, 0.4)))

@@ -29,7 +29,9 @@ class Recording(WordLane):
         super().__init__(BatchLimits(1000, 100), **options)
         self.calls: list[list[str]] = []
 
-    def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[list[Words]]:
+    def preprocess(
+        self, inputs: Sequence[str], *, truncate: bool, max_length: int | None, in_windows: bool = False
+    ) -> list[list[Words]]:
         self.calls.append(list(inputs))
         if "surrogate" in inputs:
             raise UnicodeError("a lone surrogate")

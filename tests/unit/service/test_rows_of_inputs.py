@@ -28,7 +28,9 @@ Query = tuple[str, tuple[str, ...]]
 class WindowLane(WordLane):
     """Texts of more than three words are read in windows; the score of a row is how many words it has."""
 
-    def preprocess(self, inputs: Sequence[str], *, truncate: bool, max_length: int | None) -> list[list[Words]]:
+    def preprocess(
+        self, inputs: Sequence[str], *, truncate: bool, max_length: int | None, in_windows: bool = False
+    ) -> list[list[Words]]:
         words = [item.split() for item in inputs]
         return [
             [Words(" ".join(item[at : at + WINDOW])) for at in range(0, max(1, len(item)), WINDOW)] for item in words
@@ -56,6 +58,7 @@ class Ranking:
     observes: ClassVar[tuple[str, ...]] = ()
     has_answers: ClassVar[bool] = True
     expands: ClassVar[bool] = True
+    reads_windows: ClassVar[bool] = False
     answer_type: ClassVar[type[Struct]] = Ranked
 
     def expand(self, item: Query, options: Options) -> list[str]:
@@ -73,6 +76,8 @@ class Ranking:
 
 class Total:
     """The words of all windows, whatever their number."""
+
+    reads_windows = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(Ranking, name)

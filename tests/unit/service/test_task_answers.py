@@ -20,7 +20,7 @@ from service.metrics import ModelLabels, ServingMetrics
 
 LABELS = ("a", "b", "c", "d")
 THRESHOLDS = (0.5, 0.2, 0.9, 0.5)
-one, many, value_task = TASKS.values()
+one, many, value_task, _ = TASKS.values()
 CALIBRATION = Calibration(thresholds=THRESHOLDS)
 probabilities = arrays(np.float32, 4, elements=st.floats(0, 1, width=32))
 

@@ -459,9 +459,9 @@ def test_a_table_may_begin_far_down_a_sheet(tmp_path: Path) -> None:
     assert read(path, "xlsx")[0] == [["text", "label"], ["a", "x"]]
 
 
-def test_a_json_array_is_refused_by_name() -> None:
-    finding = unrecognised("rows.json", b'\xef\xbb\xbf [{"text": "a", "label": "x"}]')
-    assert "JSON array" in finding.message and ".jsonl" in finding.fix
+def test_an_array_of_something_else_than_objects_is_refused_by_name() -> None:
+    finding = unrecognised("rows.json", b'\xef\xbb\xbf [["a", "x"]]')
+    assert "JSON array" in finding.message and "one JSON object on each line" in finding.fix
 
 
 @pytest.mark.parametrize("named", [{"text": "label"}, {"text": ["text", "label"]}, {"text": "text", "label": "text"}])

@@ -170,7 +170,9 @@ FILES: list[tuple[str, str, bytes | Callable[[], bytes], str, int | None]] = [
     ("not a number", "a.jsonl", jsonl(b'{"text": "a", "label": NaN}'), "parse_error", 2),
     ("half a surrogate pair", "a.jsonl", jsonl(b'{"text": "\\ud83d", "label": "b"}'), "parse_error", 2),
     ("two objects on a line", "a.jsonl", jsonl(b'{"text": "a"} {"text": "b"}'), "parse_error", 2),
-    ("a JSON array", "a.json", b'[{"text": "a", "label": "b"}]', "parse_error", None),
+    ("a JSON array of lists", "a.json", b'[["a", "b"]]', "parse_error", None),
+    ("a JSON array cut off", "a.json", b'[{"text": "a", "label": "b"}, {"text"', "parse_error", 2),
+    ("a JSON array with a number", "a.json", b'[{"text": "a", "label": "b"}, 3]', "parse_error", 2),
     ("parquet cut off", "a.parquet", PARQUET[: len(PARQUET) // 2], "parse_error", None),
     ("parquet with a damaged group", "a.parquet", damaged_row_group, "parse_error", 101),
     (

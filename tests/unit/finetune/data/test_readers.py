@@ -281,7 +281,7 @@ def test_parquet_limits(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}', "jsonl"),
         ("a.ndjson", b"", "jsonl"),
         ("a.json", b'\xef\xbb\xbf {"a": 1}', "jsonl"),
-        ("a.json", b'[{"a": 1}]', None),
+        ("a.json", b'[{"a": 1}]', "json"),
         ("noname", b"text,label\na,b", "csv"),
         ("a.csv", b"PAR1\x15", "parquet"),
         ("a.parquet", b"text,label", "parquet"),

@@ -62,12 +62,27 @@ def test_what_is_no_role_or_no_name_is_refused(task: str, columns: dict[str, Any
 
 def test_the_schema_names_every_role() -> None:
     found = Columns.model_json_schema()
-    assert list(found["properties"]) == ["label", "slices", "text", "text_pair"] and not found["additionalProperties"]
+    roles = ["label", "slices", "spans", "text", "text_pair"]
+    assert sorted(found["properties"]) == roles and not found["additionalProperties"]
     name, several = found["properties"]["text"]["anyOf"]
     assert name == {"type": "string", "minLength": 1, "maxLength": 200} and several["items"] == name
     assert found["properties"]["text"]["default"] == "text"
     of_a_side = SideColumns.model_json_schema()["properties"]
-    assert list(of_a_side) == ["label", "text", "text_pair"] and "default" not in of_a_side["text"]
+    assert sorted(of_a_side) == ["label", "spans", "text", "text_pair"] and "default" not in of_a_side["text"]
+
+
+@pytest.mark.parametrize("named", [{}, {"spans": "marks"}, {"label": "marks"}, {"text": "body", "spans": "marks"}])
+def test_entities_are_read_from_a_column_of_spans(named: dict[str, str]) -> None:
+    for model, rest in ((JobSpec, JOB), (FinetuneRequest, {"dataset": "ds_1", "register_as": "m"})):
+        read = model.model_validate({**rest, "task": "token-classification", "columns": named})
+        assert read.columns.label == named.get("spans", named.get("label", "spans"))
+        assert read.columns.named == {"text": named.get("text", "text")}
+        again = model.model_validate({**rest, "task": "token-classification", "columns": read.columns.model_dump()})
+        assert again.columns == read.columns
+    with pytest.raises(ValidationError, match="spans and label are both given"):
+        JobSpec.model_validate({**JOB, "task": "token-classification", "columns": {"spans": "a", "label": "b"}})
+    with pytest.raises(ValidationError, match="'spans' is no role"):
+        JobSpec.model_validate({**JOB, "task": "text-classification", "columns": {"spans": "a"}})
 
 
 def test_names_of_a_side_need_its_dataset_and_a_role_that_there_is() -> None:
