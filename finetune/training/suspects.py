@@ -22,6 +22,7 @@ from finetune.data.label_errors import not_searched, suspect_finding, suspected_
 from finetune.data.labelled import LabelledRows
 from finetune.evaluation.calibration import fit_temperature
 from finetune.jobs.link import Link, tell
+from finetune.training.entity_suspects import find_entity_suspects
 from finetune.training.feature_cache import KEY_BYTES, FeatureCache, content_key
 from finetune.training.methods.baseline import quiet_solvers
 from finetune.training.words import word_features
@@ -64,6 +65,8 @@ def find_suspects(
     Costs some 0.2 ms a row of a hundred words and ten classes, once where there is a `cache`. Too large a dataset is
     not searched, which is told. Classes with too few inputs to be learnt without one of them are left alone.
     """
+    if rows.target.names_words:
+        return find_entity_suspects(rows, link, seed=seed, side=SIDE)
     rows = rows.take(np.flatnonzero(_may_be_learnt(rows)))
     names = sorted(set(rows.labels))
     if len(rows) > MOST_ROWS or len(rows) * len(names) > MOST_ANSWERS:

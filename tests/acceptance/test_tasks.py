@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import f1_score, root_mean_squared_error
 
 from tests.acceptance.conftest import Service
+from tests.support import entities
 
 TELLING = {"plot": "story", "cast": "actor", "look": "movie"}
 WORTH = {"great": 2.0, "good": 1.0, "dull": -1.0, "bad": -2.0}
@@ -105,3 +106,27 @@ def test_a_dry_run_tells_task_metric_and_findings(service: Service) -> None:
     options = {"hyperparameters": {"method": "setfit"}}
     refused = service.client.http.post("/finetune", json=body | options)
     assert refused.status_code == 422 and "setfit does not fit text-multi-label" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize("method", ["baseline", "linear_probe"])
+def test_entities_are_served_as_they_were_evaluated(service: Service, method: str) -> None:
+    test, name = entities.rows(60, seed=6), f"people-{method.replace('_', '-')}"
+    job = train(
+        service,
+        entities.rows(200, seed=5),
+        test,
+        register_as=name,
+        task="token-classification",
+        hyperparameters={"method": method},
+    )
+    assert (job["status"], job["task"]) == ("succeeded", "token-classification")
+    due, said = set(), set()
+    for number, (row, found) in enumerate(zip(test, predictions(service, name, test), strict=True)):
+        assert all(one["text"] == row["text"][one["start"] : one["end"]] for one in found["entities"])
+        due |= {(number, one["start"], one["end"], one["label"]) for one in row["spans"]}
+        said |= {(number, one["start"], one["end"], one["label"]) for one in found["entities"]}
+    report = service.client.get(f"/finetune/{job['id']}/evaluation")
+    served = 2 * len(due & said) / (len(due) + len(said))
+    # The engine that serves may compute in bf16, which may turn an unsure word.
+    assert report["test"]["entity_f1"] == pytest.approx(served, abs=0 if method == "baseline" else 0.02)
+    assert report["test"]["entity_f1"] > (0.9 if method == "baseline" else 0.3)

@@ -32,7 +32,8 @@ Keys = Sequence[int]
 class Target(Protocol):
     """`task` is the task's name. `empty_code` is the finding for a row without a value. The first of `losses` and of
     `metrics` is what `auto` becomes; `methods` None means all of them, and `refuses` names hyperparameters that mean
-    nothing for the kind, each with the reason. `label_smoothing` is what `auto` becomes."""
+    nothing for the kind, each with the reason. `label_smoothing` is what `auto` becomes. `names_words`: a label names
+    words of its input."""
 
     task: str
     kind: ClassVar[str]
@@ -43,6 +44,7 @@ class Target(Protocol):
     refuses: ClassVar[dict[str, str]] = {}
     label_smoothing: ClassVar[float] = 0.0
     has_suspects: ClassVar[bool] = False
+    names_words: ClassVar[bool] = False
 
     @classmethod
     def of(cls, task: str, cells: Iterable[str | None]) -> Self:

@@ -24,6 +24,8 @@ class SpanTarget(Target):
     """A cell is a list of spans, `[]` if there are none; a label is the JSON of `[start, end, type]`, in order."""
 
     kind: ClassVar[str] = "token_labels"
+    has_suspects: ClassVar[bool] = True
+    names_words: ClassVar[bool] = True
     losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("entity_f1", "entity F1"), Metric("macro_f1", "macro F1"))
     refuses: ClassVar[dict[str, str]] = {

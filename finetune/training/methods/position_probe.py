@@ -7,12 +7,14 @@ regularisation are fitted at once, on the same batches, and validation chooses.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from finetune.evaluation.tagged import Ragged, Tagged, gold_tags, ragged
 from finetune.jobs.records import JobPhase
@@ -117,9 +119,13 @@ def train(run: Run) -> Candidate:
     started = time.monotonic()
     run.link.phase(JobPhase.EMBEDDING)
     engine = run.frozen_engine
-    with tempfile.TemporaryDirectory(prefix="states-", dir=run.work_dir) as name:
+    with contextlib.ExitStack() as limits:
+        name = limits.enter_context(tempfile.TemporaryDirectory(prefix="states-", dir=run.work_dir))
         shards = StateShards(run, engine, run.train.examples, run.train.labels, Path(name), BUDGET_BYTES)
         run.link.phase(JobPhase.TRAINING)
+        limits.enter_context(
+            threadpool_limits(1, user_api="blas")
+        )  # products this small lose a lot where others want the core
         model, words = _prepared(run, shards, STRENGTHS)
         held_out = _HeldOut.of(run, engine)
         passes = _passes(words)
@@ -158,7 +164,7 @@ def _refitted(run: Run, engine: Engine, strength: float, passes: int) -> TaskHea
     """The same on training and validation rows, for as many passes."""
     examples = [*run.train.examples, *run.validation.examples]
     targets = np.concatenate([run.train.labels, run.validation.labels])
-    with tempfile.TemporaryDirectory(prefix="states-", dir=run.work_dir) as name:
+    with tempfile.TemporaryDirectory(prefix="states-", dir=run.work_dir) as name, threadpool_limits(1, user_api="blas"):
         shards = StateShards(run, engine, examples, targets, Path(name), BUDGET_BYTES)
         model, words = _prepared(run, shards, (strength,))
         for _ in _steps(run, shards, model, words, passes):
