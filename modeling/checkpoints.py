@@ -178,11 +178,14 @@ def tag_types(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
     """Return the types of entities that a checkpoint's tags name, and where each of our outputs is among its own: O,
     then the beginning and the inside of each type. -1: it has no such tag.
 
-    A tag without `B-` is the inside of its type. Raises `UnsupportedArchitecture` for other tags than O, B- and I-.
+    Raises `UnsupportedArchitecture` for other tags than O, B- and I-.
     """
+    names = [
+        name[:2] + name[2:].strip() if name[:2] in {"B-", "I-"} else name.strip() for name in map(str.strip, names)
+    ]
     place = {name: index for index, name in enumerate(names)}
     others = [name for name in names if name != "O" and not (name[:2] in {"B-", "I-"} and name[2:].strip())]
-    if "O" not in place or others or len(names) < 2:
+    if "O" not in place or others or len(place) < max(2, len(names)):
         raise UnsupportedArchitecture(
             "config.json: only a model whose tags are O, B-TYPE and I-TYPE can be imported; id2label has "
             f"{', '.join(others[:5])[:200] or ', '.join(names[:5])[:200]}"
@@ -192,15 +195,11 @@ def tag_types(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _with_outputs(head: TaskHead, outputs: Sequence[int]) -> TaskHead:
-    """The head with its last layer's outputs in this order; those that it lacks are never the answer, but for the
-    beginning of a type that it knows only from inside."""
+    """The head with its last layer's outputs in this order; those that it lacks are never the answer."""
     *below, last = head.layers
     rows = np.asarray(outputs)
-    begins, insides = rows[1::2], rows[2::2]
-    rows[1::2] = np.where(begins < 0, insides, begins)
     weight, bias = last.weight[np.maximum(rows, 0)], last.bias[np.maximum(rows, 0)]
     weight[rows < 0], bias[rows < 0] = 0.0, _NEVER
-    bias[1::2] -= np.where(begins < 0, np.float32(1.0), np.float32(0.0))  # within an entity, go on
     return TaskHead((*below, DenseLayer(weight, bias, last.activation)), normalize=head.normalize)
 
 

@@ -7,6 +7,7 @@ named entity recognition, CoNLL 2009). It needs no backbone.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from modeling.weights import FloatArray
 
 WEIGHTS_NAME: Final = "baseline.safetensors"
 FEATURES: Final = 1 << 17
+MOST_WORDS: Final = 100_000  # of an input: each costs some 50 µs
+_WORDS_AT_ONCE = 4_096
 _SCHEMA: Final = "1"  # raised when a word gets other features
 _WINDOW = 2
 _AFFIX = 4
@@ -34,23 +37,29 @@ _REPEATED = re.compile(r"(.)\1+")
 
 @dataclass(frozen=True)
 class LinearTokens:
-    """`weight` float32[outputs, features], `bias` float32[outputs]."""
+    """`columns` float32[features, outputs], which a sparse product reads row by row; `bias` float32[outputs]."""
 
-    weight: FloatArray
+    columns: FloatArray
     bias: FloatArray
+
+    @classmethod
+    def of(cls, weight: FloatArray, bias: FloatArray) -> LinearTokens:
+        """`weight` is float32[outputs, features]."""
+        return cls(np.ascontiguousarray(weight.T, np.float32), bias)
 
     @property
     def size_bytes(self) -> int:
-        return self.weight.nbytes + self.bias.nbytes
+        return self.columns.nbytes + self.bias.nbytes
 
     def margins(self, texts: Sequence[Example]) -> list[FloatArray]:
         """Decision values float32[words, outputs] of each text."""
         places = [find_words(text_of(text)) for text in texts]
-        values = np.asarray(word_features(list(map(text_of, texts)), places) @ self.weight.T + self.bias, np.float32)
+        parts = [part @ self.columns + self.bias for part in feature_parts(list(map(text_of, texts)), places)]
+        values = np.concatenate([np.zeros((0, len(self.bias)), np.float32), *parts]).astype(np.float32)
         return np.split(values, np.cumsum([len(own) for own in places])[:-1])
 
     def files(self) -> dict[str, bytes]:
-        tensors = {"weight": self.weight, "bias": self.bias}
+        tensors = {"weight": np.ascontiguousarray(self.columns.T), "bias": self.bias}
         return {WEIGHTS_NAME: weights.to_bytes(tensors, {"features": _SCHEMA})}
 
     @classmethod
@@ -62,7 +71,7 @@ class LinearTokens:
             raise WeightsInvalid("the baseline's weights are incomplete, or do not fit its features")
         if metadata.get("features") != _SCHEMA:
             raise WeightsInvalid("the baseline was trained on features that this release does not make")
-        return cls(weight, bias)
+        return cls.of(weight, bias)
 
 
 def text_of(example: Example) -> str:
@@ -76,22 +85,31 @@ def located_words(example: Example) -> dict[str, Any]:
     """Return what an answer needs beside the scores of the words, which are the positions here."""
     text = text_of(example)
     words = find_words(text)
+    if len(words) > MOST_WORDS:
+        raise InputUnfit(f"the input has {len(words):,} words, more than {MOST_WORDS:,}; send it in parts")
     places = np.arange(len(words), dtype=np.int32)
     return {LOCATED: Located(text, words, places, places + 1, words, 0)}
 
 
 def word_features(texts: Sequence[str], places: Sequence[Offsets]) -> Any:
     """Return a sparse matrix float32[words, 2^17] of the words of all texts, one after the other, rows of length 1."""
+    from scipy.sparse import csr_matrix, vstack
+
+    parts = list(feature_parts(texts, places))
+    return vstack(parts, format="csr") if parts else csr_matrix((0, FEATURES), dtype=np.float32)
+
+
+def feature_parts(texts: Sequence[str], places: Sequence[Offsets]) -> Iterator[Any]:
+    """Yield the rows of `word_features` in parts: a word's names take 2 kB until they are hashed."""
     from sklearn.feature_extraction import FeatureHasher
 
     hasher = FeatureHasher(FEATURES, input_type="string", dtype=np.float32, alternate_sign=False)
-    rows = [names for text, own in zip(texts, places, strict=True) for names in _named(text, own)]
-    if not rows:
-        return np.zeros((0, FEATURES), np.float32)
-    found = hasher.transform(rows)
-    lengths = np.sqrt(np.asarray(found.multiply(found).sum(axis=1)).ravel())
-    found.data /= np.repeat(np.maximum(lengths, 1e-9), np.diff(found.indptr)).astype(np.float32)
-    return found
+    rows = (names for text, own in zip(texts, places, strict=True) for names in _named(text, own))
+    while part := list(itertools.islice(rows, _WORDS_AT_ONCE)):
+        found = hasher.transform(part)
+        lengths = np.sqrt(np.asarray(found.multiply(found).sum(axis=1)).ravel())
+        found.data /= np.repeat(np.maximum(lengths, 1e-9), np.diff(found.indptr)).astype(np.float32)
+        yield found
 
 
 def _named(text: str, places: Offsets) -> Iterator[list[str]]:

@@ -31,5 +31,7 @@ on_database: Final = Threads("database", 8)
 on_disk: Final = Threads("disk", 4)
 on_process: Final = Threads("process", 6)
 """Wait for child processes, minutes long: four checks of uploads, an import, and the backbones at start."""
+on_answers: Final = Threads("answers", 1)
+"""Decodes long texts whose places are answered: seconds of pure computation."""
 on_rows: Final = Threads("rows", 2)
 """Read a dataset's rows for a job's plan, which takes seconds."""

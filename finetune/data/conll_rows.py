@@ -25,7 +25,8 @@ _FIX = "write a token and its tag on each line, separated by a tab or a blank: A
 
 def looks_like_conll(text: str) -> bool:
     """Say whether the beginning of a file is tokens with tags; a last line that was cut does not count."""
-    lines = [line for line in text.splitlines()[:-1] if line.strip() and not _is_aside(line)][:_LOOKED_AT]
+    lines = [line for line in text.splitlines()[:-1] if line.strip() and not line.startswith(("# ", _DOCUMENT))]
+    lines = lines[:_LOOKED_AT]
     columns = [_columns(line) for line in lines]
     return len(lines) >= 2 and all(len(own) > 1 and split_tag(own[-1]) is not None for own in columns)
 
@@ -37,26 +38,38 @@ def open_conll(path: Path, log: FindingLog, limits: Limits) -> Iterator[RowSourc
         yield NOTHING
         return
     with text.open() as stream:
-        yield table((TEXT, SPANS), _rows(Utf8Lines(stream, log, limits), log), log, limits)
+        yield table((TEXT, SPANS), _rows(Utf8Lines(stream, log, limits), log, limits), log, limits)
 
 
 @dataclass
 class _Sentence:
     row: int = 0
-    tokens: list[str] = field(default_factory=list)
-    tags: list[str] = field(default_factory=list)
+    lines: list[list[str]] = field(default_factory=list)
+    characters: int = 0
     is_sound: bool = True
 
+    @property
+    def tokens(self) -> list[str]:
+        """Of the first column, or of the second if the first counts them."""
+        firsts = [columns[0] for columns in self.lines]
+        is_counted = firsts == [str(number) for number in range(1, len(firsts) + 1)]
+        has_more = all(len(columns) > 2 for columns in self.lines)
+        return [columns[1] for columns in self.lines] if is_counted and has_more else firsts
 
-def _rows(lines: Utf8Lines, log: FindingLog) -> Iterator[tuple[int, Sequence[str]]]:
+    @property
+    def tags(self) -> list[str]:
+        return [columns[-1] for columns in self.lines]
+
+
+def _rows(lines: Utf8Lines, log: FindingLog, limits: Limits) -> Iterator[tuple[int, Sequence[str]]]:
     tags = TagReader()
-    for sentence in _sentences(lines, log):
+    for sentence in _sentences(lines, log, limits):
         text, places = join_tokens(sentence.tokens)
         yield sentence.row, (text, to_cell(tags.spans(sentence.row, sentence.tags, places)))
     tags.tell(log, "tags")
 
 
-def _sentences(lines: Utf8Lines, log: FindingLog) -> Iterator[_Sentence]:
+def _sentences(lines: Utf8Lines, log: FindingLog, limits: Limits) -> Iterator[_Sentence]:
     """Those whose lines can all be read."""
     sentence = _Sentence()
     while True:
@@ -64,7 +77,7 @@ def _sentences(lines: Utf8Lines, log: FindingLog) -> Iterator[_Sentence]:
         lines.is_damaged = False
         line = next(lines, None)
         if line is None or not line.strip() or _is_aside(line):
-            if sentence.tokens and sentence.is_sound:
+            if sentence.lines and sentence.is_sound:
                 yield sentence
             sentence = _Sentence()
             if line is None:
@@ -72,7 +85,13 @@ def _sentences(lines: Utf8Lines, log: FindingLog) -> Iterator[_Sentence]:
             continue
         sentence.row = sentence.row or lines.row
         columns = _columns(line)
-        if lines.is_damaged:
+        sentence.characters += len(line)
+        if sentence.characters > limits.row_bytes:
+            if sentence.is_sound:
+                message = f"the sentence from line {sentence.row} on has more than {limits.row_bytes:,} characters"
+                log.note("long", message, row=sentence.row, fix="put a blank line between sentences")
+            sentence.is_sound, sentence.lines = False, []
+        elif lines.is_damaged:
             sentence.is_sound = False
         elif len(columns) < 2:
             message = f"line {lines.row} has one column, {line.strip()[:40]!r}, and needs a token and its tag"
@@ -84,14 +103,13 @@ def _sentences(lines: Utf8Lines, log: FindingLog) -> Iterator[_Sentence]:
             log.note("tag", message, code="unknown_scheme", row=lines.row, fix=fix)
             sentence.is_sound = False
         else:
-            is_counted = len(columns) > 2 and columns[0].isdigit() and int(columns[0]) == len(sentence.tokens) + 1
-            sentence.tokens.append(columns[1] if is_counted else columns[0])
-            sentence.tags.append(columns[-1])
+            sentence.lines.append(columns)
 
 
 def _is_aside(line: str) -> bool:
-    """A comment of CoNLL-U, or the beginning of a document."""
-    return line.startswith(("# ", _DOCUMENT)) and (line.startswith(_DOCUMENT) or " = " in line)
+    """A comment of CoNLL-U, which does not end with a tag as the token # would, or the beginning of a document."""
+    is_comment = line.startswith("# ") and (" = " in line or split_tag(_columns(line)[-1]) is None)
+    return line.startswith(_DOCUMENT) or is_comment
 
 
 def _columns(line: str) -> list[str]:

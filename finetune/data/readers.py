@@ -61,7 +61,10 @@ def detect_format(filename: str, first_bytes: bytes) -> FileFormat | None:
         return "tar"
     if _compression(first_bytes) is not None or first_bytes.startswith(_OLE_MAGIC):
         return None
-    return _SUFFIXES.get(PurePath(filename).suffix.lower()) or _by_content(first_bytes)
+    suffix = PurePath(filename).suffix.lower()
+    if suffix == ".tsv" and _by_content(first_bytes) == "conll":
+        return "conll"
+    return _SUFFIXES.get(suffix) or _by_content(first_bytes)
 
 
 def unrecognised(filename: str, first_bytes: bytes) -> Finding:

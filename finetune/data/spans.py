@@ -95,7 +95,7 @@ def check_spans(text: str, spans: Sequence[Span]) -> None:
     """Raise `BadCell` for spans that a model cannot be trained on: outside of the text, empty, not what the source says
     is there, or overlapping."""
     for span in spans:
-        if not span.start < span.end <= len(text):
+        if not span.start < span.end <= len(text) or not text[span.start : span.end].strip():
             what = f"has a span {span.start} to {span.end}, and the text has {len(text):,} characters"
             fix = "count characters (code points) from 0, the end behind the last; or remove the span"
             raise BadCell(what, code="span_outside_text", fix=_in_utf16(text, span) or fix)
@@ -104,7 +104,7 @@ def check_spans(text: str, spans: Sequence[Span]) -> None:
             what = f"has {span.text[:40]!r} at {span.start} to {span.end}, where the text has {there!r}"
             fix = "export the spans of this very text: white space or markup may have been changed since"
             raise BadCell(what, code="span_text_mismatch", fix=_in_utf16(text, span) or fix)
-    ordered = sorted(spans, key=lambda span: (span.start, span.end))
+    ordered = sorted({(span.start, span.end, span.label): span for span in spans}.values(), key=lambda span: span.start)
     for before, span in itertools.pairwise(ordered):
         if span.start < before.end:
             what = f"has overlapping spans, {_named(before)} and {_named(span)}"

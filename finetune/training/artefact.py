@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune.data.options import JOINTS
 from finetune.evaluation.plots import draw
 from finetune.jobs.link import ChildJob, finite
@@ -32,6 +34,7 @@ from modeling.tasks import Calibration
 
 _log = logging.getLogger("finetune.training.artefact")
 _GOLDEN_BYTES = 100_000  # of one row; as JSON it may be six times as long
+_GOLDEN_NUMBERS = 400_000  # of all, which take some 27 bytes each
 _GOLDEN_BYTES_BY_POSITION = 600  # of one that brings logits for each of its positions
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "safetensors")
 
@@ -67,7 +70,14 @@ def write_weights(
     """Writes the head, and all else that a server reads."""
     examples = _golden_examples(run)
     logits = (servable.golden_logits or servable.reference_logits or servable.logits)(examples)
-    golden = [GoldenRow(example, row.tolist()) for example, row in zip(examples, logits, strict=True)]
+    rows = [GoldenRow(example, row.tolist()) for example, row in zip(examples, logits, strict=True)]
+    sizes = [row.size for row in logits]
+    golden = [
+        row
+        for row, size, before in zip(rows, sizes, np.cumsum([0, *sizes]), strict=False)
+        if before + size <= _GOLDEN_NUMBERS
+    ]
+    golden = golden or [rows[int(np.argmin(sizes))]]
     held_out = evaluation["validation"]
     calibration = {name: held_out[name] for name in ("ece_before", "ece_after") if name in held_out}
     write_version_files(

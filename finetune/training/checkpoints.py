@@ -98,13 +98,20 @@ class Progress:
     halved: int = 0
     trained_s: float = 0.0
     trained_rows: int = 0
+    least_loss: float | None = None
 
-    def observe(self, value: float, rule: EarlyStopping, metric: Metric) -> bool:
-        """Takes in an evaluation; whether it is the best so far. `stopped` is set when the patience is at its end."""
+    def observe(self, value: float, rule: EarlyStopping, metric: Metric, *, loss: float | None = None) -> bool:
+        """Takes in an evaluation; whether it is the best so far. `stopped` is set when the patience is at its end.
+
+        With `loss` an evaluation whose loss is the lowest so far is no sign to stop: the F1 of entities begins to rise
+        long after the loss began to fall.
+        """
         if self.best_value is None or metric.gain(value) > metric.gain(self.best_value) + rule.min_delta:
             self.best_value, self.best_step, self.evaluations_without_gain = value, self.step, 0
             return True
-        self.evaluations_without_gain += 1
+        is_lower = loss is not None and (self.least_loss is None or loss < self.least_loss)
+        self.least_loss = loss if is_lower else self.least_loss
+        self.evaluations_without_gain = 0 if is_lower else self.evaluations_without_gain + 1
         self.plateaus += 1
         if self.evaluations_without_gain >= rule.patience:
             self.stopped = "early stopping"

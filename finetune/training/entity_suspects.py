@@ -28,6 +28,7 @@ from modeling.weights import FloatArray, IntArray
 
 FOLDS = 5
 MOST_WORDS = 200_000
+MOST_ANSWERS = 8_000_000  # words times tags
 REPORTED = 100
 OUTSIDE = "(none)"
 _AROUND = 60  # characters on either side of the word
@@ -41,7 +42,7 @@ def find_entity_suspects(rows: LabelledRows, link: Link, *, seed: int, side: str
     names = sorted(rows.names())
     places = [find_words(text) for text in rows.examples]
     counts = [len(own) for own in places]
-    if sum(counts) > MOST_WORDS:
+    if sum(counts) > MOST_WORDS or sum(counts) * (1 + 2 * len(names)) > MOST_ANSWERS:
         tell(link, [not_searched(rows, len(names), most_rows=MOST_WORDS)])
         return []
     if len(rows) < 2 * FOLDS or not names:

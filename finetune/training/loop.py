@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
@@ -39,7 +40,8 @@ from finetune.training.methods.candidate import CANCELLED, OUT_OF_TIME
 from finetune.training.optimizers import build_optimizer, plateau_factor, schedule
 from finetune.training.parallel import Exchange, seed_of, share_of
 from finetune.training.run_context import Run
-from finetune.training.windows import UNTAGGED, Windows
+from finetune.training.windows import UNTAGGED, Windows, in_parts
+from modeling.inputs import Features
 from modeling.weights import FloatArray, IntArray
 
 _CHECKPOINT_EVERY_S = 60.0
@@ -101,10 +103,18 @@ def _training_rows(run: Run) -> TrainingRows:
     if not run.rules.by_position:
         features = FeatureRows.encode(run.preprocessor, run.train.examples)
         return TrainingRows(features, np.asarray(run.train.numbers), run.scale.standard(run.train.labels))
-    windows = Windows.of(run.preprocessor, run.train.examples)
-    tags = [windows.tags(window, run.train.labels) for window in range(len(windows.rows))]
-    features = FeatureRows.stacked(run.preprocessor, [windows.rows])
-    return TrainingRows(features, np.asarray(run.train.numbers)[windows.example_of], np.concatenate(tags))
+    tags: list[npt.NDArray[np.int16]] = []
+    numbers: list[IntArray] = []
+
+    def encoded() -> Iterator[list[Features]]:
+        for start, windows in in_parts(run.preprocessor, run.train.examples):
+            targets = run.train.labels[start:]
+            tags.extend(windows.tags(window, targets) for window in range(len(windows.rows)))
+            numbers.append(np.asarray(run.train.numbers)[start:][windows.example_of])
+            yield windows.rows
+
+    features = FeatureRows.stacked(run.preprocessor, encoded())
+    return TrainingRows(features, np.concatenate(numbers), np.concatenate(tags))
 
 
 def _others(run: Run, method: str, rows: TrainingRows) -> contextlib.AbstractContextManager[None]:
@@ -432,7 +442,8 @@ class _Loop:
         for split, numbers in (("train", {"loss": train_loss}), ("validation", values)):
             data = {"split": split, "step": progress.step, "epoch": self._epoch(), "values": numbers}
             link.event("metrics", f"{self.method} step {progress.step}: {split}", {**data, "method": self.method})
-        if progress.observe(value, plan.early_stopping, plan.deciding):
+        loss = values["loss"] if self.held_out is not None else None
+        if progress.observe(value, plan.early_stopping, plan.deciding, loss=loss):
             kept = torch.zeros(0) if self.held_out is not None else torch.from_numpy(logits)
             self.best = Best(copied(trainable(self.raw)), kept)
             best = {"metric": plan.metric, "value": value, "step": progress.step, "method": self.method}

@@ -54,6 +54,7 @@ from finetune.training.reproduction import comparison, weight_digests
 from finetune.training.run_context import Rows, Run
 from finetune.training.search import Replan, search
 from finetune.training.suspects import all_rows, find_suspects
+from finetune.training.windows import count_windows
 from model_registry.store import FileStore
 from modeling.backbone import Backbone
 
@@ -239,8 +240,11 @@ def planner(
     """Make the function that plans this job, with a trial's hyperparameters instead of those asked for."""
     info, task = vectors.backbone.info, train.target.task
     lengths = vectors.lengths(train.examples).tolist()
+    rows = len(train)
+    if rules_of(task).by_position:  # of each text every window is a row of a step
+        rows = count_windows(vectors.preprocessor, train.examples)
     data = DatasetProfile(
-        train_rows=len(train),
+        train_rows=rows,
         validation_rows=len(validation),
         test_rows=len(test),
         labels=len(train.names()),
@@ -261,7 +265,8 @@ def planner(
         )
         return plan if not chosen else keep_head_rate(plan, replan({}))
 
-    tell(link, too_long(train, lengths, replan({}).max_length))
+    if not rules_of(task).by_position:
+        tell(link, too_long(train, lengths, replan({}).max_length))
     return replan
 
 

@@ -31,7 +31,9 @@ class Windows:
 
     @classmethod
     def of(cls, preprocessor: Preprocessor, examples: Sequence[Example]) -> Windows:
-        found = preprocessor.windows(examples) if examples else []
+        found: list[list[Features]] = []
+        for start in range(0, len(examples), _EXAMPLES_AT_ONCE):
+            found += preprocessor.windows(examples[start : start + _EXAMPLES_AT_ONCE])
         example_of = np.repeat(np.arange(len(found)), [len(own) for own in found])
         return cls([row for own in found for row in own], example_of.astype(np.int64))
 
@@ -39,10 +41,10 @@ class Windows:
         where: Located = self.rows[window].extra[LOCATED]
         return where
 
-    def tags(self, window: int, targets: Ragged) -> npt.NDArray[np.int64]:
-        """int64[positions]: the tag of each word at its first position, `UNTAGGED` at all others."""
+    def tags(self, window: int, targets: Ragged) -> npt.NDArray[np.int16]:
+        """int16[positions]: the tag of each word at its first position, `UNTAGGED` at all others."""
         where = self.located(window)
-        found = np.full(self.rows[window].cost, UNTAGGED, np.int64)
+        found = np.full(self.rows[window].cost, UNTAGGED, np.int16)
         found[where.first] = gold_tags(where.words, targets[self.example_of[window]])
         return found
 
@@ -55,6 +57,16 @@ class Windows:
             words[example].append(self.located(window).words)
             values[example].append(own)
         return ragged(Tagged(np.concatenate(w), np.concatenate(v)) for w, v in zip(words, values, strict=True))
+
+
+def in_parts(preprocessor: Preprocessor, examples: Sequence[Example]) -> Iterator[tuple[int, Windows]]:
+    """Some texts at a time, with the number of those before."""
+    for start in range(0, len(examples), _EXAMPLES_AT_ONCE):
+        yield start, Windows.of(preprocessor, examples[start : start + _EXAMPLES_AT_ONCE])
+
+
+def count_windows(preprocessor: Preprocessor, examples: Sequence[Example]) -> int:
+    return sum(len(windows.rows) for _, windows in in_parts(preprocessor, examples))
 
 
 def tagged_by(
@@ -74,8 +86,7 @@ def word_states(
     """The windows of some texts at a time, and float32[words, hidden] of each: the state of each word's first
     position."""
     engine.open_states(adapter)
-    for start in range(0, len(examples), _EXAMPLES_AT_ONCE):
-        windows = Windows.of(preprocessor, examples[start : start + _EXAMPLES_AT_ONCE])
+    for _, windows in in_parts(preprocessor, examples):
         found: list[FloatArray] = [np.zeros((0, 0), np.float32)] * len(windows.rows)
         for indices in length_batches(windows.rows, tokens=_TOKENS_PER_BATCH):
             batch = [windows.rows[index] for index in indices]

@@ -51,6 +51,7 @@ _LOCAL_PATTERNS = frozenset({" {2,}", r"\s+", r"\s{2,}|[\n\r\t]"})
 
 # Windows of a text that is longer than the model share this part of their tokens with the next.
 _OVERLAP = 0.25
+_LEAST_WINDOW, _MOST_WINDOWS = 32, 8_192
 
 _ONE_TOKEN = {
     **{"ids": [0], "type_ids": [0], "tokens": [""], "words": [0], "offsets": [[0, 0]], "overflowing": []},
@@ -181,15 +182,18 @@ class TextPreprocessor:
 
         Raises `InputUnfit` for a pair.
         """
-        most = min(limit or self.limit, self.limit)
+        most = min(max(limit or self.limit, _LEAST_WINDOW), self.limit)
         parts = [_prompted(item, self._prompt) for item in examples]
         for index, own in enumerate(parts):
             if len(own) > 1:
                 raise InputUnfit(f"input {index} is a pair, and places in one text are asked for; send one text")
         encodings = self._encode([text for (text,) in parts])
         found = []
-        for item, (prompted,), encoding in zip(examples, parts, encodings, strict=True):
+        for index, (item, (prompted,), encoding) in enumerate(zip(examples, parts, encodings, strict=True)):
             (text,) = _parts(item)
+            if len(encoding) > _MOST_WINDOWS * most * (1 - _OVERLAP):
+                what = f"input {index} has {len(encoding):,} tokens, more than {_MOST_WINDOWS:,} windows of {most} hold"
+                raise InputUnfit(f"{what}; send it in parts")
             found.append(self._windows(text, encoding, len(prompted) - len(text), most))
         return found
 
@@ -203,13 +207,14 @@ class TextPreprocessor:
         is_read = stop > first  # a tokenizer leaves some signs out
         words, first, stop = words[is_read], first[is_read], stop[is_read]
         starts, cuts = _window_places(len(encoding), room)
-        window_of = np.searchsorted(cuts[1:-1], first, side="right")
-        rows = []
+        borders = np.searchsorted(first, cuts)  # of the words that each window answers for
+        prompted = int(np.searchsorted(np.maximum.accumulate(pieces[:, 1]), 0, side="right"))
+        ids, rows = encoding.ids, []
         for number, start in enumerate(starts):
-            own = window_of == number
-            features = self._features(*layout.fill([encoding.ids[start : start + room]]))
-            shift, end = lead - start, lead + min(room, len(encoding) - start)
-            answered = slice(int(cuts[number]), int(cuts[number + 1]))
+            own = slice(int(borders[number]), int(borders[number + 1]))
+            features = self._features(*layout.fill([ids[start : start + room]]))
+            shift, end = lead - start, lead + min(room, len(ids) - start)
+            answered = slice(max(int(cuts[number]), prompted), max(int(cuts[number + 1]), prompted))
             located = Located(
                 text,
                 words[own],

@@ -1,6 +1,7 @@
 """Tags of words and the entities that they mean: BIO, of which `I-` may only follow `B-` or `I-` of its own type.
 
-Output 0 is O, 1 + 2t and 2 + 2t are the beginning and the inside of type t. Pure.
+Output 0 is O, 1 + 2t and 2 + 2t are the beginning and the inside of type t. Models from elsewhere may have learnt IOB1
+or no beginnings at all: an entity may begin with its inside if nothing else explains it, and gets a beginning. Pure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from modeling.weights import FloatArray
 Tags = npt.NDArray[np.int64]
 OUTSIDE = 0
 _LEAST = np.float32(1e-30)  # a probability of 0 has no logarithm
+_BARE_INSIDE = (
+    3.0  # what an inside without a beginning costs, as a logarithm: less than any other tag there, if it is sure
+)
 
 
 class Run(NamedTuple):
@@ -53,16 +57,25 @@ def _score(probabilities: FloatArray, type_: int) -> float:
 
 
 def best_tags(probabilities: FloatArray) -> Tags:
-    """Return the legal tags int64[words] with the highest product of probabilities (Viterbi, 1967)."""
+    """Return the legal tags int64[words] with the highest product of probabilities (Viterbi, 1967), where an inside in
+    the place of a beginning counts a twentieth."""
     tags = probabilities.argmax(axis=1).astype(np.int64)
-    return tags if are_legal(tags) else _viterbi(np.log(np.maximum(probabilities, _LEAST)).astype(np.float64))
+    if are_legal(tags):
+        return tags
+    tags = _viterbi(np.log(np.maximum(probabilities, _LEAST)).astype(np.float64))
+    return np.asarray(np.where(_are_bare(tags), tags - 1, tags), np.int64)
 
 
 def are_legal(tags: Tags) -> bool:
     """Say whether each inside follows its own type."""
+    return not _are_bare(tags).any()
+
+
+def _are_bare(tags: Tags) -> npt.NDArray[np.bool_]:
+    """Which words are the inside of an entity that did not begin."""
     before = np.concatenate([[OUTSIDE], tags[:-1]])
     is_inside = (tags > 0) & (tags % 2 == 0)
-    return bool((type_of(before) == type_of(tags))[is_inside].all())
+    return np.asarray(is_inside & (type_of(before) != type_of(tags)), np.bool_)
 
 
 def _viterbi(scores: npt.NDArray[np.float64]) -> Tags:
@@ -70,14 +83,15 @@ def _viterbi(scores: npt.NDArray[np.float64]) -> Tags:
     begins, insides = np.arange(1, outputs, 2), np.arange(2, outputs, 2)
     came_from = np.zeros((words, outputs), np.int64)
     total = scores[0].copy()
-    total[insides] = -np.inf
+    total[insides] -= _BARE_INSIDE
     for word in range(1, words):
         best = int(total.argmax())
         own = np.where(total[begins] >= total[insides], begins, insides)
+        goes_on = total[own] >= total[best] - _BARE_INSIDE
         came_from[word] = best
-        came_from[word, insides] = own
+        came_from[word, insides] = np.where(goes_on, own, best)
         reached = np.full(outputs, total[best])
-        reached[insides] = total[own]
+        reached[insides] = np.where(goes_on, total[own], total[best] - _BARE_INSIDE)
         total = reached + scores[word]
     tags = np.zeros(words, np.int64)
     tags[-1] = total.argmax()

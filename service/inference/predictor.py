@@ -6,8 +6,7 @@ All the way it is one `Ticket` and one future: stages pass the ticket on, and it
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +30,9 @@ from service.inference.lanes import Lane, ServedModel
 from service.inference.preprocessing import PreprocessorStage
 from service.inference.queue import QueueEntry, Ticket
 from service.metrics import ModelSeries, ServingMetrics
+from service.threads import on_answers
 
-_UNCUT = 1 << 30
-_ON_LOOP = 4_096  # tokens that are decoded within some milliseconds
+_ON_LOOP = 2_048  # places of a text that are decoded within some milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ class Predictor:
                 raise
             finally:
                 series.in_progress.dec()
-            answers = await _answers(model, rows_of, options)
+            answers = await _answers(model, rows_of, options, is_late=lambda: self._clock() > deadline)
             for histogram, values in zip(series.answers, model.task.observed(answers, model.calibration), strict=True):
                 for value in values:
                     histogram.observe(value)
@@ -169,7 +168,7 @@ class Predictor:
             asyncio.get_running_loop().create_future(),
             truncate=options.truncate,
             max_length=max_length,
-            tokens=lane.cost_estimate.cost(examples, _UNCUT if model.task.reads_windows else max_length),
+            tokens=lane.estimate(examples, max_length, in_windows=model.task.reads_windows),
         )
         forecast = lane.worker.forecast(ticket.tokens)
         self._admission.admit(len(examples), forecast=forecast, time_left_s=deadline - now)
@@ -240,12 +239,24 @@ def with_prompt(model: ServedModel, examples: Sequence[Example], name: str) -> l
     return [prompted(example, prompts[name]) for example in examples]
 
 
-async def _answers(model: ServedModel, rows_of: Sequence[Sequence[QueueEntry]], options: Options) -> list[Answer]:
-    """One for each input; those of long texts that are answered place by place, off the event loop."""
-    answers = [functools.partial(_answer, model, rows, options) for rows in rows_of]
-    if model.task.needs == "states" and sum([row.length for rows in rows_of for row in rows]) > _ON_LOOP:
-        return await asyncio.to_thread(lambda: [answer() for answer in answers])
-    return [answer() for answer in answers]
+async def _answers(
+    model: ServedModel, rows_of: Sequence[Sequence[QueueEntry]], options: Options, *, is_late: Callable[[], bool]
+) -> list[Answer]:
+    """One for each input; those of long texts that are answered place by place, off the event loop, where long ones
+    wait for each other. Raises `DeadlineExceeded` if it is late before they have begun."""
+
+    def answered() -> list[Answer]:
+        if is_late():
+            raise DeadlineExceeded("the deadline passed before the answer was ready")
+        return [_answer(model, rows, options) for rows in rows_of]
+
+    if model.task.needs == "states" and sum([_places(row) for rows in rows_of for row in rows]) > _ON_LOOP:
+        return await on_answers(answered)
+    return [_answer(model, rows, options) for rows in rows_of]
+
+
+def _places(row: QueueEntry) -> int:
+    return 0 if row.scores is None else len(row.scores)
 
 
 def _answer(model: ServedModel, rows: Sequence[QueueEntry], options: Options) -> Answer:

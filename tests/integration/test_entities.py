@@ -51,9 +51,8 @@ def of_entities(job: ChildJob, **asked: Any) -> ChildJob:
 def test_every_method_makes_a_version_that_reproduces_its_golden_rows(
     job: Callable[..., ChildJob], store: FileStore, method: str
 ) -> None:
-    result = finish(
-        of_entities(job(), method=method, epochs=40 if method == "lora" else 8, learning_rate=3e-3), RecordingLink()
-    )
+    patient = {"epochs": 40, "early_stopping": {"patience": 80}} if method == "lora" else {"epochs": 8}
+    result = finish(of_entities(job(), method=method, learning_rate=3e-3, **patient), RecordingLink())
     manifest, evaluation = ModelManifest.model_validate(result["manifest"]), result["evaluation"]
     assert manifest.task == TASK and manifest.labels == ("LOC", "PER")
     parts = read_version(store, manifest)

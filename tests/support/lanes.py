@@ -51,6 +51,9 @@ class WordLane:
             options["runtime"] = runtime
         self.worker = EngineWorker(("tiny", self.engine_name), self, self.metrics, limits, **options)
 
+    def estimate(self, inputs: Sequence[str], max_length: int, *, in_windows: bool) -> int:
+        return self.cost_estimate.cost(inputs, max_length)
+
     def preprocess(
         self, inputs: Sequence[str], *, truncate: bool, max_length: int | None, in_windows: bool = False
     ) -> list[list[Words]]:

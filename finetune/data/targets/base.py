@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 10  # fewer rows of a label can hardly be learnt or measured
 _NAMES_SHOWN = 5
-_MOST_NAMED, _NAME_CHARACTERS = 200, 60
+_MOST_NAMED, _NAME_CHARACTERS, _LABEL_CHARACTERS = 200, 60, 200
 
 Keys = Sequence[int]
 """A number for each row's input, or for its near duplicates."""
@@ -103,7 +103,7 @@ def conflicting_labels(rows: LabelledRows, keys: Keys) -> list[Finding]:
         return []
     numbers = rows.row_numbers.tolist()
     positions = [position for position, key in enumerate(keys) if key in conflicting]
-    pair = [repr(label) for label in sorted(labels[keys[positions[0]]])]
+    pair = [repr(label[:_LABEL_CHARACTERS]) for label in sorted(labels[keys[positions[0]]])]
     message = (
         f"{len(conflicting):,} {rows.modality.plural} have different labels, "
         f"the first (row {numbers[positions[0]]}) has {listed(pair)}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from finetune.data.records import Finding, row_finding
 from finetune.data.spans import Span, check_spans, cuts_a_word, read_spans, to_cell
-from finetune.data.targets.base import Keys, Target
+from finetune.data.targets.base import Keys, Target, conflicting_labels
 from finetune.data.targets.metric import Metric
 from finetune.data.targets.multi_label import iterative_strata, rare_labels
 from modeling.inputs import BadCell, Example
@@ -42,7 +42,7 @@ class SpanTarget(Target):
             raise BadCell("belongs to a pair, and spans are of one text", code="parse_error", fix="leave text_pair out")
         spans = read_spans(label)
         check_spans(example, spans)
-        return _as_label((span.start, span.end, span.label) for span in spans)
+        return _as_label(dict.fromkeys(_trimmed(example, span) for span in spans))
 
     def names_of(self, label: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for *_, name in json.loads(label)))
@@ -51,6 +51,14 @@ class SpanTarget(Target):
         """A text stays, with the spans that are left."""
         renamed = [(start, end, names.get(name, name)) for start, end, name in json.loads(label)]
         return _as_label((start, end, name) for start, end, name in renamed if name is not None)
+
+    def conflicts(self, rows: LabelledRows, keys: Keys) -> list[Finding]:
+        """Of equal texts, whose blanks may differ, by what their spans say."""
+        said = [
+            json.dumps([[text[start:end], name] for start, end, name in json.loads(label)], ensure_ascii=False)
+            for text, label in zip(rows.examples, rows.labels, strict=True)
+        ]
+        return conflicting_labels(replace(rows, labels=said), keys)
 
     def strata(self, labels: Sequence[str]) -> list[str]:
         return iterative_strata([self.names_of(label) for label in labels])
@@ -83,6 +91,12 @@ def _cut_words(rows: LabelledRows) -> list[Finding]:
     message += "be answered exactly, and count as mistakes"
     fix = "let spans begin and end with words; punctuation is no part of a word"
     return [row_finding(code="span_cuts_a_word", severity="warning", message=message, rows=cut, fix=fix)]
+
+
+def _trimmed(text: str, span: Span) -> tuple[int, int, str]:
+    """Without blanks at its edges, which tools let people mark."""
+    part = text[span.start : span.end]
+    return span.start + len(part) - len(part.lstrip()), span.end - len(part) + len(part.rstrip()), span.label
 
 
 def _as_label(spans: Iterable[tuple[int, int, str]]) -> str:

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from finetune.evaluation.tagged import Ragged, Tagged, gold_tags, ragged
 from finetune.jobs.records import JobPhase
-from finetune.training.methods.candidate import Candidate, Servable
+from finetune.training.methods.candidate import OUT_OF_TIME, Candidate, Servable
 from finetune.training.run_context import Run
 from finetune.training.windows import position_logits, tagged_by, word_states
 from modeling.engines.protocol import Engine
@@ -127,22 +127,27 @@ def train(run: Run) -> Candidate:
             threadpool_limits(1, user_api="blas")
         )  # products this small lose a lot where others want the core
         model, words = _prepared(run, shards, STRENGTHS)
-        held_out = _HeldOut.of(run, engine)
+        held_out = _HeldOut.of(run, engine, Path(name))
         passes = _passes(words)
         best: tuple[float, float, int, int, TaskHead] | None = None
-        for done in _steps(run, shards, model, words, passes):
+        taken = 0
+        for taken in _steps(run, shards, model, words, passes):
             for number in range(len(STRENGTHS)):
                 head = model.head(number)
                 outputs = held_out.outputs(head)
                 judged = run.plan.deciding.gain(run.score(outputs)), -run.rules.loss(outputs, run.validation.labels)
                 if best is None or judged > best[:2]:
-                    best = (*judged, number, done, head)
-    assert best is not None
-    *_, number, done, head = best
+                    best = (*judged, number, taken, head)
+        assert best is not None
+        *_, number, done, head = best
+        outputs = held_out.outputs(head)
     run.probe_head = head
+    stopped = {} if taken == passes else {"stopped": OUT_OF_TIME}
 
     def finish() -> Servable:
-        final = _refitted(run, engine, STRENGTHS[number], done) if not run.is_winding_down else head
+        left = run.seconds_left()
+        has_time = not run.is_winding_down and (left is None or left > 0)
+        final = _refitted(run, engine, STRENGTHS[number], done) if has_time else head
 
         return Servable(
             logits=lambda examples: tagged_by(engine, final, run.preprocessor, examples),
@@ -153,10 +158,10 @@ def train(run: Run) -> Candidate:
     return Candidate(
         method="linear_probe",
         kind="head",
-        validation_logits=held_out.outputs(head),
+        validation_logits=outputs,
         finish=finish,
         seconds=time.monotonic() - started,
-        details={"decay": STRENGTHS[number], "passes": done, "words": words},
+        details={"decay": STRENGTHS[number], "passes": done, "words": words, **stopped},
     )
 
 
@@ -167,7 +172,7 @@ def _refitted(run: Run, engine: Engine, strength: float, passes: int) -> TaskHea
     with tempfile.TemporaryDirectory(prefix="states-", dir=run.work_dir) as name, threadpool_limits(1, user_api="blas"):
         shards = StateShards(run, engine, examples, targets, Path(name), BUDGET_BYTES)
         model, words = _prepared(run, shards, (strength,))
-        for _ in _steps(run, shards, model, words, passes):
+        for _ in _steps(run, shards, model, words, passes, ends_in_time=False):
             pass
     return model.head(0)
 
@@ -196,7 +201,9 @@ def _batch(words: int) -> int:
     return _WORDS_PER_BATCH if words > 100 * _SMALL_BATCH else _SMALL_BATCH
 
 
-def _steps(run: Run, shards: StateShards, model: Softmax, words: int, passes: int) -> Iterator[int]:
+def _steps(
+    run: Run, shards: StateShards, model: Softmax, words: int, passes: int, *, ends_in_time: bool = True
+) -> Iterator[int]:
     """Take all steps; give the passes behind it now and then, and at the end. Stops if the budget of time is over."""
     random, batch = np.random.default_rng(run.plan.seed), _batch(words)
     total = max(1, passes * -(-words // batch))
@@ -213,7 +220,7 @@ def _steps(run: Run, shards: StateShards, model: Softmax, words: int, passes: in
             run.heed()
         run.report(passes + number, 2 * passes)
         left = run.seconds_left()
-        is_over = number == passes or (left is not None and left <= 0)
+        is_over = number == passes or (ends_in_time and left is not None and left <= 0)
         if is_over or number % every == 0:
             yield number
         if is_over:
@@ -221,24 +228,26 @@ def _steps(run: Run, shards: StateShards, model: Softmax, words: int, passes: in
 
 
 class _HeldOut:
-    """The states of the validation rows' words, which every evaluation looks at."""
+    """The states of the validation rows' words, which every evaluation looks at, in files."""
 
-    def __init__(self, words: list[Offsets], states: list[FloatArray]) -> None:
-        self._words, self._states = words, states
+    def __init__(self, parts: list[tuple[list[Offsets], Path]]) -> None:
+        self._parts = parts
 
     @classmethod
-    def of(cls, run: Run, engine: Engine) -> _HeldOut:
-        words: list[Offsets] = []
-        states: list[FloatArray] = []
+    def of(cls, run: Run, engine: Engine, folder: Path) -> _HeldOut:
+        parts: list[tuple[list[Offsets], Path]] = []
         for windows, found in word_states(engine, run.preprocessor, run.validation.examples):
-            for one in windows.gathered(found, int(windows.example_of[-1]) + 1):
-                words.append(one.words)
-                states.append(one.logits.astype(np.float16))
+            texts = windows.gathered(found, int(windows.example_of[-1]) + 1)
+            path = folder / f"held-out-{len(parts)}.npy"
+            np.save(path, np.concatenate([one.logits for one in texts]).astype(np.float16))
+            parts.append(([one.words for one in texts], path))
             run.heed()
-        return cls(words, states)
+        return cls(parts)
 
     def outputs(self, head: TaskHead) -> Ragged:
-        return ragged(
-            Tagged(words, head.logits(states.astype(np.float32)))
-            for words, states in zip(self._words, self._states, strict=True)
-        )
+        found: list[Tagged] = []
+        for words, path in self._parts:
+            logits = head.logits(np.load(path).astype(np.float32))
+            own = np.split(logits, np.cumsum([len(places) for places in words])[:-1])
+            found += [Tagged(places, values) for places, values in zip(words, own, strict=True)]
+        return ragged(found)

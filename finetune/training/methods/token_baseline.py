@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.linear_model import SGDClassifier
 
 from finetune.evaluation.tagged import Ragged, Tagged, gold_tags, ragged
+from finetune.jobs.failures import RunError
 from finetune.training.methods.baseline import quiet_solvers
 from finetune.training.methods.candidate import Candidate, Servable
 from finetune.training.run_context import Run
@@ -19,13 +20,21 @@ from modeling.linear_tokens import FEATURES, LinearTokens, word_features
 from modeling.weights import IntArray
 
 _STRENGTHS = (1e-5, 1e-6)  # alpha, tried from strong to weak
-_MOST_WORDS = 400_000  # that are trained on, from evenly spread texts: their features take some 300 bytes each
+_MOST_WORDS = 400_000  # that are trained on, from evenly spread texts: their features take some 400 bytes each
 _STEPS, _PASSES = 400_000, (4, 40)
+_MOST_OUTPUTS = 513  # 256 types: 270 MB
 _ABSENT = np.float32(-10.0)
 
 
 def train(run: Run) -> Candidate:
     started = time.monotonic()
+    if run.outputs > _MOST_OUTPUTS:
+        raise RunError(
+            "invalid_hyperparameters",
+            f"the baseline of entities has {FEATURES:,} weights a tag, for {_MOST_OUTPUTS} tags at most; there are "
+            f"{run.outputs:,}",
+            hint="use linear_probe, lora or full, or merge rare types",
+        )
     features, tags, read = _features(run.train.examples, run.train.labels)
     best: tuple[float, float, LinearTokens, Ragged] | None = None
     for alpha in _STRENGTHS:
@@ -75,17 +84,15 @@ def _fitted(run: Run, features: object, tags: IntArray, alpha: float) -> LinearT
     known = np.unique(tags)
     if len(known) == 1:
         bias[known] = 0.0
-        return LinearTokens(weight, bias)
+        return LinearTokens.of(weight, bias)
     passes = min(max(_STEPS // max(1, len(tags)), _PASSES[0]), _PASSES[1])
-    model = SGDClassifier(
-        loss="log_loss", alpha=alpha, max_iter=passes, tol=None, average=True, random_state=run.plan.seed
-    )
-    with warnings.catch_warnings():
-        quiet_solvers()
-        model.fit(features, tags)
-    coefficients, intercepts = model.coef_, model.intercept_
-    if len(coefficients) == 1:  # of two classes scikit-learn gives one row
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        intercepts = np.concatenate([-intercepts, intercepts]) / 2
-    weight[model.classes_], bias[model.classes_] = coefficients, intercepts
-    return LinearTokens(weight, bias)
+    for tag in known.tolist():
+        run.heed()
+        model = SGDClassifier(
+            loss="log_loss", alpha=alpha, max_iter=passes, tol=None, average=True, random_state=run.plan.seed
+        )
+        with warnings.catch_warnings():
+            quiet_solvers()
+            model.fit(features, tags == tag)
+        weight[tag], bias[tag] = model.coef_[0], model.intercept_[0]
+    return LinearTokens.of(weight, bias)

@@ -18,6 +18,7 @@ from finetune.data.record_batches import FindingLog
 from finetune.data.records import DatasetReport, FileFormat
 from finetune.data.spans import Span, check_spans, cuts_a_word, read_spans, to_cell
 from finetune.data.tag_schemes import TagReader, join_tokens, place_tokens
+from finetune.data.targets.spans import SpanTarget
 from modeling.inputs import BadCell
 
 TEXT = "Ada lives in New York"
@@ -147,7 +148,6 @@ def test_rows_that_were_not_accepted_are_left_out_and_told(tmp_path: Path) -> No
     [
         ({"tokens": ["a", "b"], "tags": ["O"]}, "tokens_tags_length", "2 tokens and 1 tags"),
         ({"tokens": ["a", "b"], "ner_tags": [0, 3]}, "unknown_scheme", "the tag '0'"),
-        ({"tokens": ["a", "b"], "tags": ["NOUN", "VERB"]}, "unknown_scheme", "'NOUN'"),
         ({"text": "abc", "spans": [{"start": 0, "end": 2}]}, "parse_error", "needs one name"),
         ({"text": "abc", "spans": [[0, "x", "PER"]]}, "parse_error", "no place in a text"),
     ],
@@ -156,6 +156,71 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, row: Any, code: str, words
     report, _ = checked(tmp_path, lines({"text": "Ada", "spans": [[0, 3, "PER"]]}, row))
     (finding,) = [one for one in report.findings if one.code == code]
     assert words in finding.message and finding.fix and finding.rows == [2]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "the cat sat", "tokens": ["the", "cat", "sat"], "labels": ["animals"]},
+        {"text": "the cat", "tokens": ["the", "cat"], "tags": ["DET", "NOUN"], "label": "x"},
+        {"text": "a", "label": ["x", "y"]},
+        {"text": "a", "label": []},
+    ],
+)
+def test_lists_that_mean_no_entities_stay_as_they_are(tmp_path: Path, row: dict[str, Any]) -> None:
+    report, (found,) = checked(tmp_path, lines(row))
+    assert report.is_valid and not report.findings
+    assert found == {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+
+
+def test_texts_without_an_entity_are_told_by_the_others(tmp_path: Path) -> None:
+    doccano = [{"id": 2, "text": "Nothing", "label": [], "Comments": []}, TOOLS["doccano"]]
+    others = [{"text": "Nothing", "entities": [], "relations": []}, TOOLS["doccano with relations"]]
+    prodigy = [{"text": "Nothing", "tokens": [{"text": "Nothing", "id": 0}], "answer": "accept"}, TOOLS["prodigy"]]
+    for rows in (doccano, others, prodigy):
+        report, (empty, full) = checked(tmp_path, lines(*rows))
+        assert report.is_valid, report.findings
+        assert (triples(empty["spans"]), triples(full["spans"])) == ([], [PEOPLE, PLACES])
+        assert not {"label", "entities"} & empty.keys()
+
+
+def test_a_label_studio_task_is_read_by_the_text_of_its_spans(tmp_path: Path) -> None:
+    region = {"value": {"start": 0, "end": 3, "text": "Ada", "labels": ["PER"]}}
+    task = {"data": {"doc_id": 17, "body": "Ada lives"}, "annotations": [{"result": [region]}]}
+    _, (found,) = checked(tmp_path, lines(task))
+    assert (found["text"], found["doc_id"]) == ("Ada lives", "17")
+    html = {"value": {"start": "/p[1]/text()[1]", "hypertextlabels": ["PER"]}}
+    report, _ = checked(tmp_path, lines(task, {**task, "annotations": [{"result": [html]}]}))
+    assert any("hypertextlabels" in finding.message for finding in report.findings)
+    choice = {"data": {"text": "good"}, "annotations": [{"result": [{"value": {"choices": ["positive"]}}]}]}
+    _, (chosen,) = checked(tmp_path, lines(choice))
+    assert chosen == {"text": "good", "label": "positive"}
+
+
+def test_conll_with_numbers_and_signs_as_tokens(tmp_path: Path) -> None:
+    content = "# newdoc\n1 CD O\nAda NNP B-PER\n\n# SYM O\n² CD O\n\n"
+    report, rows = checked(tmp_path, content, "a.conll")
+    assert report.is_valid, report.findings
+    assert [row["text"] for row in rows] == ["1 Ada", "# ²"]
+
+
+def test_an_array_is_read_to_its_end_or_told(tmp_path: Path) -> None:
+    row = {"text": "a", "label": "b"}
+    many = [{"text": "word " * 12, "label": "x", "i": number} for number in range(20_000)]
+    report, _ = checked(tmp_path, json.dumps(many), "a.json")
+    assert report.rows == 20_000 and report.is_valid
+    for content, words in (
+        (f"[{json.dumps(row)}]\n[{json.dumps(row)}]", "more behind the end"),
+        (f"[{json.dumps(row)},,{json.dumps(row)}]", "is not JSON"),
+        (f"[{json.dumps(row)} {json.dumps(row)}]", "in the place of ']'"),
+        ('[{"text": "a", "label": NaN}, ' + json.dumps(row) + "]", "holds NaN"),
+        ('[{"text": ' + "[" * 3000 + "]" * 3000 + "}]", "nested"),
+    ):
+        report, _ = checked(tmp_path, content, "a.json")
+        assert any(words in finding.message for finding in report.findings), (content[:60], report.findings)
+    assert report.rows == 0
+    empty, _ = checked(tmp_path, '[{"text": "a"}, {"text": "b"}]', "a.json")
+    assert empty.rows == 2
 
 
 def test_an_illegal_transition_is_told_and_read_as_an_entity_of_its_own(tmp_path: Path) -> None:
@@ -190,6 +255,15 @@ def test_offsets_in_utf16_are_recognised_by_the_texts_that_they_name() -> None:
         check_spans(text, [Span(5, 8, "PER", "Ada")])
     assert "UTF-16" in caught.value.fix
     check_spans(text, [Span(3, 6, "PER", "Ada")])
+
+
+def test_blanks_at_the_edge_of_a_span_and_spans_given_twice_do_no_harm() -> None:
+    target = SpanTarget("token-classification")
+    read = target.read('[[0, 4, "PER"], [0, 3, "PER"], [13, 21, "LOC"], [13, 21, "LOC"]]')
+    with pytest.raises(BadCell, match="overlapping"):
+        target.fit(read, TEXT)
+    read = target.read('[[0, 4, "PER"], [13, 21, "LOC"], [13, 21, "LOC"]]')
+    assert json.loads(target.fit(read, TEXT)) == [list(PEOPLE), list(PLACES)]
 
 
 def test_a_span_within_a_word_is_noticed() -> None:
