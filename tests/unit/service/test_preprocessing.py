@@ -29,9 +29,6 @@ class Recording(WordLane):
         super().__init__(BatchLimits(1000, 100), **options)
         self.calls: list[list[str]] = []
 
-    def estimate(self, inputs: Sequence[str], max_length: int, *, in_windows: bool) -> int:
-        return self.cost_estimate.cost(inputs, max_length)
-
     def preprocess(
         self, inputs: Sequence[str], *, truncate: bool, max_length: int | None, in_windows: bool = False
     ) -> list[list[Words]]:
