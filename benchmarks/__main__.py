@@ -33,6 +33,7 @@ COMMANDS = {
     "memory": "peak memory of a LoRA run by the number of its rows",
     "probe-job": "a linear probe on R8 from request to first answer, against the bare embedding of its rows",
     "quality": "accuracy of fine-tuned models on public data",
+    "mixed-tasks": "requests per second of pooled models beside a model of entities",
     "entities": "strict F1 of entities on names and templates that were held out, through REST",
     "methods": "accuracy, seconds and memory of every training method on R8",
     "few-shot": "setfit against the probe on a few rows of each class",

@@ -30,6 +30,7 @@ from modeling.engines.protocol import EngineBatch
 from modeling.engines.torch import TorchEngine
 from modeling.export import export_graphs
 from modeling.heads import DenseLayer, TaskHead
+from modeling.tasks import DEFAULT_TASK, TASKS
 from modeling.weights import FloatArray
 from tests.support.rows import encoded_texts
 
@@ -62,36 +63,44 @@ class Publisher:
     def close(self) -> None:
         self._database.dispose()
 
-    def publish(self, name: str, kind: VersionKind, *, seed: int) -> int:
-        """The number of the new version, which is the champion if it is the name's first."""
-        head = _random_head(self.backbone.info.hidden_size, seed)
+    def publish(self, name: str, kind: VersionKind, *, seed: int, task: str = DEFAULT_TASK) -> int:
+        """The number of the new version, which is the champion if it is the name's first. Of a task that labels words
+        the kind is `head`."""
+        outputs, by_position = TASKS[task].outputs(LABELS), TASKS[task].needs == "states"
+        head = _random_head(self.backbone.info.hidden_size, outputs, seed)
         with self._registry.transaction() as connection:
             version = self._registry.reserve(
                 connection,
                 tenant="default",
                 name=name,
-                task="text-classification",
+                task=task,
                 kind=kind,
                 method=METHODS[kind],
                 job_id=None,
             )
         with tempfile.TemporaryDirectory(prefix="polyhead-version-") as temporary:
             folder = Path(temporary)
-            pooled = self._parts_of(kind)(folder, seed)
-            golden = [
-                GoldenRow(text, tuple(map(float, row))) for text, row in zip(_GOLDEN, head.logits(pooled), strict=True)
-            ]
-            write_version_files(folder, head=head, labels=LABELS, max_length=MAX_LENGTH, temperature=1.0, golden=golden)
-            self._register(name, version, kind, folder)
+            values = self._states() if by_position else list(self._parts_of(kind)(folder, seed))
+            golden = [GoldenRow(text, head.logits(own).tolist()) for text, own in zip(_GOLDEN, values, strict=True)]
+            write_version_files(
+                folder, head=head, labels=LABELS, max_length=MAX_LENGTH, temperature=1.0, golden=golden, task=task
+            )
+            self._register(name, version, kind, folder, task)
         return version
 
-    def _register(self, name: str, version: int, kind: VersionKind, folder: Path) -> None:
+    def _states(self) -> list[FloatArray]:
+        rows = range(len(self._encoded))
+        states = self._engine.run(EngineBatch(self._encoded, states=rows)).states
+        return [states[row] for row in rows]
+
+    def _register(self, name: str, version: int, kind: VersionKind, folder: Path, task: str) -> None:
         info = self.backbone.info
         manifest = ModelManifest(
             tenant="default",
             name=name,
             version=version,
             kind=kind,
+            task=task,
             method=METHODS[kind],
             labels=LABELS,
             base=BackboneRef(name=info.name, digest=info.digest, source=info.source),
@@ -165,7 +174,7 @@ def random_adapter(layers: dict[str, tuple[int, int]], folder: Path, *, seed: in
     return Adapter.read(folder)
 
 
-def _random_head(hidden_size: int, seed: int) -> TaskHead:
+def _random_head(hidden_size: int, outputs: int, seed: int) -> TaskHead:
     random = np.random.default_rng(seed)
-    weight = random.normal(scale=hidden_size**-0.5, size=(len(LABELS), hidden_size)).astype(np.float32)
-    return TaskHead((DenseLayer(weight, np.zeros(len(LABELS), np.float32)),))
+    weight = random.normal(scale=hidden_size**-0.5, size=(outputs, hidden_size)).astype(np.float32)
+    return TaskHead((DenseLayer(weight, np.zeros(outputs, np.float32)),))
