@@ -123,9 +123,8 @@ def train(run: Run) -> Candidate:
         name = limits.enter_context(tempfile.TemporaryDirectory(prefix="states-", dir=run.work_dir))
         shards = StateShards(run, engine, run.train.examples, run.train.labels, Path(name), BUDGET_BYTES)
         run.link.phase(JobPhase.TRAINING)
-        limits.enter_context(
-            threadpool_limits(1, user_api="blas")
-        )  # products this small lose a lot where others want the core
+        # Products this small lose a lot where others want the core.
+        limits.enter_context(threadpool_limits(1, user_api="blas"))
         model, words = _prepared(run, shards, STRENGTHS)
         held_out = _HeldOut.of(run, engine, Path(name))
         passes = _passes(words)
