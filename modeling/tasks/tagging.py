@@ -63,7 +63,8 @@ def best_tags(probabilities: FloatArray) -> Tags:
     if are_legal(tags):
         return tags
     tags = _viterbi(np.log(np.maximum(probabilities, _LEAST)).astype(np.float64))
-    return np.asarray(np.where(_are_bare(tags), tags - 1, tags), np.int64)
+    found: Tags = tags - _are_bare(tags).astype(np.int64)
+    return found
 
 
 def are_legal(tags: Tags) -> bool:
