@@ -59,7 +59,7 @@ def _score(probabilities: FloatArray, type_: int) -> float:
 def best_tags(probabilities: FloatArray) -> Tags:
     """Return the legal tags int64[words] with the highest product of probabilities (Viterbi, 1967), where an inside in
     the place of a beginning counts a twentieth."""
-    tags = probabilities.argmax(axis=1).astype(np.int64)
+    tags: Tags = probabilities.argmax(axis=1).astype(np.int64)
     if are_legal(tags):
         return tags
     tags = _viterbi(np.log(np.maximum(probabilities, _LEAST)).astype(np.float64))
