@@ -31,6 +31,7 @@ def queries() -> list[str]:
     return [text.replace("$__rate_interval", "20s").replace("$model", ".*") for text in expressions]
 
 
+@pytest.mark.slow
 def test_every_query_returns_data(make_home: Callable[..., Home], tmp_path: Path, words: Any) -> None:
     assert PROMETHEUS is not None
     worker_port, port = free_port(), free_port()

@@ -232,6 +232,7 @@ def test_an_engine_that_fails_at_everything_is_taken_out_and_checked_until_it_wo
     until(faulty.served_again, within_s=90, what="the engine to serve again", every_s=0.2)
 
 
+@pytest.mark.slow
 def test_ten_thousand_clients_at_once_are_answered_or_sent_away(faulty: Faulty) -> None:
     clients = _connections(10_000)
     before = _resident_mb(faulty.server.pid)
@@ -249,6 +250,7 @@ def test_ten_thousand_clients_at_once_are_answered_or_sent_away(faulty: Faulty) 
     assert faulty.value("polyhead_requests_in_progress") == 0
 
 
+@pytest.mark.slow
 def test_ten_thousand_clients_may_wait_and_are_all_answered(patient: Faulty) -> None:
     clients = _connections(10_000)
     before = _resident_mb(patient.server.pid)

@@ -44,6 +44,7 @@ def test_an_imported_classifier_answers_as_transformers_does(
     assert len({answer["label"] for answer in answers}) > 1 or max(map(max, expected)) < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("labels", "problem"), [(["a", "b"], "multi_label_classification"), (["value"], "regression")])
 def test_an_imported_checkpoint_of_another_task(
     service: Service, import_root: Path, labels: list[str], problem: str

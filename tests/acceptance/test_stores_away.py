@@ -39,6 +39,7 @@ def volume(source: Path, target: Path) -> Iterator[Callable[[bool], None]]:
         subprocess.run(["umount", "--lazy", target], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_volume_that_is_unmounted_takes_nothing_along(
     make_home: Callable[..., Home], words: tuple[Table, Table]
 ) -> None:
@@ -60,6 +61,7 @@ def test_a_volume_that_is_unmounted_takes_nothing_along(
         assert {item["id"] for item in client.get("/datasets")["data"]} == {before, after}
 
 
+@pytest.mark.slow
 def test_an_empty_volume_beside_a_database_that_knows_more_is_refused_at_start(
     make_home: Callable[..., Home], words: tuple[Table, Table], new_postgres_url: str
 ) -> None:

@@ -8,6 +8,7 @@ from tests.acceptance.conftest import Home, Table
 from tests.acceptance.processes import Client, free_port
 
 
+@pytest.mark.slow
 def test_a_job_succeeds_without_its_tracking_server_and_says_so(
     make_home: Callable[..., Home], words: tuple[Table, Table]
 ) -> None:

@@ -311,6 +311,7 @@ def test_a_file_that_will_not_load_is_refused(
             open_engine(broken, padded)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_the_compiled_engine_equals_the_plain_one(backbone: Backbone, files: GraphFiles) -> None:
     engine, encoded, change = TorchEngine(backbone, is_compiled=True), encode(backbone), adapters(files)["all"]

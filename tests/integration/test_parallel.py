@@ -225,6 +225,7 @@ def follower_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
     return start
 
 
+@pytest.mark.slow
 def test_a_shortage_of_memory_in_one_halves_the_passes_of_all(
     two: Build, follower_with: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +247,7 @@ def test_a_shortage_of_memory_in_one_halves_the_passes_of_all(
     assert result["evaluation"]["test"]["loss"] == pytest.approx(expected["evaluation"]["test"]["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_ends_all_and_names_the_row(
     two: Build, follower_with: Callable[[str], None]
 ) -> None:
@@ -254,6 +256,7 @@ def test_a_loss_that_is_not_finite_in_one_ends_all_and_names_the_row(
         run_job(two(method="full", epochs=1), RecordingLink())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

@@ -59,6 +59,7 @@ def test_the_same_again_gives_the_same_bytes(job: Build, method: str) -> None:
     assert "byte by byte" in again["message"] and "ft_first" in again["message"]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(job: Build) -> None:
     options: dict[str, Any] = {"method": "lora", "epochs": 1, "dropout": 0.1}
     first = in_a_process(job("first", **options), hash_seed=1)

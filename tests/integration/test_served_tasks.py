@@ -361,6 +361,7 @@ def test_a_published_checkpoint_answers_as_transformers_does(
             assert set(row["labels"]) == {label for label, score in theirs.items() if score >= 0.5}
 
 
+@pytest.mark.slow
 def test_an_import_of_another_task_under_a_name_is_refused(world: World) -> None:
     checkpoint = write_tiny_checkpoint(world.folder / "one-output", labels=["only"])
     with pytest.raises(InvalidReference, match="another name"):

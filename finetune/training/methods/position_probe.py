@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from finetune.evaluation.tagged import Ragged, Tagged, gold_tags, ragged
@@ -54,11 +55,11 @@ class StateShards:
         """float16[words, hidden] and int64[words]."""
         if number in self._kept:
             path, tags = self._kept[number]
-            return np.load(path, mmap_mode="r"), tags
+            return _mapped(path, len(tags)), tags
         states, tags = self._computed(number)
         if states.nbytes <= self._left_bytes:
-            path = self._folder / f"{number}.npy"
-            np.save(path, states)
+            path = self._folder / f"{number}.states"
+            states.tofile(path)
             self._left_bytes -= states.nbytes
             self._kept[number] = path, tags
         return states, tags
@@ -78,6 +79,13 @@ class StateShards:
                 tags.append(gold_tags(windows.located(window).words, own[windows.example_of[window]]))
             self._run.heed()
         return np.concatenate(states), np.concatenate(tags)
+
+
+def _mapped(path: Path, words: int) -> npt.NDArray[np.float16]:
+    """float16[words, hidden] of a file, read as it is needed."""
+    if not words:
+        return np.zeros((0, 1), np.float16)
+    return np.memmap(path, np.float16, mode="r").reshape(words, -1)
 
 
 class Softmax:
@@ -237,8 +245,8 @@ class _HeldOut:
         parts: list[tuple[list[Offsets], Path]] = []
         for windows, found in word_states(engine, run.preprocessor, run.validation.examples):
             texts = windows.gathered(found, int(windows.example_of[-1]) + 1)
-            path = folder / f"held-out-{len(parts)}.npy"
-            np.save(path, np.concatenate([one.logits for one in texts]).astype(np.float16))
+            path = folder / f"held-out-{len(parts)}.states"
+            np.concatenate([one.logits for one in texts]).astype(np.float16).tofile(path)
             parts.append(([one.words for one in texts], path))
             run.heed()
         return cls(parts)
@@ -246,7 +254,8 @@ class _HeldOut:
     def outputs(self, head: TaskHead) -> Ragged:
         found: list[Tagged] = []
         for words, path in self._parts:
-            logits = head.logits(np.load(path).astype(np.float32))
-            own = np.split(logits, np.cumsum([len(places) for places in words])[:-1])
+            counts = [len(places) for places in words]
+            logits = head.logits(_mapped(path, sum(counts)).astype(np.float32))
+            own = np.split(logits, np.cumsum(counts)[:-1])
             found += [Tagged(places, values) for places, values in zip(words, own, strict=True)]
         return ragged(found)

@@ -190,6 +190,7 @@ def test_no_text_changes_the_tokens_that_a_slice_before_it_is_known_for(
     assert part.ids[:known] == whole.encode(cut, add_special_tokens=False).ids[:known]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(item=st.one_of(TEXT, st.tuples(SHORTER, SHORTER)), limit=st.integers(5, 16))
 @example(item=" " * 4000 + "good film", limit=16)

@@ -221,6 +221,7 @@ def selector(world: World, reports: EngineReports | None, engine: str = "auto", 
     return EngineSelector(policy, EngineOptions(threads=1), world.folder / "graphs", reports, **options)
 
 
+@pytest.mark.slow
 def test_the_choice_is_measured_once_and_remembered(world: World, reports: EngineReports) -> None:
     """The real trial on a tiny backbone; which engine wins is the machine's affair."""
     first = selector(world, reports)

@@ -266,7 +266,7 @@ def test_lower_is_better_for_errors_everywhere() -> None:
 
 
 def test_auto_is_the_first_metric_of_each_task() -> None:
-    assert [target.metrics[0].name for target in TARGETS.values()] == ["macro_f1", "micro_f1", "rmse"]
+    assert [target.metrics[0].name for target in TARGETS.values()] == ["macro_f1", "micro_f1", "rmse", "entity_f1"]
 
 
 @pytest.mark.parametrize(

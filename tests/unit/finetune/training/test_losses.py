@@ -82,11 +82,13 @@ def test_how_a_step_is_divided_does_not_change_its_mean(loss: str, weights: list
 def test_every_kind_builds_each_of_its_losses() -> None:
     logits, labels = drawn(0)
     targets = {"single_label": labels, "regression": logits[:, 0], "multi_label": (logits > 0).float()}
+    targets["token_labels"] = labels[:, None]
     for kind, target in TARGETS.items():
         for name in target.losses:
             asked = plan() if kind != "single_label" else plan(loss=name)
             objective = losses.build_loss(asked.model_copy(update={"loss": name}), kind=kind)
             output = logits[:, :1] if kind == "regression" else logits
+            output = logits[:, None] if kind == "token_labels" else output  # a word a row
             values = objective.of_output(output, targets[kind])
             assert values.shape == (12,) and torch.isfinite(values).all()
             assert objective.weights(targets[kind]).shape == (12,)
@@ -200,3 +202,14 @@ def test_following_the_gradient_brings_classes_together(name: str) -> None:
         of_vectors(vectors, labels).backward()
         optimizer.step()
     assert spread() > before + 0.5
+
+
+def test_words_count_alike_however_long_their_texts_are() -> None:
+    """The sum over a step's rows, divided by its words, is the mean over all words."""
+    torch.manual_seed(0)
+    logits, tags = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
+    tags[0, 2:], tags[1] = -100, -100  # a row of two words, and one without any
+    objective = losses.build_loss(plan(), kind="token_labels")
+    mean = objective.of_output(logits, tags).sum() / objective.weights(tags).sum()
+    torch.testing.assert_close(mean, F.cross_entropy(logits.reshape(-1, 7), tags.reshape(-1)))
+    assert objective.plain(logits, tags)[1] == 0
