@@ -10,12 +10,16 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
 
 from model_registry.db import Database
 from model_registry.migrations import migrate
 from tests.support.exports import Exports
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a first call imports, and the machine may be busy
+hypothesis.settings.load_profile("untimed")
 
 TESTS = Path(__file__).parent
 SUITES = ("acceptance", "integration", "contract", "unit", "docs")

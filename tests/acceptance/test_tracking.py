@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.acceptance.conftest import Home, Table
 from tests.acceptance.processes import Client, free_port
 
