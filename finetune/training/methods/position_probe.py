@@ -28,6 +28,8 @@ from modeling.inputs import Example
 from modeling.inputs.words import Offsets
 from modeling.weights import FloatArray, IntArray
 
+HalfArray = npt.NDArray[np.float16]
+
 STRENGTHS = (0.3, 0.03, 0.003)  # decay of the weights, times the rate
 BUDGET_BYTES = 4 << 30
 _WORDS_PER_BATCH, _SMALL_BATCH = 1024, 128
@@ -51,7 +53,7 @@ class StateShards:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def shard(self, number: int) -> tuple[FloatArray, IntArray]:
+    def shard(self, number: int) -> tuple[HalfArray, IntArray]:
         """float16[words, hidden] and int64[words]."""
         if number in self._kept:
             path, tags = self._kept[number]
@@ -64,11 +66,11 @@ class StateShards:
             self._kept[number] = path, tags
         return states, tags
 
-    def _computed(self, number: int) -> tuple[FloatArray, IntArray]:
+    def _computed(self, number: int) -> tuple[HalfArray, IntArray]:
         start = self._starts[number]
         examples = self._examples[start : start + _EXAMPLES_PER_SHARD]
         targets = self._targets[start : start + _EXAMPLES_PER_SHARD]
-        states: list[FloatArray] = []
+        states: list[HalfArray] = []
         tags: list[IntArray] = []
         done = 0
         for windows, found in word_states(self._engine, self._run.preprocessor, examples):
@@ -81,7 +83,7 @@ class StateShards:
         return np.concatenate(states), np.concatenate(tags)
 
 
-def _mapped(path: Path, words: int) -> npt.NDArray[np.float16]:
+def _mapped(path: Path, words: int) -> HalfArray:
     """float16[words, hidden] of a file, read as it is needed."""
     if not words:
         return np.zeros((0, 1), np.float16)
@@ -99,8 +101,8 @@ class Softmax:
         self._first, self._second = np.zeros_like(self.weights), np.zeros_like(self.weights)
         self._steps = 0
 
-    def step(self, values: FloatArray, tags: IntArray, *, rate: float) -> None:
-        """One step on float[rows, hidden] and int64[rows]."""
+    def step(self, values: FloatArray | HalfArray, tags: IntArray, *, rate: float) -> None:
+        """One step on float32 or float16[rows, hidden] and int64[rows]."""
         standard = np.ones((len(values), len(self._mean) + 1), np.float32)
         standard[:, :-1] = (values.astype(np.float32) - self._mean) / self._scale
         models, outputs, width = self.weights.shape
